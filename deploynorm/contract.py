@@ -1,0 +1,58 @@
+"""The contract of the one operator that deploynorm adds to ONNX.
+
+    Y = max(gamma * X * rsqrt(mean(X^2 over all axes >= 2) + eps) + beta, tau)
+
+Every host (PyTorch, ONNX, ONNX Runtime, TensorRT) takes the names from here.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+__all__ = [
+    "DOMAIN",
+    "DTYPES",
+    "INPUTS",
+    "MAX_OPSET",
+    "MIN_OPSET",
+    "NODE_ATTRIBUTES",
+    "OP_TYPE",
+    "OUTPUT",
+    "PARAMETERS",
+    "TORCH_OP",
+    "VERSION",
+]
+
+DOMAIN: Final = "deploynorm"
+"""ONNX domain, torch.library namespace and TensorRT plugin namespace.
+
+It has no dot, because quickly deployable TensorRT plugin ids and torch namespaces refuse one."""
+
+OP_TYPE: Final = "FilterResponseNormalization"
+"""ONNX operator type, function name and TensorRT plugin name."""
+
+VERSION: Final = 1
+"""Version of the ONNX domain and, as a string, of the TensorRT plugin."""
+
+TORCH_OP: Final = "filter_response_norm"
+"""Name under the torch.library namespace `DOMAIN`."""
+
+INPUTS: Final = ("X", "gamma", "beta", "tau", "eps")
+"""X is (N, C, D1..Dk) with k >= 0; the four parameters are (C,), none of them optional.
+
+eps is the effective value, greater than 0 (`1e-6 + |eps_l|` or `|eps|`). No TLU: tau = -inf."""
+
+PARAMETERS: Final = INPUTS[1:]
+
+OUTPUT: Final = "Y"
+"""Shape and type of X."""
+
+DTYPES: Final = ("float32", "float16", "bfloat16", "float64")
+"""Types of X. The parameters are float32, or float64 when X is; so is all arithmetic, rounded once."""
+
+NODE_ATTRIBUTES: Final = {"plugin_namespace": DOMAIN, "plugin_version": str(VERSION)}
+"""Attributes on every exported node. TensorRT (10.7 and later) looks up its plugin by them; the operator reads none."""
+
+MIN_OPSET: Final = 18
+MAX_OPSET: Final = 23
+"""Opsets of the default ONNX domain that export accepts."""

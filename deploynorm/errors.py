@@ -1,0 +1,66 @@
+"""The exceptions of deploynorm; each carries the exit code that the command line returns for it."""
+
+from __future__ import annotations
+
+__all__ = ["BackendError", "DeployNormError", "InputError", "ModelError", "ParityError"]
+
+
+class DeployNormError(Exception):
+    """A fault that we foresee, told as: where, what is wrong, got, expected, what to do.
+
+    Args:
+        where: The function, layer, file or graph node that found the fault.
+        problem: What is wrong, in a few words and without a full stop.
+        got: The offending value, if showing it helps.
+        expected: What would have been accepted.
+        fix: One action that mends it.
+    """
+
+    exit_code = 2
+
+    def __init__(
+        self,
+        where: str,
+        problem: str,
+        *,
+        got: object = None,
+        expected: object = None,
+        fix: str | None = None,
+    ) -> None:
+        self.where = where
+        self.problem = problem
+        self.got = got
+        self.expected = expected
+        self.fix = fix
+        super().__init__(self._render())
+
+    def _render(self) -> str:
+        sentences = [f"{self.where}: {self.problem}."]
+        found = [f"got {self.got}"] if self.got is not None else []
+        found += [f"expected {self.expected}"] if self.expected is not None else []
+        if found:
+            text = "; ".join(found)
+            sentences.append(text[0].upper() + text[1:] + ".")
+        if self.fix is not None:
+            sentences.append(f"Fix: {self.fix}.")
+        return " ".join(sentences)
+
+
+class InputError(DeployNormError, ValueError):
+    """An argument or tensor has the wrong shape, rank, dtype or value."""
+
+
+class ModelError(DeployNormError):
+    """A model file or a network cannot be read, folded, exported or run as it stands."""
+
+
+class BackendError(DeployNormError):
+    """A package, library or device that the call needs is missing or too old."""
+
+    exit_code = 3
+
+
+class ParityError(DeployNormError):
+    """Two forms of a network do not compute the same numbers."""
+
+    exit_code = 1

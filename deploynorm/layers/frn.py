@@ -1,0 +1,150 @@
+"""Filter response normalization with its thresholded linear unit."""
+
+from __future__ import annotations
+
+import warnings
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from deploynorm.errors import InputError
+from deploynorm.layers import functional
+from deploynorm.layers._checks import check_input, check_positive
+
+__all__ = ["FRN1d", "FRN2d", "FRN3d"]
+
+_LEARNED_EPS_INIT = 1e-4
+
+
+class _FRN(nn.Module):
+    """What FRN1d, FRN2d and FRN3d share; they differ in the rank of their input alone."""
+
+    _ranks: ClassVar[tuple[int, ...]]
+
+    weight: nn.Parameter
+    bias: nn.Parameter
+    tau: nn.Parameter | None
+    eps: float | Tensor
+    eps_l: nn.Parameter | None
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float | Tensor = 1e-6,
+        *,
+        learned_eps: Literal["layer", "channel"] | None = None,
+        tlu: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        name = type(self).__name__
+        check_positive(name, "num_features", num_features)
+        self.num_features = num_features
+        self.weight = nn.Parameter(torch.empty(num_features, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(num_features, device=device, dtype=dtype))
+        self.tau = (
+            nn.Parameter(torch.empty(num_features, device=device, dtype=dtype)) if tlu else None
+        )
+        self._set_eps(eps, device)
+        self.learned_eps = learned_eps
+        if learned_eps is None:
+            self.register_parameter("eps_l", None)
+        elif learned_eps in ("layer", "channel"):
+            shape = () if learned_eps == "layer" else (num_features,)
+            self.eps_l = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+        else:
+            raise InputError(
+                name, "unknown learned_eps", got=repr(learned_eps), expected="'layer', 'channel' or None"
+            )
+        self.reset_parameters()
+
+    def _set_eps(self, eps: float | Tensor, device: torch.device | str | None) -> None:
+        name = type(self).__name__
+        if not isinstance(eps, Tensor):
+            check_positive(name, "eps", eps)
+            self.eps = float(eps)
+            return
+        if eps.shape != (self.num_features,) or not bool((eps > 0).all()):
+            raise InputError(
+                name,
+                "wrong eps",
+                got=f"a tensor of shape {tuple(eps.shape)}",
+                expected=f"a number, or a tensor ({self.num_features},) of positive numbers",
+            )
+        values = eps.detach().to(device=device, copy=True)
+        self.register_buffer("eps", values)
+
+    def reset_parameters(self) -> None:
+        """Sets gamma 1, beta 0, tau 0 and eps_l 1e-4."""
+        nn.init.ones_(self.weight)
+        nn.init.zeros_(self.bias)
+        if self.tau is not None:
+            nn.init.zeros_(self.tau)
+        if self.eps_l is not None:
+            nn.init.constant_(self.eps_l, _LEARNED_EPS_INIT)
+
+    def effective_eps(self) -> float | Tensor:
+        """The epsilon that is added to the mean square: eps, or eps + |eps_l| when it is learned."""
+        return self.eps if self.eps_l is None else self.eps + self.eps_l.abs()
+
+    def forward(self, x: Tensor) -> Tensor:
+        check_input(type(self).__name__, x, self.num_features, self._ranks)
+        if x.dim() == 2 and self.eps_l is None and not torch.compiler.is_compiling():
+            warnings.warn(
+                f"{type(self).__name__}: on a (N, C) input each value is its own mean, so with a small fixed "
+                "eps the output is a sign function with almost no gradient; pass learned_eps='layer' "
+                "(arXiv:1911.09737, section 3.3)",
+                stacklevel=2,
+            )
+        return functional.filter_response_norm(
+            x, self.weight, self.bias, self.tau, self.effective_eps()
+        )
+
+    def extra_repr(self) -> str:
+        eps = self.eps if isinstance(self.eps, float) else "per channel"
+        return f"{self.num_features}, eps={eps}, learned_eps={self.learned_eps!r}, tlu={self.tau is not None}"
+
+
+class FRN1d(_FRN):
+    """Filter response normalization and TLU over the length of each sample and channel.
+
+        nu2 = mean_l(x**2);  y = weight * x / sqrt(nu2 + eps) + bias;  z = max(y, tau)
+
+    Nothing is shared between samples and nothing is tracked: training and evaluation compute the same.
+
+    Shape: (N, C, L) -> the same. (N, C) is taken too; a fixed eps makes it a sign function there, and warns.
+
+    Args:
+        num_features: C.
+        eps: Added to the mean square: a number, or a tensor (C,). With learned_eps it is the floor.
+        learned_eps: "layer" or "channel" adds |eps_l| to eps, eps_l being a parameter () or (C,) that starts
+            at 1e-4. For layers whose maps may be 1x1.
+        tlu: False leaves the threshold out.
+
+    Raises:
+        InputError: Wrong rank, number of channels or dtype of the input; eps not positive.
+
+    Source: Singh & Krishnan, arXiv:1911.09737, eq. 1 to 3 and section 3.3.
+    """
+
+    _ranks = (2, 3)
+
+
+class FRN2d(_FRN):
+    """Filter response normalization and TLU over height and width of each sample and channel.
+
+    Shape: (N, C, H, W) -> the same. Arguments, formula and source as FRN1d.
+    """
+
+    _ranks = (4,)
+
+
+class FRN3d(_FRN):
+    """Filter response normalization and TLU over depth, height and width of each sample and channel.
+
+    Shape: (N, C, D, H, W) -> the same. Arguments, formula and source as FRN1d.
+    """
+
+    _ranks = (5,)

@@ -1,0 +1,26 @@
+"""Every tolerance of the tests, each with its reason. No number of this kind stands anywhere else."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Tolerance(NamedTuple):
+    """|got - want| <= atol + rtol * |want|."""
+
+    rtol: float
+    atol: float
+    reason: str
+
+    def kwargs(self) -> dict[str, float]:
+        """As the keyword arguments of torch.testing.assert_close and numpy.testing.assert_allclose."""
+        return {"rtol": self.rtol, "atol": self.atol}
+
+
+EXACT = Tolerance(0.0, 0.0, "the same operations on the same numbers")
+FLOAT64 = Tolerance(1e-12, 1e-12, "float64 against float64, sums in another order")
+OP_FLOAT32 = Tolerance(1e-4, 1e-5, "one operator in float32 against float64: ONNX Runtime's own bound")
+OP_FLOAT16 = Tolerance(1e-3, 2.5e-3, "one operator, output rounded to float16, against float64")
+OP_BFLOAT16 = Tolerance(1e-2, 2e-2, "one operator, output rounded to bfloat16, against float64")
+FOLD_FLOAT32 = Tolerance(1e-5, 1e-5, "folded in float64 and cast back: only float32's own rounding differs")
+MABN_LOOP = Tolerance(1e-6, 1e-6, "a float64 layer against a literal float64 loop, over hundreds of dependent steps")
