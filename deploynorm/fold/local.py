@@ -1,0 +1,92 @@
+"""Rewrites of one layer that need nothing of what stands around it."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from deploynorm.fold import weights
+from deploynorm.layers import (
+    CenConv1d,
+    CenConv2d,
+    CenConv3d,
+    CenConvTranspose2d,
+    FRN1d,
+    FRN2d,
+    FRN3d,
+    MABN1d,
+    MABN2d,
+    MABN3d,
+)
+
+__all__ = ["BATCH_NORM", "FRN", "PLAIN", "centred_weight", "rewrite_locally"]
+
+PLAIN: dict[type[nn.Module], type[nn.Module]] = {
+    CenConv1d: nn.Conv1d,
+    CenConv2d: nn.Conv2d,
+    CenConv3d: nn.Conv3d,
+    CenConvTranspose2d: nn.ConvTranspose2d,
+}
+BATCH_NORM: dict[type[nn.Module], type[nn.modules.batchnorm._BatchNorm]] = {
+    MABN1d: nn.BatchNorm1d,
+    MABN2d: nn.BatchNorm2d,
+    MABN3d: nn.BatchNorm3d,
+}
+FRN = (FRN1d, FRN2d, FRN3d)
+
+
+def rewrite_locally(layer: nn.Module) -> nn.Module | None:
+    """The layer that computes the same with fewer constants left to compute, or None where there is none.
+
+        CenConv -> the torch.nn convolution of the same arguments, with the centred weight
+        MABN -> BatchNorm with mean zero
+        FRN with a learned epsilon -> FRN with the constant eps + |eps_l|
+
+    A subclass may compute something else, so the classes themselves alone are taken.
+    """
+    if type(layer) in PLAIN:
+        return _to_plain(layer)
+    if type(layer) in BATCH_NORM:
+        return _to_batch_norm(layer)
+    if type(layer) in FRN and layer.eps_l is not None:
+        return _to_fixed_eps(layer)
+    return None
+
+
+def centred_weight(layer: nn.Module) -> Tensor:
+    """The weight that a CenConv layer convolves with, in float64."""
+    assert isinstance(layer, nn.modules.conv._ConvNd)
+    return weights.center(layer.weight, groups=layer.groups, transposed=layer.transposed)
+
+
+def _to_plain(layer: nn.Module) -> nn.Module:
+    assert isinstance(layer, nn.modules.conv._ConvNd)
+    plain = PLAIN[type(layer)].__new__(PLAIN[type(layer)])
+    # Every argument of a convolution is an attribute, so the plain layer is this one in all but class and weight.
+    plain.__dict__.update(layer.__dict__)
+    plain._parameters = dict(layer._parameters)
+    plain.weight = nn.Parameter(centred_weight(layer).to(layer.weight.dtype), requires_grad=False)
+    return plain
+
+
+def _to_batch_norm(layer: nn.Module) -> nn.Module:
+    assert isinstance(layer, (MABN1d, MABN2d, MABN3d))
+    # The parameters take the statistics' type, which BatchNorm wants beside a half-precision input.
+    norm = BATCH_NORM[type(layer)](
+        layer.num_features, layer.eps, affine=layer.affine, dtype=layer.running_var.dtype
+    ).requires_grad_(False)
+    assert norm.running_var is not None
+    norm.running_var.copy_(layer.running_var)
+    if layer.affine:
+        norm.weight.copy_(layer.weight)
+        norm.bias.copy_(layer.bias)
+    return norm
+
+
+def _to_fixed_eps(layer: nn.Module) -> nn.Module:
+    assert isinstance(layer, FRN)
+    eps = layer.effective_eps()
+    assert isinstance(eps, Tensor)
+    values = float(eps) if eps.dim() == 0 else eps
+    fixed = type(layer)(layer.num_features, values, tlu=layer.tau is not None, dtype=layer.weight.dtype)
+    fixed.weight, fixed.bias, fixed.tau = layer.weight, layer.bias, layer.tau
+    return fixed

@@ -1,0 +1,64 @@
+"""Other projects' FRN layers, taken over as ours."""
+
+from __future__ import annotations
+
+import sys
+
+from torch import nn
+
+from deploynorm.layers.frn import FRN2d
+
+__all__ = ["adopt"]
+
+_TIMM = "timm.layers.filter_response_norm"
+
+
+def adopt(model: nn.Module) -> nn.Module:
+    """Replaces the FRN layers of timm by FRN2d layers that compute the same, in place.
+
+    Only the classes themselves are known, by identity: a subclass may compute something else and is left alone.
+
+        FilterResponseNormTlu2d            -> FRN2d(tlu=True); without apply_act, tlu=False
+        FilterResponseNormAct2d            -> FRN2d(tlu=False) and the layer's own activation
+
+    Args:
+        model: Any network.
+
+    Returns:
+        The network; another object only where the network itself is such a layer.
+
+    Source: timm/layers/filter_response_norm.py. timm's epsilon is 1e-5 where the paper has 1e-6, and it squares
+        in half precision before it casts; the layers here take the epsilon over and not the overflow.
+    """
+    timm_frn = sys.modules.get(_TIMM)
+    if timm_frn is None:  # not imported, so no such layer exists
+        return model
+    taken: dict[nn.Module, nn.Module] = {}
+
+    def ours(layer: nn.Module) -> nn.Module:
+        if layer not in taken:
+            if type(layer) is timm_frn.FilterResponseNormTlu2d:
+                taken[layer] = _frn(layer, layer.tau)
+            elif type(layer) is timm_frn.FilterResponseNormAct2d:
+                taken[layer] = nn.Sequential(_frn(layer, None), layer.get_submodule("act"))
+            else:
+                taken[layer] = layer
+        return taken[layer]
+
+    # A layer that stands in two places is one object there and must stay one.
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            if child is not None and ours(child) is not child:
+                parent._modules[name] = ours(child)
+    return ours(model)
+
+
+def _frn(layer: nn.Module, tau: object) -> FRN2d:
+    weight, bias = layer.weight, layer.bias
+    assert isinstance(weight, nn.Parameter)
+    assert isinstance(bias, nn.Parameter)
+    frn = FRN2d(len(weight), eps=float(layer.eps), tlu=tau is not None)  # type: ignore[arg-type]
+    frn.weight, frn.bias = weight, bias
+    if isinstance(tau, nn.Parameter):
+        frn.tau = tau
+    return frn.train(layer.training)

@@ -1,0 +1,206 @@
+"""The operator as ONNX knows it: its schema, its function body, and the three ways to write it into a graph."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+import onnx
+import onnx.parser
+import onnx_ir as ir
+import onnxscript
+from onnx.defs import OpSchema
+from onnx_ir.passes.common import InlinePass
+
+from deploynorm.contract import DOMAIN, INPUTS, NODE_ATTRIBUTES, OP_TYPE, OUTPUT, VERSION
+from deploynorm.errors import ModelError
+
+__all__ = ["Lowering", "frn_nodes", "function_proto", "lower", "register_schema", "translate"]
+
+Lowering = Literal["custom", "rmsnorm", "primitives"]
+"""custom: one node a layer, with a function body beside it. primitives: the body's standard operators.
+rmsnorm: the same with RMSNormalization (opset 23) for the normalization itself."""
+
+RMSNORM_OPSET = 23
+_SCALED = OP_TYPE + "Scaled"
+_HALF = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+
+
+def register_schema() -> None:
+    """Makes the operator known to onnx in this process: exporting needs it, checking and inference use it."""
+    if onnx.defs.has(OP_TYPE, domain=DOMAIN):
+        return
+    parameter = OpSchema.FormalParameter
+    onnx.defs.register_schema(
+        OpSchema(
+            OP_TYPE,
+            DOMAIN,
+            VERSION,
+            doc="Y = max(gamma * X * rsqrt(mean(X^2 over all axes >= 2) + eps) + beta, tau)",
+            inputs=[parameter(name, "T" if name == INPUTS[0] else "P") for name in INPUTS],
+            outputs=[parameter(OUTPUT, "T")],
+            type_constraints=[
+                ("T", ["tensor(float)", "tensor(float16)", "tensor(bfloat16)", "tensor(double)"], "X and Y"),
+                ("P", ["tensor(float)", "tensor(double)"], "double where X is, else float"),
+            ],
+            attributes=[OpSchema.Attribute(name, OpSchema.AttrType.STRING, required=False) for name in NODE_ATTRIBUTES],
+        )
+    )
+
+
+def translate(x: object, gamma: object, beta: object, tau: object, eps: object) -> object:
+    """The ONNX node for a call of the torch operator; torch.onnx.export calls it with symbolic values."""
+    opset = onnxscript.values.Opset(DOMAIN, VERSION)
+    return getattr(opset, OP_TYPE)(x, gamma, beta, tau, eps, **NODE_ATTRIBUTES)
+
+
+def function_proto(opset: int, *, half: bool = False) -> onnx.FunctionProto:
+    """The operator's body in standard operators, which a runtime without our library runs instead.
+
+    Works on (N, C, L), L the product of the spatial sizes: it then serves every rank, and TensorRT fuses it
+    better than a reduction over two axes. Sizes are computed, so that zero-size inputs pass.
+
+    Args:
+        opset: Version of the default ONNX domain, which must be the model's own.
+        half: For float16 and bfloat16 X: casts to float32 first, where a square cannot overflow. A float32 or
+            float64 body has no casts, because ONNX Runtime keeps the last one as a pass over the tensor.
+    """
+    return _function(
+        OP_TYPE,
+        opset,
+        half,
+        """
+        square = Mul (flat, flat)
+        mean = ReduceMean <keepdims = 1> (square, last_axis)
+        eps_column = Unsqueeze (eps, column_axis)
+        positive = Add (mean, eps_column)
+        root = Sqrt (positive)
+        factor = Div (gamma_column, root)
+        scaled = Mul (flat, factor)
+        """,
+    )
+
+
+def lower(model: ir.Model, lowering: Lowering, *, function: bool = True) -> None:
+    """Writes the operator's nodes in the form asked for, in place.
+
+    Args:
+        model: A graph with `deploynorm` nodes, straight from translation.
+        lowering: See Lowering.
+        function: Whether a custom node's body goes with the model. Without it only TensorRT with our plugin and
+            ONNX Runtime with our library can run the file; TensorRT 10.0 to 10.6 need it so.
+
+    Raises:
+        ModelError: Another local function has the operator's name (TensorRT looks functions up by name alone); or
+            rmsnorm is asked for at an opset below 23, for float64, or with an epsilon that is not constant.
+    """
+    for other in model.functions.values():
+        if other.name == OP_TYPE:
+            raise ModelError(
+                "export",
+                f"the model already has a local function named {OP_TYPE}",
+                got=f"{other.domain}::{other.name}",
+                fix="rename that function: TensorRT finds functions by name and would take the wrong body",
+            )
+    nodes = frn_nodes(model)
+    if not nodes:
+        return
+    opset = model.opset_imports[""]
+    half = any(node.inputs[0].dtype in _HALF for node in nodes if node.inputs[0] is not None)
+    if lowering == "rmsnorm":
+        _use_rmsnorm(model, nodes, opset, half)
+    elif lowering == "primitives" or function:
+        _attach(model, function_proto(opset, half=half))
+    if lowering != "custom":
+        for node in nodes:
+            for name in NODE_ATTRIBUTES:
+                node.attributes.pop(name, None)
+        InlinePass()(model)
+        model.opset_imports.pop(DOMAIN, None)
+        onnxscript.optimizer.optimize(model)
+
+
+def frn_nodes(model: ir.Model) -> list[ir.Node]:
+    """The nodes of our operator in the model's graph, its subgraphs among them."""
+    return [node for node in model.graph.all_nodes() if node.domain == DOMAIN and node.op_type == OP_TYPE]
+
+
+def _use_rmsnorm(model: ir.Model, nodes: list[ir.Node], opset: int, half: bool) -> None:
+    """Attaches bodies on RMSNormalization and gives each node its epsilon attribute.
+
+    RMSNormalization has one epsilon. With an epsilon a channel, FRN(x; eps_c) = RMS(s_c * x; eps_0) with
+    s_c = sqrt(eps_0 / eps_c): such a node carries s in the place of eps.
+    """
+    if opset < RMSNORM_OPSET:
+        raise ModelError(
+            "export",
+            "RMSNormalization needs a newer opset",
+            got=f"opset {opset}",
+            expected=f"{RMSNORM_OPSET}",
+            fix=f"pass --opset {RMSNORM_OPSET}, or --lowering primitives",
+        )
+    for node in nodes:
+        x, eps = node.inputs[0], node.inputs[4]
+        constant = None if eps is None else ir.convenience.get_const_tensor(eps)
+        if constant is None:
+            raise ModelError("export", f"node {node.name}: rmsnorm needs a constant epsilon", fix="use primitives")
+        if x is not None and x.dtype == ir.DataType.DOUBLE:
+            raise ModelError(
+                "export", "RMSNormalization computes in float32", got="a float64 network", fix="use primitives"
+            )
+        values = constant.numpy().astype(np.float64)
+        floor = float(values.min())
+        node.attributes["epsilon"] = ir.AttrFloat32("epsilon", floor)
+        if not (values == floor).all():
+            node.op_type = _SCALED
+            scale = np.sqrt(floor / values).astype(np.float32)
+            value = ir.val(f"{node.name}_scale", const_value=ir.tensor(scale, name=f"{node.name}_scale"))
+            model.graph.register_initializer(value)
+            node.replace_input_with(4, value)
+    normalize = """
+        unit = RMSNormalization <axis = -1, epsilon: float = @epsilon> ({flat}, ones)
+        scaled = Mul (unit, gamma_column)
+        """
+    ones = "ones = Constant <value_floats = [1.0]> ()"
+    _attach(model, _function(OP_TYPE, opset, half, ones + normalize.format(flat="flat"), "<epsilon>"))
+    rescale = """
+        scale_column = Unsqueeze (eps, column_axis)
+        even = Mul (flat, scale_column)
+        """
+    _attach(model, _function(_SCALED, opset, half, ones + rescale + normalize.format(flat="even"), "<epsilon>"))
+
+
+def _function(name: str, opset: int, half: bool, core: str, attributes: str = "") -> onnx.FunctionProto:
+    """A body around `core`, which computes `scaled` (N, C, L) from `flat` (N, C, L), eps and `gamma_column`."""
+    text = f"""
+    <opset_import: ["": {opset}], domain: "{DOMAIN}">
+    {name} {attributes} ({", ".join(INPUTS)}) => ({OUTPUT}) {{
+        column_axis = Constant <value_ints = [1]> ()
+        last_axis = Constant <value_ints = [2]> ()
+        shape = Shape ({INPUTS[0]})
+        outer = Shape <end = 2> ({INPUTS[0]})
+        spatial = Shape <start = 2> ({INPUTS[0]})
+        length = ReduceProd <keepdims = 1> (spatial)
+        columns = Concat <axis = 0> (outer, length)
+        {"wide = Cast <to = 1> (X)" if half else ""}
+        flat = Reshape <allowzero = 1> ({"wide" if half else INPUTS[0]}, columns)
+        gamma_column = Unsqueeze (gamma, column_axis)
+        {core}
+        beta_column = Unsqueeze (beta, column_axis)
+        shifted = Add (scaled, beta_column)
+        tau_column = Unsqueeze (tau, column_axis)
+        bounded = Max (shifted, tau_column)
+        {"whole = Reshape <allowzero = 1> (bounded, shape)" if half else ""}
+        {f"{OUTPUT} = CastLike (whole, X)" if half else f"{OUTPUT} = Reshape <allowzero = 1> (bounded, shape)"}
+    }}
+    """
+    proto = onnx.parser.parse_function(text)
+    for node in proto.node:  # TensorRT warns of nodes without a name
+        node.name = f"{name}_{node.output[0]}"
+    return proto
+
+
+def _attach(model: ir.Model, proto: onnx.FunctionProto) -> None:
+    function = ir.serde.deserialize_function(proto)
+    model.functions[function.identifier()] = function
+    model.opset_imports.setdefault(DOMAIN, VERSION)

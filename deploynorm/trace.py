@@ -1,0 +1,190 @@
+"""nn.Module -> torch.export program: what fold reads and what export translates."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import Dim, ExportedProgram
+
+from deploynorm.errors import InputError, ModelError
+from deploynorm.layers.adopt import adopt
+
+__all__ = ["Dynamic", "first_line", "inference_copy", "narrowed_axes", "quiet", "trace"]
+
+Dynamic = Literal["none", "batch", "spatial", "all"]
+"""Which input axes may change: axis 0 is the batch, axes 2 and up are spatial."""
+
+
+def inference_copy(model: nn.Module) -> nn.Module:
+    """A copy of the network on the CPU, in evaluation mode, with other projects' FRN layers taken over."""
+    try:
+        with quiet():
+            twin = copy.deepcopy(model).cpu().requires_grad_(False)
+    except Exception as error:
+        raise ModelError(
+            type(model).__name__,
+            f"the network cannot be copied: {first_line(error)}",
+            fix="remove what does not deep-copy (hooks, open files, non-leaf tensors)",
+        ) from error
+    if isinstance(twin, fx.GraphModule):
+        try:
+            return twin.eval()
+        except NotImplementedError:  # the module of a torch.export archive is fixed in the mode it was traced in
+            _refuse_training_graph(twin)
+            return twin
+    return adopt(twin).eval()
+
+
+def trace(model: nn.Module, example_inputs: Sequence[Tensor], dynamic: Dynamic | None = None) -> ExportedProgram:
+    """Traces a network with torch.export.
+
+    Args:
+        model: Network in evaluation mode.
+        example_inputs: Positional inputs of forward. Sizes above 1 on the axes that are to be dynamic.
+        dynamic: Axes that must stay free. None frees the axes that the network leaves free: it is run with other
+            sizes first, and an axis that it fixes or branches on stays as in the example.
+
+    Returns:
+        The program, with ATen and deploynorm operators.
+
+    Raises:
+        InputError: An example input is not a tensor.
+        ModelError: torch.export cannot trace the network, or the network fixes an axis that must stay free.
+    """
+    for position, example in enumerate(example_inputs):
+        if not isinstance(example, Tensor):
+            raise InputError("trace", f"example input {position} is not a tensor", got=type(example).__name__)
+    if dynamic is None:
+        batch, spatial = _probe(model, example_inputs)
+        free = {(True, True): "all", (True, False): "batch", (False, True): "spatial"}.get((batch, spatial), "none")
+        return _export(model, example_inputs, free, Dim.AUTO)
+    program = _export(model, example_inputs, dynamic, Dim.DYNAMIC)
+    narrowed = narrowed_axes(program)
+    if narrowed:
+        raise ModelError(
+            f"trace of {type(model).__name__}",
+            f"the network branches on a size that dynamic={dynamic!r} wants free",
+            got="; ".join(narrowed),
+            fix="leave the choice out, or name fewer axes (none, batch, spatial, all)",
+        )
+    return program
+
+
+def narrowed_axes(program: ExportedProgram) -> list[str]:
+    """The free axes that hold for some sizes only, because the network branches on them, told one a string."""
+    told = []
+    for node in program.graph.nodes:
+        if node.op != "placeholder" or node.name not in program.graph_signature.user_inputs:
+            continue
+        for axis, size in enumerate(getattr(node.meta["val"], "shape", ())):
+            if not isinstance(size, torch.SymInt):
+                continue
+            bounds = program.range_constraints.get(size.node.expr)
+            if bounds is None:
+                continue
+            # A convolution narrows a spatial axis from below on its own; torch assumes 2 and up for any axis.
+            low = int(bounds.lower) if axis == 0 and bounds.lower > 2 else None
+            high = int(bounds.upper) if bounds.upper.is_finite and bounds.upper < 2**31 else None
+            if low is not None or high is not None:
+                span = f"{low if low is not None else 1} to {high if high is not None else 'any'}"
+                told.append(f"axis {axis} of {node.name}: {span}")
+    return told
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keeps torch's warnings about its own internals from the user of export."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=FutureWarning)
+        warnings.filterwarnings("ignore", category=DeprecationWarning)
+        yield
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, without its full stop, to stand inside another message."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0].rstrip(".") if lines else type(error).__name__
+
+
+def _export(model: nn.Module, example_inputs: Sequence[Tensor], dynamic: Dynamic | str, kind: Any) -> ExportedProgram:
+    batch, spatial = dynamic in ("batch", "all"), dynamic in ("spatial", "all")
+    shapes = tuple(
+        dict.fromkeys([0] * (batch and example.dim() > 0) + [*range(2, example.dim())] * spatial, kind)
+        for example in example_inputs
+    )
+    code = getattr(type(model).forward, "__code__", None)
+    takes_star_args = code is not None and code.co_flags & 0x04 and code.co_argcount == 1
+    dynamic_shapes: Any = (shapes,) if takes_star_args else shapes
+    try:
+        with torch.no_grad(), quiet():
+            return torch.export.export(model, tuple(example_inputs), dynamic_shapes=dynamic_shapes)
+    except Exception as error:
+        raise _explain(model, example_inputs, dynamic, error) from error
+
+
+def _probe(model: nn.Module, example_inputs: Sequence[Tensor]) -> tuple[bool, bool]:
+    """Whether the network runs with one more sample, and with larger maps (by 1, or by 32 as U-nets need)."""
+
+    def runs(batch: int, spatial: int) -> bool:
+        grown = [
+            torch.zeros(
+                [
+                    size + (batch if axis == 0 else spatial if axis > 1 else 0)
+                    for axis, size in enumerate(example.shape)
+                ],
+                dtype=example.dtype,
+            )
+            for example in example_inputs
+        ]
+        try:
+            with torch.no_grad(), quiet(), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                model(*grown)
+        except Exception:  # any refusal of a size is an answer here, whatever its type
+            return False
+        return True
+
+    has_maps = any(example.dim() > 2 for example in example_inputs)
+    return runs(1, 0), has_maps and (runs(0, 1) or runs(0, 32))
+
+
+def _explain(
+    model: nn.Module, example_inputs: Sequence[Tensor], dynamic: Dynamic | str, error: Exception
+) -> ModelError:
+    where = f"trace of {type(model).__name__}"
+    shapes = "inputs of shape " + ", ".join(str(tuple(example.shape)) for example in example_inputs)
+    if isinstance(error, InputError):
+        return ModelError(where, f"the network refuses the example input: {error}", got=shapes)
+    text = str(error)
+    if "Constraints violated" in text or ("marked" in text and "specialized" in text):
+        return ModelError(
+            where,
+            f"the network fixes an axis that dynamic={dynamic!r} wants free: {first_line(error)}",
+            got=shapes,
+            fix="leave the choice out, or name fewer axes (none, batch, spatial, all)",
+        )
+    return ModelError(
+        where,
+        f"torch.export cannot trace the network: {type(error).__name__}: {first_line(error)}",
+        got=shapes,
+        fix="check the input shape first; control flow that depends on values has to go (torch.cond, torch.where)",
+    )
+
+
+def _refuse_training_graph(model: fx.GraphModule) -> None:
+    aten = torch.ops.aten
+    training_argument = {aten.batch_norm.default: 5, aten.dropout.default: 2}
+    for node in model.graph.nodes:
+        position = training_argument.get(node.target)
+        if position is not None and node.args[position]:
+            raise ModelError(
+                type(model).__name__,
+                f"the archive was traced in training mode (node {node.name})",
+                fix="call model.eval() before torch.export.export",
+            )
