@@ -1,1 +1,79 @@
-"""deploynorm."""
+"""From a PyTorch CNN with FRN or MABN layers to a checked ONNX file.
+
+    checkpoint = deploynorm.load("model.pt")                            # or any nn.Module of yours
+    example = (torch.randn(2, 3, 224, 224),)
+    folded, fold_report = deploynorm.fold(checkpoint.model, example)    # constants into weights
+    exported = deploynorm.export(folded, example)                       # nn.Module -> ONNX
+    exported.save("model.onnx")
+    truth = deploynorm.EagerRunner(checkpoint.model, exported.inputs, dtype=torch.float64)
+    samples = deploynorm.sample_inputs(exported.inputs, seed=0, base={"x": (2, 3, 224, 224)})
+    with deploynorm.open_runner("model.onnx") as candidate:             # ONNX -> numbers
+        deploynorm.check(candidate, truth, samples).raise_if_broken()   # the same numbers?
+
+Importing the package imports none of torch, onnx, onnxruntime and tensorrt; each comes with the first name that
+needs it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from deploynorm.check import check as check
+    from deploynorm.checkpoint import load as load
+    from deploynorm.checkpoint import save as save
+    from deploynorm.errors import BackendError as BackendError
+    from deploynorm.errors import DeployNormError as DeployNormError
+    from deploynorm.errors import InputError as InputError
+    from deploynorm.errors import ModelError as ModelError
+    from deploynorm.errors import ParityError as ParityError
+    from deploynorm.export import export as export
+    from deploynorm.fold import fold as fold
+    from deploynorm.inputs import sample_inputs as sample_inputs
+    from deploynorm.run import open_runner as open_runner
+    from deploynorm.run.eager import EagerRunner as EagerRunner
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "load": "deploynorm.checkpoint",
+    "save": "deploynorm.checkpoint",
+    "fold": "deploynorm.fold",
+    "export": "deploynorm.export",
+    "open_runner": "deploynorm.run",
+    "EagerRunner": "deploynorm.run.eager",
+    "check": "deploynorm.check",
+    "sample_inputs": "deploynorm.inputs",
+    "DeployNormError": "deploynorm.errors",
+    "InputError": "deploynorm.errors",
+    "ModelError": "deploynorm.errors",
+    "BackendError": "deploynorm.errors",
+    "ParityError": "deploynorm.errors",
+}
+
+__all__ = ["__version__", *_HOME]
+
+
+class _Package(ModuleType):
+    """Brings a public name in when it is first asked for, and keeps a function above the module it lives in."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in _HOME:
+            raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
+        module = importlib.import_module(_HOME[name])
+        return self.__dict__.setdefault(name, getattr(module, name))
+
+    def __setattr__(self, name: str, value: object) -> None:
+        # Python binds a submodule to its parent once it is imported; fold, export and check are functions here.
+        if name in _HOME and isinstance(value, ModuleType):
+            value = getattr(value, name)
+        super().__setattr__(name, value)
+
+    def __dir__(self) -> list[str]:
+        return sorted(__all__)
+
+
+sys.modules[__name__].__class__ = _Package

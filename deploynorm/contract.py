@@ -14,6 +14,8 @@ __all__ = [
     "DTYPES",
     "INPUTS",
     "MAX_OPSET",
+    "METADATA_IMAGE",
+    "METADATA_LABELS",
     "MIN_OPSET",
     "NODE_ATTRIBUTES",
     "OP_TYPE",
@@ -56,3 +58,9 @@ NODE_ATTRIBUTES: Final = {"plugin_namespace": DOMAIN, "plugin_version": str(VERS
 MIN_OPSET: Final = 18
 MAX_OPSET: Final = 23
 """Opsets of the default ONNX domain that export accepts."""
+
+METADATA_IMAGE: Final = "deploynorm.image"
+"""metadata_props key: how an image becomes the input, as JSON of shape (C, H, W), mean and std."""
+
+METADATA_LABELS: Final = "deploynorm.labels"
+"""metadata_props key: the class names, as a JSON list."""

@@ -1,0 +1,51 @@
+"""Fold MABN, BatchNorm and weight centralisation into plain convolutions.
+
+Writes the folded network as a torch.export archive (.pt2), which `deploynorm export` takes, after checking it
+against the network as it was. The table tells each layer that could not fold, and why.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from deploynorm.cli import options
+
+__all__ = ["add_arguments", "run"]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    options.add_model(parser)
+    parser.add_argument("-o", "--output", type=Path, help="default: MODEL with the ending .folded.pt2")
+    options.add_parity(parser)
+    options.add_output_control(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    import torch
+
+    from deploynorm.cli.files import staging
+    from deploynorm.cli.network import load_network
+    from deploynorm.cli.parity import check_folded
+    from deploynorm.cli.tables import fold_to_dict, print_checks, print_fold
+    from deploynorm.cli.terminal import Terminal
+    from deploynorm.fold import fold
+    from deploynorm.trace import quiet, trace
+
+    terminal = Terminal(verbose=arguments.verbose, quiet=arguments.quiet)
+    output: Path = arguments.output or arguments.model.with_suffix(".folded.pt2")
+    with staging(output) as folder:
+        with terminal.step(f"reading {arguments.model}"):
+            network = load_network(arguments)
+        with terminal.step("folding"):
+            folded, report = fold(network.model, network.example_inputs())
+        with terminal.step("checking"):
+            parity = check_folded(network, folded, arguments)
+        print_fold(terminal, report)
+        print_checks(terminal, [parity])
+        terminal.write_json(arguments.json, {"fold": fold_to_dict(report), "checks": [parity.to_dict()]})
+        parity.raise_if_broken()
+        with terminal.step(f"writing {output}"), quiet():
+            torch.export.save(trace(folded, network.example_inputs()), folder / output.name)
+    terminal.line(f"wrote {output}")
+    return 0

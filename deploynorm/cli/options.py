@@ -1,0 +1,75 @@
+"""Options that several verbs share, and what they mean."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from deploynorm.errors import InputError
+
+__all__ = ["add_model", "add_output_control", "add_parity", "factory_kwargs"]
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """MODEL and how to read it."""
+    parser.add_argument("model", metavar="MODEL", type=Path, help="checkpoint, state_dict, pickled module or .pt2")
+    group = parser.add_argument_group("reading the model")
+    group.add_argument(
+        "--factory",
+        metavar="PKG.MOD:FN",
+        help="function that builds the network for a state_dict; imported and called, so name only code you trust",
+    )
+    group.add_argument("--factory-kwargs", metavar="JSON", help="its arguments, as in '{\"num_classes\": 10}'")
+    group.add_argument(
+        "--trust-pickle", action="store_true", help="let a pickle run code; only for files from a source you trust"
+    )
+    group.add_argument(
+        "--input-shape",
+        metavar="[NAME:]SHAPE",
+        action="append",
+        default=[],
+        help="x:2x3x224x224 or 2x3x224x224; may be left out where the model names its input",
+    )
+
+
+def add_parity(parser: argparse.ArgumentParser) -> None:
+    """The tolerance and the inputs of a parity check."""
+    group = parser.add_argument_group("parity check")
+    group.add_argument("--atol", type=float, help="absolute tolerance (default by dtype; float32: 1e-7)")
+    group.add_argument("--rtol", type=float, help="relative to the largest output (default by dtype; float32: 1e-4)")
+    group.add_argument("--seed", type=int, default=0, help="of the random inputs (default 0)")
+    group.add_argument(
+        "--backend",
+        choices=("onnxruntime", "reference"),
+        help="what runs the ONNX file (default onnxruntime, or ONNX's slow reference where it is not installed)",
+    )
+
+
+def add_output_control(parser: argparse.ArgumentParser) -> None:
+    """What is printed, and where else it goes."""
+    group = parser.add_argument_group("output")
+    group.add_argument("--json", metavar="PATH", type=Path, help="also write what was found, as JSON")
+    level = group.add_mutually_exclusive_group()
+    level.add_argument("-v", "--verbose", action="store_true", help="a line for each layer and each sample")
+    level.add_argument("-q", "--quiet", action="store_true", help="errors alone")
+
+
+def factory_kwargs(arguments: argparse.Namespace) -> dict[str, Any] | None:
+    """The value of --factory-kwargs, None where it was not given.
+
+    Raises:
+        InputError: It is something else.
+    """
+    text: str | None = arguments.factory_kwargs
+    if text is None:
+        return None
+    option, expected = "--factory-kwargs", 'an object such as {"num_classes": 10}'
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise InputError(option, "not JSON", got=repr(text), expected=expected) from error
+    if not isinstance(value, dict):
+        raise InputError(option, "not a JSON object", got=repr(text), expected=expected)
+    return value

@@ -1,0 +1,53 @@
+"""The tables that several verbs print, and the same as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from deploynorm.check import Report
+from deploynorm.cli.terminal import Terminal
+from deploynorm.fold import FoldReport
+
+__all__ = ["fold_to_dict", "print_checks", "print_fold"]
+
+
+def print_fold(terminal: Terminal, report: FoldReport) -> None:
+    """Layers found, folded and left, by class; then each layer that was left, with the reason."""
+    rows = []
+    for kind, found in sorted(report.found.items()):
+        outcomes = [change.outcome for change in report.changes if change.kind == kind]
+        rows.append((kind, found, *(outcomes.count(outcome) or "-" for outcome in ("folded", "affine", "left"))))
+    if rows:
+        terminal.table("Layers", ("layer", "found", "folded", "kept as affine", "left"), rows)
+    told = report.changes if terminal.verbose else [c for c in report.changes if c.outcome != "folded"]
+    if told:
+        terminal.table(
+            "Each layer" if terminal.verbose else "Layers that did not fold, and why",
+            ("layer", "class", "outcome", "detail"),
+            ((change.layer or "(the network)", change.kind, change.outcome, change.detail) for change in told),
+        )
+
+
+def print_checks(terminal: Terminal, reports: Iterable[Report]) -> None:
+    """The worst error of each sample and output, beside what is allowed."""
+    rows = []
+    for report in reports:
+        for comparison in report.comparisons:
+            rows.append(
+                (
+                    report.candidate,
+                    comparison.sample,
+                    comparison.output,
+                    f"{comparison.max_abs:.2e}",
+                    f"{comparison.max_rel:.2e}",
+                    f"{comparison.allowed:.2e}",
+                    ("ok" if comparison.ok else "BROKEN") + (f": {comparison.reason}" if comparison.reason else ""),
+                )
+            )
+    columns = ("candidate", "sample", "output", "max |error|", "relative", "allowed", "")
+    terminal.table("Parity with the network in float64", columns, rows)
+
+
+def fold_to_dict(report: FoldReport) -> dict[str, Any]:
+    return {"found": dict(report.found), "changes": [change._asdict() for change in report.changes]}

@@ -1,0 +1,60 @@
+"""What a verb shows: tables on standard output, progress on standard error."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from deploynorm.cli.files import write_text
+
+__all__ = ["Terminal"]
+
+
+class Terminal:
+    """Prints for one run of a verb.
+
+    Args:
+        verbose: Whether `detail` prints.
+        quiet: Whether nothing does.
+    """
+
+    def __init__(self, *, verbose: bool = False, quiet: bool = False) -> None:
+        self.verbose = verbose
+        self._out = Console(quiet=quiet, highlight=False, soft_wrap=not sys.stdout.isatty())
+        self._progress = Console(stderr=True, quiet=quiet)
+
+    def line(self, text: str) -> None:
+        self._out.print(escape(text))
+
+    def table(self, title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+        """Prints a table; numbers should come as text, formatted."""
+        table = Table(title=escape(title), title_justify="left", title_style="bold", box=None, pad_edge=False)
+        for column in columns:
+            table.add_column(column, overflow="fold")
+        for row in rows:
+            table.add_row(*(escape(str(cell)) for cell in row))
+        self._out.print(table)
+        self._out.print()
+
+    @contextmanager
+    def step(self, text: str) -> Iterator[None]:
+        """Shows what is being done while it lasts; nothing where standard error is not a terminal."""
+        if not self._progress.is_terminal:
+            yield
+            return
+        with self._progress.status(escape(text)):
+            yield
+
+    @staticmethod
+    def write_json(path: Path | None, content: dict[str, Any]) -> None:
+        """Writes the machine-readable form, where one was asked for."""
+        if path is not None:
+            write_text(path, json.dumps(content, indent=2) + "\n")
