@@ -35,11 +35,12 @@ class DeployNormError(Exception):
         super().__init__(self._render())
 
     def _render(self) -> str:
-        sentences = [f"{self.where}: {self.problem}."]
+        # Text taken from another library may bring its own full stop.
+        sentences = [f"{self.where}: {self.problem.rstrip('.')}."]
         found = [f"got {self.got}"] if self.got is not None else []
         found += [f"expected {self.expected}"] if self.expected is not None else []
         if found:
-            text = "; ".join(found)
+            text = "; ".join(found).rstrip(".")
             sentences.append(text[0].upper() + text[1:] + ".")
         if self.fix is not None:
             sentences.append(f"Fix: {self.fix}.")

@@ -33,11 +33,7 @@ def inference_copy(model: nn.Module) -> nn.Module:
             fix="remove what does not deep-copy (hooks, open files, non-leaf tensors)",
         ) from error
     if isinstance(twin, fx.GraphModule):
-        try:
-            return twin.eval()
-        except NotImplementedError:  # the module of a torch.export archive is fixed in the mode it was traced in
-            _refuse_training_graph(twin)
-            return twin
+        _refuse_training_graph(twin)
     return adopt(twin).eval()
 
 
@@ -60,19 +56,18 @@ def trace(model: nn.Module, example_inputs: Sequence[Tensor], dynamic: Dynamic |
     for position, example in enumerate(example_inputs):
         if not isinstance(example, Tensor):
             raise InputError("trace", f"example input {position} is not a tensor", got=type(example).__name__)
+    takes = _sizes_taken(model, example_inputs) if dynamic != "none" else set()
     if dynamic is None:
-        batch, spatial = _probe(model, example_inputs)
-        free = {(True, True): "all", (True, False): "batch", (False, True): "spatial"}.get((batch, spatial), "none")
-        return _export(model, example_inputs, free, Dim.AUTO)
-    program = _export(model, example_inputs, dynamic, Dim.DYNAMIC)
+        return _export(model, example_inputs, takes, Dim.AUTO)
+    wanted = set[str]({"batch", "spatial"} if dynamic == "all" else {dynamic} - {"none"})
+    if not any(example.dim() > 2 for example in example_inputs):
+        wanted -= {"spatial"}
+    if not wanted <= takes:
+        raise _not_free(model, dynamic, f"it refuses another {' or '.join(sorted(wanted - takes))} size")
+    program = _export(model, example_inputs, wanted, Dim.DYNAMIC)
     narrowed = narrowed_axes(program)
     if narrowed:
-        raise ModelError(
-            f"trace of {type(model).__name__}",
-            f"the network branches on a size that dynamic={dynamic!r} wants free",
-            got="; ".join(narrowed),
-            fix="leave the choice out, or name fewer axes (none, batch, spatial, all)",
-        )
+        raise _not_free(model, dynamic, f"it branches on {'; '.join(narrowed)}")
     return program
 
 
@@ -112,10 +107,11 @@ def first_line(error: BaseException) -> str:
     return lines[0].rstrip(".") if lines else type(error).__name__
 
 
-def _export(model: nn.Module, example_inputs: Sequence[Tensor], dynamic: Dynamic | str, kind: Any) -> ExportedProgram:
-    batch, spatial = dynamic in ("batch", "all"), dynamic in ("spatial", "all")
+def _export(model: nn.Module, example_inputs: Sequence[Tensor], free: set[str], kind: Any) -> ExportedProgram:
     shapes = tuple(
-        dict.fromkeys([0] * (batch and example.dim() > 0) + [*range(2, example.dim())] * spatial, kind)
+        dict.fromkeys(
+            [axis for axis in range(example.dim()) if axis != 1 and ("spatial" if axis else "batch") in free], kind
+        )
         for example in example_inputs
     )
     code = getattr(type(model).forward, "__code__", None)
@@ -125,50 +121,48 @@ def _export(model: nn.Module, example_inputs: Sequence[Tensor], dynamic: Dynamic
         with torch.no_grad(), quiet():
             return torch.export.export(model, tuple(example_inputs), dynamic_shapes=dynamic_shapes)
     except Exception as error:
-        raise _explain(model, example_inputs, dynamic, error) from error
+        raise _explain(model, example_inputs, free, error) from error
 
 
-def _probe(model: nn.Module, example_inputs: Sequence[Tensor]) -> tuple[bool, bool]:
-    """Whether the network runs with one more sample, and with larger maps (by 1, or by 32 as U-nets need)."""
+def _sizes_taken(model: nn.Module, example_inputs: Sequence[Tensor]) -> set[str]:
+    """Of "batch" and "spatial", those that the network runs with larger: by 1, or by 32 as U-nets need."""
 
     def runs(batch: int, spatial: int) -> bool:
         grown = [
-            torch.zeros(
-                [
-                    size + (batch if axis == 0 else spatial if axis > 1 else 0)
-                    for axis, size in enumerate(example.shape)
-                ],
-                dtype=example.dtype,
-            )
+            example.new_zeros([size + (batch, 0, spatial)[min(axis, 2)] for axis, size in enumerate(example.shape)])
             for example in example_inputs
         ]
         try:
-            with torch.no_grad(), quiet(), warnings.catch_warnings():
+            with torch.no_grad(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 model(*grown)
         except Exception:  # any refusal of a size is an answer here, whatever its type
             return False
         return True
 
-    has_maps = any(example.dim() > 2 for example in example_inputs)
-    return runs(1, 0), has_maps and (runs(0, 1) or runs(0, 32))
+    taken = set()
+    if runs(1, 0):
+        taken.add("batch")
+    if any(example.dim() > 2 for example in example_inputs) and (runs(0, 1) or runs(0, 32)):
+        taken.add("spatial")
+    return taken
 
 
-def _explain(
-    model: nn.Module, example_inputs: Sequence[Tensor], dynamic: Dynamic | str, error: Exception
-) -> ModelError:
+def _not_free(model: nn.Module, dynamic: str, reason: str) -> ModelError:
+    return ModelError(
+        f"trace of {type(model).__name__}",
+        f"the network fixes a size that dynamic={dynamic!r} wants free: {reason}",
+        fix="leave the choice out, or name fewer axes (none, batch, spatial, all)",
+    )
+
+
+def _explain(model: nn.Module, example_inputs: Sequence[Tensor], free: set[str], error: Exception) -> ModelError:
     where = f"trace of {type(model).__name__}"
     shapes = "inputs of shape " + ", ".join(str(tuple(example.shape)) for example in example_inputs)
     if isinstance(error, InputError):
         return ModelError(where, f"the network refuses the example input: {error}", got=shapes)
-    text = str(error)
-    if "Constraints violated" in text or ("marked" in text and "specialized" in text):
-        return ModelError(
-            where,
-            f"the network fixes an axis that dynamic={dynamic!r} wants free: {first_line(error)}",
-            got=shapes,
-            fix="leave the choice out, or name fewer axes (none, batch, spatial, all)",
-        )
+    if "Constraints violated" in str(error) or ("marked" in str(error) and "specialized" in str(error)):
+        return _not_free(model, "all" if len(free) == 2 else "".join(free), first_line(error))
     return ModelError(
         where,
         f"torch.export cannot trace the network: {type(error).__name__}: {first_line(error)}",
@@ -178,6 +172,7 @@ def _explain(
 
 
 def _refuse_training_graph(model: fx.GraphModule) -> None:
+    """The module of a torch.export archive keeps the mode that it was traced in, whatever eval() says."""
     aten = torch.ops.aten
     training_argument = {aten.batch_norm.default: 5, aten.dropout.default: 2}
     for node in model.graph.nodes:

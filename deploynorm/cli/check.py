@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from deploynorm.cli.network import load_network
-    from deploynorm.cli.parity import check_onnx
+    from deploynorm.cli.parity import check_onnx, raise_if_broken
     from deploynorm.cli.tables import print_checks
     from deploynorm.cli.terminal import Terminal
 
@@ -33,5 +33,5 @@ def run(arguments: argparse.Namespace) -> int:
         report = check_onnx(network, arguments.candidate, arguments)
     print_checks(terminal, [report])
     terminal.write_json(arguments.json, report.to_dict())
-    report.raise_if_broken()
+    raise_if_broken(terminal, [report], network, arguments)
     return 0

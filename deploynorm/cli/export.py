@@ -50,7 +50,7 @@ def run(arguments: argparse.Namespace) -> int:
     from deploynorm.cli.files import staging
     from deploynorm.cli.manifest import manifest
     from deploynorm.cli.network import load_network
-    from deploynorm.cli.parity import check_folded, check_onnx
+    from deploynorm.cli.parity import check_folded, check_onnx, raise_if_broken
     from deploynorm.cli.tables import fold_to_dict, print_checks, print_fold
     from deploynorm.cli.terminal import Terminal
     from deploynorm.export import export
@@ -66,7 +66,9 @@ def run(arguments: argparse.Namespace) -> int:
         if not arguments.no_fold:
             with terminal.step("folding"):
                 model, folding = fold(network.model, examples)
-                checks.append(check_folded(network, model, arguments))
+            if folding.modified:
+                with terminal.step("checking the folded network"):
+                    checks.append(check_folded(network, model, arguments))
         with terminal.step("exporting"):
             exported = export(
                 model,
@@ -80,7 +82,7 @@ def run(arguments: argparse.Namespace) -> int:
             )
         onnx_file = folder / output.name
         exported.save(onnx_file, external_data=arguments.external_data or None)
-        with terminal.step("checking"):
+        with terminal.step("checking the ONNX file"):
             checks.append(check_onnx(network, onnx_file, arguments))
 
         if folding is not None:
@@ -94,8 +96,7 @@ def run(arguments: argparse.Namespace) -> int:
             "checks": [report.to_dict() for report in checks],
         }
         terminal.write_json(arguments.json, record)
-        for report in checks:
-            report.raise_if_broken()
+        raise_if_broken(terminal, checks, network, arguments)
         (folder / f"{output.stem}.deploynorm.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     terminal.line(f"wrote {output} and {output.with_suffix('.deploynorm.json')}")
     return 0

@@ -26,7 +26,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     from deploynorm.cli.files import staging
     from deploynorm.cli.network import load_network
-    from deploynorm.cli.parity import check_folded
+    from deploynorm.cli.parity import check_folded, raise_if_broken
     from deploynorm.cli.tables import fold_to_dict, print_checks, print_fold
     from deploynorm.cli.terminal import Terminal
     from deploynorm.fold import fold
@@ -44,7 +44,7 @@ def run(arguments: argparse.Namespace) -> int:
         print_fold(terminal, report)
         print_checks(terminal, [parity])
         terminal.write_json(arguments.json, {"fold": fold_to_dict(report), "checks": [parity.to_dict()]})
-        parity.raise_if_broken()
+        raise_if_broken(terminal, [parity], network, arguments)
         with terminal.step(f"writing {output}"), quiet():
             torch.export.save(trace(folded, network.example_inputs()), folder / output.name)
     terminal.line(f"wrote {output}")

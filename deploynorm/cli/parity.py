@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -11,12 +12,14 @@ from torch import nn
 
 from deploynorm.check import Report, check
 from deploynorm.cli.network import Network
+from deploynorm.cli.tables import print_checks
+from deploynorm.cli.terminal import Terminal
 from deploynorm.inputs import TensorSpec, sample_inputs
 from deploynorm.run import available, open_runner
 from deploynorm.run.base import Runner
 from deploynorm.run.eager import EagerRunner
 
-__all__ = ["check_folded", "check_onnx"]
+__all__ = ["check_folded", "check_onnx", "raise_if_broken"]
 
 
 def check_folded(network: Network, folded: nn.Module, arguments: argparse.Namespace) -> Report:
@@ -33,6 +36,26 @@ def check_onnx(network: Network, path: Path, arguments: argparse.Namespace) -> R
         backend = "onnxruntime" if available()["onnxruntime"] is None else "reference"
     with open_runner(path, backend) as candidate:
         return _check(candidate, network, candidate.inputs, arguments)
+
+
+def raise_if_broken(
+    terminal: Terminal, reports: Sequence[Report], network: Network, arguments: argparse.Namespace
+) -> None:
+    """Raises ParityError for a broken report, after showing how far the network's own rounding goes.
+
+    Some networks amplify rounding: FRN over maps of one or two pixels does, with random weights above all. The
+    network in its own type is then as far from float64 as the candidate is, and no export could be nearer.
+    """
+    broken = [report for report in reports if not report]
+    if not broken:
+        return
+    with EagerRunner(network.model, network.inputs) as itself:
+        itself.name = f"the network itself, {network.inputs[0].dtype}"
+        own = _check(itself, network, network.inputs, arguments)
+    print_checks(terminal, [own], title="For comparison, with nothing exported")
+    if not own:
+        terminal.line("The network itself is as far off: it amplifies rounding. Try larger inputs or trained weights.")
+    broken[0].raise_if_broken()
 
 
 def _check(

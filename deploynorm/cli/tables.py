@@ -29,7 +29,9 @@ def print_fold(terminal: Terminal, report: FoldReport) -> None:
         )
 
 
-def print_checks(terminal: Terminal, reports: Iterable[Report]) -> None:
+def print_checks(
+    terminal: Terminal, reports: Iterable[Report], title: str = "Parity with the network in float64"
+) -> None:
     """The worst error of each sample and output, beside what is allowed."""
     rows = []
     for report in reports:
@@ -46,7 +48,7 @@ def print_checks(terminal: Terminal, reports: Iterable[Report]) -> None:
                 )
             )
     columns = ("candidate", "sample", "output", "max |error|", "relative", "allowed", "")
-    terminal.table("Parity with the network in float64", columns, rows)
+    terminal.table(title, columns, rows)
 
 
 def fold_to_dict(report: FoldReport) -> dict[str, Any]:

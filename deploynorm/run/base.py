@@ -1,0 +1,141 @@
+"""What every backend offers: one protocol, and the check of what is fed to it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from deploynorm.errors import InputError
+from deploynorm.inputs import TensorSpec
+
+__all__ = ["Runner", "check_feeds", "closed_error"]
+
+_R = TypeVar("_R", bound="Runner")
+
+
+class Runner(Protocol):
+    """A network that a backend runs on NumPy arrays. As a context manager it is closed at the end.
+
+    `infer` of one runner may not be called from several threads at once.
+
+    Attributes:
+        name: Backend, device and type, as tables and messages show it.
+        inputs: What `infer` takes. A string in a shape is a size that may change, the same wherever the name
+            stands; "?" is free of all others.
+        output_names: What `infer` returns, in the network's order.
+    """
+
+    name: str
+    inputs: tuple[TensorSpec, ...]
+    output_names: tuple[str, ...]
+
+    def infer(self, feeds: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
+        """Runs the network once.
+
+        Args:
+            feeds: One array for each of `inputs`; they are left as they are.
+
+        Returns:
+            Arrays by output name, in the order of the network's outputs, that no later call changes.
+
+        Raises:
+            InputError: The feeds do not fit `inputs`, or the runner is closed.
+            ModelError: The network cannot be run on these feeds.
+        """
+        ...
+
+    def close(self) -> None:
+        """Frees the network and its memory; a second call does nothing."""
+        ...
+
+    def __enter__(self: _R) -> _R:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+
+def closed_error(where: str) -> InputError:
+    """What `infer` raises after `close`."""
+    return InputError(where, "the runner is closed", fix="call infer inside its with block, or make a new runner")
+
+
+def check_feeds(where: str, specs: Sequence[TensorSpec], feeds: Mapping[str, npt.NDArray[Any]]) -> None:
+    """Raises InputError unless feeds holds exactly the tensors that specs describe.
+
+    Args:
+        where: Named in the message.
+        specs: Name, shape and dtype of each input.
+        feeds: The arrays, by name.
+
+    Raises:
+        InputError: A name is missing or unknown, or an array has another dtype, rank or size; two dimensions of
+            one symbolic name differ.
+    """
+    names = [spec.name for spec in specs]
+    missing = [name for name in names if name not in feeds]
+    unknown = [name for name in feeds if name not in names]
+    if missing or unknown:
+        raise InputError(
+            where,
+            f"inputs missing: {missing}" if missing else f"unknown inputs: {unknown}",
+            got=list(feeds),
+            expected=names,
+            fix="feed one array under each expected name",
+        )
+    sizes: dict[str, tuple[int, str]] = {}
+    free = ("", "?")
+    for spec in specs:
+        value = feeds[spec.name]
+        _check_array(where, spec, value)
+        for axis, (dimension, size) in enumerate(zip(spec.shape, value.shape, strict=True)):
+            if dimension in free:
+                continue
+            if isinstance(dimension, int):
+                agreed, source = dimension, "the network fixes it"
+            else:
+                agreed, source = sizes.setdefault(dimension, (size, f"axis {axis} of input {spec.name!r}"))
+                source = f"{dimension!r} is already {agreed} on {source}"
+            if size != agreed:
+                raise InputError(
+                    where,
+                    f"input {spec.name!r} has the wrong size on axis {axis}",
+                    got=value.shape,
+                    expected=f"{_show(spec)}: {source}",
+                    fix="feed arrays of that size, or export with that dimension dynamic",
+                )
+
+
+def _check_array(where: str, spec: TensorSpec, value: npt.NDArray[Any]) -> None:
+    if not isinstance(value, np.ndarray):
+        raise InputError(
+            where,
+            f"input {spec.name!r} is not a NumPy array",
+            got=type(value).__name__,
+            expected=f"an array {_show(spec)} of {spec.dtype}",
+            fix="pass numpy.asarray(value)",
+        )
+    if value.dtype.name != spec.dtype or not value.dtype.isnative:
+        raise InputError(
+            where,
+            f"input {spec.name!r} has the wrong dtype",
+            got=value.dtype.name if value.dtype.isnative else f"{value.dtype.name} in foreign byte order",
+            expected=spec.dtype,
+            fix=f"convert it with .astype({spec.dtype!r})",
+        )
+    if value.ndim != len(spec.shape):
+        raise InputError(
+            where,
+            f"input {spec.name!r} has the wrong rank",
+            got=value.shape,
+            expected=_show(spec),
+            fix="add or remove axes; the first is the batch",
+        )
+
+
+def _show(spec: TensorSpec) -> str:
+    """The shape as people write it: (N, 3, H, W)."""
+    return f"({', '.join(map(str, spec.shape))})"

@@ -1,0 +1,153 @@
+"""PyTorch itself as a backend; in float64 it is the truth that the others are checked against."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree
+
+from deploynorm.errors import BackendError, DeployNormError, InputError, ModelError
+from deploynorm.inputs import TensorSpec
+from deploynorm.run.base import Runner, check_feeds, closed_error
+
+__all__ = ["EagerRunner"]
+
+
+class EagerRunner(Runner):
+    """Runs a copy of a network in evaluation mode; the network itself stays as it is.
+
+    Args:
+        model: Any nn.Module, also the one that an ExportedProgram's module() returns.
+        inputs: Its positional inputs, in order.
+        output_names: Names of its outputs in the order in which nested tuples, lists and dicts list them; None
+            outputs do not count. By default "output_0", "output_1", ..., known after the first call.
+        dtype: Floating parameters, buffers and inputs are cast to it. torch.float64 gives the truth of a check.
+        device: Where to run.
+
+    Raises:
+        BackendError: The device is not there.
+        ModelError: The network cannot be copied.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        inputs: Sequence[TensorSpec],
+        output_names: Sequence[str] | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self._device = torch.device(device)
+        self._dtype = dtype
+        if self._device.type == "cuda" and not torch.cuda.is_available():
+            raise BackendError(
+                "EagerRunner",
+                "no CUDA device",
+                got=f"device={device}",
+                fix="pass device='cpu', or install a CUDA torch",
+            )
+        self.name = "eager" if dtype is None else f"eager {str(dtype).removeprefix('torch.')}"
+        if self._device.type != "cpu":
+            self.name += f" ({self._device})"
+        self.inputs = tuple(inputs)
+        self.output_names = tuple(output_names or ())
+        self._named = output_names is not None
+        self._network: nn.Module | None = _evaluation_copy(model, self._device, dtype)
+
+    def infer(self, feeds: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
+        if self._network is None:
+            raise closed_error("EagerRunner.infer")
+        check_feeds("EagerRunner.infer", self.inputs, feeds)
+        arguments = [self._argument(feeds[spec.name]) for spec in self.inputs]
+        try:
+            with torch.inference_mode(), torch.autocast(self._device.type, enabled=False), _full_float32():
+                result = self._network(*arguments)
+        except DeployNormError:
+            raise
+        except Exception as error:
+            raise ModelError(
+                "EagerRunner.infer",
+                f"the network raised {type(error).__name__}: {error}",
+                got={name: value.shape for name, value in feeds.items()},
+                fix="feed shapes that the network accepts",
+            ) from error
+        arrays = [_to_array(leaf) for leaf in _pytree.tree_leaves(result) if leaf is not None]
+        if not self._named:
+            self.output_names = tuple(f"output_{i}" for i in range(len(arrays)))
+        elif len(arrays) != len(self.output_names):
+            raise InputError(
+                "EagerRunner.infer",
+                "wrong number of output names",
+                got=f"output_names={list(self.output_names)}",
+                expected=f"{len(arrays)} names",
+            )
+        return dict(zip(self.output_names, arrays, strict=True))
+
+    def close(self) -> None:
+        self._network = None
+
+    def _argument(self, value: npt.NDArray[Any]) -> Tensor:
+        # A copy: the network may work in place, and torch refuses negative strides and read-only memory.
+        array = np.array(value, order="C")
+        if array.dtype == ml_dtypes.bfloat16:
+            tensor = torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+        else:
+            tensor = torch.from_numpy(array)
+        return tensor.to(self._device, self._dtype if tensor.is_floating_point() else None)
+
+
+def _evaluation_copy(model: nn.Module, device: torch.device, dtype: torch.dtype | None) -> nn.Module:
+    try:
+        with warnings.catch_warnings():
+            # A module of torch.export makes copy.deepcopy warn of torch's own code.
+            warnings.simplefilter("ignore", FutureWarning)
+            # In the copy such a module also takes eval(), which it refuses itself: its mode is in its graph.
+            return copy.deepcopy(model).to(device=device, dtype=dtype).eval()
+    except Exception as error:
+        raise ModelError(
+            "EagerRunner",
+            f"the network cannot be copied and put in evaluation mode: {error}",
+            got=type(model).__name__,
+            fix="remove parametrizations such as weight_norm, and attributes that hold files, locks or results",
+        ) from error
+
+
+def _to_array(value: object) -> npt.NDArray[Any]:
+    if not isinstance(value, Tensor):
+        raise ModelError(
+            "EagerRunner.infer",
+            "an output of the network is not a tensor",
+            got=type(value).__name__,
+            expected="tensors in tuples, lists or dicts",
+        )
+    if value.dtype == torch.bfloat16:
+        array: npt.NDArray[Any] = value.view(torch.int16).numpy(force=True).view(ml_dtypes.bfloat16)
+    else:
+        array = value.numpy(force=True)
+    # An output may be a view of a parameter, a buffer or an input.
+    return np.array(array, order="C")
+
+
+@contextmanager
+def _full_float32() -> Iterator[None]:
+    """Float32 products in float32: no TF32 on a GPU, no bfloat16 on a CPU (torch.set_float32_matmul_precision)."""
+    backends: Any = torch.backends
+    switches = (backends.cuda.matmul, backends.cudnn.conv, backends.mkldnn.matmul, backends.mkldnn.conv)
+    before = [switch.fp32_precision for switch in switches]
+    try:
+        for switch in switches:
+            switch.fp32_precision = "ieee"
+        yield
+    finally:
+        for switch, precision in zip(switches, before, strict=True):
+            switch.fp32_precision = precision

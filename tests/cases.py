@@ -1,0 +1,294 @@
+"""The cases that every form of an operator or layer has to pass: the reference, eager, ONNX Runtime and TensorRT.
+
+for case in CASES:
+    inputs = make_inputs(case)      # five NumPy arrays, named as in deploynorm/contract.py
+    want(case)                      # the answer, in float64, unrounded
+    tolerance(case)                 # how near the form has to come
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import ml_dtypes
+import numpy as np
+import torch
+from tolerances import FLOAT64, OP_BFLOAT16, OP_FLOAT16, OP_FLOAT32, Tolerance
+
+from deploynorm import reference
+from deploynorm.contract import DTYPES, INPUTS
+from deploynorm.errors import InputError
+from deploynorm.layers import (
+    TLU,
+    CenConv1d,
+    CenConv2d,
+    CenConv3d,
+    CenConvTranspose2d,
+    FRN1d,
+    FRN2d,
+    FRN3d,
+    MABN1d,
+    MABN2d,
+    MABN3d,
+)
+
+Layout = Literal["contiguous", "channels_last", "sliced"]
+Values = Literal["normal", "zeros", "one_zero_map", "outlier", "nan", "inf"]
+Eps = float | Literal["per_channel", "learned_layer", "learned_channel"]
+
+NUMPY_DTYPES: dict[str, np.dtype[Any]] = {
+    name: np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name) for name in DTYPES
+}
+# Near the largest number of the type, or where that has no sense in float32 arithmetic, of its square root.
+_HUGE = {"float16": 6e4, "bfloat16": 1e18, "float32": 1e18, "float64": 1e150}
+
+
+@dataclass(frozen=True)
+class NormCase:
+    """One call of the FRN operator.
+
+    Attributes:
+        name: Readable and unique for each dtype.
+        shape: Of X.
+        dtype: Of X; the parameters are float32, or float64 with it.
+        eps: Effective epsilon of every channel. "per_channel" spreads 1e-12 to 10 over them; "learned_layer" and
+            "learned_channel" are 1e-6 + |eps_l| as training might leave it.
+        tlu: False makes tau minus infinity.
+        layout: Of X in memory.
+        values: What X is filled with; "normal" is N(0, scale).
+        scale: "huge" is the largest size that the type's arithmetic allows.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str = "float32"
+    eps: Eps = 1e-6
+    tlu: bool = True
+    layout: Layout = "contiguous"
+    values: Values = "normal"
+    scale: float | Literal["huge"] = 1.0
+
+    def __str__(self) -> str:
+        return f"{self.name}-{self.dtype}"
+
+
+_SITUATIONS = (
+    NormCase("plain", (2, 8, 16, 16)),
+    NormCase("map_1x1", (3, 5, 1, 1)),
+    NormCase("map_1x1_learned_eps", (3, 5, 1, 1), eps="learned_layer"),
+    NormCase("odd_7x7", (2, 16, 7, 7)),
+    NormCase("odd_13x5", (3, 6, 13, 5)),
+    NormCase("one_channel", (2, 1, 9, 9)),
+    NormCase("one_value", (1, 1, 1, 1)),
+    NormCase("no_samples", (0, 4, 5, 5)),
+    NormCase("no_rows", (2, 4, 0, 5)),
+    NormCase("no_rows_nor_columns", (2, 4, 0, 0)),
+    NormCase("channels_last", (2, 6, 8, 10), layout="channels_last"),
+    NormCase("channels_last_odd", (2, 5, 7, 7), layout="channels_last"),
+    NormCase("sliced", (2, 4, 9, 11), layout="sliced"),
+    NormCase("zeros", (2, 4, 6, 6), values="zeros"),
+    NormCase("zeros_eps_1e-12", (2, 4, 6, 6), values="zeros", eps=1e-12),
+    NormCase("one_zero_map", (2, 4, 6, 6), values="one_zero_map"),
+    NormCase("huge", (2, 4, 14, 14), scale="huge"),
+    NormCase("above_256", (2, 4, 14, 14), scale=300.0),
+    NormCase("outlier", (1, 3, 64, 64), values="outlier"),
+    NormCase("off_vector_width_17", (1, 3, 1, 17)),
+    NormCase("off_vector_width_3x33", (2, 3, 3, 33)),
+    NormCase("off_vector_width_channels", (1, 67, 3, 3)),
+    NormCase("eps_1e-12", (2, 4, 5, 5), eps=1e-12),
+    NormCase("eps_1e-5", (2, 4, 5, 5), eps=1e-5),
+    NormCase("eps_10", (2, 4, 5, 5), eps=10.0),
+    NormCase("eps_per_channel", (2, 14, 5, 5), eps="per_channel"),
+    NormCase("eps_learned_per_layer", (2, 4, 5, 5), eps="learned_layer"),
+    NormCase("eps_learned_per_channel", (2, 4, 5, 5), eps="learned_channel"),
+    NormCase("no_tlu", (2, 4, 5, 5), tlu=False),
+    NormCase("no_tlu_zeros", (2, 4, 5, 5), tlu=False, values="zeros"),
+    NormCase("n_c", (4, 6)),
+    NormCase("n_c_learned_eps", (4, 6), eps="learned_layer"),
+    NormCase("n_c_no_samples", (0, 6)),
+    NormCase("1d", (2, 3, 40)),
+    NormCase("1d_of_length_1", (2, 3, 1), eps="learned_channel"),
+    NormCase("1d_sliced", (2, 3, 21), layout="sliced"),
+    NormCase("3d", (2, 3, 4, 5, 6)),
+    NormCase("3d_channels_last", (2, 3, 4, 5, 6), layout="channels_last"),
+    NormCase("nan", (2, 4, 5, 5), values="nan"),
+    NormCase("inf", (2, 4, 5, 5), values="inf"),
+    NormCase("big_plane", (1, 2, 512, 512)),
+    NormCase("tiny", (2, 4, 7, 7), scale=1e-4),
+    NormCase("below_eps", (2, 4, 7, 7), scale=1e-5),
+    NormCase("tiny_eps_1e-12", (2, 4, 7, 7), scale=1e-5, eps=1e-12),
+)
+
+CASES = tuple(replace(case, dtype=dtype) for case in _SITUATIONS for dtype in DTYPES)
+"""Every situation in every type."""
+
+
+def make_inputs(case: NormCase) -> dict[str, np.ndarray[Any, Any]]:
+    """X, gamma, beta, tau and eps as NumPy arrays; the same for the same case in every run and every type."""
+    rng = np.random.default_rng(zlib.crc32(case.name.encode()))
+    dtype = NUMPY_DTYPES[case.dtype]
+    channels = case.shape[1]
+    x = rng.standard_normal(case.shape)
+    # Gamma of both signs: below 0 the largest x gives the smallest y.
+    gamma = rng.uniform(0.5, 1.5, channels) * np.where(np.arange(channels) % 3 == 2, -1, 1)
+    beta = rng.normal(0, 0.5, channels)
+    tau = rng.normal(0, 0.5, channels) if case.tlu else np.full(channels, -np.inf)
+
+    x *= _HUGE[case.dtype] / 4 if case.scale == "huge" else case.scale
+    if case.scale == "huge" and x.size:
+        x[0].flat[0] = _HUGE[case.dtype]
+        x[0].flat[1] = -_HUGE[case.dtype]
+        x = np.clip(x, -_HUGE[case.dtype], _HUGE[case.dtype])
+    if case.values == "zeros":
+        x[...] = 0
+    elif case.values == "one_zero_map":
+        x[0, 1] = 0
+    elif case.values == "outlier":
+        x[..., 0, 0] = 300
+    elif case.values in ("nan", "inf"):
+        x[0, 1, 2, 3] = float(case.values)
+
+    values = (_laid_out(x.astype(dtype), case.layout), gamma, beta, tau, _effective_eps(case.eps, channels, rng))
+    parameter = np.float64 if case.dtype == "float64" else np.float32
+    return {name: v if name == INPUTS[0] else v.astype(parameter) for name, v in zip(INPUTS, values, strict=True)}
+
+
+def want(case: NormCase) -> np.ndarray[Any, Any]:
+    """The case's answer in float64: not rounded to the case's type, so that a form's own rounding is seen."""
+    inputs = make_inputs(case)
+    return reference.filter_response_norm(*(inputs[name].astype(np.float64) for name in INPUTS))
+
+
+def tolerance(case: NormCase) -> Tolerance:
+    """What the operator may be off by in the case's type."""
+    return {"float32": OP_FLOAT32, "float16": OP_FLOAT16, "bfloat16": OP_BFLOAT16, "float64": FLOAT64}[case.dtype]
+
+
+def to_torch(array: np.ndarray[Any, Any]) -> torch.Tensor:
+    """The array as a tensor over the same memory: strides stay; torch does not know NumPy's bfloat16."""
+    if array.dtype == NUMPY_DTYPES["bfloat16"]:
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
+
+
+def to_float64(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
+    """The tensor's values, which float64 holds whatever their type."""
+    return tensor.detach().double().numpy()
+
+
+def _effective_eps(eps: Eps, channels: int, rng: np.random.Generator) -> np.ndarray[Any, Any]:
+    if eps == "per_channel":
+        return np.logspace(-12, 1, channels)
+    if eps == "learned_layer":
+        return np.full(channels, 1e-6 + abs(rng.normal(0, 1e-2)))
+    if eps == "learned_channel":
+        return 1e-6 + np.abs(rng.normal(0, 1e-2, channels))
+    return np.full(channels, eps)
+
+
+def _laid_out(x: np.ndarray[Any, Any], layout: Layout) -> np.ndarray[Any, Any]:
+    if layout == "channels_last":
+        return np.moveaxis(np.ascontiguousarray(np.moveaxis(x, 1, -1)), -1, 1)
+    if layout == "sliced":
+        # Every second column out of a larger array whose other values would be seen in the mean.
+        larger = np.full((*x.shape[:-1], 2 * x.shape[-1] + 3), 7, dtype=x.dtype)
+        larger[..., 3::2] = x
+        return larger[..., 3::2]
+    return x
+
+
+@dataclass(frozen=True)
+class ErrorCase:
+    """A call that must be refused, and how.
+
+    Attributes:
+        name: Readable and unique.
+        call: Makes the mistake.
+        exception: What it raises.
+        match: A regular expression found in the message: where, and what is wrong.
+    """
+
+    name: str
+    call: Callable[[], object]
+    exception: type[Exception]
+    match: str
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def _x(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.zeros(shape, dtype=dtype)
+
+
+ERRORS = (
+    ErrorCase("frn1d_of_4d", lambda: FRN1d(3)(_x(2, 3, 4, 4)), InputError, r"^FRN1d: wrong rank.*2-D or 3-D"),
+    ErrorCase("frn2d_of_2d", lambda: FRN2d(3)(_x(2, 3)), InputError, r"^FRN2d: wrong rank.*\(2, 3\).*4-D"),
+    ErrorCase("frn2d_of_3d", lambda: FRN2d(3)(_x(3, 4, 4)), InputError, "^FRN2d: wrong rank"),
+    ErrorCase("frn3d_of_4d", lambda: FRN3d(3)(_x(2, 3, 4, 4)), InputError, "^FRN3d: wrong rank"),
+    ErrorCase("frn_channels", lambda: FRN2d(3)(_x(2, 4, 5, 5)), InputError, "^FRN2d: wrong number of channels.*3 on"),
+    ErrorCase("frn_one_channel", lambda: FRN2d(3)(_x(2, 1, 5, 5)), InputError, "^FRN2d: wrong number of channels"),
+    ErrorCase(
+        "frn_integers", lambda: FRN2d(3)(_x(2, 3, 4, 4, dtype=torch.int64)), InputError, "^FRN2d: .*not floating point"
+    ),
+    ErrorCase("frn_no_features", lambda: FRN2d(0), InputError, "^FRN2d: num_features must be positive. Got 0"),
+    ErrorCase("frn_eps_0", lambda: FRN2d(3, eps=0.0), InputError, "^FRN2d: eps must be positive"),
+    ErrorCase("frn_eps_negative", lambda: FRN2d(3, eps=-1e-6), InputError, "^FRN2d: eps must be positive"),
+    ErrorCase("frn_eps_nan", lambda: FRN2d(3, eps=float("nan")), InputError, "^FRN2d: eps must be positive"),
+    ErrorCase("frn_eps_shape", lambda: FRN2d(3, eps=torch.ones(4)), InputError, r"^FRN2d: wrong eps.*\(4,\).*\(3,\)"),
+    ErrorCase("frn_eps_with_a_0", lambda: FRN2d(2, eps=torch.tensor([1.0, 0.0])), InputError, "^FRN2d: wrong eps"),
+    ErrorCase(
+        "frn_learned_eps_word",
+        lambda: FRN2d(3, learned_eps="chanel"),  # type: ignore[arg-type]
+        InputError,
+        "^FRN2d: unknown learned_eps. Got 'chanel'; expected 'layer', 'channel' or None",
+    ),
+    ErrorCase(
+        "operator_gamma_of_one_for_many",
+        lambda: torch.ops.deploynorm.filter_response_norm(_x(2, 3, 4, 4), _x(1), _x(3), _x(3), _x(3)),
+        InputError,
+        r"^deploynorm::filter_response_norm: shapes do not fit.*gamma \(1,\)",
+    ),
+    ErrorCase(
+        "operator_x_of_one_axis",
+        lambda: torch.ops.deploynorm.filter_response_norm(*(_x(3),) * 5),
+        InputError,
+        "^deploynorm::filter_response_norm: shapes do not fit",
+    ),
+    ErrorCase("tlu_channels", lambda: TLU(3)(_x(2, 4, 5, 5)), InputError, "^TLU: wrong number of channels"),
+    ErrorCase("tlu_rank", lambda: TLU(3)(_x(3)), InputError, "^TLU: wrong rank"),
+    ErrorCase("tlu_integers", lambda: TLU(3)(_x(2, 3, dtype=torch.int32)), InputError, "^TLU: .*not floating point"),
+    ErrorCase("tlu_no_features", lambda: TLU(-1), InputError, "^TLU: num_features must be positive"),
+    ErrorCase("mabn1d_of_4d", lambda: MABN1d(3)(_x(2, 3, 4, 4)), InputError, "^MABN1d: wrong rank"),
+    ErrorCase("mabn2d_of_5d", lambda: MABN2d(3)(_x(2, 3, 4, 4, 4)), InputError, "^MABN2d: wrong rank"),
+    ErrorCase("mabn3d_of_4d", lambda: MABN3d(3)(_x(2, 3, 4, 4)), InputError, "^MABN3d: wrong rank"),
+    ErrorCase("mabn_channels", lambda: MABN2d(3)(_x(2, 1, 4, 4)), InputError, "^MABN2d: wrong number of channels"),
+    ErrorCase(
+        "mabn_channels_in_evaluation",
+        lambda: MABN2d(3).eval()(_x(2, 4, 4, 4)),
+        InputError,
+        "^MABN2d: wrong number of channels",
+    ),
+    ErrorCase(
+        "mabn_integers", lambda: MABN1d(3)(_x(2, 3, dtype=torch.int64)), InputError, "^MABN1d: .*not floating point"
+    ),
+    ErrorCase("mabn_no_features", lambda: MABN2d(0), InputError, "^MABN2d: num_features must be positive"),
+    ErrorCase("mabn_eps_0", lambda: MABN2d(3, eps=0.0), InputError, "^MABN2d: eps must be positive"),
+    ErrorCase("mabn_window", lambda: MABN2d(3, moving_batch_size=0), InputError, "^MABN2d: moving_batch_size must be"),
+    ErrorCase("mabn_renorm", lambda: MABN2d(3, max_renorm=0.5), InputError, "^MABN2d: max_renorm is out of range"),
+    ErrorCase("mabn_momentum", lambda: MABN2d(3, momentum=1.5), InputError, "^MABN2d: momentum is out of range"),
+    ErrorCase("cenconv1d_fan_in_1", lambda: CenConv1d(1, 4, 1), InputError, "^CenConv1d: a fan-in of 1"),
+    ErrorCase(
+        "cenconv2d_depthwise_1x1", lambda: CenConv2d(8, 8, 1, groups=8), InputError, r"^CenConv2d: a fan-in of 1.*1, 1"
+    ),
+    ErrorCase("cenconv3d_fan_in_1", lambda: CenConv3d(1, 2, 1), InputError, "^CenConv3d: a fan-in of 1"),
+    ErrorCase(
+        "cenconvtranspose2d_fan_in_1",
+        lambda: CenConvTranspose2d(4, 8, 1, groups=4),
+        InputError,
+        "^CenConvTranspose2d: a fan-in of 1",
+    ),
+)

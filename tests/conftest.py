@@ -1,0 +1,78 @@
+"""Fixtures that every test may ask for."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from types import ModuleType
+
+import pytest
+import torch
+from deploynorm.models.data import ImageData, load_fashion_mnist
+
+from deploynorm.errors import BackendError
+
+OPTIONAL = {
+    "ort": ("onnxruntime", "pip install 'deploynorm[cpu]'"),
+    "timm": ("timm", "pip install timm"),
+    "data": ("sklearn", "pip install 'deploynorm[train]'"),
+    "trt": ("tensorrt", "pip install tensorrt"),
+}
+"""Name in DEPLOYNORM_REQUIRE -> the module that it stands for, and how to get it."""
+
+
+@pytest.fixture
+def require() -> Callable[[str], None]:
+    """require("ort") skips the test where onnxruntime is missing, or fails it where DEPLOYNORM_REQUIRE names ort."""
+
+    def require(name: str) -> None:
+        module, remedy = OPTIONAL[name]
+        if importlib.util.find_spec(module) is not None:
+            return
+        reason = f"{name}: {module} is not installed ({remedy})"
+        if name in os.environ.get("DEPLOYNORM_REQUIRE", "").split(","):
+            pytest.fail(reason)
+        pytest.skip(reason)
+
+    return require
+
+
+@pytest.fixture(scope="session")
+def fashion_mnist() -> ImageData:
+    """The real Fashion-MNIST. Skips the test where it is missing, or fails it where DEPLOYNORM_REQUIRE names data."""
+    try:
+        return load_fashion_mnist()
+    except BackendError as error:
+        if "data" in os.environ.get("DEPLOYNORM_REQUIRE", "").split(","):
+            pytest.fail(str(error), pytrace=False)
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session")
+def timm() -> ModuleType:
+    """timm. Skips the test where it is missing, or fails it where DEPLOYNORM_REQUIRE names timm."""
+    if importlib.util.find_spec("timm") is None:
+        reason = "timm is not installed (pip install timm)"
+        if "timm" in os.environ.get("DEPLOYNORM_REQUIRE", "").split(","):
+            pytest.fail(reason, pytrace=False)
+        pytest.skip(reason)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            return importlib.import_module("timm")
+        except RuntimeError:
+            # PyPI's torchvision is built for CUDA: beside a CPU torch it lacks the operators that it describes.
+            for name in [name for name in sys.modules if name.partition(".")[0] in ("timm", "torchvision")]:
+                del sys.modules[name]
+            for operator in ("nms", "qnms"):
+                TORCHVISION.append(torch.library.Library("torchvision", "FRAGMENT"))
+                TORCHVISION[-1].define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+            return importlib.import_module("timm")
+
+
+TORCHVISION: list[torch.library.Library] = []
+"""Operators last as long as the library object that defined them."""

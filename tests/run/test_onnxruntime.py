@@ -1,0 +1,246 @@
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from graphs import CHANNELS, OPSET, frn_model, frn_parameters, one_node
+from tolerances import EXACT, OP_FLOAT32
+
+from deploynorm.contract import DOMAIN, OP_TYPE
+from deploynorm.errors import BackendError, DeployNormError, InputError, ModelError
+from deploynorm.inputs import TensorSpec
+from deploynorm.lowering import function_proto
+from deploynorm.reference import filter_response_norm
+from deploynorm.run.onnxruntime import OnnxRuntimeRunner
+
+X = np.random.default_rng(0).normal(size=(2, CHANNELS, 3, 5)).astype(np.float32)
+
+
+def test_a_missing_package_is_an_error_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(BackendError, match=r"Fix: pip install 'deploynorm\[cpu\]'") as caught:
+        OnnxRuntimeRunner(b"")
+    assert caught.value.exit_code == 3
+
+
+@pytest.fixture
+def ort(require: Callable[[str], None]) -> Any:
+    require("ort")
+    import onnxruntime
+
+    return onnxruntime
+
+
+def a_model(body: bool = True) -> onnx.ModelProto:
+    return frn_model(body=function_proto(OPSET) if body else None)
+
+
+def changed(change: Callable[[onnx.ModelProto], object]) -> bytes:
+    model = a_model()
+    change(model)
+    return bytes(model.SerializeToString())
+
+
+def set_opset(model: onnx.ModelProto) -> None:
+    model.opset_import[0].version = 99
+
+
+REFUSED: dict[str, tuple[bytes, type[DeployNormError], str]] = {
+    "no body and no library": (
+        a_model(body=False).SerializeToString(),
+        ModelError,
+        f"{DOMAIN}::{OP_TYPE} without its function body, and no plugin library.*Fix: export again without --no-func",
+    ),
+    "unknown operator": (
+        one_node("Nonsense", {"x": ("float32", (1,))}, ("float32", (1,))).SerializeToString(),
+        ModelError,
+        "holds an operator that onnxruntime .* does not know.*Nonsense.*Fix: pass the library",
+    ),
+    "newer IR": (
+        changed(lambda model: setattr(model, "ir_version", 99)),
+        BackendError,
+        r"is newer than onnxruntime \d+\.\d+\.\d+ reads. Got Unsupported model IR version: 99.*Fix: upgrade",
+    ),
+    "newer opset": (changed(set_opset), BackendError, r"is newer than onnxruntime .* reads.*Opset 99.*Fix: upgrade"),
+    "text": (b"this is not a model" * 20, ModelError, "not an ONNX file, or cut short"),
+    "cut short": (a_model().SerializeToString()[:-40], ModelError, "not an ONNX file, or cut short"),
+    "empty": (b"", ModelError, "not an ONNX file, or cut short"),
+    "type that the operator does not have": (
+        one_node("Selu", {"x": ("int64", (1,))}, ("int64", (1,))).SerializeToString(),
+        ModelError,
+        "holds an operator of a type that onnxruntime .* does not take.*Selu",
+    ),
+    "type that the kernel does not have": (
+        one_node("Neg", {"x": ("bfloat16", (1,))}, ("bfloat16", (1,))).SerializeToString(),
+        BackendError,
+        "holds an operator that onnxruntime .* lacks for this type and provider.*Neg",
+    ),
+    "anything else": (
+        one_node("Neg", {"x": ("float32", (1,))}, ("int64", (1,))).SerializeToString(),
+        ModelError,
+        "onnxruntime .* cannot run the model. Got Type Error: .*output arg",
+    ),
+}
+
+
+@pytest.mark.usefixtures("ort")
+@pytest.mark.parametrize("form", ["file", "bytes"])
+@pytest.mark.parametrize(("content", "kind", "message"), REFUSED.values(), ids=REFUSED)
+def test_a_model_that_cannot_be_loaded_is_told_in_our_words_alone(
+    content: bytes,
+    kind: type[DeployNormError],
+    message: str,
+    form: str,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    path = tmp_path / "model.onnx"
+    path.write_bytes(content)
+    with pytest.raises(kind, match=message) as caught:
+        OnnxRuntimeRunner(path if form == "file" else content)
+    assert type(caught.value) is kind
+    assert caught.value.where == (str(path) if form == "file" else "model (bytes)")
+    assert "onnxruntime_src" not in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.usefixtures("ort")
+def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"none\.onnx: no such file"):
+        OnnxRuntimeRunner(str(tmp_path / "none.onnx"))
+
+
+@pytest.mark.usefixtures("ort")
+def test_a_file_with_external_data_runs_until_the_data_is_gone(tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    onnx.save(a_model(), path, save_as_external_data=True, location="model.data", size_threshold=0)
+    with OnnxRuntimeRunner(path) as runner:
+        want = filter_response_norm(X, *frn_parameters().values())
+        np.testing.assert_allclose(runner.infer({"X": X})["Y"], want, **OP_FLOAT32.kwargs())
+    (tmp_path / "model.data").unlink()
+    with pytest.raises(ModelError, match=r"external data cannot be read.*Fix: keep the data file beside the model"):
+        OnnxRuntimeRunner(path)
+
+
+@pytest.mark.usefixtures("ort")
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "bfloat16", "int64", "bool"])
+def test_inputs_and_outputs_of_every_dtype_pass_through(dtype: str) -> None:
+    shape = ("N", 2, None)
+    with OnnxRuntimeRunner(one_node("Identity", {"x": (dtype, shape)}, (dtype, shape)).SerializeToString()) as runner:
+        assert runner.inputs == (TensorSpec("x", ("N", 2, "?"), dtype),)
+        assert runner.output_names == ("y",)
+        for size in (0, 1, 3):
+            feed = (np.arange(4 * size).reshape(2, 2, size) % 3).astype(dtype)
+            for array in (feed, feed[::-1], feed[:1].swapaxes(0, 0)):
+                got = runner.infer({"x": array})["y"]
+                assert got.dtype.name == dtype
+                np.testing.assert_array_equal(got, array)
+
+
+@pytest.mark.usefixtures("ort")
+def test_a_scalar_keeps_its_rank_in_bfloat16() -> None:
+    model = one_node("Identity", {"x": ("bfloat16", ())}, ("bfloat16", ()))
+    with OnnxRuntimeRunner(model.SerializeToString()) as runner:
+        assert runner.infer({"x": np.ones((), "bfloat16")})["y"].shape == ()
+
+
+@pytest.mark.usefixtures("ort")
+def test_results_outlive_the_runner() -> None:
+    model = one_node("Identity", {"x": ("bfloat16", (3,))}, ("bfloat16", (3,)))
+    with OnnxRuntimeRunner(model.SerializeToString()) as runner:
+        first = runner.infer({"x": np.array([1, 2, 3], "bfloat16")})["y"]
+        runner.infer({"x": np.array([4, 5, 6], "bfloat16")})
+    assert first.tolist() == [1, 2, 3]
+
+
+@pytest.mark.usefixtures("ort")
+def test_an_unknown_provider_is_refused_with_the_known_ones() -> None:
+    with pytest.raises(InputError, match="Got 'rocm'; expected cpu or cuda or tensorrt"):
+        OnnxRuntimeRunner(a_model().SerializeToString(), providers=["rocm"])
+
+
+def test_a_provider_that_was_not_built_in_is_an_error_of_the_environment(
+    ort: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ort, "get_available_providers", lambda: ["CPUExecutionProvider"])
+    with pytest.raises(BackendError, match="without the provider 'cuda'") as caught:
+        OnnxRuntimeRunner(a_model().SerializeToString(), providers=["cuda", "cpu"])
+    assert "Got ['cpu']; expected cuda." in str(caught.value)
+    assert "pip install 'deploynorm[gpu]'" in str(caught.value)
+
+
+@pytest.mark.filterwarnings("ignore:Specified provider:UserWarning")
+def test_a_provider_that_silently_gives_way_to_the_cpu_is_an_error(ort: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    if "CUDAExecutionProvider" in ort.get_available_providers():
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    else:
+        # Told that it has CUDA, this build does what one does whose CUDA libraries are missing.
+        monkeypatch.setattr(ort, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"])
+    with pytest.raises(BackendError, match="'cuda' failed to start"):
+        OnnxRuntimeRunner(a_model().SerializeToString(), providers=["cuda"])
+
+
+def test_the_session_gets_what_was_asked_for(ort: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, Any] = {}
+
+    def session(model: object, options: Any, **arguments: Any) -> None:
+        seen.update(arguments, options=options)
+        raise RuntimeError("seen enough")
+
+    monkeypatch.setattr(ort, "InferenceSession", session)
+    monkeypatch.setattr(ort, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"])
+    with pytest.raises(ModelError, match="seen enough"):
+        OnnxRuntimeRunner(b"", providers=["cuda", "cpu"], threads=3, optimize=False)
+    assert seen["providers"] == [("CUDAExecutionProvider", {"use_tf32": "0"}), ("CPUExecutionProvider", {})]
+    assert seen["enable_fallback"] == 0
+    assert seen["options"].intra_op_num_threads == 3
+    assert seen["options"].graph_optimization_level == ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+
+
+@pytest.mark.usefixtures("ort")
+@pytest.mark.parametrize("content", [None, b"not a library"], ids=["missing", "not a library"])
+def test_a_plugin_library_that_cannot_be_loaded_is_named(content: bytes | None, tmp_path: Path) -> None:
+    library = tmp_path / "libplugin.so"
+    if content is not None:
+        library.write_bytes(content)
+    with pytest.raises(BackendError, match=r"libplugin\.so: ONNX Runtime cannot load this plugin library") as caught:
+        OnnxRuntimeRunner(a_model().SerializeToString(), plugins=[library])
+    assert caught.value.exit_code == 3
+
+
+@pytest.mark.usefixtures("ort")
+def test_a_failure_while_running_is_told_in_our_words_alone(capfd: pytest.CaptureFixture[str]) -> None:
+    model = one_node("Reshape", {"x": ("float32", ("N",)), "shape": ("int64", ("R",))}, ("float32", None))
+    with OnnxRuntimeRunner(model.SerializeToString()) as runner:
+        with pytest.raises(ModelError, match=r"cannot run the model. Got .*cannot be reshaped"):
+            runner.infer({"x": np.ones(6, np.float32), "shape": np.array([5])})
+        got = runner.infer({"x": np.ones(6, np.float32), "shape": np.array([2, 3])})
+    assert got["y"].shape == (2, 3)
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.usefixtures("ort")
+def test_optimizing_or_not_gives_the_same_numbers() -> None:
+    content = a_model().SerializeToString()
+    with OnnxRuntimeRunner(content) as fast, OnnxRuntimeRunner(content, optimize=False, threads=1) as plain:
+        got, want = fast.infer({"X": X})["Y"], plain.infer({"X": X})["Y"]
+    np.testing.assert_allclose(got, want, **OP_FLOAT32.kwargs())
+
+
+@pytest.mark.usefixtures("ort")
+def test_feeds_are_checked_and_a_closed_runner_says_so() -> None:
+    with OnnxRuntimeRunner(a_model().SerializeToString()) as runner:
+        assert runner.name == "onnxruntime (cpu)"
+        with pytest.raises(InputError, match="wrong size on axis 1"):
+            runner.infer({"X": X[:, 1:]})
+        first = runner.infer({"X": X})["Y"]
+        np.testing.assert_allclose(runner.infer({"X": X})["Y"], first, **EXACT.kwargs())
+    runner.close()
+    with pytest.raises(InputError, match="the runner is closed"):
+        runner.infer({"X": X})

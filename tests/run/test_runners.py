@@ -1,0 +1,79 @@
+"""The operator in every runner that needs no GPU, against its definition in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import pytest
+import torch
+from cases import CASES, NormCase, make_inputs, tolerance, want
+from graphs import OPSET, frn_model
+
+from deploynorm.contract import INPUTS, OUTPUT, PARAMETERS
+from deploynorm.inputs import TensorSpec
+from deploynorm.layers.functional import filter_response_norm
+from deploynorm.lowering import function_proto
+from deploynorm.run import Runner
+from deploynorm.run.eager import EagerRunner
+from deploynorm.run.onnxruntime import OnnxRuntimeRunner
+from deploynorm.run.reference import ReferenceRunner
+
+Parameters = dict[str, np.ndarray]
+
+
+class Layer(torch.nn.Module):
+    """The operator with constant parameters."""
+
+    def __init__(self, parameters: Parameters) -> None:
+        super().__init__()
+        self.values = [torch.from_numpy(value) for value in parameters.values()]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gamma, beta, tau, eps = self.values
+        return filter_response_norm(x, gamma, beta, tau, eps)
+
+
+def eager(spec: TensorSpec, parameters: Parameters) -> Runner:
+    return EagerRunner(Layer(parameters), [spec], [OUTPUT])
+
+
+def reference_body(spec: TensorSpec, parameters: Parameters) -> Runner:
+    body = function_proto(OPSET, half=spec.dtype in ("float16", "bfloat16"))
+    return ReferenceRunner(frn_model(spec.dtype, body=body, parameters=parameters, shape=spec.shape))
+
+
+def reference_operator(spec: TensorSpec, parameters: Parameters) -> Runner:
+    return ReferenceRunner(frn_model(spec.dtype, parameters=parameters, shape=spec.shape))
+
+
+def onnxruntime_body(spec: TensorSpec, parameters: Parameters) -> Runner:
+    body = function_proto(OPSET, half=spec.dtype in ("float16", "bfloat16"))
+    model = frn_model(spec.dtype, body=body, parameters=parameters, shape=spec.shape)
+    return OnnxRuntimeRunner(model.SerializeToString())
+
+
+RUNNERS: Mapping[str, Callable[[TensorSpec, Parameters], Runner]] = {
+    "eager": eager,
+    "reference-body": reference_body,
+    "reference-operator": reference_operator,
+    "onnxruntime-body": onnxruntime_body,
+}
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("runner", RUNNERS)
+def test_every_runner_computes_the_definition(runner: str, case: NormCase, require: Callable[[str], None]) -> None:
+    if runner.startswith("onnxruntime"):
+        require("ort")
+    inputs = make_inputs(case)
+    x = inputs[INPUTS[0]]
+    sizes = (f"D{axis}" if axis != 1 else size for axis, size in enumerate(case.shape))
+    spec = TensorSpec(INPUTS[0], tuple(sizes), case.dtype)
+    with RUNNERS[runner](spec, {name: inputs[name] for name in PARAMETERS}) as opened:
+        assert opened.inputs == (spec,)
+        assert opened.output_names == (OUTPUT,)
+        got = opened.infer({INPUTS[0]: x})[OUTPUT]
+    assert got.dtype.name == case.dtype
+    assert got.shape == case.shape
+    np.testing.assert_allclose(got.astype(np.float64), want(case), **tolerance(case).kwargs())

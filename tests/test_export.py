@@ -1,0 +1,349 @@
+"""Export: the nodes that are written, in each lowering and opset, and what they compute."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from deploynorm.models import frn_resnet, mabn_resnet
+from tolerances import FLOAT64, OP_FLOAT16, OP_FLOAT32, Tolerance
+from torch import Tensor, nn
+
+from deploynorm import contract
+from deploynorm.errors import InputError, ModelError
+from deploynorm.export import Exported, export
+from deploynorm.fold import fold
+from deploynorm.layers import TLU, FRN2d, MABN2d
+from deploynorm.lowering import function_proto, lower
+from deploynorm.run.onnxruntime import OnnxRuntimeRunner
+from deploynorm.run.reference import ReferenceRunner
+
+FRN_NODE = f"{contract.DOMAIN}::{contract.OP_TYPE}"
+
+
+class Net(nn.Module):
+    """Two FRN layers, of one epsilon and of one epsilon a channel, and a TLU of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 16, 3, padding=1)
+        self.norm1 = FRN2d(16)
+        self.conv2 = nn.Conv2d(16, 24, 3, stride=2)
+        self.norm2 = FRN2d(24, learned_eps="channel", tlu=False)
+        self.tlu = TLU(24)
+        self.head = nn.Linear(24, 5)
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            self.norm2.eps_l.uniform_(1e-3, 2, generator=generator)
+            for parameter in (self.norm1.tau, self.norm1.bias, self.norm2.bias, self.tlu.tau):
+                parameter.normal_(generator=generator)
+
+    def forward(self, image: Tensor) -> Tensor:
+        features = self.tlu(self.norm2(self.conv2(self.norm1(self.conv1(image)))))
+        return self.head(features.mean((2, 3)))
+
+
+class Branching(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * 2 if x.shape[0] < 4 else x * 3
+
+
+class FixedSize(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(3 * 8 * 8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x.flatten(1))
+
+
+@pytest.fixture
+def net() -> Net:
+    torch.manual_seed(0)
+    return Net().eval()
+
+
+def _image(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1))
+
+
+def _agrees(exported: Exported, network: nn.Module, x: Tensor, tolerance: Tolerance = OP_FLOAT32) -> None:
+    onnx.checker.check_model(exported.to_proto(), full_check=True)
+    with torch.no_grad():
+        want = copy.deepcopy(network).double()(x.double()).numpy()
+    with OnnxRuntimeRunner(exported.to_proto().SerializeToString()) as runner:
+        (got,) = runner.infer({runner.inputs[0].name: x.numpy()}).values()
+    np.testing.assert_allclose(got.astype(np.float64), want, **tolerance.kwargs())
+
+
+LOWERINGS = [
+    *((lowering, opset) for lowering in ("custom", "primitives") for opset in (18, 19, 20, 21, 22, 23)),
+    ("rmsnorm", 23),
+]
+
+
+@pytest.mark.parametrize(("lowering", "opset"), LOWERINGS)
+def test_every_lowering_computes_the_network(
+    net: Net, lowering: str, opset: int, require: Callable[[str], None]
+) -> None:
+    require("ort")
+    exported = export(net, (_image(2, 3, 17, 19),), lowering=lowering, opset=opset)
+    assert exported.opset == opset
+    for shape in ((2, 3, 17, 19), (1, 3, 8, 31)):
+        _agrees(exported, net, _image(*shape))
+
+
+def test_custom_lowering_writes_one_node_a_layer(net: Net) -> None:
+    exported = export(net, (_image(2, 3, 17, 19),))
+    assert exported.node_counts() == Counter({"Conv": 2, FRN_NODE: 2, "Max": 1, "ReduceMean": 1, "Gemm": 1})
+    nodes = [node for node in exported.to_proto().graph.node if node.op_type == contract.OP_TYPE]
+    for node in nodes:
+        assert {a.name: onnx.helper.get_attribute_value(a).decode() for a in node.attribute} == contract.NODE_ATTRIBUTES
+        assert len(node.input) == len(contract.INPUTS)
+    initializers = {value.name: value for value in exported.to_proto().graph.initializer}
+    for name in nodes[0].input[1:]:
+        assert list(initializers[name].dims) == [16], f"{name} is not a stored constant"
+
+
+@pytest.mark.parametrize("lowering", ["primitives", "rmsnorm"])
+def test_standard_lowerings_leave_nothing_of_ours(net: Net, lowering: str) -> None:
+    proto = export(net, (_image(2, 3, 17, 19),), lowering=lowering).to_proto()
+    assert {node.domain for node in proto.graph.node} == {""}
+    assert {opset.domain for opset in proto.opset_import} == {""}
+    assert not proto.functions
+    counts = Counter(node.op_type for node in proto.graph.node)
+    assert counts["RMSNormalization"] == (2 if lowering == "rmsnorm" else 0)
+
+
+def test_function_body_goes_with_the_model_unless_left_out(net: Net) -> None:
+    with_body = export(net, (_image(2, 3, 17, 19),)).to_proto()
+    without = export(net, (_image(2, 3, 17, 19),), function=False).to_proto()
+    assert [(f.domain, f.name) for f in with_body.functions] == [(contract.DOMAIN, contract.OP_TYPE)]
+    assert not without.functions
+    assert [n.op_type for n in with_body.graph.node] == [n.op_type for n in without.graph.node]
+
+
+def test_without_the_body_the_reference_evaluator_still_knows_the_operator(net: Net) -> None:
+    x = _image(2, 3, 9, 9)
+    proto = export(net, (x,), function=False).to_proto()
+    with ReferenceRunner(proto) as runner, torch.no_grad():
+        (got,) = runner.infer({"image": x.numpy()}).values()
+        np.testing.assert_allclose(got, net(x).numpy(), **OP_FLOAT32.kwargs())
+
+
+def test_foreign_function_of_the_same_name_is_refused(net: Net) -> None:
+    exported = export(net, (_image(2, 3, 17, 19),), function=False)
+    foreign = onnx.parser.parse_function(
+        f'<opset_import: ["": 20], domain: "other"> {contract.OP_TYPE} (x) => (y) {{ y = Identity (x) }}'
+    )
+    import onnx_ir
+
+    function = onnx_ir.serde.deserialize_function(foreign)
+    exported.model.functions[function.identifier()] = function
+    with pytest.raises(ModelError, match="already has a local function named FilterResponseNormalization"):
+        lower(exported.model, "custom")
+
+
+@pytest.mark.parametrize(
+    ("dynamic", "shape"),
+    [
+        (None, ("N", 3, "H", "W")),
+        ("all", ("N", 3, "H", "W")),
+        ("batch", ("N", 3, 17, 19)),
+        ("spatial", (2, 3, "H", "W")),
+        ("none", (2, 3, 17, 19)),
+    ],
+)
+def test_dynamic_names_the_free_axes(net: Net, dynamic: str | None, shape: tuple[int | str, ...]) -> None:
+    exported = export(net, (_image(2, 3, 17, 19),), dynamic=dynamic)
+    (spec,) = exported.inputs
+    assert (spec.name, spec.shape, spec.dtype) == ("image", shape, "float32")
+    output = exported.to_proto().graph.output[0].type.tensor_type.shape.dim[0]
+    assert (output.dim_param or output.dim_value) == shape[0]
+
+
+def test_no_symbol_of_torch_is_left_in_the_graph(net: Net) -> None:
+    proto = export(net, (_image(2, 3, 17, 19),)).to_proto()
+    values = [*proto.graph.input, *proto.graph.output, *proto.graph.value_info]
+    sizes = {dim.dim_param for value in values for dim in value.type.tensor_type.shape.dim if dim.dim_param}
+    assert sizes == {"N", "H", "W", "((H + -3)//2) + 1", "((W + -3)//2) + 1"} or all(
+        not any(f"s{digit}" in size for digit in range(10)) for size in sizes
+    )
+
+
+def test_axes_that_the_network_fixes_are_told_and_stay() -> None:
+    exported = export(FixedSize().eval(), (_image(2, 3, 8, 8),))
+    assert exported.inputs[0].shape == ("N", 3, 8, 8)
+    assert exported.notes == ("the network fixes axis 2 (8), 3 (8) of input x",)
+
+
+def test_axis_that_the_network_branches_on_is_told() -> None:
+    exported = export(Branching().eval(), (_image(2, 3, 8, 8),))
+    assert any("holds for some sizes only: axis 0 of x: 1 to 3" in note for note in exported.notes)
+
+
+@pytest.mark.parametrize("network", [Branching(), FixedSize()], ids=["branches", "fixes"])
+def test_axes_that_must_stay_free_and_cannot_are_refused(network: nn.Module) -> None:
+    with pytest.raises(ModelError, match="wants free"):
+        export(network.eval(), (_image(2, 3, 8, 8),), dynamic="all")
+
+
+@pytest.mark.parametrize("opset", [17, 24])
+def test_unsupported_opset_is_refused(net: Net, opset: int) -> None:
+    with pytest.raises(InputError, match="unsupported opset"):
+        export(net, (_image(2, 3, 17, 19),), opset=opset)
+
+
+def test_rmsnorm_is_refused_below_opset_23_and_in_float64(net: Net) -> None:
+    with pytest.raises(ModelError, match="needs a newer opset"):
+        export(net, (_image(2, 3, 17, 19),), lowering="rmsnorm", opset=20)
+    with pytest.raises(ModelError, match="computes in float32"):
+        export(net.double(), (_image(2, 3, 17, 19).double(),), lowering="rmsnorm")
+
+
+def test_float64_network_stays_float64(require: Callable[[str], None]) -> None:
+    """Without a convolution, which ONNX Runtime has in float32 alone."""
+    require("ort")
+    network, x = nn.Sequential(FRN2d(3, learned_eps="layer"), TLU(3)).double(), _image(2, 3, 17, 19).double()
+    exported = export(network, (x,))
+    assert exported.inputs[0].dtype == "float64"
+    _agrees(exported, network, x, FLOAT64)
+
+
+def test_half_network_keeps_squares_of_large_values() -> None:
+    """On NumPy's own float16, since ONNX Runtime's CPU computes half in float32 and hides an overflow."""
+    network = nn.Sequential(FRN2d(4)).half().eval()
+    x = (_image(2, 4, 5, 5) * 2e4).half()
+    exported = export(network, (x,))
+    with ReferenceRunner(exported.to_proto()) as runner:
+        (got,) = runner.infer({"input": x.numpy()}).values()
+    with torch.no_grad():
+        want = network.double()(x.double()).numpy()
+    assert got.dtype == np.float16
+    assert (want > 0).mean() > 0.4
+    np.testing.assert_allclose(got.astype(np.float64), want, **OP_FLOAT16.kwargs())
+
+
+def test_body_of_a_float32_model_has_no_cast() -> None:
+    """ONNX Runtime keeps a Cast to the same type at the end of a body as one more pass over the tensor."""
+    assert not {"Cast", "CastLike"} & {node.op_type for node in function_proto(20).node}
+    assert {"Cast", "CastLike"} <= {node.op_type for node in function_proto(20, half=True).node}
+
+
+@pytest.mark.parametrize("limit", [None, 1000])
+def test_weights_go_to_a_file_of_their_own_past_the_limit(
+    net: Net, limit: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, require: Callable[[str], None]
+) -> None:
+    require("ort")
+    if limit is not None:
+        import sys
+
+        monkeypatch.setattr(sys.modules["deploynorm.export"], "_PROTOBUF_LIMIT", limit)
+    exported = export(net, (_image(2, 3, 17, 19),))
+    exported.save(tmp_path / "net.onnx")
+    assert (tmp_path / "net.onnx.data").exists() == (limit is not None)
+    x = _image(1, 3, 9, 9)
+    with OnnxRuntimeRunner(tmp_path / "net.onnx") as runner, torch.no_grad():
+        (got,) = runner.infer({"image": x.numpy()}).values()
+        np.testing.assert_allclose(got, net(x).numpy(), **OP_FLOAT32.kwargs())
+
+
+def test_network_given_is_left_untouched(net: Net) -> None:
+    net.train()
+    before, shape = copy.deepcopy(net.state_dict()), repr(net)
+    export(net, (_image(2, 3, 17, 19),))
+    assert net.training
+    assert repr(net) == shape
+    assert all(parameter.requires_grad for parameter in net.parameters())
+    assert all(torch.equal(before[key], value) for key, value in net.state_dict().items())
+
+
+def test_names_and_metadata_are_written(net: Net) -> None:
+    exported = export(
+        net, (_image(2, 3, 17, 19),), input_names=["pixels"], output_names=["scores"], metadata={"key": "value"}
+    )
+    assert [spec.name for spec in exported.inputs] == ["pixels"]
+    assert exported.output_names == ("scores",)
+    assert {entry.key: entry.value for entry in exported.to_proto().metadata_props}["key"] == "value"
+
+
+def test_operator_without_translation_is_named() -> None:
+    class Unknown(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.linalg.matrix_exp(x)
+
+    with pytest.raises(ModelError, match="matrix_exp"):
+        export(Unknown().eval(), (_image(2, 3, 4, 4),))
+
+
+def test_network_that_cannot_be_traced_is_refused() -> None:
+    class OnValues(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x if x.sum() > 0 else -x
+
+    with pytest.raises(ModelError, match="cannot trace the network"):
+        export(OnValues().eval(), (_image(2, 3, 4, 4),))
+
+
+def test_exported_mabn_net_has_exactly_the_nodes_of_the_folded_bn_net() -> None:
+    x = (_image(2, 1, 28, 28),)
+    sequences = {}
+    for norm in ("mabn", "bn"):
+        network = mabn_resnet.resnet20(in_channels=1, norm=norm).eval()
+        folded, report = fold(network, x)
+        assert not report.with_outcome("left")
+        assert not report.with_outcome("affine")
+        sequences[norm] = [node.op_type for node in export(folded, x).to_proto().graph.node]
+    assert sequences["mabn"] == sequences["bn"]
+    assert set(sequences["mabn"]) <= {"Conv", "Relu", "Add", "GlobalAveragePool", "ReduceMean", "Reshape", "Gemm"}
+
+
+def test_mabn_with_nothing_to_fold_into_is_one_affine_node() -> None:
+    network = nn.Sequential(nn.ReLU(), MABN2d(3))
+    folded, _ = fold(network, (_image(2, 3, 8, 8),))
+    assert export(folded, (_image(2, 3, 8, 8),)).node_counts() == Counter({"Relu": 1, "BatchNormalization": 1})
+
+
+@pytest.mark.parametrize("norm", ["FilterResponseNormTlu2d", "FilterResponseNormAct2d"])
+@pytest.mark.parametrize("apply_act", [True, False])
+def test_frn_of_timm_is_taken_over(timm: ModuleType, norm: str, apply_act: bool) -> None:
+    layers = timm.layers.filter_response_norm
+    torch.manual_seed(0)
+    layer = getattr(layers, norm)(3, apply_act=apply_act)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.normal_()
+    x = _image(2, 3, 8, 8) * 1e-2
+    exported = export(nn.Sequential(layer).eval(), (x,))
+    assert exported.node_counts()[FRN_NODE] == 1
+    with ReferenceRunner(exported.to_proto()) as runner, torch.no_grad():
+        (got,) = runner.infer({"input": x.numpy()}).values()
+        np.testing.assert_allclose(got, layer.eval()(x).numpy(), **OP_FLOAT32.kwargs())
+    constants = {value.name: onnx.numpy_helper.to_array(value) for value in exported.to_proto().graph.initializer}
+    (node,) = [node for node in exported.to_proto().graph.node if node.op_type == contract.OP_TYPE]
+    assert constants[node.input[4]] == pytest.approx(1e-5), "timm's epsilon is 1e-5"
+    has_tau = norm == "FilterResponseNormTlu2d" and apply_act
+    assert np.isneginf(constants[node.input[3]]).all() != has_tau
+
+
+def test_timm_network_built_for_frn_needs_few_nodes(timm: ModuleType) -> None:
+    network = timm.create_model("resnetv2_50d_frn")
+    exported = export(network, (_image(2, 3, 64, 64),))
+    assert exported.node_counts()[FRN_NODE] == 51
+    assert exported.node_counts().total() <= 130
+    assert exported.inputs[0].shape == ("N", 3, "H", "W")
+
+
+def test_shipped_architectures_export_with_free_sizes(require: Callable[[str], None]) -> None:
+    require("ort")
+    network = frn_resnet.resnet20(in_channels=1).eval()
+    exported = export(network, (_image(2, 1, 28, 28),))
+    assert exported.node_counts()[FRN_NODE] == 21
+    _agrees(exported, network, _image(1, 1, 33, 47))
