@@ -17,6 +17,8 @@ from deploynorm.cli.files import write_text
 
 __all__ = ["Terminal"]
 
+_PIPE_WIDTH = 200
+
 
 class Terminal:
     """Prints for one run of a verb.
@@ -28,11 +30,13 @@ class Terminal:
 
     def __init__(self, *, verbose: bool = False, quiet: bool = False) -> None:
         self.verbose = verbose
-        self._out = Console(quiet=quiet, highlight=False, soft_wrap=not sys.stdout.isatty())
+        # A pipe has no width of its own, and a table folded at 80 columns cannot be searched.
+        width = None if sys.stdout.isatty() else _PIPE_WIDTH
+        self._out = Console(quiet=quiet, highlight=False, width=width)
         self._progress = Console(stderr=True, quiet=quiet)
 
     def line(self, text: str) -> None:
-        self._out.print(escape(text))
+        self._out.print(escape(text), soft_wrap=True)
 
     def table(self, title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
         """Prints a table; numbers should come as text, formatted."""

@@ -28,9 +28,7 @@ def check_input(layer: str, x: Tensor, num_features: int, ranks: Sequence[int]) 
             fix="set num_features to the channels of the layer before",
         )
     if not x.is_floating_point():
-        raise InputError(
-            layer, "the input is not floating point", got=x.dtype, fix="convert it with x.float()"
-        )
+        raise InputError(layer, "the input is not floating point", got=x.dtype, fix="convert it with x.float()")
 
 
 def check_positive(layer: str, name: str, value: float) -> None:

@@ -32,7 +32,7 @@ class _CenConv(nn.modules.conv._ConvNd):
         _refuse_fan_in_one(self, self.in_channels // self.groups, self.kernel_size)
 
     def forward(self, input: Tensor) -> Tensor:
-        return self._conv_forward(input, center_weight(self.weight), self.bias)  # type: ignore[operator,no-any-return]
+        return self._conv_forward(input, center_weight(self.weight), self.bias)
 
 
 class CenConv1d(_CenConv, nn.Conv1d):
@@ -83,7 +83,7 @@ class CenConvTranspose2d(nn.ConvTranspose2d):
             center_weight(self.weight, groups=self.groups, transposed=True),
             self.bias,
             self.stride,
-            self.padding,
+            self.padding,  # type: ignore[arg-type]
             output_padding,
             self.groups,
             self.dilation,

@@ -11,13 +11,15 @@ from torch import Tensor, nn
 from deploynorm.errors import InputError
 from deploynorm.layers import functional
 from deploynorm.layers._checks import check_input, check_positive
+from deploynorm.layers._precision import FullPrecisionBuffers
+from deploynorm.layers.functional import cast, compute_dtype
 
 __all__ = ["FRN1d", "FRN2d", "FRN3d"]
 
 _LEARNED_EPS_INIT = 1e-4
 
 
-class _FRN(nn.Module):
+class _FRN(FullPrecisionBuffers):
     """What FRN1d, FRN2d and FRN3d share; they differ in the rank of their input alone."""
 
     _ranks: ClassVar[tuple[int, ...]]
@@ -44,9 +46,7 @@ class _FRN(nn.Module):
         self.num_features = num_features
         self.weight = nn.Parameter(torch.empty(num_features, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(num_features, device=device, dtype=dtype))
-        self.tau = (
-            nn.Parameter(torch.empty(num_features, device=device, dtype=dtype)) if tlu else None
-        )
+        self.tau = nn.Parameter(torch.empty(num_features, device=device, dtype=dtype)) if tlu else None
         self._set_eps(eps, device)
         self.learned_eps = learned_eps
         if learned_eps is None:
@@ -55,9 +55,7 @@ class _FRN(nn.Module):
             shape = () if learned_eps == "layer" else (num_features,)
             self.eps_l = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
         else:
-            raise InputError(
-                name, "unknown learned_eps", got=repr(learned_eps), expected="'layer', 'channel' or None"
-            )
+            raise InputError(name, "unknown learned_eps", got=repr(learned_eps), expected="'layer', 'channel' or None")
         self.reset_parameters()
 
     def _set_eps(self, eps: float | Tensor, device: torch.device | str | None) -> None:
@@ -66,14 +64,14 @@ class _FRN(nn.Module):
             check_positive(name, "eps", eps)
             self.eps = float(eps)
             return
-        if eps.shape != (self.num_features,) or not bool((eps > 0).all()):
+        if eps.shape != (self.num_features,) or not (eps.is_meta or bool((eps > 0).all())):
             raise InputError(
                 name,
                 "wrong eps",
                 got=f"a tensor of shape {tuple(eps.shape)}",
                 expected=f"a number, or a tensor ({self.num_features},) of positive numbers",
             )
-        values = eps.detach().to(device=device, copy=True)
+        values = eps.detach().to(device=device, dtype=compute_dtype(self.weight.dtype), copy=True)
         self.register_buffer("eps", values)
 
     def reset_parameters(self) -> None:
@@ -87,7 +85,10 @@ class _FRN(nn.Module):
 
     def effective_eps(self) -> float | Tensor:
         """The epsilon that is added to the mean square: eps, or eps + |eps_l| when it is learned."""
-        return self.eps if self.eps_l is None else self.eps + self.eps_l.abs()
+        if self.eps_l is None:
+            return self.eps
+        # Added in float32 at least: in float16 a floor below 6e-8 would be zero.
+        return self.eps + cast(self.eps_l.abs(), compute_dtype(self.eps_l.dtype))
 
     def forward(self, x: Tensor) -> Tensor:
         check_input(type(self).__name__, x, self.num_features, self._ranks)
@@ -98,9 +99,7 @@ class _FRN(nn.Module):
                 "(arXiv:1911.09737, section 3.3)",
                 stacklevel=2,
             )
-        return functional.filter_response_norm(
-            x, self.weight, self.bias, self.tau, self.effective_eps()
-        )
+        return functional.filter_response_norm(x, self.weight, self.bias, self.tau, self.effective_eps())
 
     def extra_repr(self) -> str:
         eps = self.eps if isinstance(self.eps, float) else "per channel"

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from deploynorm.contract import DOMAIN, TORCH_OP
+from deploynorm.contract import DOMAIN, INPUTS, TORCH_OP
+from deploynorm.errors import InputError
 
 __all__ = ["center_weight", "filter_response_norm", "normalize_by_second_moment", "tlu"]
 
@@ -30,9 +31,7 @@ def per_channel(parameter: Tensor, x: Tensor) -> Tensor:
     return cast(parameter, compute_dtype(x.dtype)).reshape((1, -1) + (1,) * (x.dim() - 2))
 
 
-def filter_response_norm(
-    x: Tensor, weight: Tensor, bias: Tensor, tau: Tensor | None, eps: float | Tensor
-) -> Tensor:
+def filter_response_norm(x: Tensor, weight: Tensor, bias: Tensor, tau: Tensor | None, eps: float | Tensor) -> Tensor:
     """Filter response normalization and thresholded linear unit of each sample and channel.
 
         nu2 = mean(x**2 over all axes >= 2);  y = weight * x / sqrt(nu2 + eps) + bias;  z = max(y, tau)
@@ -127,13 +126,12 @@ def center_weight(weight: Tensor, *, groups: int = 1, transposed: bool = False) 
     return cast(centred, weight.dtype)
 
 
-def _composed(
-    x: Tensor, weight: Tensor, bias: Tensor, tau: Tensor | None, eps: float | Tensor
-) -> Tensor:
+def _composed(x: Tensor, weight: Tensor, bias: Tensor, tau: Tensor | None, eps: float | Tensor) -> Tensor:
     v = cast(x, compute_dtype(x.dtype))
     spatial = tuple(range(2, x.dim()))
     square = v.square()
-    nu2 = square.mean(spatial, keepdim=True) if spatial else square
+    # Not mean(): over maps of no size it is 0/0, and that reaches the gradients of the parameters.
+    nu2 = square.sum(spatial, keepdim=True) / max(math.prod(x.shape[2:]), 1) if spatial else square
     epsilon = per_channel(eps, x) if isinstance(eps, Tensor) else eps
     # gamma times the inverse root first: one multiplication fewer for every element of x.
     y = v * (per_channel(weight, x) * torch.rsqrt(nu2 + epsilon)) + per_channel(bias, x)
@@ -142,9 +140,7 @@ def _composed(
     return cast(y, x.dtype)
 
 
-def _exported(
-    x: Tensor, weight: Tensor, bias: Tensor, tau: Tensor | None, eps: float | Tensor
-) -> Tensor:
+def _exported(x: Tensor, weight: Tensor, bias: Tensor, tau: Tensor | None, eps: float | Tensor) -> Tensor:
     """The same as one call of the operator, with its five tensors as contract.py names them."""
     dtype = compute_dtype(x.dtype)
     channels = weight.shape[0]
@@ -154,19 +150,32 @@ def _exported(
         eps = torch.full((channels,), eps, dtype=dtype, device=x.device)
     if eps.dim() == 0:
         eps = eps.expand(channels)
-    return frn_op(x, *(cast(p, dtype) for p in (weight, bias, tau, eps)))
+    y: Tensor = frn_op(x, *(cast(p, dtype) for p in (weight, bias, tau, eps)))
+    return y
 
 
 @torch.library.custom_op(f"{DOMAIN}::{TORCH_OP}", mutates_args=())
 def frn_op(x: Tensor, gamma: Tensor, beta: Tensor, tau: Tensor, eps: Tensor) -> Tensor:
     """`filter_response_norm` as an operator of its own, so that a traced graph holds one node for it."""
+    _check_operands(x, gamma, beta, tau, eps)
     # contiguous: an operator's output must have the strides that its fake kernel promises.
     return _composed(x, gamma, beta, tau, eps).contiguous()
 
 
 @frn_op.register_fake
 def _(x: Tensor, gamma: Tensor, beta: Tensor, tau: Tensor, eps: Tensor) -> Tensor:
+    _check_operands(x, gamma, beta, tau, eps)
     return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _check_operands(x: Tensor, *parameters: Tensor) -> None:
+    if x.dim() < 2 or any(parameter.shape != x.shape[1:2] for parameter in parameters):
+        raise InputError(
+            f"{DOMAIN}::{TORCH_OP}",
+            "shapes do not fit",
+            got=", ".join(f"{name} {tuple(t.shape)}" for name, t in zip(INPUTS, (x, *parameters), strict=True)),
+            expected="X (N, C, ...) and (C,) for the others",
+        )
 
 
 def _save_inputs(ctx: Any, inputs: Sequence[Tensor], output: Tensor) -> None:

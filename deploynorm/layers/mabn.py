@@ -3,57 +3,23 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
+from deploynorm.errors import InputError
+from deploynorm.layers import _statistics as statistics
 from deploynorm.layers import functional
 from deploynorm.layers._checks import check_input, check_positive
+from deploynorm.layers._precision import FullPrecisionBuffers
 from deploynorm.layers.functional import compute_dtype
 
 __all__ = ["MABN1d", "MABN2d", "MABN3d"]
 
-
-def _moving_average(
-    values: Tensor, samples: Tensor, value: Tensor, count: Tensor, window: int, keep: Tensor
-) -> Tensor:
-    """Appends one iteration's statistic to its history and averages the newest iterations.
-
-    The average runs over the newest iterations that fit whole into `window` samples, the current one always
-    among them, each weighted by its samples. With a constant batch size N that is the paper's simple moving
-    average over window/N iterations.
-
-    Args:
-        values: (K, C), oldest first; changed in place.
-        samples: (K,), the samples behind each row, 0 for a row not yet used; changed in place.
-        value: (C,), the statistic of the current iteration.
-        count: (), its samples.
-        window: Samples to average over.
-        keep: (), bool: False leaves the history as it was.
-    """
-    new_values = torch.cat([values[1:], value[None]])
-    new_samples = torch.cat([samples[1:], count[None]])
-    values.copy_(torch.where(keep, new_values, values))
-    samples.copy_(torch.where(keep, new_samples, samples))
-    newer = new_samples.flip(0).cumsum(0).flip(0)
-    weights = torch.where(newer <= window, new_samples, 0.0)
-    weights[-1] = count
-    # A row that weighs nothing may still hold what 0 * inf would spread, so it is masked and not only scaled.
-    return (torch.where(weights[:, None] > 0, new_values, 0.0) * weights[:, None]).sum(
-        0
-    ) / weights.sum()
-
-
-def _over_all_ranks(value: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
-    """The statistic and samples of one iteration over every process of the default group."""
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return value, count
-    packed = torch.cat([value * count, count[None]])
-    dist.all_reduce(packed)
-    return packed[:-1] / packed[-1], packed[-1]
+_REMEMBERED_STEPS = 8
+"""Forward passes of one layer that activation checkpointing can come back to: uses before the backward pass."""
 
 
 class _MABNFunction(torch.autograd.Function):
@@ -81,7 +47,8 @@ class _MABNFunction(torch.autograd.Function):
         return functional.normalize_by_second_moment(x, second_moment, scale, bias, layer.eps)
 
     @staticmethod
-    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    @once_differentiable
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, second_moment, r, warm = ctx.saved_tensors
         layer: _MABN = ctx.layer
         dtype = compute_dtype(x.dtype)
@@ -91,8 +58,8 @@ class _MABNFunction(torch.autograd.Function):
         z_grad_y = (grad * x.to(dtype)).sum(reduced) * inverse
         scale = weight.to(dtype) * r.to(dtype)
 
-        psi = scale * z_grad_y / (x.numel() // x.shape[1])
-        psi = layer._average_psi(psi, x, warm).to(dtype)
+        psi = scale * z_grad_y / _positions(x)
+        psi = layer._average_psi(psi, x, second_moment, warm).to(dtype)
         grad_x = grad * functional.per_channel(scale * inverse, x)
         grad_x = grad_x - x.to(dtype) * functional.per_channel(psi * inverse.square(), x)
         return (
@@ -106,7 +73,16 @@ class _MABNFunction(torch.autograd.Function):
         )
 
 
-class _MABN(nn.Module):
+def _positions(x: Tensor) -> int:
+    """Values behind one channel's statistic; 1 and not 0 for an empty batch, whose sums are 0."""
+    return max(x.numel() // x.shape[1], 1)
+
+
+def _samples(x: Tensor) -> int:
+    return x.shape[0] if x.numel() else 0
+
+
+class _MABN(FullPrecisionBuffers):
     """What MABN1d, MABN2d and MABN3d share; they differ in the rank of their input alone."""
 
     _ranks: ClassVar[tuple[int, ...]]
@@ -118,6 +94,7 @@ class _MABN(nn.Module):
     recent_gz: Tensor
     recent_gz_samples: Tensor
     skipped_batches: Tensor
+    recent_steps: Tensor
 
     def __init__(
         self,
@@ -138,7 +115,10 @@ class _MABN(nn.Module):
         check_positive(name, "num_features", num_features)
         check_positive(name, "eps", eps)
         check_positive(name, "moving_batch_size", moving_batch_size)
-        check_positive(name, "max_renorm", max_renorm)
+        if not 0 <= momentum <= 1:
+            raise InputError(name, "momentum is out of range", got=momentum, expected="0 to 1, in torch's sense")
+        if not max_renorm >= 1:
+            raise InputError(name, "max_renorm is out of range", got=max_renorm, expected="at least 1")
         self.num_features = num_features
         self.eps = eps
         self.momentum = momentum
@@ -153,11 +133,11 @@ class _MABN(nn.Module):
         else:
             self.register_parameter("weight", None)
             self.register_parameter("bias", None)
-        statistics = compute_dtype(dtype or torch.get_default_dtype())
+        full = compute_dtype(dtype or torch.get_default_dtype())
         history = (moving_batch_size, num_features)
 
-        def buffer(name: str, *shape: int, dtype: torch.dtype = statistics) -> None:
-            self.register_buffer(name, torch.empty(shape, device=device, dtype=dtype))
+        def buffer(name: str, *shape: int, dtype: torch.dtype = full, persistent: bool = True) -> None:
+            self.register_buffer(name, torch.empty(shape, device=device, dtype=dtype), persistent)
 
         buffer("running_var", num_features)
         buffer("num_batches_tracked", dtype=torch.int64)
@@ -165,16 +145,18 @@ class _MABN(nn.Module):
         buffer("recent_x2_samples", moving_batch_size)
         buffer("recent_gz", *history)
         buffer("recent_gz_samples", moving_batch_size)
-        self.register_buffer(
-            "skipped_batches", torch.zeros((), device=device, dtype=torch.int64), persistent=False
-        )
+        buffer("skipped_batches", dtype=torch.int64, persistent=False)
+        buffer("recent_steps", _REMEMBERED_STEPS, 4, num_features, persistent=False)
         self.reset_parameters()
 
     def reset_running_stats(self) -> None:
         """Forgets every statistic: the next training step is the first, warm-up included."""
         self.running_var.fill_(1)
-        for name in ("num_batches_tracked", "recent_x2", "recent_x2_samples", "recent_gz", "recent_gz_samples"):
-            getattr(self, name).zero_()
+        self.recent_steps.fill_(torch.inf)
+        self.num_batches_tracked.zero_()
+        self.skipped_batches.zero_()
+        for history in (self.recent_x2, self.recent_x2_samples, self.recent_gz, self.recent_gz_samples):
+            history.zero_()
 
     def reset_parameters(self) -> None:
         """Sets weight 1, bias 0 and forgets the statistics."""
@@ -186,40 +168,40 @@ class _MABN(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         check_input(type(self).__name__, x, self.num_features, self._ranks)
         if not self.training:
-            return functional.normalize_by_second_moment(
-                x, self.running_var, self.weight, self.bias, self.eps
-            )
+            return functional.normalize_by_second_moment(x, self.running_var, self.weight, self.bias, self.eps)
         if x.numel() == 0:
             warnings.warn(
-                f"{type(self).__name__}: an empty batch of shape {tuple(x.shape)} left the statistics alone",
+                f"{type(self).__name__}: an empty batch of shape {tuple(x.shape)} added nothing to the statistics",
                 stacklevel=2,
             )
-            second_moment, r = self.running_var.clone(), torch.ones_like(self.running_var)
-            warm = torch.ones((), dtype=torch.bool, device=x.device)
-        else:
-            with torch.no_grad():
-                second_moment, r, warm = self._update_statistics(x)
+        with torch.no_grad():
+            second_moment, r, warm = self._step(x)
         weight = self.weight if self.affine else torch.ones_like(self.running_var)
         bias = self.bias if self.affine else torch.zeros_like(self.running_var)
-        y: Tensor = _MABNFunction.apply(x, weight, bias, second_moment, r, warm, self)
+        y: Tensor = _MABNFunction.apply(x, weight, bias, second_moment, r, warm, self)  # type: ignore[no-untyped-call]
         return y
 
-    def _update_statistics(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _step(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """chi^2 of Algorithm 1, the renorm factor r, and whether this step is in the warm-up."""
-        statistics = self.running_var.dtype
-        reduced = (0, *range(2, x.dim()))
-        # vector_norm takes the squares in `statistics` without a copy of x in that type.
-        current = torch.linalg.vector_norm(x, 2, reduced, dtype=statistics).square()
-        current = current / (x.numel() // x.shape[1])
-        current, count = _over_all_ranks(current, current.new_full((), x.shape[0]))
+        current = statistics.second_moment_sum(x, self.running_var.dtype) / _positions(x)
+        if statistics.recomputing():
+            _, second_moment, r, warm = statistics.nearest(self.recent_steps, current)
+            return second_moment, r, warm.bool().all()
+        second_moment, r, warm = (statistics.held(t) for t in self._update_statistics(current, _samples(x)))
+        statistics.remember(self.recent_steps, current, second_moment, r, warm)
+        return second_moment, r, warm
+
+    def _update_statistics(self, current: Tensor, samples: int) -> tuple[Tensor, Tensor, Tensor]:
+        current, count = statistics.over_all_ranks(current, current.new_full((), samples))
         finite = torch.isfinite(current).all()
+        keep = finite & (count > 0)
 
         first = self.num_batches_tracked == 0
-        self.num_batches_tracked.add_(finite)
+        self.num_batches_tracked.add_(keep)
         self.skipped_batches.add_(~finite)
         warm = self.num_batches_tracked <= self.warmup
-        average = _moving_average(
-            self.recent_x2, self.recent_x2_samples, current, count, self.moving_batch_size, finite
+        average = statistics.moving_average(
+            self.recent_x2, self.recent_x2_samples, current, count, self.moving_batch_size, keep
         )
         second_moment = torch.where(warm, current, average)
 
@@ -231,21 +213,21 @@ class _MABN(nn.Module):
         moved = torch.lerp(self.running_var, second_moment, self.momentum)
         # The first batch sets the average: started from 1 it would be far off for hundreds of steps.
         moved = torch.where(first, second_moment, moved)
-        self.running_var.copy_(torch.where(finite, moved, self.running_var))
+        self.running_var.copy_(torch.where(keep, moved, self.running_var))
         return second_moment, r, warm
 
-    def _average_psi(self, psi: Tensor, x: Tensor, warm: Tensor) -> Tensor:
+    def _average_psi(self, psi: Tensor, x: Tensor, second_moment: Tensor, warm: Tensor) -> Tensor:
         """The moving average of psi = E[g * z]; psi itself in the warm-up."""
-        if x.numel() == 0:
-            return torch.zeros_like(psi)
-        psi, count = _over_all_ranks(psi, psi.new_full((), x.shape[0]))
-        average = _moving_average(
+        psi, count = statistics.over_all_ranks(psi, psi.new_full((), _samples(x)))
+        # Of a batch that the forward pass left out, the gradient is left out as well.
+        finite = torch.isfinite(psi).all() & torch.isfinite(second_moment).all()
+        average = statistics.moving_average(
             self.recent_gz,
             self.recent_gz_samples,
             psi.to(self.recent_gz.dtype),
             count.to(self.recent_gz.dtype),
             self.moving_batch_size,
-            torch.isfinite(psi).all(),
+            finite & (count > 0),
         )
         return torch.where(warm, psi, average.to(psi.dtype))
 
@@ -261,17 +243,6 @@ class _MABN(nn.Module):
                 )
                 self.skipped_batches.zero_()
         super().train(mode)
-        return self
-
-    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> _MABN:
-        # Statistics stay in float32 when the layer is cast to half: a moving average needs the digits.
-        kept = {name: t for name, t in self._buffers.items() if t is not None}
-        super()._apply(fn, recurse)
-        for name, before in kept.items():
-            after = self._buffers[name]
-            assert after is not None
-            if after.dtype in (torch.float16, torch.bfloat16):
-                self._buffers[name] = before.to(after.device)
         return self
 
     def extra_repr(self) -> str:

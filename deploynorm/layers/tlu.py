@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from deploynorm.errors import InputError
 from deploynorm.layers import functional
-from deploynorm.layers._checks import check_positive
+from deploynorm.layers._checks import check_input, check_positive
 
 __all__ = ["TLU"]
 
@@ -21,7 +21,7 @@ class TLU(nn.Module):
         num_features: C.
 
     Raises:
-        InputError: The input has fewer than two axes or another number of channels.
+        InputError: The input has fewer than two axes, another number of channels, or no floating type.
 
     Source: Singh & Krishnan, arXiv:1911.09737, eq. 3 (tau starts at 0: a ReLU).
     """
@@ -42,13 +42,14 @@ class TLU(nn.Module):
         nn.init.zeros_(self.tau)
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dim() < 2 or x.shape[1] != self.num_features:
+        if x.dim() < 2:
             raise InputError(
                 "TLU",
-                "wrong shape",
+                "wrong rank",
                 got=f"a tensor of shape {tuple(x.shape)}",
                 expected=f"(N, {self.num_features}, ...)",
             )
+        check_input("TLU", x, self.num_features, (x.dim(),))
         return functional.tlu(x, self.tau)
 
     def extra_repr(self) -> str:
