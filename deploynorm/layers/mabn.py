@@ -258,19 +258,21 @@ class MABN1d(_MABN):
     Normalises each channel by the root of its second moment, with no mean (weight centralisation, see CenConv2d,
     stands in for that), and replaces the two batch statistics by moving averages:
 
-        chi2_B = E[x^2];  chi2 = mean of chi2_B over the newest iterations that make up moving_batch_size samples
+        chi2_B = E[x^2];  chi2 = mean of chi2_B over the window: the newest iterations, weighted by their samples,
+        that fit whole into moving_batch_size samples, the current one always among them; chi2_B itself in the warm-up
         z = x / sqrt(chi2 + eps);  r = clip(sqrt(chi2 + eps) / sqrt(R + eps), 1/max_renorm, max_renorm)
         y = weight * r * z + bias;  R <- (1 - momentum) R + momentum chi2
         backward: g = dy * weight * r;  psi_B = E[g * z];  dx = (g - z * psi) / sqrt(chi2 + eps)
 
-    psi is the mean of psi_B over the same kind of window, and r is a constant. In evaluation
+    psi is the mean of psi_B over the same kind of window, and r is a constant: 1 until renorm_start. In evaluation
     y = weight * x / sqrt(R + eps) + bias, which `deploynorm.fold` writes into the convolution before.
 
     R is the buffer `running_var`, named as in the authors' code; it is a second moment and not a variance.
     Statistics are float32 (float64 for float64) whatever the layer is cast to. Under torch.distributed they are
     those of all processes. A batch that is empty or not finite leaves them alone; the layer warns of it, for
     values that are not finite when it is next put in evaluation mode, because reading the counter earlier would
-    make the host wait for the device.
+    make the host wait for the device. Under activation checkpointing a batch counts once. psi is kept in units of
+    the loss: a new loss scale (GradScaler) disturbs the gradients until the window has passed.
 
     Args:
         num_features: C.
@@ -284,7 +286,7 @@ class MABN1d(_MABN):
         affine: False leaves weight and bias out.
 
     Raises:
-        InputError: Wrong rank, number of channels or dtype of the input; an argument that is not positive.
+        InputError: Wrong rank, number of channels or dtype of the input; an argument out of its range.
 
     Source: Yan et al., ICLR 2020, arXiv:2001.06838, Algorithm 1; megvii-model/MABN@995e8f5, MABN.py. Differs
         from that code: the first batch sets R, the window follows the batch size, and none of the faults of

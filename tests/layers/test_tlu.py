@@ -1,0 +1,69 @@
+"""TLU as a layer: its numbers, its gradient at a tie, its state."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from cases import CASES, NormCase, make_inputs, to_float64, to_torch
+from tolerances import EXACT
+
+from deploynorm import reference
+from deploynorm.layers import TLU
+
+NAMES = ("plain", "n_c", "1d_sliced", "3d_channels_last", "no_samples", "no_rows", "nan", "inf", "no_tlu", "huge")
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.name in NAMES], ids=str)
+def test_layer_equals_the_reference(case: NormCase) -> None:
+    inputs = make_inputs(case)
+    tau = to_torch(inputs["tau"])
+    layer = TLU(len(tau), dtype=tau.dtype)
+    with torch.no_grad():
+        layer.tau.copy_(tau)
+    x = to_torch(inputs["X"])
+    y = layer(x)
+    assert (y.shape, y.dtype) == (x.shape, x.dtype)
+    expected = reference.tlu(inputs["X"], inputs["tau"]).astype(np.float64)
+    np.testing.assert_allclose(to_float64(y), expected, **EXACT.kwargs())
+
+
+def test_threshold_starts_at_zero_so_that_the_layer_is_a_relu() -> None:
+    x = torch.linspace(-2, 2, 12).reshape(2, 3, 2)
+    torch.testing.assert_close(TLU(3)(x), torch.relu(x), **EXACT.kwargs())
+
+
+def test_gradient_goes_to_the_larger_and_at_a_tie_to_x_alone() -> None:
+    layer = TLU(3, dtype=torch.float64)
+    x = torch.tensor([[-1.0, 0.0, 1.0], [0.0, -1.0, 0.0]], dtype=torch.float64, requires_grad=True)
+    layer(x).backward(torch.full_like(x, 2.0))
+    assert x.grad is not None
+    assert x.grad.tolist() == [[0, 2, 2], [2, 0, 2]]
+    assert layer.tau.grad is not None
+    assert layer.tau.grad.tolist() == [2, 2, 0]
+
+
+def test_gradient_of_both_inputs_is_the_numerical_one() -> None:
+    x = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True)
+    tau = torch.tensor([0.1, -0.2, 5.0], dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x, tau: torch.func.functional_call(TLU(3), {"tau": tau}, x), (x, tau))
+
+
+def test_layer_survives_copying_pickling_and_its_state_dict() -> None:
+    layer = TLU(3)
+    torch.nn.init.uniform_(layer.tau)
+    again = TLU(3)
+    again.load_state_dict(layer.state_dict())
+    assert list(layer.state_dict()) == ["tau"]
+    for twin in (again, copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert torch.equal(twin.tau, layer.tau)
+        assert twin.tau is not layer.tau
+
+
+def test_layer_is_built_where_and_in_what_type_it_is_told() -> None:
+    assert TLU(4, device="meta").tau.is_meta
+    assert TLU(4, dtype=torch.float16).tau.dtype == torch.float16
+    assert repr(TLU(4)) == "TLU(4)"
