@@ -1,0 +1,88 @@
+"""The shipped checkpoints on the real test set: stock ONNX Runtime against PyTorch, image by image."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from deploynorm.models import mabn_resnet
+from deploynorm.models.data import ImageData
+
+from deploynorm import checkpoint
+from deploynorm.cli import main
+
+MODELS = Path(__file__).parents[2] / "models"
+SHIPPED = sorted(MODELS.glob("*.pt"))
+
+# What a stranger's server runs: onnxruntime and NumPy, and nothing of deploynorm.
+STOCK = """
+import sys
+import numpy as np
+import onnxruntime
+session = onnxruntime.InferenceSession(sys.argv[1], providers=["CPUExecutionProvider"])
+images = np.load(sys.argv[2])
+scores = [session.run(None, {"x": images[i : i + 500]})[0] for i in range(0, len(images), 500)]
+np.save(sys.argv[3], np.concatenate(scores))
+assert not any(name.partition(".")[0] == "deploynorm" for name in sys.modules)
+"""
+
+
+def test_two_models_are_shipped_and_small() -> None:
+    assert [path.stem.split("_")[0] for path in SHIPPED] == ["frn", "mabn"]
+    assert all(path.stat().st_size < 2_000_000 for path in SHIPPED)
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_stock_onnxruntime_classifies_every_test_image_as_pytorch_does(
+    path: Path, fashion_mnist: ImageData, tmp_path: Path, require: Callable[[str], None]
+) -> None:
+    require("ort")
+    exported = tmp_path / "model.onnx"
+    assert main(["export", str(path), "-o", str(exported), "-q"]) == 0
+    loaded = checkpoint.load(path)
+    assert loaded.image is not None
+    assert loaded.training is not None
+    mean, std = (torch.tensor(values).reshape(-1, 1, 1) for values in (loaded.image.mean, loaded.image.std))
+    images = (fashion_mnist.test_images / 255 - mean) / std
+    np.save(tmp_path / "images.npy", images.numpy())
+    arguments = [str(exported), str(tmp_path / "images.npy"), str(tmp_path / "scores.npy")]
+    done = subprocess.run([sys.executable, "-c", STOCK, *arguments], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    with torch.inference_mode():
+        eager = torch.cat([loaded.model(batch) for batch in images.split(500)]).argmax(1)
+    stock = torch.from_numpy(np.load(tmp_path / "scores.npy")).argmax(1)
+    assert (eager != stock).sum() == 0
+    accuracy = (stock == fashion_mnist.test_classes).double().mean().item()
+    assert accuracy == pytest.approx(loaded.training["accuracy"], abs=0.5 / len(images))
+    assert accuracy > 0.9
+
+
+def test_shipped_mabn_network_has_the_nodes_of_a_folded_batch_norm_network(
+    tmp_path: Path, require: Callable[[str], None]
+) -> None:
+    """The same architecture with BatchNorm, folded by the same command, is the yardstick."""
+    require("ort")
+    torch.manual_seed(0)
+    kwargs = {"num_classes": 10, "in_channels": 1, "norm": "bn"}
+    twin = tmp_path / "bn.pt"
+    checkpoint.save(
+        twin,
+        factory="deploynorm.models.mabn_resnet:resnet20",
+        kwargs=kwargs,
+        model=mabn_resnet.resnet20(**kwargs),
+        image=checkpoint.load(SHIPPED[1]).image,
+    )
+    sequences = []
+    for path in (SHIPPED[1], twin):
+        exported = tmp_path / f"{path.stem}.onnx"
+        assert main(["export", str(path), "-o", str(exported), "-q"]) == 0
+        sequences.append([node.op_type for node in onnx.load(exported).graph.node])
+    assert sequences[0] == sequences[1]
+    assert not {"Div", "Mul", "Sub", "BatchNormalization"} & Counter(sequences[0]).keys()

@@ -1,0 +1,59 @@
+"""The operator's names stand in contract.py, and every other place takes them from there."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import onnx
+import torch
+
+import deploynorm
+from deploynorm import contract
+from deploynorm.lowering import function_proto, register_schema
+
+PACKAGE = Path(deploynorm.__file__).parent
+
+
+def test_no_other_module_spells_the_operator_out() -> None:
+    name = re.compile(rf"""["']{contract.OP_TYPE}["']|["']{contract.DOMAIN}["']""")
+    spelled = {
+        path.relative_to(PACKAGE).as_posix(): found
+        for path in PACKAGE.rglob("*.py")
+        if path.name != "contract.py" and (found := name.findall(path.read_text(encoding="utf-8")))
+    }
+    # The checkpoint format and the program bear the project's name for reasons of their own.
+    allowed = {"checkpoint/_format.py", "checkpoint/__init__.py", "cli/__init__.py", "cli/manifest.py", "export.py"}
+    assert set(spelled) <= allowed, spelled
+    assert not any(contract.OP_TYPE in text for found in spelled.values() for text in found)
+
+
+def test_torch_operator_has_the_inputs_of_the_contract() -> None:
+    import deploynorm.layers.functional  # noqa: F401  registers it
+
+    schema = getattr(getattr(torch.ops, contract.DOMAIN), contract.TORCH_OP).default._schema
+    names = [argument.name for argument in schema.arguments]
+    assert (names[0].upper(), *names[1:]) == contract.INPUTS
+
+
+def test_schema_and_function_have_the_inputs_of_the_contract() -> None:
+    register_schema()
+    register_schema()  # a second call is not an error
+    schema = onnx.defs.get_schema(contract.OP_TYPE, contract.VERSION, contract.DOMAIN)
+    assert tuple(value.name for value in schema.inputs) == contract.INPUTS
+    assert set(schema.attributes) == set(contract.NODE_ATTRIBUTES)
+    body = function_proto(20)
+    assert (body.domain, body.name, tuple(body.input), tuple(body.output)) == (
+        contract.DOMAIN,
+        contract.OP_TYPE,
+        contract.INPUTS,
+        (contract.OUTPUT,),
+    )
+
+
+def test_names_suit_every_host() -> None:
+    """Quickly deployable TensorRT plugins refuse a dot; torch.ops wants an identifier; TensorRT finds by name."""
+    assert contract.DOMAIN.isidentifier()
+    assert contract.TORCH_OP.isidentifier()
+    assert contract.NODE_ATTRIBUTES == {"plugin_namespace": contract.DOMAIN, "plugin_version": "1"}
+    assert not any(schema.name == contract.OP_TYPE for schema in onnx.defs.get_all_schemas() if schema.domain == "")

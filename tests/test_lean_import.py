@@ -1,0 +1,59 @@
+"""What an import costs: an optional package is imported only by the file that needs it, when it is needed."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import deploynorm
+
+PACKAGE = Path(deploynorm.__file__).parent
+MODULES = sorted(
+    ".".join(("deploynorm", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__")
+    for path in PACKAGE.rglob("*.py")
+    if path.name != "__main__.py"
+)
+OPTIONAL = ("onnxruntime", "tensorrt", "tensorrt_rtx", "triton", "timm", "PIL", "matplotlib", "sklearn")
+
+
+def _run(program: str) -> str:
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_package_alone_imports_nothing() -> None:
+    heavy = (*OPTIONAL, "torch", "numpy", "onnx", "rich")
+    _run(f"import sys, deploynorm; found = {set(heavy)!r} & set(sys.modules); assert not found, found")
+
+
+def test_every_module_imports_without_the_optional_packages() -> None:
+    """In one process where each optional package is as if it were not installed."""
+    _run(
+        "import importlib, sys\n"
+        f"for name in {OPTIONAL!r}: sys.modules[name] = None\n"
+        f"for name in {MODULES!r}: importlib.import_module(name)\n"
+    )
+
+
+def test_functions_of_the_package_are_not_hidden_by_the_modules_they_live_in() -> None:
+    _run(
+        "import deploynorm.fold, deploynorm.export, deploynorm.check\n"
+        "import deploynorm\n"
+        "from deploynorm.fold import FoldResult\n"
+        "from deploynorm.export import Exported\n"
+        "assert all(callable(f) for f in (deploynorm.fold, deploynorm.export, deploynorm.check))\n"
+    )
+
+
+@pytest.mark.parametrize("name", deploynorm.__all__)
+def test_public_name_exists(name: str) -> None:
+    assert getattr(deploynorm, name) is not None
+
+
+def test_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="no_such_name"):
+        _ = deploynorm.no_such_name
