@@ -89,7 +89,7 @@ def run(arguments: argparse.Namespace) -> int:
             print_fold(terminal, folding)
         terminal.table("Nodes", ("operator", "count"), sorted(exported.node_counts().items()))
         print_checks(terminal, checks)
-        for note in exported.notes:
+        for note in (*network.checkpoint.notes, *exported.notes):
             terminal.line(f"note: {note}")
         record = manifest(arguments, network.checkpoint, exported, onnx_file) | {
             "fold": None if folding is None else fold_to_dict(folding),

@@ -43,6 +43,8 @@ def run(arguments: argparse.Namespace) -> int:
             parity = check_folded(network, folded, arguments)
         print_fold(terminal, report)
         print_checks(terminal, [parity])
+        for note in network.checkpoint.notes:
+            terminal.line(f"note: {note}")
         terminal.write_json(arguments.json, {"fold": fold_to_dict(report), "checks": [parity.to_dict()]})
         raise_if_broken(terminal, [parity], network, arguments)
         with terminal.step(f"writing {output}"), quiet():

@@ -53,6 +53,7 @@ def _tell_model(terminal: Terminal, arguments: argparse.Namespace) -> dict[str, 
         "input": None if loaded.image is None else loaded.image.to_dict(),
         "labels": None if loaded.labels is None else list(loaded.labels),
         "training": None if loaded.training is None else dict(loaded.training),
+        "notes": list(loaded.notes),
     }
     _print_facts(terminal, facts)
     leaves = (module for module in loaded.model.modules() if not any(module.children()))
