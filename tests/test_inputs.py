@@ -116,9 +116,11 @@ def test_any_kind_of_image_becomes_grey_or_rgb(tmp_path: Path, mode: str, channe
 
 
 def test_an_image_is_resized_only_where_its_size_differs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    Image.new("L", (12, 10), 255).save(tmp_path / "a.png")
+    left_white = np.zeros((10, 12), np.uint8)
+    left_white[:, :6] = 255
+    Image.fromarray(left_white).save(tmp_path / "a.png")
     got = ImageSpec((1, 4, 6), (0.0,), (1.0,)).read(tmp_path / "a.png")
-    np.testing.assert_array_equal(got, np.ones((1, 1, 4, 6), np.float32))
+    np.testing.assert_array_equal(got[0, 0, :, [0, 1, 4, 5]], [[1] * 4, [1] * 4, [0] * 4, [0] * 4])
     monkeypatch.delattr(Image.Image, "resize")
     assert ImageSpec((1, 10, 12), (0.0,), (1.0,)).read(tmp_path / "a.png").shape == (1, 1, 10, 12)
 
@@ -198,6 +200,12 @@ def test_free_maps_are_sampled_at_odd_and_at_oblong_sizes_near_the_base(seed: in
     assert all(32 <= size <= 32 + 31 for shape in (odd, oblong) for size in shape[2:])
     assert labels[1] == f"x 2x3x{odd[2]}x{odd[3]}"
     assert shapes == sampled(TensorSpec("x", (2, 3, "H", "W"), "float32"), seed=seed, x=(2, 3, 32, 32))[1]
+
+
+def test_sizes_that_differ_at_the_base_never_meet() -> None:
+    spec = TensorSpec("x", (1, 1, "H", "W"), "float32")
+    last = [sampled(spec, seed=seed, x=(1, 1, 8, 10))[1][-1][0] for seed in range(100)]
+    assert all(height != width for *_, height, width in last)
 
 
 def test_another_seed_gives_other_sizes_and_values() -> None:

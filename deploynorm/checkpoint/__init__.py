@@ -104,7 +104,7 @@ def load(
         raise ModelError(
             where,
             f"a state dict of {len(found[0])} tensors does not tell which network it belongs to",
-            fix="pass --factory pkg.mod:function, which makes the network (and --kwargs, if it takes arguments)",
+            fix="pass --factory pkg.mod:function, which makes the network, and --factory-kwargs for its arguments",
         )
     model, notes = _build(factory, kwargs or {}, found[0], where, typed=True)
     return Checkpoint(model, "state_dict", path, sha256, factory, notes=(*found[1], *notes))
@@ -182,13 +182,23 @@ def _load_module(
     if kwargs is not None and factory is None:
         raise _superfluous(where, "a pickled network", "no arguments")
     notes = []
-    if isinstance(module, nn.DataParallel):
-        module = module.module
-        notes.append("DataParallel was taken off the network")
-    if factory is None:
-        model = _ready(module, where)
-    else:
-        model, more = _build(factory, kwargs or {}, module.state_dict(), where, typed=True)
+    try:
+        if isinstance(module, nn.DataParallel):
+            module = module.module
+            notes.append("DataParallel was taken off the network")
+        state = module.state_dict()
+        if factory is None:
+            model = _ready(module, where)
+    except ModelError:
+        raise
+    except Exception as error:  # a network of another version of its package lacks parts; a damaged one lacks any
+        raise ModelError(
+            where,
+            f"the pickled network is damaged, or of another version of its package: {type(error).__name__}: {error}",
+            fix="write its state_dict() with torch.save where it was made, and pass --factory",
+        ) from error
+    if factory is not None:
+        model, more = _build(factory, kwargs or {}, state, where, typed=True)
         notes += ["its weights were loaded into the network of the factory", *more]
     return Checkpoint(model, "module", path, sha256, factory, notes=tuple(notes))
 
@@ -225,4 +235,6 @@ def _ready(model: nn.Module, where: str) -> nn.Module:
 
 
 def _superfluous(where: str, what: str, given: str) -> ModelError:
-    return ModelError(where, f"{what} is a whole network and takes {given}", fix="leave --factory and --kwargs out")
+    return ModelError(
+        where, f"{what} is a whole network and takes {given}", fix="leave --factory and --factory-kwargs out"
+    )

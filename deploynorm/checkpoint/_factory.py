@@ -1,0 +1,174 @@
+"""Turning "pkg.mod:function" and its arguments into a network."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import os
+import re
+import sys
+import typing
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from deploynorm.errors import ModelError
+
+__all__ = ["build", "check_own", "current_directory_on_path", "is_own"]
+
+_OWN = "deploynorm.models"
+_EXAMPLE = f"{_OWN}.frn_resnet:resnet20"
+
+
+def build(name: str, kwargs: Mapping[str, Any], where: str, *, typed: bool) -> nn.Module:
+    """Calls the factory of a network.
+
+    Args:
+        name: "pkg.mod:function".
+        kwargs: Its keyword arguments.
+        where: Path of the checkpoint, for messages.
+        typed: Whether the user typed the name. One that stands in a file is taken from deploynorm.models alone: a
+            file must not choose what code runs.
+
+    Raises:
+        ModelError: Not such a name, not from deploynorm.models though it stands in a file, cannot be imported or
+            called, refuses the arguments, raises, or returns no nn.Module.
+    """
+    if not typed:
+        factory = check_own(name, where)
+        return _call(factory, name, kwargs, where)
+    # Console scripts, unlike `python -m`, do not look for modules where the user stands.
+    with current_directory_on_path():
+        return _call(_import_typed(name, where), name, kwargs, where)
+
+
+def is_own(name: str) -> bool:
+    """Whether a factory's module is deploynorm.models or inside it."""
+    module = name.partition(":")[0]
+    return module == _OWN or module.startswith(f"{_OWN}.")
+
+
+def check_own(name: object, where: str) -> Callable[..., Any]:
+    """The factory in deploynorm.models of that name, which may come from a file that nobody vouches for.
+
+    It must be in its module's __all__, and be an nn.Module class or a function that is declared to return one, so that
+    no other function of these modules (training, reading data) can be called.
+
+    Raises:
+        ModelError: There is none.
+    """
+    if not isinstance(name, str) or not is_own(name):
+        raise ModelError(
+            where,
+            "the factory that the file names is not one of deploynorm.models",
+            got=repr(name),
+            expected=f"a function of {_OWN}, such as {_EXAMPLE}",
+            fix="name it yourself with --factory, if you trust it: a file must not choose what code runs",
+        )
+    refused = ModelError(
+        where,
+        f"{_OWN} has no such network",
+        got=repr(name),
+        expected=f"a public function or class that makes a network, such as {_EXAMPLE}",
+        fix="name the factory yourself with --factory pkg.mod:function",
+    )
+    parts = re.fullmatch(r"(deploynorm\.models(?:\.[A-Za-z]\w*)*):([A-Za-z]\w*)", name, re.ASCII)
+    if parts is None:
+        raise refused
+    try:
+        module = importlib.import_module(parts[1])
+    except ImportError as error:
+        raise refused from error
+    factory: Any = vars(module).get(parts[2])
+    if parts[2] not in getattr(module, "__all__", ()):
+        raise refused
+    made: object = factory
+    if inspect.isfunction(factory):
+        try:
+            made = typing.get_type_hints(factory).get("return")
+        except NameError:
+            made = None
+    if not (isinstance(made, type) and issubclass(made, nn.Module)):
+        raise refused
+    return typing.cast("Callable[..., nn.Module]", factory)
+
+
+@contextmanager
+def current_directory_on_path() -> Iterator[None]:
+    """Lets imports find modules in the current directory."""
+    here = os.getcwd()
+    if here in sys.path or "" in sys.path:
+        yield
+        return
+    sys.path.insert(0, here)
+    importlib.invalidate_caches()
+    try:
+        yield
+    finally:
+        if here in sys.path:
+            sys.path.remove(here)
+
+
+def _import_typed(name: str, where: str) -> Callable[..., Any]:
+    parts = re.fullmatch(r"([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*):([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*)", name)
+    if parts is None:
+        raise ModelError(where, "not a factory", got=repr(name), expected=f"pkg.mod:function, such as {_EXAMPLE}")
+    try:
+        found: Any = importlib.import_module(parts[1])
+    except (Exception, SystemExit) as error:  # the user's module may raise anything while it is imported
+        missing = isinstance(error, ModuleNotFoundError) and f"{parts[1]}.".startswith(f"{error.name}.")
+        raise ModelError(
+            where,
+            f"the factory {name} cannot be imported: {_told(error)}",
+            fix="run deploynorm in the folder of that module, or install it"
+            if missing
+            else f'make `python -c "import {parts[1]}"` work',
+        ) from error
+    for attribute in parts[2].split("."):
+        try:
+            found = getattr(found, attribute)
+        except AttributeError as error:
+            public = [key for key, value in vars(found).items() if callable(value) and not key.startswith("_")]
+            raise ModelError(
+                where,
+                f"the factory {name} does not exist",
+                got=f"no {attribute!r} in {parts[1]}",
+                expected="one of " + ", ".join(public[:12]) if public else None,
+            ) from error
+    if not callable(found):
+        raise ModelError(where, f"the factory {name} is not callable", got=type(found).__name__, expected="a function")
+    return typing.cast("Callable[..., Any]", found)
+
+
+def _call(factory: Callable[..., Any], name: str, kwargs: Mapping[str, Any], where: str) -> nn.Module:
+    try:
+        signature = inspect.signature(factory)
+    except (TypeError, ValueError):  # builtins have none
+        signature = None
+    if signature is not None:
+        try:
+            signature.bind(**kwargs)
+        except TypeError as error:
+            raise ModelError(
+                where,
+                f"the factory {name} does not take the arguments: {error}",
+                got=", ".join(f"{key}={value!r}" for key, value in kwargs.items()) or "none",
+                expected=f"arguments of {signature}",
+                fix="give them with --factory-kwargs",
+            ) from error
+    try:
+        network = factory(**kwargs)
+    except (Exception, SystemExit) as error:  # the user's function may raise anything
+        raise ModelError(where, f"the factory {name} failed: {_told(error)}") from error
+    if not isinstance(network, nn.Module):
+        raise ModelError(
+            where, f"the factory {name} made no network", got=type(network).__name__, expected="a torch.nn.Module"
+        )
+    return network
+
+
+def _told(error: BaseException) -> str:
+    text = str(error).strip().rstrip(".")
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__

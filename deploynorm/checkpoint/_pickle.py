@@ -1,0 +1,149 @@
+"""Reading what torch.save wrote, without running code that the file names."""
+
+from __future__ import annotations
+
+import importlib
+import io
+import pickletools
+import re
+import warnings
+import zipfile
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from deploynorm.errors import ModelError
+
+__all__ = ["named_globals", "unpickle"]
+
+_CLASS_MODULES = ("torch.nn.modules.", "timm.layers.", "timm.models.", "deploynorm.layers.", "deploynorm.models.")
+_DATA_PARALLEL = "torch.nn.parallel.data_parallel.DataParallel"
+
+_DATA = re.compile(
+    r"torch\.\w+|torch\._utils\._rebuild_\w+|torch\._tensor\._rebuild_from_type_v2|torch\.storage\.\w+"
+    r"|torch\.nn\.parameter\.Parameter|torch\.serialization\._get_layout|collections\.(OrderedDict|Counter)"
+    r"|_codecs\.encode|builtins\.(set|bytearray|complex)"
+)
+"""Globals that tensors and plain containers may need, a little too wide: torch's own list has the last word."""
+
+_RENAMED = {"__builtin__": "builtins", "copy_reg": "copyreg"}
+_LEGACY_PICKLES = 5
+"""The old format is as many pickles in a row: magic number, version, system, the object, storage keys."""
+
+
+def unpickle(data: bytes, where: str, *, trust: bool, modules: bool = True) -> Any:
+    """The object in a file of torch.save, on the CPU.
+
+    Unless trusted, it is read with weights_only=True, and the only classes beyond torch's own list of tensors and
+    plain data are the nn.Module classes of torch.nn, timm and deploynorm that the file names.
+
+    Args:
+        data: The whole file.
+        where: Its path, for messages.
+        trust: Read it as any pickle is read, which runs whatever code the file names.
+        modules: Whether those classes are allowed.
+
+    Raises:
+        ModelError: The file names anything else, or cannot be read.
+    """
+    if trust:
+        return _load(data, where, trust=True)
+    try:
+        names = named_globals(data)
+    except Exception as error:  # pickletools raises many types on damaged pickles
+        raise _damaged(where, error) from error
+    classes = {name: cls for name in names if modules and (cls := _module_class(name, where)) is not None}
+    foreign = [name for name in names if name not in classes and not _DATA.fullmatch(name)]
+    if foreign:
+        raise _refused(where, foreign)
+    allowed: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [(cls, name) for name, cls in classes.items()]
+    with torch.serialization.safe_globals(allowed):
+        return _load(data, where, trust=False)
+
+
+def named_globals(data: bytes) -> list[str]:
+    """Every class and function that the pickles of a torch.save file name, without running them."""
+    if data[:4] == b"PK\x03\x04":
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            pickles = [archive.read(member) for member in archive.namelist() if member.endswith("/data.pkl")]
+        names = [name for pickle in pickles for name in _globals_of_one(io.BytesIO(pickle))]
+    else:
+        stream = io.BytesIO(data)
+        names = [name for _ in range(_LEGACY_PICKLES) for name in _globals_of_one(stream)]
+    return list(dict.fromkeys(names))
+
+
+def _globals_of_one(stream: io.BytesIO) -> Iterator[str]:
+    strings = ["", ""]
+    for opcode, argument, _ in pickletools.genops(stream):
+        if opcode.name in ("GLOBAL", "INST"):
+            module, _, name = str(argument).partition(" ")
+            yield f"{_RENAMED.get(module, module)}.{name}"
+        elif opcode.name == "STACK_GLOBAL":
+            # Its operands may come from the memo, and then this tells a wrong name; torch refuses the opcode anyway.
+            yield ".".join(strings)
+        elif isinstance(argument, str):
+            strings = [strings[1], argument]
+
+
+def _module_class(name: str, where: str) -> type[nn.Module] | None:
+    """The nn.Module class of that name in torch.nn, timm or deploynorm, or None if it is none."""
+    if not (name.startswith(_CLASS_MODULES) or name == _DATA_PARALLEL):
+        return None
+    if not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", name, re.ASCII):
+        return None
+    module_name, _, class_name = name.rpartition(".")
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:  # broken installations raise more than ImportError
+        raise ModelError(
+            where,
+            f"its class {name} cannot be imported: {type(error).__name__}: {error}",
+            fix=f"install the version of {name.partition('.')[0]} that the network was saved with",
+        ) from error
+    cls = getattr(module, class_name, None)
+    # A module also holds what it imports, so the class must say that it comes from there.
+    if isinstance(cls, type) and issubclass(cls, nn.Module) and f"{cls.__module__}.{cls.__qualname__}" == name:
+        return cls
+    return None
+
+
+def _load(data: bytes, where: str, *, trust: bool) -> Any:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return torch.load(io.BytesIO(data), map_location="cpu", weights_only=not trust)
+    except Exception as error:  # damaged files make torch raise nearly anything, and a trusted one runs its own code
+        unknown = re.search(r"GLOBAL (\S+) was not an allowed global|unsupported GLOBAL (\S+)", str(error))
+        raise (_refused(where, [unknown[1] or unknown[2]]) if unknown else _damaged(where, error)) from error
+
+
+def _refused(where: str, names: list[str]) -> ModelError:
+    shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+    return ModelError(
+        where,
+        "loading the file would run code that it names",
+        got=shown,
+        expected="tensors, plain values and nn.Module classes of torch.nn, timm and deploynorm",
+        fix="write the state_dict() alone with torch.save and pass --factory, "
+        "or pass --trust-pickle if you trust whoever made the file",
+    )
+
+
+def _damaged(where: str, error: Exception) -> ModelError:
+    if "Unsupported operand" in str(error):
+        return ModelError(
+            where,
+            "a form of pickle that cannot be read without running the code that it names",
+            expected="torch.save's own pickle protocol, 2",
+            fix="write it again without pickle_protocol, or pass --trust-pickle if you trust whoever made the file",
+        )
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    # torch puts its advice (which is to load without a check) around the cause, and the documentation link last.
+    lines = [line for line in lines if "weights_only" not in line and "Weights only" not in line] or lines
+    cause = f"{type(error).__name__}: {lines[0].rstrip('.')}" if lines else type(error).__name__
+    return ModelError(
+        where, f"the file cannot be read: {cause}", fix="it may be damaged: write it again with torch.save"
+    )

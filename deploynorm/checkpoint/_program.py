@@ -1,0 +1,164 @@
+"""The JSON of a torch.export program, and which forms of it are certain to be no code.
+
+Loading it evaluates size expressions (sympy.sympify), imports modules that tree specs name, looks up any function
+under `torch` that a node names, and compiles guards and node names as Python source.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from deploynorm.checkpoint._arithmetic import plain_guard, plain_size
+
+__all__ = ["RefusedError", "clean"]
+
+
+class RefusedError(Exception):
+    """A part of an archive is not known to be harmless.
+
+    Args:
+        problem: What is wrong, for a ModelError.
+        got: The part.
+    """
+
+    def __init__(self, problem: str, got: object = None) -> None:
+        super().__init__(problem)
+        self.problem = problem
+        self.got = got
+
+
+def clean(value: Any, field: str = "") -> Any:
+    """A copy of a part of the program's JSON, in which every string has the form that its field asks for."""
+    if field in _RULES:
+        return _RULES[field](value, field)
+    if isinstance(value, dict):
+        # Fields of the schema and names from the graph are told apart by the field that holds them.
+        named = field in _TABLES
+        return {_matching(key, "key", _KEY): clean(item, "" if named else key) for key, item in value.items()}
+    if isinstance(value, list):
+        return [clean(item, field) for item in value]
+    return _matching(value, field, _NAME) if isinstance(value, str) else value
+
+
+_TABLES = (
+    "as_string_to_argument",
+    "config",
+    "opset_version",
+    "range_constraints",
+    "sym_bool_values",
+    "sym_float_values",
+    "sym_int_values",
+    "tensor_values",
+)
+_KEY = _PATH = re.compile(r"[\w.:-]*", re.ASCII)
+_NAME = re.compile(r"\w*", re.ASCII)
+_TEXT = re.compile(r"[^\x00-\x08\x0b-\x1f\x7f]{0,1000}")
+_FLOAT = re.compile(r"-?Infinity|NaN")
+
+
+def _matching(value: Any, field: str, pattern: re.Pattern[str]) -> Any:
+    if isinstance(value, str) and not pattern.fullmatch(value):
+        raise RefusedError(f"a {field or 'value'} of the program is not a plain name or value", repr(value[:80]))
+    return value
+
+
+def _strings(pattern: re.Pattern[str]) -> Callable[[Any, str], Any]:
+    def rule(value: Any, field: str) -> Any:
+        if isinstance(value, list):
+            return [rule(item, field) for item in value]
+        if isinstance(value, dict):
+            raise RefusedError(f"a {field} of the program is not a value", value)
+        return _matching(value, field, pattern)
+
+    return rule
+
+
+def _empty(value: Any, field: str) -> Any:
+    """Provenance and old forms of tree specs: nothing that later stages need."""
+    return type(value)()
+
+
+def _refuse(value: Any, field: str) -> Any:
+    if value:
+        raise RefusedError(f"the program holds more than operators and tensors ({field})")
+    return value
+
+
+def _device(value: Any, field: str) -> Any:
+    return None if value is None else {"type": "cpu", "index": None}
+
+
+def _operator(value: Any, field: str) -> str:
+    name = str(value)
+    if _ARITHMETIC.fullmatch(name):
+        return name
+    parts = re.fullmatch(r"torch\.ops\.(aten|prims|deploynorm)\.(\w+)\.(\w+)", name, re.ASCII)
+    if parts is None:
+        raise RefusedError("the program calls a function that is not an ATen or deploynorm operator", name)
+    operator = getattr(torch.ops, parts[1])
+    for part in parts.groups()[1:]:
+        operator = getattr(operator, part, None)
+    if not isinstance(operator, torch._ops.OpOverload):
+        raise RefusedError(f"torch {torch.__version__} has no such operator", name)
+    if any(argument.name == "filename" for argument in operator._schema.arguments):
+        raise RefusedError("the program reads or writes files", name)
+    return name
+
+
+_ARITHMETIC = re.compile(
+    r"_operator\.(eq|ne|le|ge|lt|gt|neg|pos|mul|add|sub|floordiv|mod|pow|truediv|and_|or_|lshift|rshift|getitem)"
+    r"|math\.(trunc|ceil|floor)|torch\.sym_(not|int|float|ite|max|min|sqrt)"
+)
+
+
+def _size(value: Any, field: str) -> str:
+    size = plain_size(str(value))
+    if size is None:
+        raise RefusedError("a size of the program is not plain arithmetic", repr(str(value)[:80]))
+    return size
+
+
+def _guards(value: Any, field: str) -> list[str]:
+    guards = []
+    for text in value:
+        guard = plain_guard(str(text))
+        if guard is None:
+            raise RefusedError("a guard of the program does more than compare sizes", repr(str(text)[:80]))
+        guards.append(guard)
+    return guards
+
+
+def _tree(value: Any, field: str) -> str:
+    protocol, tree = json.loads(value)
+    return json.dumps([int(protocol), _clean_tree(tree)])
+
+
+def _clean_tree(tree: Any) -> dict[str, Any]:
+    kind = tree["type"]
+    if kind is None:
+        return {"type": None, "context": None, "children_spec": []}
+    if kind not in ("builtins.tuple", "builtins.list", "builtins.dict"):
+        raise RefusedError("inputs or outputs are not tensors, tuples, lists and dicts of tensors", repr(kind))
+    keys = _strings(_PATH)(json.loads(tree["context"]), "key")
+    return {"type": kind, "context": json.dumps(keys), "children_spec": [*map(_clean_tree, tree["children_spec"])]}
+
+
+_RULES: dict[str, Callable[[Any, str], Any]] = {
+    **dict.fromkeys(("metadata", "treespec_namedtuple_fields", "torch_version"), _empty),
+    **dict.fromkeys(
+        ("as_graph", "as_operator", "as_custom_obj", "custom_obj", "custom_obj_values", "use_pickle"), _refuse
+    ),
+    **dict.fromkeys(("device", "as_device"), _device),
+    **dict.fromkeys(("in_spec", "out_spec"), _tree),
+    **dict.fromkeys(("as_string", "as_strings"), _strings(_TEXT)),
+    **dict.fromkeys(("as_float", "as_floats", "as_float_lists"), _strings(_FLOAT)),
+    **dict.fromkeys(("fqn", "parameter_name", "buffer_name", "tensor_constant_name"), _strings(_PATH)),
+    "target": _operator,
+    "expr_str": _size,
+    "guards_code": _guards,
+}

@@ -1,0 +1,142 @@
+"""Reading a torch.export archive (.pt2) without running code that it names.
+
+torch.export.load runs code in an archive by its pickles and by the text of its program (see _program.py). So nothing
+of the archive reaches torch as it is: each part is checked, and a new archive is written from the parts that passed.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import re
+import textwrap
+import warnings
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch.export import ExportedProgram
+from torch.export.pt2_archive import PT2ArchiveWriter
+
+import deploynorm.layers.functional  # noqa: F401  registers the operator that archives of our networks name
+from deploynorm.checkpoint._pickle import unpickle
+from deploynorm.checkpoint._program import RefusedError, clean
+from deploynorm.errors import ModelError
+
+__all__ = ["load_program"]
+
+_MODEL = "models/model.json"
+_CONFIGS = ("data/weights/model_weights_config.json", "data/constants/model_constants_config.json")
+_PICKLES = ("data/sample_inputs/model.pt", "data/weights/model.pt", "data/constants/model.pt")
+_RAW = re.compile(r"data/(weights/weight|constants/tensor)_[0-9]+")
+_WRITTEN_ANEW = re.compile(r"archive_format|archive_version|byteorder|version|\.data/\w+|extra/.*")
+_CODE = {
+    "data/aotinductor/": "machine code compiled by AOTInductor",
+    "data/executorch/": "an ExecuTorch program",
+    "data/constants/custom_obj_": "a pickled TorchScript object",
+    "data/constants/opaque_obj_": "a pickled Python object",
+}
+
+
+def load_program(data: bytes, where: str, *, trust: bool) -> ExportedProgram:
+    """The program in an archive of torch.export.save, moved to the CPU.
+
+    Unless trusted, what tells of the program's origin (stack traces, module names) is left behind.
+
+    Args:
+        data: The whole file.
+        where: Its path, for messages.
+        trust: Load it as torch does.
+
+    Raises:
+        ModelError: The archive holds code, or anything that this reader does not know to be none; or it is damaged,
+            or of another version of PyTorch.
+    """
+    archive = io.BytesIO(data) if trust else _rewritten(data, where)
+    from torch.export.pt2_archive._package import load_pt2
+
+    try:
+        with _silence():
+            programs: dict[str, ExportedProgram] = load_pt2(archive).exported_programs
+    except Exception as error:  # a damaged program makes torch raise nearly anything
+        raise ModelError(
+            where,
+            f"torch.export cannot load the archive: {type(error).__name__}: {textwrap.shorten(str(error), 300)}",
+            fix=f"export the network again with torch {torch.__version__}",
+        ) from error
+    if "model" not in programs:
+        raise ModelError(where, "no program in the archive", expected=_MODEL)
+    return programs["model"]
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Keeps torch's warnings and log quiet: what matters of them comes back as an exception."""
+    loggers = [logging.getLogger(name) for name in ("torch.export", "torch._export", "torch.fx")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _rewritten(data: bytes, where: str) -> io.BytesIO:
+    try:
+        return _rewrite(data, where)
+    except RefusedError as refusal:
+        raise ModelError(
+            where,
+            refusal.problem,
+            got=refusal.got,
+            expected="a graph of ATen and deploynorm operators, tensors and plain values",
+            fix="export the network again with torch.export.save, "
+            "or pass --trust-pickle if you trust whoever made the file",
+        ) from None
+    except ModelError:
+        raise
+    except Exception as error:  # damaged zip, JSON or text: many types
+        raise ModelError(
+            where, f"the archive is damaged: {type(error).__name__}: {error}", fix="export the network again"
+        ) from error
+
+
+def _rewrite(data: bytes, where: str) -> io.BytesIO:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(data)) as archive, PT2ArchiveWriter(buffer) as writer:
+        members = archive.namelist()
+        roots = {member.partition("/")[0] for member in members}
+        if len(roots) != 1 or len(set(members)) != len(members):
+            raise RefusedError(
+                "an archive that two readers would read differently", "members beside or upon one another"
+            )
+        for member in members:
+            name = member.partition("/")[2]
+            if _WRITTEN_ANEW.fullmatch(name):
+                continue
+            content = archive.read(member)
+            if _RAW.fullmatch(name):
+                # A raw tensor is bytes whatever they are, unless a config calls it a pickle, which clean refuses.
+                writer.write_bytes(name, content)
+            elif name in _PICKLES:
+                writer.write_bytes(name, _repickled(content, f"{where}: {name}") if content else b"")
+            elif name == _MODEL or name in _CONFIGS:
+                writer.write_string(name, json.dumps(clean(json.loads(content))))
+            else:
+                kind = next((kind for prefix, kind in _CODE.items() if name.startswith(prefix)), "an unknown member")
+                raise RefusedError(f"the archive holds {kind}", name)
+    buffer.seek(0)
+    return buffer
+
+
+def _repickled(content: bytes, where: str) -> bytes:
+    """The same object in a pickle that we wrote: torch.export.load reads any pickle that weights_only refuses."""
+    buffer = io.BytesIO()
+    torch.save(unpickle(content, where, trust=False, modules=False), buffer)
+    return buffer.getvalue()

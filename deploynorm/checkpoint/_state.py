@@ -1,0 +1,127 @@
+"""State dicts: finding one in a checkpoint, loading it strictly, and looking for numbers that are none."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deploynorm.errors import ModelError
+
+__all__ = ["check_finite", "find_state_dict", "load_strictly"]
+
+_KEYS = ("model", "state_dict", "ema")
+_WRAPPERS = {"module.": "DataParallel", "_orig_mod.": "torch.compile"}
+_SHOWN = 5
+
+
+def find_state_dict(content: object) -> tuple[dict[str, Tensor], list[str]] | None:
+    """The state dict that a checkpoint is or holds under "model", "state_dict" or "ema", and where it was found."""
+    if not isinstance(content, Mapping):
+        return None
+    state = _as_state_dict(content)
+    if state is not None:
+        return state, []
+    found = {key: inner for key in _KEYS if (inner := _as_state_dict(content.get(key))) is not None}
+    if not found:
+        return None
+    key, state = next(iter(found.items()))
+    others = "".join(f"; the one under {other!r} is not used" for other in list(found)[1:])
+    return state, [f"the state dict stands under {key!r}{others}"]
+
+
+def load_strictly(model: nn.Module, state: Mapping[str, Tensor], where: str) -> list[str]:
+    """Loads a state dict into a network that it fits name for name and shape for shape.
+
+    Returns:
+        What was done to make it fit: prefixes of DataParallel and torch.compile that were taken off every name.
+
+    Raises:
+        ModelError: It does not; the message lists what is missing, unexpected or of another shape.
+    """
+    _check_allocated(chain(model.named_parameters(), model.named_buffers()), where, "build the network on the CPU")
+    _check_allocated(state.items(), where, "write the file again from a network that has its values")
+    wanted = {name: tensor.shape for name, tensor in model.state_dict().items() if isinstance(tensor, Tensor)}
+    state, notes = _unwrapped(state, wanted)
+    shapes = [
+        f"{name} {tuple(tensor.shape)} in the file, {tuple(wanted[name])} in the network"
+        for name, tensor in state.items()
+        if name in wanted and tensor.shape != wanted[name]
+    ]
+    cause: Exception | None = None
+    missing, unexpected = [name for name in wanted if name not in state], [name for name in state if name not in wanted]
+    try:
+        # Not strict, so that the layers' own loading rules (older formats, resized buffers) decide what is amiss.
+        result = model.load_state_dict(state, strict=False)
+        missing, unexpected, shapes = result.missing_keys, result.unexpected_keys, []
+    except Exception as error:  # a layer's loading rule is the user's code
+        cause = error
+    if not (cause or missing or unexpected):
+        return notes
+    kinds = {"missing from the file": missing, "unknown to the network": unexpected, "of another shape": shapes}
+    told = "; ".join(f"{len(names)} {kind}: {_some(names)}" for kind, names in kinds.items() if names)
+    raise ModelError(
+        where,
+        f"the state dict does not fit {type(model).__name__}",
+        got=told or str(cause),
+        expected=f"the {len(wanted)} tensors of the network, strictly",
+        fix="give the factory (--factory) and its arguments that the file was trained with",
+    ) from cause
+
+
+def check_finite(model: nn.Module, where: str) -> None:
+    """Raises ModelError if a parameter or a running statistic holds NaN or infinity, or has no values.
+
+    Buffers that are not saved (persistent=False) are a layer's scratch space and may hold anything.
+    """
+    _check_allocated(chain(model.named_parameters(), model.named_buffers()), where, "build the network on the CPU")
+    broken = []
+    for name, tensor in model.state_dict().items():
+        if not isinstance(tensor, Tensor) or not (tensor.is_floating_point() or tensor.is_complex()):
+            continue
+        # isfinite knows no 8-bit floats.
+        bad = int((~torch.isfinite(tensor if tensor.element_size() > 1 else tensor.float())).sum())
+        if bad:
+            broken.append(f"{name} ({bad} of {tensor.numel()})")
+    if broken:
+        raise ModelError(
+            where,
+            f"NaN or infinity in {len(broken)} tensors",
+            got=_some(broken),
+            expected="finite parameters and running statistics",
+            fix="take an earlier checkpoint: the training has diverged",
+        )
+
+
+def _check_allocated(tensors: Iterable[tuple[str, Tensor]], where: str, fix: str) -> None:
+    """Raises ModelError for tensors on the meta device: copies from and to them change nothing, and say nothing."""
+    without = [name for name, tensor in tensors if tensor.is_meta]
+    if without:
+        raise ModelError(where, "tensors without values (on the meta device)", got=_some(without), fix=fix)
+
+
+def _unwrapped(state: Mapping[str, Tensor], wanted: Mapping[str, Any]) -> tuple[Mapping[str, Tensor], list[str]]:
+    notes = []
+    # A network may have a part of that name itself, so names that it knows are left alone.
+    while not any(name in wanted for name in state):
+        prefix = next((prefix for prefix in _WRAPPERS if all(name.startswith(prefix) for name in state)), None)
+        if prefix is None:
+            break
+        state = {name[len(prefix) :]: tensor for name, tensor in state.items()}
+        notes.append(f"the prefix {prefix!r} of {_WRAPPERS[prefix]} was taken off every name")
+    return state, notes
+
+
+def _as_state_dict(content: object) -> dict[str, Tensor] | None:
+    if not isinstance(content, Mapping) or not content:
+        return None
+    if all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in content.items()):
+        return dict(content)
+    return None
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:_SHOWN]) + (f", ... ({len(names) - _SHOWN} more)" if len(names) > _SHOWN else "")

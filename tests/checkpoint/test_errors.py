@@ -1,0 +1,251 @@
+"""Every refusal of load, with the phrase that tells it; and files that are broken anyhow."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import pickle
+import random
+import zipfile
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from deploynorm.models.frn_resnet import resnet20
+from torch import Tensor, nn
+
+from deploynorm.checkpoint import load, save
+from deploynorm.errors import ModelError
+
+FACTORY = "deploynorm.models.frn_resnet:resnet20"
+STATE = nn.Conv2d(1, 2, 3).state_dict()
+
+NETS = """
+from torch import nn
+NUMBER = 3
+def conv(): return nn.Conv2d(1, 2, 3)
+def on_meta(): return nn.Conv2d(1, 2, 3, device="meta")
+def with_statistics(): return nn.BatchNorm2d(2)
+def number(): return 3
+def fails(): raise RuntimeError("no weights today")
+def leaves(): raise SystemExit(4)
+"""
+
+
+@pytest.fixture
+def nets(here: Path) -> None:
+    """A module of the user in the current directory, and three that cannot be imported."""
+    (here / "load_errors_nets.py").write_text(NETS)
+    (here / "load_errors_broken.py").write_text("import a_package_that_nobody_has")
+    (here / "load_errors_syntax.py").write_text("def f(:")
+    (here / "load_errors_script.py").write_text("raise SystemExit(1)")
+
+
+def saved(content: object, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(content, buffer, **options)
+    return buffer.getvalue()
+
+
+def own(**changed: Any) -> bytes:
+    content = {"format": "deploynorm", "factory": FACTORY, "kwargs": {}, "state_dict": STATE, **changed}
+    return saved({key: value for key, value in content.items() if value is not ...})
+
+
+def zipped(*members: str) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for member in members:
+            archive.writestr(member, b"any")
+    return buffer.getvalue()
+
+
+def conv(**tensors: Tensor | None) -> bytes:
+    return saved({name: tensor for name, tensor in {**STATE, **tensors}.items() if tensor is not None})
+
+
+TYPED = {"factory": "load_errors_nets:conv"}
+NAN = torch.tensor([1.0, torch.nan])
+BROKEN_NORM = OrderedDict(nn.BatchNorm2d(2).state_dict(), running_var=torch.tensor([1.0, torch.inf]))
+
+FILES: dict[str, tuple[bytes, dict[str, Any], tuple[str, ...]]] = {
+    # what the file is
+    "empty": (b"", {}, ("the file is empty",)),
+    "png": (b"\x89PNG\r\n\x1a\n" + bytes(50), {}, ("not a checkpoint", "a PNG image")),
+    "text": (b"epoch,loss\n1,0.5\n", {}, ("not a checkpoint", "Got text")),
+    "html": (b"\n<!DOCTYPE html><html>", {}, ("an HTML or XML page",)),
+    "git lfs": (b"version https://git-lfs.github.com/spec/v1\noid", {}, ("a Git LFS pointer",)),
+    "safetensors": ((16).to_bytes(8, "little") + b'{"a":1}         ' + bytes(9), {}, ("a safetensors file",)),
+    "onnx": (b"\x08\x08\x12\x07pytorch", {}, ("not a checkpoint", "unknown bytes")),
+    "other zip": (zipped("a/b.txt"), {}, ("not a checkpoint", "another zip archive")),
+    "npz": (zipped("a.npy", "b.npy"), {}, ("a NumPy .npz",)),
+    "torchscript": (
+        zipped("m/data.pkl", "m/constants.pkl", "m/code/a.py"), {}, ("a TorchScript archive", "torch.jit.load"),
+    ),
+    "old export": (zipped("version", "serialized_exported_program.json"), {}, ("PyTorch 2.7 or older",)),
+    "plain pickle": (pickle.dumps({"a": 1}), {}, ("a pickle that torch.save did not write",)),
+    "cut short": (saved(STATE)[:-40], {}, ("a damaged or cut-short zip archive",)),
+    "cut legacy": (saved(STATE, _use_new_zipfile_serialization=False)[:90], {}, ("the file cannot be read",)),
+    "damaged zip": (saved(STATE).replace(b"_rebuild_tensor_v2", b"_rebuild_tensor_v\xff"), {}, ("cannot be read",)),
+    # what it holds
+    "a list": (saved([1, 2]), {}, ("neither a network nor a state dict", "Got list")),
+    "no weights": (saved({"epoch": 3, "model": {}}), {}, ("neither a network", "'epoch' (int), 'model' (dict)")),
+    "numpy scalar": (
+        saved({"model": STATE, "best": np.float64(0.9)}),
+        TYPED,
+        ("would run code", "numpy._core.multiarray.scalar, numpy.dtype", "state_dict()", "--trust-pickle"),
+    ),
+    "namespace": (saved({"model": STATE, "args": argparse.Namespace(lr=1)}), TYPED, ("argparse.Namespace",)),
+    "legacy namespace": (
+        saved({"model": STATE, "args": argparse.Namespace(lr=1)}, _use_new_zipfile_serialization=False),
+        TYPED,
+        ("would run code", "Got argparse.Namespace;"),
+    ),
+    "protocol 4": (saved(STATE, pickle_protocol=4), TYPED, ("a form of pickle that", "--trust-pickle")),
+    "no factory": (saved(STATE), {}, ("a state dict of 2 tensors does not tell which network", "--factory")),
+    # whether it fits
+    "missing": (conv(bias=None), TYPED, ("does not fit Conv2d", "1 missing from the file: bias")),
+    "unexpected": (conv(**{f"x{i}": NAN for i in range(7)}), TYPED, ("7 unknown to the network: x0, x1", "(2 more)")),
+    "shape": (conv(bias=torch.ones(5)), TYPED, ("1 of another shape: bias (5,) in the file, (2,) in the network",)),
+    "all three": (
+        conv(bias=None, weight=torch.ones(2, 1, 3, 2), extra=NAN),
+        TYPED,
+        ("1 missing from the file: bias; 1 unknown to the network: extra; 1 of another shape: weight (2, 1, 3, 2)",),
+    ),
+    "meta tensor": (conv(bias=torch.ones(2, device="meta")), TYPED, ("tensors without values", "Got bias")),
+    "meta network": (conv(), {"factory": "load_errors_nets:on_meta"}, ("tensors without values", "on the CPU")),
+    "nan": (conv(bias=NAN), TYPED, ("NaN or infinity in 1 tensors", "Got bias (1 of 2)")),
+    "inf statistic": (
+        saved(BROKEN_NORM), {"factory": "load_errors_nets:with_statistics"}, ("NaN or inf", "running_var (1 of 2)"),
+    ),
+    "nan in a pickled network": (
+        saved(nn.Sequential(nn.PReLU(init=float("nan")))), {}, ("NaN or infinity in 1 tensors. Got 0.weight (1 of 1)",),
+    ),
+    # our own format
+    "no kwargs": (own(kwargs=...), {}, ("not a whole deploynorm checkpoint", "without kwargs")),
+    "unknown key": (own(lables=["a"]), {}, ("with 'lables'",)),
+    "kwargs a list": (own(kwargs=[1]), {}, ("its kwargs is not plain data", "Got list")),
+    "kwargs a tensor": (own(kwargs={"a": [NAN]}), {}, ("its kwargs.a[0] is not plain data", "Got Tensor")),
+    "labels": (own(labels=["cat", 3]), {}, ("its labels[1] is not plain data", "Got int")),
+    "training": (own(training="long"), {}, ("its training is not plain data", "Got str")),
+    "input": (own(input={"shape": [1, 8, 8], "mean": [0.5], "std": [0]}), {}, ("its input.std is wrong", "Got (0,)")),
+    "state": (own(state_dict={"a": 1}), {}, ("its state_dict is none", "'a' (int)")),
+    "misfit": (own(), {}, ("does not fit ResNet",)),
+    "factory of a file": (own(factory="load_errors_nets:conv"), {}, ("not one of deploynorm.models", "--factory")),
+    "wrong kwargs of a file": (own(kwargs={"colour": 1}), {}, ("does not take the arguments", "colour")),
+    # what the user typed
+    "not a name": (conv(), {"factory": "nets.conv"}, ("not a factory", "pkg.mod:function")),
+    "no module": (conv(), {"factory": "load_errors_gone:f"}, ("ModuleNotFoundError", "in the folder of that module")),
+    "no submodule": (conv(), {"factory": "json.gone:f"}, ("ModuleNotFoundError", "in the folder of that module")),
+    "broken import": (
+        conv(), {"factory": "load_errors_broken:f"},
+        ("No module named 'a_package_that_nobody_has'", 'python -c "import load_errors_broken"'),
+    ),
+    "syntax error": (conv(), {"factory": "load_errors_syntax:f"}, ("cannot be imported: SyntaxError",)),
+    "a script": (conv(), {"factory": "load_errors_script:f"}, ("cannot be imported: SystemExit",)),
+    "no function": (conv(), {"factory": "load_errors_nets:con"}, ("does not exist", "one of conv, on_meta")),
+    "not callable": (conv(), {"factory": "load_errors_nets:NUMBER"}, ("is not callable", "Got int")),
+    "raises": (conv(), {"factory": "load_errors_nets:fails"}, ("failed: RuntimeError: no weights today",)),
+    "exits": (conv(), {"factory": "load_errors_nets:leaves"}, ("failed: SystemExit: 4",)),
+    "no network": (conv(), {"factory": "load_errors_nets:number"}, ("made no network. Got int",)),
+    "arguments": (
+        conv(), {**TYPED, "kwargs": {"width": 3}}, ("does not take the arguments", "width=3", "arguments of ()"),
+    ),
+    "kwargs for a network": (
+        saved(nn.ReLU()), {"kwargs": {}}, ("a pickled network is a whole network and takes no arguments",),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.usefixtures("nets")
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_is_refused_in_words(tmp_path: Path, name: str) -> None:
+    data, arguments, phrases = FILES[name]
+    path = tmp_path / "model.pt"
+    path.write_bytes(data)
+    with pytest.raises(ModelError) as raised:
+        load(path, **arguments)
+    message = str(raised.value)
+    assert raised.value.exit_code == 2
+    assert message.startswith(f"{path}: ")
+    assert [phrase for phrase in phrases if phrase not in message] == [], message
+    assert raised.value.expected is not None or raised.value.fix is not None or "failed:" in message
+
+
+def test_an_error_of_the_users_factory_is_the_cause(nets: None, tmp_path: Path) -> None:
+    (tmp_path / "w.pt").write_bytes(conv())
+    with pytest.raises(ModelError) as raised:
+        load(tmp_path / "w.pt", factory="load_errors_nets:fails")
+    assert isinstance(raised.value.__cause__, RuntimeError)
+
+
+@pytest.mark.parametrize(
+    ("name", "phrase"), [("gone.pt", "no such file"), ("folder.pt", "a folder, not a file")], ids=["gone", "folder"]
+)
+def test_a_path_without_a_file_is_refused(tmp_path: Path, name: str, phrase: str) -> None:
+    (tmp_path / "folder.pt").mkdir()
+    with pytest.raises(ModelError, match=phrase):
+        load(tmp_path / name)
+
+
+def test_a_file_in_a_missing_folder_is_not_written(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="cannot be written"):
+        save(tmp_path / "gone" / "model.pt", factory=FACTORY, kwargs={}, model=resnet20())
+
+
+@pytest.mark.parametrize("given", [{"factory": FACTORY}, {"kwargs": {}}], ids=["factory", "kwargs"])
+def test_an_archive_takes_no_factory(tmp_path: Path, pt2: bytes, given: dict[str, Any]) -> None:
+    (tmp_path / "m.pt2").write_bytes(pt2)
+    with pytest.raises(ModelError, match="a whole network and takes no factory"):
+        load(tmp_path / "m.pt2", **given)
+
+
+def test_nan_in_an_archive_is_named(tmp_path: Path, pt2: bytes, rewrite: Callable[..., bytes]) -> None:
+    def poisoned(name: str, content: bytes) -> bytes:
+        return np.full(len(content) // 4, np.nan, np.float32).tobytes() if name == "data/weights/weight_1" else content
+
+    (tmp_path / "m.pt2").write_bytes(rewrite(pt2, poisoned, {}))
+    with pytest.raises(ModelError, match=r"NaN or infinity in 1 tensors\. Got 0\.bias \(4 of 4\)"):
+        load(tmp_path / "m.pt2")
+
+
+def test_a_pickled_network_that_lacks_parts_is_refused(tmp_path: Path, rewrite: Callable[..., bytes]) -> None:
+    (tmp_path / "net.pt").write_bytes(
+        rewrite(saved(nn.ReLU()), lambda name, content: content.replace(b"_parameters", b"_parametexs"), {})
+    )
+    with pytest.raises(ModelError, match="the pickled network is damaged, or of another version"):
+        load(tmp_path / "net.pt")
+
+
+def test_a_class_of_a_module_that_is_missing_is_named(tmp_path: Path, rewrite: Callable[..., bytes]) -> None:
+    def renamed(name: str, content: bytes) -> bytes:
+        return content.replace(b"torch.nn.modules.activation", b"torch.nn.modules.gone")
+
+    (tmp_path / "net.pt").write_bytes(rewrite(saved(nn.ReLU()), renamed, {}))
+    with pytest.raises(ModelError, match=r"its class torch\.nn\.modules\.gone\.ReLU cannot be imported"):
+        load(tmp_path / "net.pt")
+
+
+@pytest.mark.parametrize("kind", ["zip", "legacy", "pt2"])
+def test_a_damaged_file_never_raises_anything_else(tmp_path: Path, pt2: bytes, kind: str) -> None:
+    whole = pt2 if kind == "pt2" else saved(nn.PReLU(), _use_new_zipfile_serialization=kind == "zip")
+    rng = random.Random(0)
+    path = tmp_path / "m.pt"
+    refused = 0
+    for trial in range(60):
+        data = bytearray(whole)
+        if trial % 3 == 0:
+            del data[rng.randrange(len(data)) :]
+        else:
+            for _ in range(rng.randrange(1, 6)):
+                data[rng.randrange(len(data))] = rng.randrange(256)
+        path.write_bytes(data)
+        try:
+            load(path)
+        except ModelError:
+            refused += 1
+    assert refused >= 20  # what was cut off; a changed byte may stand in padding, or in a weight

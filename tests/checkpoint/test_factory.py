@@ -1,0 +1,82 @@
+"""Which factories a file may name."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from deploynorm.models import frn_resnet
+
+from deploynorm.checkpoint import load
+from deploynorm.errors import ModelError
+
+HOSTILE = [
+    "os:system",
+    "posix:system",
+    "subprocess:run",
+    "hostile_nets:build",
+    "torch.hub:load",
+    "deploynorm:fold",
+    "deploynorm.checkpoint:load",
+    "deploynorm.modelsx:resnet20",
+    "deploynorm.models_evil:build",
+    "deploynorm.models/../evil:build",
+    "deploynorm.models.train:main",
+    "deploynorm.models.train:Training",
+    "deploynorm.models.train:save",
+    "deploynorm.models.train:os.system",
+    "deploynorm.models.train:torch",
+    "deploynorm.models.data:load",
+    "deploynorm.models.data:ImageData",
+    "deploynorm.models.data:read_idx",
+    "deploynorm.models.frn_resnet:conv",
+    "deploynorm.models.frn_resnet:nn.Sequential",
+    "deploynorm.models.frn_resnet:Sequence",
+    "deploynorm.models.frn_resnet:FRN2d",
+    "deploynorm.models.frn_resnet:partial",
+    "deploynorm.models.frn_resnet:resnet20.__globals__",
+    "deploynorm.models.frn_resnet:__loader__",
+    "deploynorm.models.frn_resnet:__name__",
+    "deploynorm.models.frn_resnet:gone",
+    "deploynorm.models.gone:resnet20",
+    "deploynorm.models..frn_resnet:resnet20",
+    "deploynorm.models._private:resnet20",
+    "deploynorm.models:__import__",
+    "deploynorm.models.frn_resnet",
+    "deploynorm.models.frn_resnet:",
+    "deploynorm.models.frn_resnet:resnet20:resnet20",
+    "deploynorm.models.frn_resnet:resnet20\n",
+    " deploynorm.models.frn_resnet:resnet20",
+    "",
+    None,
+    ["deploynorm.models.frn_resnet:resnet20"],
+]
+
+
+@pytest.mark.parametrize("name", HOSTILE, ids=repr)
+def test_a_file_cannot_name_other_code(here: Path, monkeypatch: pytest.MonkeyPatch, name: object) -> None:
+    (here / "hostile_nets.py").write_text("import os\nos.mkdir('code_ran')\n")
+    monkeypatch.syspath_prepend(here)
+    content = {"format": "deploynorm", "factory": name, "kwargs": {}, "state_dict": {"w": torch.ones(1)}}
+    torch.save(content, here / "model.pt")
+    inside = isinstance(name, str) and re.match(r"deploynorm\.models([.:]|$)", name)
+    with pytest.raises(ModelError, match="has no such network" if inside else r"not one of deploynorm\.models"):
+        load(here / "model.pt")
+    assert not (here / "code_ran").exists()
+    assert "hostile_nets" not in sys.modules
+
+
+@pytest.mark.parametrize("name", sorted({"resnet20", "resnet50"} & set(frn_resnet.__all__)))
+def test_a_file_may_name_a_network_of_deploynorm(tmp_path: Path, name: str) -> None:
+    content = {
+        "format": "deploynorm",
+        "factory": f"deploynorm.models.frn_resnet:{name}",
+        "kwargs": {"num_classes": 1},
+        "state_dict": {"w": torch.ones(1)},
+    }
+    torch.save(content, tmp_path / "model.pt")
+    with pytest.raises(ModelError, match="does not fit ResNet"):
+        load(tmp_path / "model.pt")
