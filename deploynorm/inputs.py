@@ -22,6 +22,7 @@ Shape = tuple[int, ...]
 _SHAPE_EXAMPLE = "x:2x3x224x224, x:[2,3,224,224], or 2x3x224x224 for a network with one input"
 _LARGEST_STEP = 31
 """How far a sample may lie above the base size: no strided layer of a net with total stride 32 gains two pixels."""
+_TOTAL_STRIDE = 32
 _LARGEST_INTEGER = 8
 
 
@@ -172,8 +173,8 @@ def sample_inputs(
     """Inputs of several shapes for comparing two forms of one network; the same for the same seed.
 
     The base shape comes first. Where the batch (axis 0) may change: batch 1, and one more than the base. Where
-    spatial sizes (axes >= 2) may change: odd sizes, and sizes that differ from one another. Sizes grow from the base
-    by at most 31, so that whatever net takes the base takes them too. A size of the same name is the same everywhere.
+    spatial sizes (axes >= 2) may change: odd sizes, sizes that differ from one another, and the base plus 32. Sizes
+    grow from the base, so that a net that strides takes them too. A size of the same name is the same everywhere.
 
     Args:
         specs: Inputs of the network.
@@ -226,6 +227,8 @@ def _variants(
         order = sorted(spatial, key=lambda symbol: spatial[symbol])
         # Larger sizes get the larger steps, so that equal sizes part and unequal ones never meet.
         yield {symbol: spatial[symbol] + int(grown) for symbol, grown in zip(order, steps, strict=True)}
+        # A U-net takes multiples of its total stride alone, and refuses the others.
+        yield {symbol: size + _TOTAL_STRIDE for symbol, size in spatial.items()}
 
 
 def _base_shapes(specs: Sequence[TensorSpec], base: Mapping[str, Shape]) -> dict[str, Shape]:

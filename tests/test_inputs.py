@@ -193,19 +193,20 @@ def test_a_free_batch_is_sampled_at_1_and_at_another() -> None:
 @pytest.mark.parametrize("seed", range(8))
 def test_free_maps_are_sampled_at_odd_and_at_oblong_sizes_near_the_base(seed: int) -> None:
     labels, shapes = sampled(TensorSpec("x", (2, 3, "H", "W"), "float32"), seed=seed, x=(2, 3, 32, 32))
-    (base,), (odd,), (oblong,) = shapes
+    (base,), (odd,), (oblong,), (larger,) = shapes
     assert base == (2, 3, 32, 32)
     assert odd[2] % 2 == odd[3] % 2 == 1
     assert oblong[2] != oblong[3]
     assert all(32 <= size <= 32 + 31 for shape in (odd, oblong) for size in shape[2:])
+    assert larger == (2, 3, 64, 64), "what a U-net of total stride 32 takes"
     assert labels[1] == f"x 2x3x{odd[2]}x{odd[3]}"
     assert shapes == sampled(TensorSpec("x", (2, 3, "H", "W"), "float32"), seed=seed, x=(2, 3, 32, 32))[1]
 
 
 def test_sizes_that_differ_at_the_base_never_meet() -> None:
     spec = TensorSpec("x", (1, 1, "H", "W"), "float32")
-    last = [sampled(spec, seed=seed, x=(1, 1, 8, 10))[1][-1][0] for seed in range(100)]
-    assert all(height != width for *_, height, width in last)
+    oblong = [sampled(spec, seed=seed, x=(1, 1, 8, 10))[1][2][0] for seed in range(100)]
+    assert all(height != width for *_, height, width in oblong)
 
 
 def test_another_seed_gives_other_sizes_and_values() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import warnings
 from collections.abc import Callable
@@ -31,6 +32,17 @@ def not_a_module():
 def raises():
     raise RuntimeError("no such architecture")
 
+def unet():
+    class UNet(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.down, self.norm = nn.Conv2d(3, 4, 3, stride=2, padding=1), FRN2d(4)
+            self.up, self.head = nn.ConvTranspose2d(4, 3, 2, stride=2), nn.Conv2d(6, 2, 1)
+
+        def forward(self, x):
+            return self.head(torch.cat([x, self.up(self.norm(self.down(x)))], 1))
+    return UNet()
+
 def branching():
     class Branching(nn.Module):
         def forward(self, x):
@@ -44,6 +56,7 @@ def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each test in a folder of its own, with a module of factories that the user would type."""
     (tmp_path / "factories.py").write_text(FACTORY)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
     # A module of this name may come from another test's folder.
     monkeypatch.delitem(__import__("sys").modules, "factories", raising=False)
 
@@ -120,6 +133,14 @@ def test_state_dict_with_a_typed_factory(deploynorm: Callable, tmp_path: Path, r
     result = deploynorm("export", "weights.pt", *options)
     assert result.code == 0, result.err
     assert "weights.onnx" in _written(tmp_path)
+
+
+def test_network_that_takes_even_sizes_alone_is_checked_on_those(deploynorm: Callable, require: Callable) -> None:
+    require("ort")
+    torch.save(importlib.import_module("factories").unet().state_dict(), "unet.pt")
+    result = deploynorm("export", "unet.pt", "--factory", "factories:unet", "--input-shape", "1x3x16x16")
+    assert result.code == 0, result.err
+    assert "x 1x3x48x48" in result.out
 
 
 def test_timm_network_with_free_sizes(timm: ModuleType, deploynorm: Callable, require: Callable) -> None:

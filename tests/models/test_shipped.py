@@ -1,0 +1,78 @@
+"""The checkpoints and sample images that come with the project."""
+
+from __future__ import annotations
+
+import csv
+import importlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from deploynorm.models import frn_resnet
+
+MODELS = Path(frn_resnet.__file__).parent
+SHIPPED = ["frn_resnet20_fashion", "mabn_resnet20_fashion"]
+SAMPLES = ["ankle_boot", "pullover", "trouser"]
+
+
+def load(name):
+    """The checkpoint, and a function from pixels (N, 1, 28, 28) in 0..255 to labels."""
+    checkpoint = torch.load(MODELS / f"{name}.pt", weights_only=True)
+    module, function = checkpoint["factory"].split(":")
+    model = getattr(importlib.import_module(module), function)(**checkpoint["kwargs"]).eval()
+    model.load_state_dict(checkpoint["state_dict"])
+    mean, std = checkpoint["input"]["mean"][0], checkpoint["input"]["std"][0]
+
+    def classify(pixels):
+        with torch.no_grad():
+            return [checkpoint["labels"][index] for index in model((pixels / 255 - mean) / std).argmax(1)]
+
+    return checkpoint, classify
+
+
+def sample(name):
+    from PIL import Image
+
+    with Image.open(MODELS / "samples" / f"{name}.png") as image:
+        return torch.from_numpy(np.array(image))
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_shipped_checkpoint_is_small_and_says_how_it_was_made(name):
+    checkpoint, _ = load(name)
+    training = checkpoint["training"]
+    assert (MODELS / f"{name}.pt").stat().st_size < 2_000_000
+    assert training["command"].startswith(f"python -m deploynorm.models.train --norm {name.split('_')[0]} ")
+    assert training["dataset"] == "fashion-mnist"
+    assert checkpoint["input"]["shape"] == [1, 28, 28]
+    with (MODELS / f"{name}.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == training["epochs"]
+    assert float(rows[-1]["test_accuracy"]) == pytest.approx(training["accuracy"], abs=1e-6)
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_shipped_checkpoint_names_the_samples(name):
+    _, classify = load(name)
+    assert [
+        label.lower().replace(" ", "_") for label in classify(torch.stack([sample(s) for s in SAMPLES])[:, None])
+    ] == SAMPLES
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_shipped_checkpoint_is_as_accurate_as_it_claims(name, fashion_mnist):
+    checkpoint, classify = load(name)
+    classes = fashion_mnist.test_classes[:2000]
+    got = classify(fashion_mnist.test_images[:2000])
+    accuracy = np.mean([label == fashion_mnist.labels[index] for label, index in zip(got, classes, strict=True)])
+    # A fifth of the test images: three standard errors of such a sample.
+    assert accuracy == pytest.approx(checkpoint["training"]["accuracy"], abs=0.018)
+    assert checkpoint["training"]["accuracy"] > 0.91
+
+
+def test_the_samples_are_test_images_of_the_class_in_their_name(fashion_mnist):
+    for name in SAMPLES:
+        found = (fashion_mnist.test_images[:, 0] == sample(name)).all((1, 2)).nonzero()
+        label = fashion_mnist.labels[int(fashion_mnist.test_classes[int(found[0])])]
+        assert label.lower().replace(" ", "_") == name
