@@ -40,7 +40,8 @@ class Terminal:
 
     def table(self, title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
         """Prints a table; numbers should come as text, formatted."""
-        table = Table(title=escape(title), title_justify="left", title_style="bold", box=None, pad_edge=False)
+        self._out.print(escape(title), style="bold", soft_wrap=True)  # rich folds a title to the table's width
+        table = Table(box=None, pad_edge=False)
         for column in columns:
             table.add_column(column, overflow="fold")
         for row in rows:
