@@ -41,13 +41,20 @@ class Terminal:
     def table(self, title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
         """Prints a table; numbers should come as text, formatted."""
         self._out.print(escape(title), style="bold", soft_wrap=True)  # rich folds a title to the table's width
-        table = Table(box=None, pad_edge=False)
+        table = Table(box=None, pad_edge=False, show_header=any(columns))
         for column in columns:
             table.add_column(column, overflow="fold")
         for row in rows:
             table.add_row(*(escape(str(cell)) for cell in row))
-        self._out.print(table)
-        self._out.print()
+        with self._out.capture() as rendered:
+            self._out.print(table)
+        for line in rendered.get().splitlines():
+            self._write(line.rstrip())  # rich fills each line to the table's width
+        self._write("")
+
+    def _write(self, line: str) -> None:
+        if not self._out.quiet:
+            print(line)
 
     @contextmanager
     def step(self, text: str) -> Iterator[None]:
