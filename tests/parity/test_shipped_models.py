@@ -34,11 +34,6 @@ assert not any(name.partition(".")[0] == "deploynorm" for name in sys.modules)
 """
 
 
-def test_two_models_are_shipped_and_small() -> None:
-    assert [path.stem.split("_")[0] for path in SHIPPED] == ["frn", "mabn"]
-    assert all(path.stat().st_size < 2_000_000 for path in SHIPPED)
-
-
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_stock_onnxruntime_classifies_every_test_image_as_pytorch_does(
     path: Path, fashion_mnist: ImageData, tmp_path: Path, require: Callable[[str], None]
@@ -61,7 +56,7 @@ def test_stock_onnxruntime_classifies_every_test_image_as_pytorch_does(
     assert (eager != stock).sum() == 0
     accuracy = (stock == fashion_mnist.test_classes).double().mean().item()
     assert accuracy == pytest.approx(loaded.training["accuracy"], abs=0.5 / len(images))
-    assert accuracy > 0.9
+    assert accuracy > 0.92
 
 
 def test_shipped_mabn_network_has_the_nodes_of_a_folded_batch_norm_network(
