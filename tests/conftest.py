@@ -25,6 +25,12 @@ OPTIONAL = {
 """Name in DEPLOYNORM_REQUIRE -> the module that it stands for, and how to get it."""
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _away_from_the_clone(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """A Python started in the clone would import the sources that lie there, and not the package as installed."""
+    os.chdir(tmp_path_factory.mktemp("away"))
+
+
 @pytest.fixture
 def require() -> Callable[[str], None]:
     """require("ort") skips the test where onnxruntime is missing, or fails it where DEPLOYNORM_REQUIRE names ort."""
