@@ -79,8 +79,8 @@ def fold(model: nn.Module, example_inputs: Sequence[Tensor]) -> FoldResult:
        place. That needs a trace (torch.export): the layer must be a module of torch.nn, called once, with the
        normalization as its only consumer. Shared layers, outputs used twice, functional calls and control flow
        leave it alone.
-    4. A MABN that goes nowhere stays a per-channel affine, in the form of that BatchNorm. Exporters and runtimes
-       all know the operator, and fuse it with what stands around it where they can.
+    4. A MABN that goes nowhere stays a per-channel affine, in the form of that BatchNorm: the graph is then the one
+       that a BatchNorm network gives, for every runtime (benchmarks/affine.py measures the other forms).
 
     The arithmetic is in float64, and the result is cast back to the weight's type.
 
