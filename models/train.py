@@ -36,6 +36,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from deploynorm import checkpoint
 from deploynorm.errors import BackendError, DeployNormError, InputError, ModelError
+from deploynorm.files import staging
 from deploynorm.inputs import ImageSpec
 
 from . import data, frn_resnet, mabn_resnet
@@ -229,7 +230,8 @@ class Training:
         """Writes last.pt and log.csv, and prints a line."""
         output, row = self.options.output, self.history[-1]
         output.mkdir(parents=True, exist_ok=True)
-        save(self.last(), output / "last.pt")
+        with staging(output / "last.pt") as folder:
+            torch.save(self.last(), folder / "last.pt")
         with (output / "log.csv").open("w", newline="") as file:
             writer = csv.DictWriter(file, list(row), lineterminator="\n")
             writer.writeheader()
@@ -289,13 +291,6 @@ class Training:
         self.model.load_state_dict(last["model"])
         self.optimizer.load_state_dict(last["optimizer"])
         self.history, self.command = last["history"], last["command"]
-
-
-def save(state: dict[str, Any], path: Path) -> None:
-    """Writes beside `path` and renames, so that an interrupted write leaves the old file whole."""
-    beside = path.with_name(f"{path.name}.part")
-    torch.save(state, beside)
-    beside.replace(path)
 
 
 def draw_curve(history: Sequence[dict[str, float]], title: str, path: Path) -> None:

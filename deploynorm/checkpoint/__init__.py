@@ -1,14 +1,13 @@
 """Reading model.pt without running code that it names, and writing our own checkpoints.
 
-checkpoint = load("model.pt")                                     # written by save(), or by deploynorm.models.train
-checkpoint = load("weights.pt", factory="nets:resnet", kwargs={"num_classes": 10})           # a state dict
-checkpoint.model                                                  # the network, on the CPU, in evaluation mode
+checkpoint = load("model.pt")                                 # written by save(), or by deploynorm.models.train
+checkpoint = load("weights.pt", factory="nets:resnet", kwargs={"num_classes": 10})       # a state dict
+checkpoint.model                                              # the network, on the CPU, in evaluation mode
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from deploynorm.checkpoint._pickle import unpickle
 from deploynorm.checkpoint._pt2 import load_program
 from deploynorm.checkpoint._state import check_finite, find_state_dict, load_strictly
 from deploynorm.errors import ModelError
+from deploynorm.files import staging
 from deploynorm.inputs import ImageSpec
 
 __all__ = ["Checkpoint", "load", "save"]
@@ -132,7 +132,7 @@ def save(
         training: What is to be known of the training, plain data.
 
     Raises:
-        InputError: kwargs or training is not plain data, or labels are not text.
+        InputError: kwargs or training is not plain data, labels are not text, or the folder cannot be written to.
         ModelError: deploynorm.models has no such factory, or the file cannot be written.
     """
     path = Path(path)
@@ -141,16 +141,12 @@ def save(
         check_own(factory, where)
     state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
     content = Content(factory, kwargs, state, image, None if labels is None else tuple(labels), training).pack(where)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
+    with staging(path) as folder:
         try:
-            with beside.open("xb") as file:
+            with (folder / path.name).open("wb") as file:
                 torch.save(content, file)
-            beside.replace(path)
-        finally:
-            beside.unlink(missing_ok=True)
-    except OSError as error:
-        raise ModelError(where, f"the file cannot be written: {error}") from error
+        except OSError as error:
+            raise ModelError(where, f"the file cannot be written: {error}") from error
 
 
 def _read(path: Path) -> bytes:

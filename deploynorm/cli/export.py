@@ -47,13 +47,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     import json
 
-    from deploynorm.cli.files import staging
     from deploynorm.cli.manifest import manifest
     from deploynorm.cli.network import load_network
     from deploynorm.cli.parity import check_folded, check_onnx, raise_if_broken
     from deploynorm.cli.tables import fold_to_dict, print_checks, print_fold
     from deploynorm.cli.terminal import Terminal
     from deploynorm.export import export
+    from deploynorm.files import staging
     from deploynorm.fold import fold
 
     terminal = Terminal(verbose=arguments.verbose, quiet=arguments.quiet)

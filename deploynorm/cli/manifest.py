@@ -11,8 +11,8 @@ from typing import Any
 
 import deploynorm
 from deploynorm.checkpoint import Checkpoint
-from deploynorm.cli.files import sha256
 from deploynorm.export import Exported
+from deploynorm.files import sha256
 
 __all__ = ["manifest"]
 

@@ -52,8 +52,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     import numpy as np
 
-    from deploynorm.cli.files import staging
     from deploynorm.cli.terminal import Terminal
+    from deploynorm.files import staging
 
     terminal = Terminal(verbose=arguments.verbose, quiet=arguments.quiet)
     with terminal.step(f"reading {arguments.model}"):

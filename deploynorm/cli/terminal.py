@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from deploynorm.cli.files import write_text
+from deploynorm.files import write_text
 
 __all__ = ["Terminal"]
 

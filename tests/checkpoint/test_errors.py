@@ -19,7 +19,7 @@ from deploynorm.models.frn_resnet import resnet20
 from torch import Tensor, nn
 
 from deploynorm.checkpoint import load, save
-from deploynorm.errors import ModelError
+from deploynorm.errors import InputError, ModelError
 
 FACTORY = "deploynorm.models.frn_resnet:resnet20"
 STATE = nn.Conv2d(1, 2, 3).state_dict()
@@ -193,7 +193,7 @@ def test_a_path_without_a_file_is_refused(tmp_path: Path, name: str, phrase: str
 
 
 def test_a_file_in_a_missing_folder_is_not_written(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="cannot be written"):
+    with pytest.raises(InputError, match="cannot write there"):
         save(tmp_path / "gone" / "model.pt", factory=FACTORY, kwargs={}, model=resnet20())
 
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import io
 import json
+import os
 import warnings
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -227,6 +230,26 @@ def _foreign_module(path: Path) -> None:
     torch.save(Foreign(), path)
 
 
+class Hostile:
+    """A pickle of it makes a folder where it is read."""
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.mkdir, ("pwned",)
+
+
+def _hostile_pickle(path: Path) -> None:
+    torch.save({"model": Hostile()}, path)
+
+
+def _hostile_archive(path: Path) -> None:
+    buffer, hostile = io.BytesIO(), io.BytesIO()
+    torch.export.save(torch.export.export(nn.Conv2d(1, 2, 3), (torch.zeros(1, 1, 5, 5),)), buffer)
+    torch.save(Hostile(), hostile)
+    with zipfile.ZipFile(buffer) as good, zipfile.ZipFile(path, "w") as bad:
+        for member in good.namelist():
+            bad.writestr(member, hostile.getvalue() if member.endswith("sample_inputs/model.pt") else good.read(member))
+
+
 class Foreign(nn.Conv2d):
     def __init__(self) -> None:
         super().__init__(1, 2, 3)
@@ -240,6 +263,8 @@ REFUSED = {
     "truncated": (_truncated, (), 2, "damaged|truncated"),
     "NaN in a weight": (_nan, (), 2, "NaN or infinity"),
     "TorchScript": (_torchscript, (), 2, "TorchScript"),
+    "hostile pickle": (_hostile_pickle, (), 2, "mkdir"),
+    "hostile .pt2 archive": (_hostile_archive, (), 2, "mkdir"),
     "pickled module of a foreign class": (_foreign_module, ("--input-shape", "1x1x9x9"), 2, "--trust-pickle"),
     "state dict that does not fit": (
         None,

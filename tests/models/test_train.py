@@ -153,20 +153,6 @@ def test_ctrl_c_in_the_first_epoch_leaves_no_checkpoint(tmp_path, monkeypatch, c
     assert "interrupted" in capsys.readouterr().err
 
 
-def test_a_write_that_fails_half_way_keeps_the_checkpoint_before_it(tmp_path, monkeypatch):
-    path = tmp_path / "last.pt"
-    train.save({"epoch": 1}, path)
-
-    def fails(checkpoint, file):
-        file.write_bytes(b"half")
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(torch, "save", fails)
-    with pytest.raises(KeyboardInterrupt):
-        train.save({"epoch": 2}, path)
-    assert load(path) == {"epoch": 1}
-
-
 def test_resuming_a_finished_run_writes_its_results_again(trained):
     path = trained("bn") / "model.pt"
     before = path.read_bytes()

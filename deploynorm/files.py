@@ -31,7 +31,7 @@ def staging(target: Path) -> Iterator[Path]:
         folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=parent))
     except OSError as error:
         raise InputError(
-            f"output {target}", f"cannot write there: {error.strerror or error}", fix="choose another -o/--output"
+            f"output {target}", f"cannot write there: {error.strerror or error}", fix="choose another output file"
         ) from error
     try:
         yield folder
