@@ -15,9 +15,14 @@ from deploynorm.files import sha256, staging, write_text
 def test_a_write_that_breaks_off_keeps_the_file_before_it(tmp_path: Path, error: type[BaseException]) -> None:
     target = tmp_path / "model.onnx"
     target.write_text("old")
-    with pytest.raises(error), staging(target) as folder:
-        (folder / target.name).write_text("half")
-        raise error
+
+    def write() -> None:
+        with staging(target) as folder:
+            (folder / target.name).write_text("half")
+            raise error
+
+    with pytest.raises(error):
+        write()
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("model.onnx", "old")]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
@@ -16,10 +17,12 @@ def print_fold(terminal: Terminal, report: FoldReport) -> None:
     """Layers found, folded and left, by class; then each layer that was left, with the reason."""
     rows = []
     for kind, found in sorted(report.found.items()):
-        outcomes = [change.outcome for change in report.changes if change.kind == kind]
-        rows.append((kind, found, *(outcomes.count(outcome) or "-" for outcome in ("folded", "affine", "left"))))
+        outcomes = Counter(change.outcome for change in report.changes if change.kind == kind)
+        counts = (outcomes["folded"], outcomes["affine"], outcomes["left"], found - outcomes.total())
+        rows.append((kind, found, *(count or "-" for count in counts)))
     if rows:
-        terminal.table("Layers", ("layer", "found", "folded", "kept as affine", "left"), rows)
+        # FRN and TLU have nothing to fold: their layers are taken as they are.
+        terminal.table("Layers", ("layer", "found", "folded", "kept as affine", "left", "as they are"), rows)
     told = report.changes if terminal.verbose else [c for c in report.changes if c.outcome != "folded"]
     if told:
         terminal.table(
