@@ -105,7 +105,7 @@ def export(
         lowering: "custom" (one node a layer), "primitives" or "rmsnorm" (standard operators alone).
         function: Whether the custom node's body goes with the model, so that any runtime can run it.
         input_names: Names of the graph's inputs; by default those of forward's arguments.
-        output_names: By default "output", or "output_0", "output_1", ...
+        output_names: By default the keys of a dict that the network returns, else "output", or "output_0", ...
         metadata: Entries for the model's metadata_props.
 
     Returns:
@@ -140,9 +140,8 @@ def _translate(
     output_names: Sequence[str] | None,
 ) -> ir.Model:
     register_schema()
-    outputs = len(program.graph_signature.user_outputs)
     if output_names is None:
-        output_names = ["output"] if outputs == 1 else [f"output_{index}" for index in range(outputs)]
+        output_names = _output_names(program)
     table = {getattr(getattr(torch.ops, DOMAIN), TORCH_OP).default: translate}
     with quiet(), _silenced("torch.onnx", "onnxscript"):
         try:
@@ -174,6 +173,17 @@ def _translate(
             fix="choose another --opset",
         )
     return onnx_program.model
+
+
+def _output_names(program: torch.export.ExportedProgram) -> list[str]:
+    """The keys, of a network that returns a flat dict; else numbers."""
+    count = len(program.graph_signature.user_outputs)
+    returned = program.call_spec.out_spec
+    if returned is not None and returned.type is dict and all(child.is_leaf() for child in returned.children()):
+        names = [str(key) for key in returned.context]
+        if not set(names) & set(program.graph_signature.user_inputs):
+            return names
+    return ["output"] if count == 1 else [f"output_{index}" for index in range(count)]
 
 
 def _name_axes(model: ir.Model) -> None:

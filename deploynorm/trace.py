@@ -56,6 +56,7 @@ def trace(model: nn.Module, example_inputs: Sequence[Tensor], dynamic: Dynamic |
     for position, example in enumerate(example_inputs):
         if not isinstance(example, Tensor):
             raise InputError("trace", f"example input {position} is not a tensor", got=type(example).__name__)
+    example_inputs = [example.detach().cpu() for example in example_inputs]  # the copy that is traced lies there
     takes = _sizes_taken(model, example_inputs) if dynamic != "none" else set()
     if dynamic is None:
         return _export(model, example_inputs, takes, Dim.AUTO)

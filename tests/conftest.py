@@ -12,9 +12,9 @@ from types import ModuleType
 
 import pytest
 import torch
-from deploynorm.models.data import ImageData, load_fashion_mnist
 
 from deploynorm.errors import BackendError
+from deploynorm.models.data import ImageData, load_fashion_mnist
 
 OPTIONAL = {
     "ort": ("onnxruntime", "pip install 'deploynorm[cpu]'"),

@@ -12,7 +12,6 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from deploynorm.models import frn_resnet, mabn_resnet
 from tolerances import FLOAT64, OP_FLOAT16, OP_FLOAT32, Tolerance
 from torch import Tensor, nn
 
@@ -22,6 +21,7 @@ from deploynorm.export import Exported, export
 from deploynorm.fold import fold
 from deploynorm.layers import TLU, FRN2d, MABN2d
 from deploynorm.lowering import function_proto, lower
+from deploynorm.models import frn_resnet, mabn_resnet
 from deploynorm.run.onnxruntime import OnnxRuntimeRunner
 from deploynorm.run.reference import ReferenceRunner
 
@@ -272,6 +272,23 @@ def test_names_and_metadata_are_written(net: Net) -> None:
     assert [spec.name for spec in exported.inputs] == ["pixels"]
     assert exported.output_names == ("scores",)
     assert {entry.key: entry.value for entry in exported.to_proto().metadata_props}["key"] == "value"
+
+
+def test_outputs_are_named_by_the_keys_of_a_dict() -> None:
+    class Returns(nn.Module):
+        def __init__(self, structure: Callable[[Tensor], object]) -> None:
+            super().__init__()
+            self.structure = structure
+
+        def forward(self, x: Tensor) -> object:
+            return self.structure(x)
+
+    def names(structure: Callable[[Tensor], object]) -> tuple[str, ...]:
+        return export(Returns(structure).eval(), (_image(2, 3, 8, 8),)).output_names
+
+    assert names(lambda x: {"map": x + 1, "score": x.mean((2, 3))}) == ("map", "score")
+    assert names(lambda x: {"x": x + 1}) == ("output",), "an input has that name"
+    assert names(lambda x: (x + 1, [x + 2])) == ("output_0", "output_1")
 
 
 def test_operator_without_translation_is_named() -> None:

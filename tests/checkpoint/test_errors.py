@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from deploynorm.models.frn_resnet import resnet20
 from torch import Tensor, nn
 
 from deploynorm.checkpoint import load, save
 from deploynorm.errors import InputError, ModelError
+from deploynorm.models.frn_resnet import resnet20
 
 FACTORY = "deploynorm.models.frn_resnet:resnet20"
 STATE = nn.Conv2d(1, 2, 3).state_dict()

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from deploynorm.models import frn_resnet
 
 from deploynorm.checkpoint import load
 from deploynorm.errors import ModelError
+from deploynorm.models import frn_resnet
 
 HOSTILE = [
     "os:system",

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from deploynorm.models.frn_resnet import resnet20
 from tolerances import EXACT
 from torch import Tensor, nn
 
@@ -22,6 +21,7 @@ from deploynorm.checkpoint import load, save
 from deploynorm.errors import InputError, ModelError
 from deploynorm.inputs import ImageSpec
 from deploynorm.layers import FRN2d, MABN2d
+from deploynorm.models.frn_resnet import resnet20
 
 FACTORY = "deploynorm.models.frn_resnet:resnet20"
 KWARGS = {"num_classes": 2, "in_channels": 1}

@@ -8,11 +8,11 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from deploynorm.models import frn_resnet, mabn_resnet
 
 from deploynorm import checkpoint
 from deploynorm.cli import main
 from deploynorm.inputs import ImageSpec
+from deploynorm.models import frn_resnet, mabn_resnet
 
 LABELS = ("bag", "boot", "coat")
 IMAGE = ImageSpec((1, 12, 12), (0.5,), (0.25,))

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from deploynorm.models import data
 
 from deploynorm.errors import BackendError, InputError
+from deploynorm.models import data
 
 PIXELS = np.arange(2 * 3 * 4, dtype=np.uint8).reshape(2, 3, 4)
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from deploynorm.models import frn_resnet, mabn_resnet
 from tolerances import FLOAT64
 from torch import nn
 
 from deploynorm.errors import InputError
 from deploynorm.layers import TLU, CenConv2d, FRN2d, MABN2d
 from deploynorm.layers.functional import center_weight
+from deploynorm.models import frn_resnet, mabn_resnet
 
 SMALL = {
     "frn": lambda **kwargs: frn_resnet.resnet20(**kwargs),

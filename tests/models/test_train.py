@@ -12,9 +12,10 @@ import sys
 
 import pytest
 import torch
-from deploynorm.models import data, frn_resnet, mabn_resnet, train
 from tolerances import EXACT, FLOAT64
 from torch import nn
+
+from deploynorm.models import data, frn_resnet, mabn_resnet, train
 
 NORMS = ["frn", "mabn", "bn", "gn"]
 FILES = ["curve.png", "last.pt", "log.csv", "model.pt"]

@@ -12,11 +12,11 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from deploynorm.models import mabn_resnet
-from deploynorm.models.data import ImageData
 
 from deploynorm import checkpoint
 from deploynorm.cli import main
+from deploynorm.models import mabn_resnet
+from deploynorm.models.data import ImageData
 
 MODELS = Path(__file__).parents[2] / "models"
 SHIPPED = sorted(MODELS.glob("*.pt"))
