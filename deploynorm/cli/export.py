@@ -23,11 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_model(parser)
     parser.add_argument("-o", "--output", type=Path, help="default: MODEL with the ending .onnx")
     group = parser.add_argument_group("the ONNX file")
-    group.add_argument(
-        "--dynamic",
-        choices=("none", "batch", "spatial", "all"),
-        help="axes that must stay free (default: all that the network leaves free)",
-    )
+    options.add_dynamic(group)
     group.add_argument("--opset", type=int, help=f"{MIN_OPSET} to {MAX_OPSET} (default 20; 23 for rmsnorm)")
     group.add_argument(
         "--lowering",
@@ -61,11 +57,11 @@ def run(arguments: argparse.Namespace) -> int:
     with staging(output) as folder:
         with terminal.step(f"reading {arguments.model}"):
             network = load_network(arguments)
-        examples = network.example_inputs(batch_may_change=arguments.dynamic not in ("none", "spatial"))
+        examples = network.example_inputs(arguments.dynamic)
         model, checks, folding = network.model, [], None
         if not arguments.no_fold:
             with terminal.step("folding"):
-                model, folding = fold(network.model, examples)
+                model, folding = fold(network.model, examples, dynamic=arguments.dynamic)
             if folding.modified:
                 with terminal.step("checking the folded network"):
                     checks.append(check_folded(network, model, arguments))

@@ -17,6 +17,7 @@ __all__ = ["add_arguments", "run"]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_model(parser)
     parser.add_argument("-o", "--output", type=Path, help="default: MODEL with the ending .folded.pt2")
+    options.add_dynamic(parser)
     options.add_parity(parser)
     options.add_output_control(parser)
 
@@ -38,7 +39,8 @@ def run(arguments: argparse.Namespace) -> int:
         with terminal.step(f"reading {arguments.model}"):
             network = load_network(arguments)
         with terminal.step("folding"):
-            folded, report = fold(network.model, network.example_inputs())
+            examples = network.example_inputs(arguments.dynamic)
+            folded, report = fold(network.model, examples, dynamic=arguments.dynamic)
         with terminal.step("checking"):
             parity = check_folded(network, folded, arguments)
         print_fold(terminal, report)
@@ -48,6 +50,6 @@ def run(arguments: argparse.Namespace) -> int:
         terminal.write_json(arguments.json, {"fold": fold_to_dict(report), "checks": [parity.to_dict()]})
         raise_if_broken(terminal, [parity], network, arguments)
         with terminal.step(f"writing {output}"), quiet():
-            torch.export.save(trace(folded, network.example_inputs()), folder / output.name)
+            torch.export.save(trace(folded, examples, arguments.dynamic), folder / output.name)
     terminal.line(f"wrote {output}")
     return 0

@@ -42,13 +42,14 @@ class Network:
         dtype = str(self._dtype).removeprefix("torch.")
         return tuple(TensorSpec(name, shape, dtype) for name, shape in self.base.items())
 
-    def example_inputs(self, *, batch_may_change: bool = True) -> tuple[Tensor, ...]:
-        """Random inputs of the base shapes; a batch of 1 becomes 2 where the batch may change, for the tracer."""
+    def example_inputs(self, dynamic: str | None) -> tuple[Tensor, ...]:
+        """Random inputs of the base shapes; a batch of 1 becomes 2 where the batch is to be free, for the tracer."""
         generator = torch.Generator().manual_seed(0)
         return tuple(
-            torch.randn((2, *shape[1:]) if batch_may_change and shape[:1] == (1,) else shape, generator=generator).to(
-                self._dtype
-            )
+            torch.randn(
+                (2, *shape[1:]) if dynamic not in ("none", "spatial") and shape[:1] == (1,) else shape,
+                generator=generator,
+            ).to(self._dtype)
             for shape in self.base.values()
         )
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from deploynorm.errors import InputError
 
-__all__ = ["add_model", "add_output_control", "add_parity", "factory_kwargs"]
+__all__ = ["add_dynamic", "add_model", "add_output_control", "add_parity", "factory_kwargs"]
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
@@ -31,6 +31,15 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         help="x:2x3x224x224 or 2x3x224x224; may be left out where the model names its input",
+    )
+
+
+def add_dynamic(parser: argparse._ActionsContainer) -> None:
+    """Which axes of the inputs stay free."""
+    parser.add_argument(
+        "--dynamic",
+        choices=("none", "batch", "spatial", "all"),
+        help="axes that must stay free (default: all that the network leaves free)",
     )
 
 

@@ -14,7 +14,7 @@ from deploynorm.errors import ModelError
 from deploynorm.fold import local, weights
 from deploynorm.fold.producers import Foldable, LayerGraph, Refusal, has_hooks
 from deploynorm.layers import TLU
-from deploynorm.trace import inference_copy, narrowed_axes, trace
+from deploynorm.trace import Dynamic, inference_copy, narrowed_axes, trace
 
 __all__ = ["Change", "FoldReport", "FoldResult", "fold"]
 
@@ -66,7 +66,7 @@ class FoldResult(NamedTuple):
     report: FoldReport
 
 
-def fold(model: nn.Module, example_inputs: Sequence[Tensor]) -> FoldResult:
+def fold(model: nn.Module, example_inputs: Sequence[Tensor], *, dynamic: Dynamic | None = None) -> FoldResult:
     """Folds running statistics and weight centralisation into plain layers.
 
     Given:  x -> CenConv2d -> MABN2d -> y
@@ -87,6 +87,8 @@ def fold(model: nn.Module, example_inputs: Sequence[Tensor]) -> FoldResult:
     Args:
         model: Any network; it is left untouched.
         example_inputs: Positional inputs of forward, for the trace.
+        dynamic: Axes that will be free, as in `export`. None stands for all that the network leaves free; where it
+            branches on one, that keeps it from folding, and another choice lets it.
 
     Returns:
         A folded copy, and a report that gives the reason for each layer that was left. Folding the copy again
@@ -100,7 +102,7 @@ def fold(model: nn.Module, example_inputs: Sequence[Tensor]) -> FoldResult:
     folding = _Folding(twin, paths)
     for module, path in paths.items():
         folding.rewrite_locally(module, path)
-    folding.fold_norms(example_inputs)
+    folding.fold_norms(example_inputs, dynamic)
     return folding.result()
 
 
@@ -138,11 +140,11 @@ class _Folding:
             self._exact[replacement] = (local.centred_weight(module), replacement.bias)
             self._say(path, kind, "folded", f"weight centred, now {type(replacement).__name__}")
 
-    def fold_norms(self, example_inputs: Sequence[Tensor]) -> None:
+    def fold_norms(self, example_inputs: Sequence[Tensor], dynamic: Dynamic | None) -> None:
         """Folds each normalization into the layers before it, or says why not."""
         if not self._norms:
             return
-        graph = self._layer_graph(example_inputs)
+        graph = self._layer_graph(example_inputs, dynamic)
         for norm in self._norms if isinstance(graph, Refusal) else graph.in_order(self._norms):
             refusal = graph if isinstance(graph, Refusal) else self._fold_norm(norm, graph)
             if refusal is not None:
@@ -153,14 +155,14 @@ class _Folding:
         ordered = tuple(self._changes[path] for path in self._order if path in self._changes)
         return FoldResult(self._model, FoldReport(self._found, ordered))
 
-    def _layer_graph(self, example_inputs: Sequence[Tensor]) -> LayerGraph | Refusal:
+    def _layer_graph(self, example_inputs: Sequence[Tensor], dynamic: Dynamic | None) -> LayerGraph | Refusal:
         try:
-            program = trace(self._model, example_inputs)
+            program = trace(self._model, example_inputs, dynamic)
         except ModelError as error:
             return Refusal(f"the network cannot be traced ({error.problem})")
         narrowed = narrowed_axes(program)
         if narrowed:
-            return Refusal(f"the network takes other ways for other sizes ({'; '.join(narrowed)})")
+            return Refusal(f"the network takes other ways for other sizes ({'; '.join(narrowed)}): fix them (dynamic)")
         return LayerGraph(self._model, program)
 
     def _fold_norm(self, norm: nn.Module, graph: LayerGraph) -> Refusal | None:

@@ -355,6 +355,15 @@ def test_report_names_layers_by_path_and_counts_them() -> None:
     assert report.found == Counter(MABN2d=1, BatchNorm2d=1, CenConv2d=1)
 
 
+def test_network_that_branches_on_a_size_folds_once_that_size_is_fixed() -> None:
+    case = next(case for case in STAYS if case.name == "control_flow_on_the_batch")
+    network, x = _trained(case), torch.randn(case.shape)
+    folded, report = fold(network, (x,), dynamic="spatial")
+    assert [change.outcome for change in report.changes] == ["folded"]
+    with torch.no_grad():
+        torch.testing.assert_close(folded(x), network(x), **FOLD_FLOAT32.kwargs())
+
+
 def test_shared_layer_stays_one_object() -> None:
     conv = CenConv2d(3, 3, 3, padding=1)
     folded, _ = fold(nn.Sequential(conv, nn.ReLU(), conv), (torch.randn(2, 3, 5, 5),))
