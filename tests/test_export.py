@@ -265,6 +265,14 @@ def test_network_given_is_left_untouched(net: Net) -> None:
     assert all(torch.equal(before[key], value) for key, value in net.state_dict().items())
 
 
+def test_network_in_training_mode_is_exported_in_evaluation_mode(require: Callable[[str], None]) -> None:
+    require("ort")
+    network, x = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout(0.5)), _image(2, 3, 9, 9)
+    exported = export(network.train(), (x,))
+    assert network.training
+    _agrees(exported, network.eval(), x)
+
+
 def test_names_and_metadata_are_written(net: Net) -> None:
     exported = export(
         net, (_image(2, 3, 17, 19),), input_names=["pixels"], output_names=["scores"], metadata={"key": "value"}
@@ -298,6 +306,18 @@ def test_operator_without_translation_is_named() -> None:
 
     with pytest.raises(ModelError, match="matrix_exp"):
         export(Unknown().eval(), (_image(2, 3, 4, 4),))
+
+
+def test_opset_that_torch_did_not_reach_is_refused(net: Net, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.onnx.export logs a conversion that failed, and returns the model in another opset."""
+    translate = torch.onnx.export
+
+    def stays_at_18(*args: object, opset_version: int, **options: object) -> torch.onnx.ONNXProgram:
+        return translate(*args, opset_version=18, **options)
+
+    monkeypatch.setattr(torch.onnx, "export", stays_at_18)
+    with pytest.raises(ModelError, match=r"could not convert the graph\. Got opset 18; expected opset 21"):
+        export(net, (_image(2, 3, 17, 19),), opset=21)
 
 
 def test_network_that_cannot_be_traced_is_refused() -> None:

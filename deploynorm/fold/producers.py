@@ -6,7 +6,6 @@ order in which modules are defined.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import get_args
@@ -65,9 +64,6 @@ class LayerGraph:
                 self._tensor_of[node.name] = names[node.name]
                 tensor = _get_tensor(model, names[node.name])
                 self._placeholders.setdefault(id(tensor), []).append(node)
-        self._owners = Counter(
-            id(tensor) for module in model.modules() for tensor in module._parameters.values() if tensor is not None
-        )
 
     def in_order(self, norms: Iterable[nn.Module]) -> list[nn.Module]:
         """The normalizations in the order in which they are first called; those never called come last."""
@@ -128,8 +124,6 @@ class LayerGraph:
             return Refusal("the layer before it has hooks")
         if len(self._calls(layer, "weight")) > 1:
             return Refusal(f"the layer before it is called {len(self._calls(layer, 'weight'))} times")
-        if any(self._owners[id(tensor)] > 1 for tensor in layer._parameters.values() if tensor is not None):
-            return Refusal("the layer before it shares its weight with another layer")
         if len(source.users) > 1:
             return Refusal(f"the output of the layer before it is used {len(source.users)} times")
         if source.meta["val"].dim() != _RANKS[source.target]:
