@@ -121,13 +121,17 @@ def export(
     if not MIN_OPSET <= opset <= MAX_OPSET:
         raise InputError("export", "unsupported opset", got=opset, expected=f"{MIN_OPSET} to {MAX_OPSET}")
     examples = tuple(example_inputs)
-    program = trace(inference_copy(model), examples, dynamic)
+    twin = inference_copy(model)
+    program = trace(twin, examples, dynamic)
+    narrowed = narrowed_axes(program)
+    if narrowed:  # the file would compute something else at the other sizes, and say nothing
+        program = trace(twin, examples, dynamic, fixed={axis.kind for axis in narrowed})
     onnx_model = _translate(program, opset, input_names, output_names)
     _name_axes(onnx_model)
     lower(onnx_model, lowering, function=function)
     onnx_model.producer_name = "deploynorm"
     onnx_model.metadata_props.update(metadata or {})
-    notes = [f"holds for some sizes only: {axis}" for axis in narrowed_axes(program)]
+    notes = [f"fixed, since it holds for some sizes only: {axis.told}" for axis in narrowed]
     if dynamic is None:
         notes += _fixed_axes(onnx_model)
     return Exported(onnx_model, lowering, tuple(notes))

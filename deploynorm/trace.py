@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
@@ -15,7 +15,7 @@ from torch.export import Dim, ExportedProgram
 from deploynorm.errors import InputError, ModelError
 from deploynorm.layers.adopt import adopt
 
-__all__ = ["Dynamic", "first_line", "inference_copy", "narrowed_axes", "quiet", "trace"]
+__all__ = ["Dynamic", "NarrowedAxis", "first_line", "inference_copy", "narrowed_axes", "quiet", "trace"]
 
 Dynamic = Literal["none", "batch", "spatial", "all"]
 """Which input axes may change: axis 0 is the batch, axes 2 and up are spatial."""
@@ -37,14 +37,34 @@ def inference_copy(model: nn.Module) -> nn.Module:
     return adopt(twin).eval()
 
 
-def trace(model: nn.Module, example_inputs: Sequence[Tensor], dynamic: Dynamic | None = None) -> ExportedProgram:
+class NarrowedAxis(NamedTuple):
+    """A free axis whose trace holds for some sizes only, because the network branches on it.
+
+    Attributes:
+        kind: "batch" or "spatial".
+        told: Which axis, and the sizes.
+    """
+
+    kind: str
+    told: str
+
+
+def trace(
+    model: nn.Module,
+    example_inputs: Sequence[Tensor],
+    dynamic: Dynamic | None = None,
+    *,
+    fixed: Collection[str] = (),
+) -> ExportedProgram:
     """Traces a network with torch.export.
 
     Args:
         model: Network in evaluation mode.
         example_inputs: Positional inputs of forward. Sizes above 1 on the axes that are to be dynamic.
         dynamic: Axes that must stay free. None frees the axes that the network leaves free: it is run with other
-            sizes first, and an axis that it fixes or branches on stays as in the example.
+            sizes first, and one that it refuses to change stays as in the example. One that it branches on is free
+            in the trace, which then holds for some sizes only: `narrowed_axes` tells.
+        fixed: With None, the kinds of axes ("batch", "spatial") that stay as in the example all the same.
 
     Returns:
         The program, with ATen and deploynorm operators.
@@ -59,7 +79,7 @@ def trace(model: nn.Module, example_inputs: Sequence[Tensor], dynamic: Dynamic |
     example_inputs = [example.detach().cpu() for example in example_inputs]  # the copy that is traced lies there
     takes = _sizes_taken(model, example_inputs) if dynamic != "none" else set()
     if dynamic is None:
-        return _export(model, example_inputs, takes, Dim.AUTO)
+        return _export(model, example_inputs, takes - set(fixed), Dim.AUTO)
     wanted = set[str]({"batch", "spatial"} if dynamic == "all" else {dynamic} - {"none"})
     if not any(example.dim() > 2 for example in example_inputs):
         wanted -= {"spatial"}
@@ -68,13 +88,13 @@ def trace(model: nn.Module, example_inputs: Sequence[Tensor], dynamic: Dynamic |
     program = _export(model, example_inputs, wanted, Dim.DYNAMIC)
     narrowed = narrowed_axes(program)
     if narrowed:
-        raise _not_free(model, dynamic, f"it branches on {'; '.join(narrowed)}")
+        raise _not_free(model, dynamic, f"it branches on {'; '.join(axis.told for axis in narrowed)}")
     return program
 
 
-def narrowed_axes(program: ExportedProgram) -> list[str]:
-    """The free axes that hold for some sizes only, because the network branches on them, told one a string."""
-    told = []
+def narrowed_axes(program: ExportedProgram) -> list[NarrowedAxis]:
+    """The free axes of a trace that hold for some sizes only."""
+    narrowed = []
     for node in program.graph.nodes:
         if node.op != "placeholder" or node.name not in program.graph_signature.user_inputs:
             continue
@@ -89,8 +109,8 @@ def narrowed_axes(program: ExportedProgram) -> list[str]:
             high = int(bounds.upper) if bounds.upper.is_finite and bounds.upper < 2**31 else None
             if low is not None or high is not None:
                 span = f"{low if low is not None else 1} to {high if high is not None else 'any'}"
-                told.append(f"axis {axis} of {node.name}: {span}")
-    return told
+                narrowed.append(NarrowedAxis("spatial" if axis else "batch", f"axis {axis} of {node.name}: {span}"))
+    return narrowed
 
 
 @contextmanager

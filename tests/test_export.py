@@ -184,8 +184,9 @@ def test_axes_that_the_network_fixes_are_told_and_stay() -> None:
     assert exported.notes == ("the network fixes axis 2 (8), 3 (8) of input x",)
 
 
-def test_axis_that_the_network_branches_on_is_told() -> None:
+def test_axis_that_the_network_branches_on_is_told_and_stays() -> None:
     exported = export(Branching().eval(), (_image(2, 3, 8, 8),))
+    assert exported.inputs[0].shape == (2, 3, "H", "W")
     assert any("holds for some sizes only: axis 0 of x: 1 to 3" in note for note in exported.notes)
 
 

@@ -160,9 +160,9 @@ class _Folding:
             program = trace(self._model, example_inputs, dynamic)
         except ModelError as error:
             return Refusal(f"the network cannot be traced ({error.problem})")
-        narrowed = narrowed_axes(program)
+        narrowed = "; ".join(axis.told for axis in narrowed_axes(program))
         if narrowed:
-            return Refusal(f"the network takes other ways for other sizes ({'; '.join(narrowed)}): fix them (dynamic)")
+            return Refusal(f"the network takes other ways for other sizes ({narrowed}): fix them (dynamic)")
         return LayerGraph(self._model, program)
 
     def _fold_norm(self, norm: nn.Module, graph: LayerGraph) -> Refusal | None:
