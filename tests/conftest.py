@@ -9,6 +9,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from types import ModuleType
+from typing import NoReturn
 
 import pytest
 import torch
@@ -31,6 +32,13 @@ def _away_from_the_clone(tmp_path_factory: pytest.TempPathFactory) -> None:
     os.chdir(tmp_path_factory.mktemp("away"))
 
 
+def _missing(name: str, reason: str) -> NoReturn:
+    """Skips the test, or fails it where DEPLOYNORM_REQUIRE names what is missing."""
+    if name in os.environ.get("DEPLOYNORM_REQUIRE", "").split(","):
+        pytest.fail(reason, pytrace=False)
+    pytest.skip(reason)
+
+
 @pytest.fixture
 def require() -> Callable[[str], None]:
     """require("ort") skips the test where onnxruntime is missing, or fails it where DEPLOYNORM_REQUIRE names ort."""
@@ -39,10 +47,7 @@ def require() -> Callable[[str], None]:
         module, remedy = OPTIONAL[name]
         if importlib.util.find_spec(module) is not None:
             return
-        reason = f"{name}: {module} is not installed ({remedy})"
-        if name in os.environ.get("DEPLOYNORM_REQUIRE", "").split(","):
-            pytest.fail(reason)
-        pytest.skip(reason)
+        _missing(name, f"{name}: {module} is not installed ({remedy})")
 
     return require
 
@@ -53,19 +58,14 @@ def fashion_mnist() -> ImageData:
     try:
         return load_fashion_mnist()
     except BackendError as error:
-        if "data" in os.environ.get("DEPLOYNORM_REQUIRE", "").split(","):
-            pytest.fail(str(error), pytrace=False)
-        pytest.skip(str(error))
+        _missing("data", str(error))
 
 
 @pytest.fixture(scope="session")
 def timm() -> ModuleType:
     """timm. Skips the test where it is missing, or fails it where DEPLOYNORM_REQUIRE names timm."""
     if importlib.util.find_spec("timm") is None:
-        reason = "timm is not installed (pip install timm)"
-        if "timm" in os.environ.get("DEPLOYNORM_REQUIRE", "").split(","):
-            pytest.fail(reason, pytrace=False)
-        pytest.skip(reason)
+        _missing("timm", "timm is not installed (pip install timm)")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
