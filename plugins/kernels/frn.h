@@ -1,0 +1,67 @@
+// Filter response normalization with a thresholded linear unit, for any host: the kernels' whole interface.
+//
+//     y = max(gamma * x / sqrt(mean(x^2 over the spatial positions) + eps) + beta [+ residual], tau)
+//
+// No header of a framework may be included here or in any file of this folder.
+// Source: Singh & Krishnan, arXiv:1911.09737, eq. 1 to 3; the contract is deploynorm/contract.py.
+
+#ifndef DEPLOYNORM_KERNELS_FRN_H_
+#define DEPLOYNORM_KERNELS_FRN_H_
+
+#include <stdint.h>
+
+#if defined(_WIN32)
+#define DEPLOYNORM_API __declspec(dllexport)
+#else
+#define DEPLOYNORM_API __attribute__((visibility("default")))
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+// Of x, residual and y. The parameters and all arithmetic are float32, or float64 where these are.
+enum deploynorm_type {
+  DEPLOYNORM_FLOAT32 = 0,
+  DEPLOYNORM_FLOAT64 = 1,
+  DEPLOYNORM_FLOAT16 = 2,
+  DEPLOYNORM_BFLOAT16 = 3,
+};
+
+// One call. The tensors are dense, in the order (samples, channels / lanes, spatial, lanes): `lanes` is how many
+// channels lie side by side, so 1 is NCHW, `channels` is NHWC, and 8 or 16 is ONNX Runtime's blocked NCHWc.
+// A size may be 0. The caller has checked shapes and types, and that every eps is positive.
+struct deploynorm_frn {
+  int64_t samples;
+  int64_t channels;  // a multiple of lanes
+  int64_t spatial;   // product of the spatial sizes; 1 for (N, C)
+  int64_t lanes;
+  int32_t type;          // deploynorm_type
+  const void* x;         // samples * channels * spatial elements
+  void* y;               // the same; may be x or residual itself
+  const void* residual;  // the same, added before the threshold; null for none
+  const void* gamma;     // channels elements, as are the next three
+  const void* beta;
+  const void* tau;  // minus infinity for no threshold
+  const void* eps;  // effective, greater than 0
+};
+
+// The host's threads: runs task(data, 0) to task(data, count - 1), in any order and at once, and returns when all
+// are done. Null runs them one after the other.
+typedef void (*deploynorm_task)(void* data, int64_t index);
+typedef void (*deploynorm_parallel_for)(void* host, int64_t count, deploynorm_task task, void* data);
+
+// Names of the variants that this processor runs, the best first; null after the last.
+DEPLOYNORM_API const char* const* deploynorm_cpu_variants(void);
+
+// Computes y. Allocates nothing and never fails. The result does not depend on the number of threads.
+//   variant: one of deploynorm_cpu_variants(), or null for the best.
+// Returns 0; 1 for a type or variant that is not there, with y untouched.
+DEPLOYNORM_API int deploynorm_frn_cpu(const struct deploynorm_frn* call, deploynorm_parallel_for parallel_for,
+                                      void* host, const char* variant);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif  // DEPLOYNORM_KERNELS_FRN_H_

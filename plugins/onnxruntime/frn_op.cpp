@@ -1,0 +1,248 @@
+// The FRN operator for ONNX Runtime's CPU provider: checks the inputs, hands pointers and the session's threads to
+// the kernel. No exception, allocation or lock; every status is passed on.
+
+#include "frn_op.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+
+#include "../contract.h"
+#include "frn.h"
+
+namespace deploynorm {
+namespace {
+
+using namespace ort;
+
+// Ranks above this are refused; ONNX Runtime's own convolutions end at 5.
+constexpr size_t kMaxRank = 16;
+
+struct Op : CustomOp {
+  const OrtApi* api;
+  bool blocked;
+  int element;  // ONNXTensorElementDataType of X and Y
+  deploynorm_type type;
+};
+
+// What a node's kernel keeps.
+struct Kernel {
+  const Op* op;
+  int64_t block;  // channels of a block; 0 for NCHW
+};
+
+// Returns the status from the enclosing function unless it is success.
+#define DEPLOYNORM_RETURN_IF_ERROR(expression)                  \
+  do {                                                          \
+    if (OrtStatus* status = (expression)) return status;        \
+  } while (false)
+
+template <typename... Values>
+OrtStatus* refuse(const OrtApi* api, int code, const char* format, Values... values) {
+  char message[256];
+  snprintf(message, sizeof message, format, values...);
+  return CreateStatus(api)(code, message);
+}
+
+struct Shape {
+  size_t rank;
+  int64_t sizes[kMaxRank];
+};
+
+OrtStatus* read_shape(const OrtApi* api, const OrtValue* value, Shape* shape) {
+  OrtTensorTypeAndShapeInfo* info = nullptr;
+  DEPLOYNORM_RETURN_IF_ERROR(GetTensorTypeAndShape(api)(value, &info));
+  OrtStatus* status = GetDimensionsCount(api)(info, &shape->rank);
+  if (status == nullptr && shape->rank > kMaxRank) {
+    status = refuse(api, kInvalidArgument, "%s: a tensor has %zu axes; at most %zu are taken", kOpType, shape->rank,
+                    kMaxRank);
+  }
+  if (status == nullptr) status = GetDimensions(api)(info, shape->sizes, shape->rank);
+  ReleaseTensorTypeAndShapeInfo(api)(info);
+  return status;
+}
+
+OrtStatus* read_parameter(const OrtApi* api, OrtKernelContext* context, int index, int64_t channels,
+                          const void** data) {
+  const OrtValue* value = nullptr;
+  DEPLOYNORM_RETURN_IF_ERROR(KernelContext_GetInput(api)(context, index, &value));
+  Shape shape;
+  DEPLOYNORM_RETURN_IF_ERROR(read_shape(api, value, &shape));
+  if (shape.rank != 1 || shape.sizes[0] != channels) {
+    return refuse(api, kInvalidArgument, "%s: input %s has the wrong shape. Got %zu axes, the first of %lld; expected (%lld,)",
+                  kOpType, kInputNames[index], shape.rank, shape.rank == 0 ? 0LL : static_cast<long long>(shape.sizes[0]),
+                  static_cast<long long>(channels));
+  }
+  // The kernel only reads; the function that gives the data has no twin for constants.
+  void* mutable_data = nullptr;
+  DEPLOYNORM_RETURN_IF_ERROR(GetTensorMutableData(api)(const_cast<OrtValue*>(value), &mutable_data));
+  *data = mutable_data;
+  return nullptr;
+}
+
+// The residual of the blocked operator: null where it is left out.
+OrtStatus* read_residual(const OrtApi* api, OrtKernelContext* context, const Shape& x, const void** data) {
+  size_t count = 0;
+  DEPLOYNORM_RETURN_IF_ERROR(KernelContext_GetInputCount(api)(context, &count));
+  const OrtValue* value = nullptr;
+  if (count > kInputs) DEPLOYNORM_RETURN_IF_ERROR(KernelContext_GetInput(api)(context, kInputs, &value));
+  if (value == nullptr) return nullptr;
+  Shape shape;
+  DEPLOYNORM_RETURN_IF_ERROR(read_shape(api, value, &shape));
+  bool same = shape.rank == x.rank;
+  for (size_t axis = 0; same && axis < x.rank; ++axis) same = shape.sizes[axis] == x.sizes[axis];
+  if (!same) return refuse(api, kInvalidArgument, "%s: the residual's shape is not that of X", kBlockedOpType);
+  void* mutable_data = nullptr;
+  DEPLOYNORM_RETURN_IF_ERROR(GetTensorMutableData(api)(const_cast<OrtValue*>(value), &mutable_data));
+  *data = mutable_data;
+  return nullptr;
+}
+
+// ONNX Runtime's threads, as the kernel asks for them.
+struct Host {
+  const OrtApi* api;
+  OrtKernelContext* context;
+  OrtStatus* status;
+};
+
+struct Loop {
+  deploynorm_task task;
+  void* data;
+};
+
+void parallel_for(void* opaque, int64_t count, deploynorm_task task, void* data) {
+  Host* host = static_cast<Host*>(opaque);
+  Loop loop = {task, data};
+  OrtStatus* status = KernelContext_ParallelFor(host->api)(
+      host->context,
+      [](void* loop, size_t index) {
+        static_cast<Loop*>(loop)->task(static_cast<Loop*>(loop)->data, static_cast<int64_t>(index));
+      },
+      static_cast<size_t>(count), /*batches=*/0, &loop);
+  if (status == nullptr) return;
+  if (host->status == nullptr) {
+    host->status = status;
+  } else {
+    ReleaseStatus(host->api)(status);
+  }
+}
+
+OrtStatus* compute(void* opaque, OrtKernelContext* context) {
+  const Kernel& kernel = *static_cast<const Kernel*>(opaque);
+  const OrtApi* api = kernel.op->api;
+  const OrtValue* x = nullptr;
+  DEPLOYNORM_RETURN_IF_ERROR(KernelContext_GetInput(api)(context, 0, &x));
+  Shape shape;
+  DEPLOYNORM_RETURN_IF_ERROR(read_shape(api, x, &shape));
+  if (shape.rank < 2) {
+    return refuse(api, kInvalidArgument, "%s: input X has the wrong rank. Got %zu axes; expected (N, C, D1..Dk)",
+                  kOpType, shape.rank);
+  }
+  deploynorm_frn call = {};
+  call.samples = shape.sizes[0];
+  call.channels = shape.sizes[1];
+  call.spatial = 1;
+  for (size_t axis = 2; axis < shape.rank; ++axis) call.spatial *= shape.sizes[axis];
+  call.lanes = kernel.block == 0 ? 1 : kernel.block;
+  call.type = kernel.op->type;
+  if (call.channels % call.lanes != 0) {
+    return refuse(api, kInvalidArgument, "%s: the channels are no multiple of the block. Got %lld; expected blocks of %lld",
+                  kBlockedOpType, static_cast<long long>(call.channels), static_cast<long long>(call.lanes));
+  }
+  const void** parameters[kInputs] = {&call.x, &call.gamma, &call.beta, &call.tau, &call.eps};
+  for (int index = 1; index < kInputs; ++index) {
+    DEPLOYNORM_RETURN_IF_ERROR(read_parameter(api, context, index, call.channels, parameters[index]));
+  }
+  if (kernel.op->blocked) DEPLOYNORM_RETURN_IF_ERROR(read_residual(api, context, shape, &call.residual));
+
+  OrtValue* y = nullptr;
+  DEPLOYNORM_RETURN_IF_ERROR(KernelContext_GetOutput(api)(context, 0, shape.sizes, shape.rank, &y));
+  void* data = nullptr;
+  DEPLOYNORM_RETURN_IF_ERROR(GetTensorMutableData(api)(const_cast<OrtValue*>(x), &data));
+  call.x = data;
+  DEPLOYNORM_RETURN_IF_ERROR(GetTensorMutableData(api)(y, &call.y));
+  Host host = {api, context, nullptr};
+  if (deploynorm_frn_cpu(&call, parallel_for, &host, /*variant=*/nullptr) != 0) {
+    return refuse(api, kFail, "%s: the kernel does not have type %d", kOpType, kernel.op->element);
+  }
+  return host.status;
+}
+
+OrtStatus* create_kernel(const CustomOp* base, const OrtApi* api, const OrtKernelInfo* info, void** out) {
+  const Op* op = static_cast<const Op*>(base);
+  int64_t block = 0;
+  if (op->blocked) {
+    DEPLOYNORM_RETURN_IF_ERROR(KernelInfoGetAttribute_int64(api)(info, kBlockAttribute, &block));
+    if (block < 1) return refuse(api, kInvalidArgument, "%s: attribute block must be positive", kBlockedOpType);
+  }
+  Kernel* kernel = static_cast<Kernel*>(malloc(sizeof(Kernel)));
+  if (kernel == nullptr) return refuse(api, kFail, "%s: out of memory", kOpType);
+  *kernel = {op, block};
+  *out = kernel;
+  return nullptr;
+}
+
+void destroy_kernel(void* kernel) { free(kernel); }
+
+// Y has the shape of X. Without this ONNX Runtime knows no shape behind the node, and does not let it write over X.
+OrtStatus* infer_shape(const CustomOp* base, OrtShapeInferContext* context) {
+  const OrtApi* api = static_cast<const Op*>(base)->api;
+  OrtTensorTypeAndShapeInfo* x = nullptr;
+  DEPLOYNORM_RETURN_IF_ERROR(ShapeInferContext_GetInputTypeShape(api)(context, 0, &x));
+  return ShapeInferContext_SetOutputTypeShape(api)(context, 0, x);
+}
+
+size_t may_write_over_x(int** input_index, int** output_index) {
+  static int first = 0;
+  *input_index = &first;
+  *output_index = &first;
+  return 1;
+}
+
+template <deploynorm_type kType, int kElement, bool kBlocked>
+Op make_op(const OrtApi* api) {
+  Op op = {};
+  op.api = api;
+  op.version = kApiVersion;
+  op.blocked = kBlocked;
+  op.element = kElement;
+  op.type = kType;
+  op.GetName = [](const CustomOp*) { return kBlocked ? kBlockedOpType : kOpType; };
+  op.GetExecutionProviderType = [](const CustomOp*) -> const char* { return nullptr; };  // the CPU
+  op.GetInputTypeCount = [](const CustomOp*) { return static_cast<size_t>(kBlocked ? kInputs + 1 : kInputs); };
+  op.GetInputType = [](const CustomOp*, size_t index) {
+    const bool parameter = index > 0 && index < kInputs;
+    return !parameter ? kElement : kElement == kDouble ? kDouble : kFloat;
+  };
+  op.GetOutputTypeCount = [](const CustomOp*) { return static_cast<size_t>(1); };
+  op.GetOutputType = [](const CustomOp*, size_t) { return kElement; };
+  op.GetInputCharacteristic = [](const CustomOp*, size_t index) { return index < kInputs ? kRequired : kOptional; };
+  op.GetOutputCharacteristic = [](const CustomOp*, size_t) { return kRequired; };
+  op.GetInputMemoryType = [](const CustomOp*, size_t) { return 0; };  // OrtMemTypeDefault
+  op.GetVariadicInputMinArity = [](const CustomOp*) { return 1; };
+  op.GetVariadicInputHomogeneity = [](const CustomOp*) { return 1; };
+  op.GetVariadicOutputMinArity = [](const CustomOp*) { return 1; };
+  op.GetVariadicOutputHomogeneity = [](const CustomOp*) { return 1; };
+  op.GetStartVersion = [](const CustomOp*) { return kVersion; };
+  op.GetEndVersion = [](const CustomOp*) { return kVersion; };
+  op.CreateKernelV2 = create_kernel;
+  op.KernelComputeV2 = compute;
+  op.KernelDestroy = destroy_kernel;
+  op.InferOutputShapeFn = infer_shape;
+  op.GetMayInplace = may_write_over_x;
+  op.ReleaseMayInplace = [](int*, int*) {};
+  return op;
+}
+
+}  // namespace
+
+const ort::CustomOp* const* frn_ops(const OrtApi* api) {
+  static const Op float32 = make_op<DEPLOYNORM_FLOAT32, kFloat, false>(api);
+  static const Op float64 = make_op<DEPLOYNORM_FLOAT64, kDouble, false>(api);
+  static const Op float16 = make_op<DEPLOYNORM_FLOAT16, kFloat16, false>(api);
+  static const Op bfloat16 = make_op<DEPLOYNORM_BFLOAT16, kBFloat16, false>(api);
+  static const Op blocked = make_op<DEPLOYNORM_FLOAT32, kFloat, true>(api);
+  static const ort::CustomOp* const ops[] = {&float32, &float64, &float16, &bfloat16, &blocked, nullptr};
+  return ops;
+}
+
+}  // namespace deploynorm
