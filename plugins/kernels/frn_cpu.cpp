@@ -10,19 +10,24 @@
 #include "element.h"
 #include "frn.h"
 
+// Where a call would pass vectors through memory.
+#define DEPLOYNORM_INLINE inline __attribute__((always_inline))
+
 namespace deploynorm {
 namespace {
 
-// Channels of a column: a cache line of float32, and a vector of AVX-512; fewer where so many planes would not stay in
-// the first-level cache.
-constexpr int kWidth = 16;
+// Channels of a column at most. Lanes: four cache lines of float32, as a processor fetches single lines out of long
+// rows slowly. Planes: so few that they stay in the first-level cache, which holds kCachedElements of x and of y.
+constexpr int kWidth = 64;
+constexpr int64_t kPlanes = 16;
 constexpr int64_t kCachedElements = 4096;
-// Independent partial sums: on 4 vectors of AVX-512 they hide the latency of a fused multiply-add.
-constexpr int kPartialSums = 64;
-// Elements summed in the arithmetic type before going on in float64: a partial sum adds 128 of them.
+// ONNX Runtime's larger block, the width next to the largest that is worth code of its own.
+constexpr int kBlockWidth = 16;
+// Elements summed in the arithmetic type before going on in float64: with four vectors of float32 partial sums, each
+// adds 128 to 512 of them.
 constexpr int64_t kBlock = 8192;
-// Where there are few columns, the threads share each in segments; so that nothing depends on the number of threads,
-// a column is always summed by segments.
+// Fewer columns than kManyColumns are shared out among the threads in segments. The sizes alone decide, so that the
+// result does not depend on the number of threads.
 constexpr int64_t kSegment = 4 * kBlock;
 constexpr int kMaxSegments = 64;
 constexpr int64_t kManyColumns = 16;
@@ -32,77 +37,122 @@ constexpr int64_t kTask = 16384;
 int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 int64_t divided_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+float square_root(float value) { return sqrtf(value); }
+double square_root(double value) { return sqrt(value); }
 
-// Adds the squares of `count` adjacent elements, where element i belongs to channel i % W, to sums[0 .. W - 1].
-template <typename Element, int W>
-void add_squares_dense(const typename Element::Storage* x, int64_t count, double* sums) {
-  using Arithmetic = typename Element::Arithmetic;
-  while (count > 0) {
-    const int64_t block = smaller(count, kBlock);
-    const int64_t even = block / kPartialSums * kPartialSums;
-    Arithmetic partial[kPartialSums] = {};
-    for (int64_t i = 0; i < even; i += kPartialSums) {
-#pragma omp simd
-      for (int j = 0; j < kPartialSums; ++j) {
-        const Arithmetic value = Element::load(x[i + j]);
-        partial[j] += value * value;
-      }
-    }
-    if (W == 1) {
-      Arithmetic sum = 0;
-#pragma omp simd reduction(+ : sum)
-      for (int j = 0; j < kPartialSums; ++j) sum += partial[j];
-#pragma omp simd reduction(+ : sum)
-      for (int64_t i = even; i < block; ++i) {
-        const Arithmetic value = Element::load(x[i]);
-        sum += value * value;
-      }
-      sums[0] += sum;
-    } else {
-      for (int64_t i = even; i < block; i += W) {
-#pragma omp simd
-        for (int j = 0; j < W; ++j) {
-          const Arithmetic value = Element::load(x[i + j]);
-          partial[j] += value * value;
-        }
-      }
-      for (int j = 0; j < kPartialSums; ++j) sums[j % W] += partial[j];
-    }
-    x += block;
-    count -= block;
+// ---- Sums of squares
+
+// 1 in the lanes from `first` on, as the types of vectors have it for true.
+template <typename Element>
+auto lanes_from(int first) {
+  typename Element::Vector lane;
+  for (int i = 0; i < Element::kLanes; ++i) lane[i] = static_cast<typename Element::Arithmetic>(i);
+  return lane >= static_cast<typename Element::Arithmetic>(first);
+}
+
+// Halves are added until one lane is left; compilers add the lanes one after the other.
+template <typename Scalar, int kLanes>
+Scalar sum_of_lanes(typename VectorOf<Scalar, kLanes>::Type vector) {
+  if constexpr (kLanes == 1) {
+    return vector[0];
+  } else {
+    typename VectorOf<Scalar, kLanes / 2>::Type halves[2];
+    __builtin_memcpy(halves, &vector, sizeof vector);
+    return sum_of_lanes<Scalar, kLanes / 2>(halves[0] + halves[1]);
   }
 }
 
-// The same for rows that lie `stride` elements apart. W is the width where it is kWidth, else 0.
-template <typename Element, int W>
-void add_squares_strided(const typename Element::Storage* x, int64_t rows, int64_t stride, int any_width,
-                         double* sums) {
-  using Arithmetic = typename Element::Arithmetic;
-  constexpr int kRows = kPartialSums / kWidth;
-  const int width = W == 0 ? any_width : W;
+template <typename Element>
+typename Element::Arithmetic sum_of_lanes(typename Element::Vector vector) {
+  return sum_of_lanes<typename Element::Arithmetic, Element::kLanes>(vector);
+}
+
+// Of at most kBlock adjacent elements. Four partial sums hide the latency of a fused multiply-add.
+template <typename Element>
+typename Element::Arithmetic squares_of_block(const typename Element::Storage* x, int64_t count) {
+  using Vector = typename Element::Vector;
+  constexpr int kLanes = Element::kLanes;
+  if (count < kLanes) {
+    const Vector value = load_some<Element>(x, static_cast<int>(count));
+    return sum_of_lanes<Element>(value * value);
+  }
+  Vector sum0 = {}, sum1 = {}, sum2 = {}, sum3 = {};
+  int64_t i = 0;
+  for (; i + 4 * kLanes <= count; i += 4 * kLanes) {
+    const Vector value0 = Element::load(x + i), value1 = Element::load(x + i + kLanes);
+    const Vector value2 = Element::load(x + i + 2 * kLanes), value3 = Element::load(x + i + 3 * kLanes);
+    sum0 += value0 * value0;
+    sum1 += value1 * value1;
+    sum2 += value2 * value2;
+    sum3 += value3 * value3;
+  }
+  for (; i + kLanes <= count; i += kLanes) {
+    const Vector value = Element::load(x + i);
+    sum0 += value * value;
+  }
+  if (i < count) {
+    // One more vector, which ends with the block; what it has in common with the one before is left out.
+    const Vector value = Element::load(x + count - kLanes);
+    sum1 += lanes_from<Element>(static_cast<int>(kLanes - (count - i))) ? value * value : Vector{};
+  }
+  return sum_of_lanes<Element>((sum0 + sum1) + (sum2 + sum3));
+}
+
+// Of any number of adjacent elements.
+template <typename Element>
+double squares_of_plane(const typename Element::Storage* x, int64_t count) {
+  double sum = 0;
+  for (; count > 0; x += kBlock, count -= kBlock) sum += squares_of_block<Element>(x, smaller(count, kBlock));
+  return sum;
+}
+
+// Of each of kVectors vectors of lanes, over `rows` rows that lie `stride` elements apart; added to sums.
+template <typename Element, int kVectors>
+void add_squares_of_lanes(const typename Element::Storage* x, int64_t rows, int64_t stride, double* sums) {
+  using Vector = typename Element::Vector;
+  constexpr int kLanes = Element::kLanes;
+  constexpr int kRows = kVectors >= 4 ? 1 : 4 / kVectors;
   while (rows > 0) {
-    const int64_t block = smaller(rows, kBlock / kWidth);
-    Arithmetic partial[kRows][kWidth] = {};
-    for (int64_t row = 0; row < block; row += kRows) {
-      const int unrolled = static_cast<int>(smaller(kRows, block - row));
-      for (int r = 0; r < unrolled; ++r) {
-        const typename Element::Storage* from = x + (row + r) * stride;
-#pragma omp simd
-        for (int j = 0; j < width; ++j) {
-          const Arithmetic value = Element::load(from[j]);
-          partial[r][j] += value * value;
+    const int64_t block = smaller(rows, kBlock / kBlockWidth);
+    Vector partial[kRows][kVectors] = {};
+    int64_t row = 0;
+    for (; row + kRows <= block; row += kRows) {
+      for (int r = 0; r < kRows; ++r) {
+        for (int v = 0; v < kVectors; ++v) {
+          const Vector value = Element::load(x + (row + r) * stride + v * kLanes);
+          partial[r][v] += value * value;
         }
       }
     }
-    for (int r = 0; r < kRows; ++r) {
-      for (int j = 0; j < width; ++j) sums[j] += partial[r][j];
+    for (; row < block; ++row) {
+      for (int v = 0; v < kVectors; ++v) {
+        const Vector value = Element::load(x + row * stride + v * kLanes);
+        partial[0][v] += value * value;
+      }
+    }
+    for (int v = 0; v < kVectors; ++v) {
+      Vector total = partial[0][v];
+      for (int r = 1; r < kRows; ++r) total += partial[r][v];
+      for (int lane = 0; lane < kLanes; ++lane) sums[v * kLanes + lane] += total[lane];
     }
     x += block * stride;
     rows -= block;
   }
 }
 
-// The four numbers that turn a channel's x into y.
+// The same for fewer lanes than a vector has.
+template <typename Element>
+void add_squares_of_some_lanes(const typename Element::Storage* x, int64_t rows, int64_t stride, int lanes,
+                               double* sums) {
+  for (int64_t row = 0; row < rows; ++row) {
+    const typename Element::Vector value = load_some<Element>(x + row * stride, lanes);
+    for (int lane = 0; lane < lanes; ++lane) sums[lane] += value[lane] * value[lane];
+  }
+}
+
+// ---- From x to y
+
+// What turns a channel's x into y, for each channel of a column.
 template <typename Arithmetic>
 struct Affine {
   Arithmetic scale[kWidth];  // gamma / sqrt(mean + eps)
@@ -110,39 +160,79 @@ struct Affine {
   Arithmetic tau[kWidth];
 };
 
-// A NaN is not less than tau, and so stays.
-template <typename Arithmetic>
-inline Arithmetic bounded(Arithmetic value, Arithmetic tau) {
-  return value < tau ? tau : value;
+// The same in a vector, be it of one channel or of many.
+template <typename Element, bool kResidual>
+struct Map {
+  using Storage = typename Element::Storage;
+  using Vector = typename Element::Vector;
+  static constexpr int kLanes = Element::kLanes;
+
+  Vector scale, beta, tau;
+
+  Vector of(Vector x, Vector residual) const {
+    Vector value = x * scale + beta;
+    if (kResidual) value += residual;
+    return value < tau ? tau : value;  // a NaN is not less than tau, and so stays
+  }
+
+  Vector at(const Storage* x, const Storage* residual, int64_t i) const {
+    return of(Element::load(x + i), kResidual ? Element::load(residual + i) : Vector{});
+  }
+
+  void some(const Storage* x, const Storage* residual, Storage* y, int64_t i, int count) const {
+    const Vector addend = kResidual ? load_some<Element>(residual + i, count) : Vector{};
+    store_some<Element>(of(load_some<Element>(x + i, count), addend), y + i, count);
+  }
+};
+
+template <typename Element, bool kResidual>
+Map<Element, kResidual> map_of_channel(const Affine<typename Element::Arithmetic>& affine, int channel) {
+  using Vector = typename Element::Vector;
+  return {affine.scale[channel] - Vector{}, affine.beta[channel] - Vector{}, affine.tau[channel] - Vector{}};
 }
 
 template <typename Element, bool kResidual>
-void apply_plane(const typename Element::Storage* x, const typename Element::Storage* residual,
-                 typename Element::Storage* y, int64_t count, typename Element::Arithmetic scale,
-                 typename Element::Arithmetic beta, typename Element::Arithmetic tau) {
-  using Arithmetic = typename Element::Arithmetic;
-#pragma omp simd
-  for (int64_t i = 0; i < count; ++i) {
-    Arithmetic value = Element::load(x[i]) * scale + beta;
-    if (kResidual) value += Element::load(residual[i]);
-    y[i] = Element::store(bounded(value, tau));
-  }
+Map<Element, kResidual> map_of_lanes(const Affine<typename Element::Arithmetic>& affine, int first) {
+  using Vector = typename Element::Vector;
+  return {unaligned<Vector>(affine.scale + first), unaligned<Vector>(affine.beta + first),
+          unaligned<Vector>(affine.tau + first)};
 }
 
-// W is the width where it is 8 or 16, else 0.
-template <typename Element, int W, bool kResidual>
-void apply_rows(const typename Element::Storage* x, const typename Element::Storage* residual,
-                typename Element::Storage* y, int64_t rows, int64_t stride, int any_width,
-                const Affine<typename Element::Arithmetic>& affine) {
-  using Arithmetic = typename Element::Arithmetic;
-  const int width = W == 0 ? any_width : W;
+// Adjacent elements of one channel. y may be x or residual.
+template <typename Element, bool kResidual>
+DEPLOYNORM_INLINE void map_run(const Map<Element, kResidual> map, const typename Element::Storage* x,
+             const typename Element::Storage* residual, typename Element::Storage* y, int64_t count) {
+  constexpr int kLanes = Element::kLanes;
+  if (count < kLanes) {
+    map.some(x, residual, y, 0, static_cast<int>(count));
+    return;
+  }
+  // The last vector overlaps the one before it, so it is read before that is written.
+  const typename Element::Vector last = map.at(x, residual, count - kLanes);
+  for (int64_t i = 0; i + kLanes <= count; i += kLanes) Element::store(map.at(x, residual, i), y + i);
+  Element::store(last, y + count - kLanes);
+}
+
+// The same; begins with the end, which the sum of squares has left in the first-level cache.
+template <typename Element, bool kResidual>
+DEPLOYNORM_INLINE void map_plane(const Map<Element, kResidual> map, const typename Element::Storage* x,
+               const typename Element::Storage* residual, typename Element::Storage* y, int64_t count) {
+  const int64_t first = larger(0, count - kCachedElements);
+  map_run<Element, kResidual>(map, x + first, residual + (kResidual ? first : 0), y + first, count - first);
+  if (first > 0) map_run<Element, kResidual>(map, x, residual, y, first);
+}
+
+// kVectors vectors of lanes, from lane `first` on, in each of `rows` rows.
+template <typename Element, int kVectors, bool kResidual>
+void map_lanes(const Affine<typename Element::Arithmetic>& affine, int first, const typename Element::Storage* x,
+               const typename Element::Storage* residual, typename Element::Storage* y, int64_t rows, int64_t stride) {
+  constexpr int kLanes = Element::kLanes;
+  Map<Element, kResidual> maps[kVectors];
+  for (int v = 0; v < kVectors; ++v) maps[v] = map_of_lanes<Element, kResidual>(affine, first + v * kLanes);
   for (int64_t row = 0; row < rows; ++row) {
-    const int64_t at = row * stride;
-#pragma omp simd
-    for (int j = 0; j < width; ++j) {
-      Arithmetic value = Element::load(x[at + j]) * affine.scale[j] + affine.beta[j];
-      if (kResidual) value += Element::load(residual[at + j]);
-      y[at + j] = Element::store(bounded(value, affine.tau[j]));
+    for (int v = 0; v < kVectors; ++v) {
+      const int64_t i = row * stride + first + v * kLanes;
+      Element::store(maps[v].at(x, residual, i), y + i);
     }
   }
 }
@@ -151,6 +241,7 @@ template <typename Element>
 class Kernel {
   using Storage = typename Element::Storage;
   using Arithmetic = typename Element::Arithmetic;
+  static constexpr int kLanes = Element::kLanes;
 
   struct Column {
     int64_t offset;  // of its first element
@@ -166,8 +257,8 @@ class Kernel {
     planes_ = call_.lanes == 1;
     channels_of_group_ = planes_ ? call_.channels : call_.lanes;
     groups_of_sample_ = planes_ ? 1 : call_.channels / call_.lanes;
-    const int64_t cached = planes_ ? larger(1, kCachedElements / larger(1, call_.spatial)) : kWidth;
-    width_ = smaller(smaller(channels_of_group_, kWidth), cached);
+    const int64_t most = planes_ ? smaller(kPlanes, larger(1, kCachedElements / call_.spatial)) : kWidth;
+    width_ = smaller(channels_of_group_, most);
     columns_of_group_ = divided_up(channels_of_group_, width_);
     columns_ = call_.samples * groups_of_sample_ * columns_of_group_;
     segment_rows_ = larger(kSegment / width_, divided_up(call_.spatial, kMaxSegments));
@@ -206,8 +297,9 @@ class Kernel {
     const int64_t end = smaller(columns_, (task + 1) * columns_of_task_);
     for (int64_t index = task * columns_of_task_; index < end; ++index) {
       const Column at = column(index);
-      double sums[kWidth] = {};
-      for (int64_t segment = 0; segment < segments_; ++segment) add_segment(at, segment, sums);
+      double sums[kWidth];
+      for (int j = 0; j < at.width; ++j) sums[j] = 0;
+      add_squares(at, 0, call_.spatial, sums);
       apply(at, affine(at, sums), 0, call_.spatial);
     }
   }
@@ -223,7 +315,8 @@ class Kernel {
     SharedColumn shared = {this, column(index), {}, {}};
     share(segments_, [](void* data, int64_t segment) {
       SharedColumn& column = *static_cast<SharedColumn*>(data);
-      column.kernel->add_segment(column.at, segment, column.sums[segment]);
+      const int64_t rows = column.kernel->segment_rows_;
+      column.kernel->add_squares(column.at, segment * rows, (segment + 1) * rows, column.sums[segment]);
     }, &shared);
     double sums[kWidth] = {};
     for (int64_t segment = 0; segment < segments_; ++segment) {
@@ -237,30 +330,31 @@ class Kernel {
     }, &shared);
   }
 
-  void add_segment(const Column& at, int64_t segment, double* sums) const {
-    const int64_t begin = segment * segment_rows_;
-    const int64_t rows = smaller(segment_rows_, call_.spatial - begin);
+  // Of rows `begin` to `end` of a column, or to its own end.
+  void add_squares(const Column& at, int64_t begin, int64_t end, double* sums) const {
+    const int64_t rows = smaller(end, call_.spatial) - begin;
     const int64_t lanes = call_.lanes;
     const Storage* x = static_cast<const Storage*>(call_.x) + at.offset + begin * lanes;
     if (planes_) {
       for (int j = 0; j < at.width; ++j) {
-        double sum = 0;
-        add_squares_dense<Element, 1>(x + j * call_.spatial, rows, &sum);
-        sums[j] += sum;
+        sums[j] += squares_of_plane<Element>(x + j * call_.spatial, rows);
       }
       return;
     }
-    double sum[kWidth] = {};
-    if (lanes == 8) {
-      add_squares_dense<Element, 8>(x, rows * 8, sum);
-    } else if (lanes == 16) {
-      add_squares_dense<Element, 16>(x, rows * 16, sum);
-    } else if (at.width == kWidth) {
-      add_squares_strided<Element, kWidth>(x, rows, lanes, kWidth, sum);
-    } else {
-      add_squares_strided<Element, 0>(x, rows, lanes, at.width, sum);
+    int first = 0;
+    if (at.width == kWidth) {
+      add_squares_of_lanes<Element, kWidth / kLanes>(x, rows, lanes, sums);
+      first = kWidth;
     }
-    for (int j = 0; j < at.width; ++j) sums[j] += sum[j];
+    for (; first + kBlockWidth <= at.width; first += kBlockWidth) {
+      add_squares_of_lanes<Element, kBlockWidth / kLanes>(x + first, rows, lanes, sums + first);
+    }
+    for (; first + kLanes <= at.width; first += kLanes) {
+      add_squares_of_lanes<Element, 1>(x + first, rows, lanes, sums + first);
+    }
+    if (first < at.width) {
+      add_squares_of_some_lanes<Element>(x + first, rows, lanes, at.width - first, sums + first);
+    }
   }
 
   Affine<Arithmetic> affine(const Column& at, const double* sums) const {
@@ -269,10 +363,10 @@ class Kernel {
     const Arithmetic* beta = static_cast<const Arithmetic*>(call_.beta) + at.channel;
     const Arithmetic* tau = static_cast<const Arithmetic*>(call_.tau) + at.channel;
     const Arithmetic* eps = static_cast<const Arithmetic*>(call_.eps) + at.channel;
-    const double count = static_cast<double>(call_.spatial);
+    const double share = 1.0 / static_cast<double>(call_.spatial);
 #pragma omp simd
     for (int j = 0; j < at.width; ++j) {
-      result.scale[j] = static_cast<Arithmetic>(gamma[j] / sqrt(sums[j] / count + eps[j]));
+      result.scale[j] = gamma[j] / square_root(static_cast<Arithmetic>(sums[j] * share) + eps[j]);
       result.beta[j] = beta[j];
       result.tau[j] = tau[j];
     }
@@ -299,15 +393,25 @@ class Kernel {
     if (planes_) {
       for (int j = 0; j < at.width; ++j) {
         const int64_t plane = j * call_.spatial;
-        apply_plane<Element, kResidual>(x + plane, residual + (kResidual ? plane : 0), y + plane, rows,
-                                        affine.scale[j], affine.beta[j], affine.tau[j]);
+        map_plane<Element, kResidual>(map_of_channel<Element, kResidual>(affine, j), x + plane,
+                                      residual + (kResidual ? plane : 0), y + plane, rows);
       }
-    } else if (at.width == 16) {
-      apply_rows<Element, 16, kResidual>(x, residual, y, rows, lanes, 16, affine);
-    } else if (at.width == 8) {
-      apply_rows<Element, 8, kResidual>(x, residual, y, rows, lanes, 8, affine);
-    } else {
-      apply_rows<Element, 0, kResidual>(x, residual, y, rows, lanes, at.width, affine);
+      return;
+    }
+    int first = 0;
+    if (at.width == kWidth) {
+      map_lanes<Element, kWidth / kLanes, kResidual>(affine, first, x, residual, y, rows, lanes);
+      first = kWidth;
+    }
+    for (; first + kBlockWidth <= at.width; first += kBlockWidth) {
+      map_lanes<Element, kBlockWidth / kLanes, kResidual>(affine, first, x, residual, y, rows, lanes);
+    }
+    for (; first + kLanes <= at.width; first += kLanes) {
+      map_lanes<Element, 1, kResidual>(affine, first, x, residual, y, rows, lanes);
+    }
+    if (first < at.width) {
+      const Map<Element, kResidual> map = map_of_lanes<Element, kResidual>(affine, first);
+      for (int64_t row = 0; row < rows; ++row) map.some(x, residual, y, row * lanes + first, at.width - first);
     }
   }
 
