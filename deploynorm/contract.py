@@ -10,10 +10,13 @@ from __future__ import annotations
 from typing import Final
 
 __all__ = [
+    "BLOCKED_OP_TYPE",
+    "BLOCK_ATTRIBUTE",
     "DOMAIN",
     "DTYPES",
     "INPUTS",
     "MAX_OPSET",
+    "METADATA_CPU",
     "METADATA_IMAGE",
     "METADATA_LABELS",
     "MIN_OPSET",
@@ -35,6 +38,12 @@ OP_TYPE: Final = "FilterResponseNormalization"
 
 VERSION: Final = 1
 """Version of the ONNX domain and, as a string, of the TensorRT plugin."""
+
+BLOCKED_OP_TYPE: Final = "BlockedFilterResponseNormalization"
+"""The operator on ONNX Runtime's blocked layout, which `rewrite --optimize-for-cpu` alone writes."""
+
+BLOCK_ATTRIBUTE: Final = "block"
+"""Its attribute: the channels of a block."""
 
 TORCH_OP: Final = "filter_response_norm"
 """Name under the torch.library namespace `DOMAIN`."""
@@ -64,3 +73,6 @@ METADATA_IMAGE: Final = "deploynorm.image"
 
 METADATA_LABELS: Final = "deploynorm.labels"
 """metadata_props key: the class names, as a JSON list."""
+
+METADATA_CPU: Final = "deploynorm.optimized_for_cpu"
+"""metadata_props key: which machine and ONNX Runtime a file was rewritten for, as JSON."""

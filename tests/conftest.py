@@ -8,12 +8,14 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
 from typing import NoReturn
 
 import pytest
 import torch
 
+from deploynorm import plugins
 from deploynorm.errors import BackendError
 from deploynorm.models.data import ImageData, load_fashion_mnist
 
@@ -41,15 +43,30 @@ def _missing(name: str, reason: str) -> NoReturn:
 
 @pytest.fixture
 def require() -> Callable[[str], None]:
-    """require("ort") skips the test where onnxruntime is missing, or fails it where DEPLOYNORM_REQUIRE names ort."""
+    """require("ort") skips the test where onnxruntime is missing, or fails it where DEPLOYNORM_REQUIRE names ort.
+
+    require("native") does the same for our operator library.
+    """
 
     def require(name: str) -> None:
+        if name == "native":
+            if plugins.find_library() is None:
+                _missing(name, "native: the operator library is not built (deploynorm plugins build)")
+            return
         module, remedy = OPTIONAL[name]
         if importlib.util.find_spec(module) is not None:
             return
         _missing(name, f"{name}: {module} is not installed ({remedy})")
 
     return require
+
+
+@pytest.fixture
+def without_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A machine on which our operator library is not built."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "empty cache"))
+    monkeypatch.setattr(plugins, "_installed_library", lambda: None)
+    assert plugins.find_library() is None
 
 
 @pytest.fixture(scope="session")

@@ -11,13 +11,20 @@ import traceback
 from collections.abc import Sequence
 
 import deploynorm
-from deploynorm.cli import check, export, fold, inspect, run
+from deploynorm.cli import check, export, fold, inspect, plugins, run
 from deploynorm.errors import DeployNormError
 
 __all__ = ["main"]
 
 # In the order of the pipeline, which is the order of --help.
-_VERBS = {"fold": fold, "export": export, "check": check, "run": run, "inspect": inspect}
+_VERBS = {
+    "fold": fold,
+    "export": export,
+    "check": check,
+    "run": run,
+    "inspect": inspect,
+    "plugins": plugins,
+}
 
 _EXIT_CODES = """
 exit codes: 0 done and parity holds, 1 parity broken, 2 usage or bad model, 3 something is missing on this machine

@@ -30,8 +30,8 @@ def run(arguments: argparse.Namespace) -> int:
     with terminal.step(f"reading {arguments.model}"):
         network = load_network(arguments)
     with terminal.step("checking"):
-        report = check_onnx(network, arguments.candidate, arguments)
-    print_checks(terminal, [report])
-    terminal.write_json(arguments.json, report.to_dict())
-    raise_if_broken(terminal, [report], network, arguments)
+        reports = check_onnx(network, arguments.candidate, arguments)
+    print_checks(terminal, reports)
+    terminal.write_json(arguments.json, {"ok": all(reports), "checks": [report.to_dict() for report in reports]})
+    raise_if_broken(terminal, reports, network, arguments)
     return 0

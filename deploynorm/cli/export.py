@@ -79,7 +79,7 @@ def run(arguments: argparse.Namespace) -> int:
         onnx_file = folder / output.name
         exported.save(onnx_file, external_data=arguments.external_data or None)
         with terminal.step("checking the ONNX file"):
-            checks.append(check_onnx(network, onnx_file, arguments))
+            checks.extend(check_onnx(network, onnx_file, arguments))
 
         if folding is not None:
             print_fold(terminal, folding)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy.typing as npt
 import torch
@@ -13,10 +13,13 @@ from torch import nn
 
 from deploynorm.check import Report, check
 from deploynorm.cli.network import Network
+from deploynorm.cli.onnx_file import read_graph
 from deploynorm.cli.tables import print_checks
 from deploynorm.cli.terminal import Terminal
+from deploynorm.contract import DOMAIN
 from deploynorm.errors import ModelError
 from deploynorm.inputs import TensorSpec, sample_inputs
+from deploynorm.plugins import find_library
 from deploynorm.run import available, open_runner
 from deploynorm.run.base import Runner
 from deploynorm.run.eager import EagerRunner
@@ -33,13 +36,28 @@ def check_folded(network: Network, folded: nn.Module, arguments: argparse.Namesp
     return _check(candidate, network, network.inputs, arguments)
 
 
-def check_onnx(network: Network, path: Path, arguments: argparse.Namespace) -> Report:
-    """An ONNX file against the network as loaded, on several shapes inside the file's dynamic range."""
-    backend: Literal["onnxruntime", "reference"] = arguments.backend
-    if backend is None:
-        backend = "onnxruntime" if available()["onnxruntime"] is None else "reference"
-    with open_runner(path, backend) as candidate:
-        return _check(candidate, network, candidate.inputs, arguments)
+def check_onnx(network: Network, path: Path, arguments: argparse.Namespace) -> list[Report]:
+    """An ONNX file against the network as loaded, on several shapes inside the file's dynamic range.
+
+    ONNX Runtime runs it stock, and where it holds our operator, with our library too, if that is built: the one file
+    is to give the same numbers in both. A file without function bodies runs with the library alone.
+    """
+    if arguments.backend == "reference" or (arguments.backend is None and available()["onnxruntime"] is not None):
+        with open_runner(path, "reference") as candidate:
+            return [_check(candidate, network, candidate.inputs, arguments)]
+    model = read_graph(path)
+    ours = any(node.domain == DOMAIN for node in model.graph.node)
+    ways: list[tuple[str, Sequence[Path] | None]] = []
+    if not ours or model.functions or find_library() is None:
+        ways.append(("", []))
+    if ours and find_library() is not None:
+        ways.append((", deploynorm library", None))
+    reports = []
+    for suffix, plugins in ways:
+        with open_runner(path, plugins=plugins) as candidate:
+            candidate.name += suffix
+            reports.append(_check(candidate, network, candidate.inputs, arguments))
+    return reports
 
 
 def raise_if_broken(

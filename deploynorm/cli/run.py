@@ -45,7 +45,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         help="of onnxruntime, the preferred first (default cpu)",
     )
-    group.add_argument("--plugins", metavar="LIB", type=Path, action="append", default=[], help="operator libraries")
+    library = group.add_mutually_exclusive_group()
+    library.add_argument(
+        "--plugins", metavar="LIB", type=Path, action="append", help="operator libraries instead of ours"
+    )
+    library.add_argument("--stock", action="store_true", help="onnxruntime without our operator library")
     options.add_output_control(parser)
 
 
@@ -89,7 +93,7 @@ def _open(arguments: argparse.Namespace) -> tuple[Runner, ImageSpec | None, tupl
             arguments.model,
             arguments.backend or "onnxruntime",
             providers=arguments.provider or ("cpu",),
-            plugins=arguments.plugins,
+            plugins=[] if arguments.stock else arguments.plugins,
         )
         return runner, *image_and_labels(arguments.model)
     if arguments.backend not in (None, "eager"):

@@ -17,7 +17,7 @@ def open_runner(
     backend: Literal["onnxruntime", "reference"] = "onnxruntime",
     *,
     providers: Sequence[str] = ("cpu",),
-    plugins: Sequence[Path] = (),
+    plugins: Sequence[Path] | None = None,
     threads: int | None = None,
 ) -> Runner:
     """A runner of an ONNX file.
@@ -26,7 +26,7 @@ def open_runner(
         model: The file, with its external data beside it.
         backend: "onnxruntime", or "reference" for ONNX's own evaluator in NumPy.
         providers: For onnxruntime: cpu, cuda, tensorrt, the preferred first.
-        plugins: For onnxruntime: libraries of custom operators.
+        plugins: For onnxruntime: libraries of custom operators instead of ours; empty for the stock runtime.
         threads: For onnxruntime: threads within an operator.
 
     Raises:
@@ -39,7 +39,7 @@ def open_runner(
 
         return OnnxRuntimeRunner(model, providers=providers, plugins=plugins, threads=threads)
     if backend == "reference":
-        if tuple(providers) != ("cpu",) or plugins or threads is not None:
+        if tuple(providers) != ("cpu",) or plugins is not None or threads is not None:
             raise InputError(
                 "open_runner",
                 "the reference backend takes no providers, plugins or threads",
@@ -53,7 +53,7 @@ def open_runner(
 
 def available() -> dict[str, str | None]:
     """Each backend, with the reason why it cannot be used here, or None."""
-    from deploynorm.run.onnxruntime import import_onnxruntime
+    from deploynorm.ort import import_onnxruntime
 
     reasons: dict[str, str | None] = {"eager": None, "reference": None, "onnxruntime": None}
     try:

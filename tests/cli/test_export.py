@@ -121,12 +121,33 @@ def test_file_without_body_is_checked_by_the_reference_evaluator(frn_pt: Path, d
     assert not onnx.load(frn_pt.with_suffix(".onnx")).functions
 
 
+@pytest.mark.usefixtures("without_library")
 def test_file_without_body_and_library_says_what_to_do(frn_pt: Path, deploynorm: Callable, require: Callable) -> None:
     require("ort")
     result = deploynorm("export", frn_pt, "--no-function")
-    assert result.code in (2, 3)
+    assert result.code == 2
+    assert "deploynorm plugins build" in result.err
     assert "--no-function" in result.err
     assert not frn_pt.with_suffix(".onnx").exists()
+
+
+def test_file_without_body_is_checked_with_the_library(frn_pt: Path, deploynorm: Callable, require: Callable) -> None:
+    require("ort")
+    require("native")
+    result = deploynorm("export", frn_pt, "--no-function")
+    assert result.code == 0, result.err
+    checks = [line for line in result.out.splitlines() if line.startswith("onnxruntime")]
+    assert checks
+    assert all("deploynorm library" in line for line in checks)
+
+
+def test_frn_file_is_checked_stock_and_with_the_library(frn_pt: Path, deploynorm: Callable, require: Callable) -> None:
+    require("ort")
+    require("native")
+    result = deploynorm("export", frn_pt)
+    assert result.code == 0, result.err
+    candidates = {line.partition("  ")[0] for line in result.out.splitlines() if line.startswith("onnxruntime")}
+    assert candidates == {"onnxruntime (cpu)", "onnxruntime (cpu), deploynorm library"}
 
 
 def test_state_dict_with_a_typed_factory(deploynorm: Callable, tmp_path: Path, require: Callable) -> None:

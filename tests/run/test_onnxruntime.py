@@ -54,7 +54,7 @@ REFUSED: dict[str, tuple[bytes, type[DeployNormError], str]] = {
     "no body and no library": (
         a_model(body=False).SerializeToString(),
         ModelError,
-        f"{DOMAIN}::{OP_TYPE} without its function body, and no plugin library.*Fix: export again without --no-func",
+        f"{DOMAIN}::{OP_TYPE} without its function body, and the operator library.*Fix: run `deploynorm plugins build`",
     ),
     "unknown operator": (
         one_node("Nonsense", {"x": ("float32", (1,))}, ("float32", (1,))).SerializeToString(),
@@ -102,7 +102,7 @@ def test_a_model_that_cannot_be_loaded_is_told_in_our_words_alone(
     path = tmp_path / "model.onnx"
     path.write_bytes(content)
     with pytest.raises(kind, match=message) as caught:
-        OnnxRuntimeRunner(path if form == "file" else content)
+        OnnxRuntimeRunner(path if form == "file" else content, plugins=())
     assert type(caught.value) is kind
     assert caught.value.where == (str(path) if form == "file" else "model (bytes)")
     assert "onnxruntime_src" not in str(caught.value)

@@ -50,7 +50,11 @@ def reference_operator(spec: TensorSpec, parameters: Parameters) -> Runner:
 def onnxruntime_body(spec: TensorSpec, parameters: Parameters) -> Runner:
     body = function_proto(OPSET, half=spec.dtype in ("float16", "bfloat16"))
     model = frn_model(spec.dtype, body=body, parameters=parameters, shape=spec.shape)
-    return OnnxRuntimeRunner(model.SerializeToString())
+    return OnnxRuntimeRunner(model.SerializeToString(), plugins=())
+
+
+def onnxruntime_library(spec: TensorSpec, parameters: Parameters) -> Runner:
+    return OnnxRuntimeRunner(frn_model(spec.dtype, parameters=parameters, shape=spec.shape).SerializeToString())
 
 
 RUNNERS: Mapping[str, Callable[[TensorSpec, Parameters], Runner]] = {
@@ -58,6 +62,7 @@ RUNNERS: Mapping[str, Callable[[TensorSpec, Parameters], Runner]] = {
     "reference-body": reference_body,
     "reference-operator": reference_operator,
     "onnxruntime-body": onnxruntime_body,
+    "onnxruntime-library": onnxruntime_library,
 }
 
 
@@ -66,6 +71,8 @@ RUNNERS: Mapping[str, Callable[[TensorSpec, Parameters], Runner]] = {
 def test_every_runner_computes_the_definition(runner: str, case: NormCase, require: Callable[[str], None]) -> None:
     if runner.startswith("onnxruntime"):
         require("ort")
+    if runner.endswith("library"):
+        require("native")
     inputs = make_inputs(case)
     x = inputs[INPUTS[0]]
     sizes = (f"D{axis}" if axis != 1 else size for axis, size in enumerate(case.shape))
