@@ -76,9 +76,10 @@ def session(
     plugins: Sequence[Path] | None = None,
     options: onnxruntime.SessionOptions | None = None,
 ) -> onnxruntime.InferenceSession:
-    """An onnxruntime.InferenceSession of the model, with our fused operator where its library is there.
+    """An onnxruntime.InferenceSession of the model, on the CPU with our fused operator where its library is there.
 
-    Without the library a model runs through the function bodies that `export` writes into it: the same numbers, slower.
+    Without the library, and on other providers, a model runs through the function bodies that `export` writes into
+    it: the same numbers, slower.
 
     Args:
         model: A file, with its external data beside it, or the bytes of a model.
@@ -106,6 +107,8 @@ def session(
     if plugins is not None:
         for library in plugins:
             register_library(options, Path(library))
+    elif any(name != PROVIDERS["cpu"][0] for name, _ in wanted):
+        pass  # our kernels are for the CPU: on a device the function body stays there, without copies to and fro
     elif find_library() is not None:
         register(options)
     elif _mentions_operator(model):

@@ -8,10 +8,11 @@ from __future__ import annotations
 import argparse
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
 
 import deploynorm
-from deploynorm.cli import check, export, fold, inspect, plugins, run
+from deploynorm.cli import check, export, fold, inspect, plugins, rewrite, run
 from deploynorm.errors import DeployNormError
 
 __all__ = ["main"]
@@ -20,6 +21,7 @@ __all__ = ["main"]
 _VERBS = {
     "fold": fold,
     "export": export,
+    "rewrite": rewrite,
     "check": check,
     "run": run,
     "inspect": inspect,
@@ -35,7 +37,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one verb and returns the exit code."""
     options = _parser().parse_args(arguments)
     try:
-        return int(options.run(options))
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            return int(options.run(options))
     except DeployNormError as error:
         print(f"deploynorm {options.verb}: {error}", file=sys.stderr)
         return error.exit_code
@@ -49,6 +53,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         traceback.print_exc()
         print("This is a fault of deploynorm: please report it with the lines above.", file=sys.stderr)
         return 70  # EX_SOFTWARE; 1 would say that parity is broken
+
+
+def _show_warning(message: Warning | str, *_: object) -> None:
+    """A warning as a sentence, without the line of code that it came from."""
+    print(message, file=sys.stderr)
 
 
 def _parser() -> argparse.ArgumentParser:

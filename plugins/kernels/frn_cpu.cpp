@@ -201,7 +201,7 @@ Map<Element, kResidual> map_of_lanes(const Affine<typename Element::Arithmetic>&
 // Adjacent elements of one channel. y may be x or residual.
 template <typename Element, bool kResidual>
 DEPLOYNORM_INLINE void map_run(const Map<Element, kResidual> map, const typename Element::Storage* x,
-             const typename Element::Storage* residual, typename Element::Storage* y, int64_t count) {
+                               const typename Element::Storage* residual, typename Element::Storage* y, int64_t count) {
   constexpr int kLanes = Element::kLanes;
   if (count < kLanes) {
     map.some(x, residual, y, 0, static_cast<int>(count));
@@ -216,7 +216,8 @@ DEPLOYNORM_INLINE void map_run(const Map<Element, kResidual> map, const typename
 // The same; begins with the end, which the sum of squares has left in the first-level cache.
 template <typename Element, bool kResidual>
 DEPLOYNORM_INLINE void map_plane(const Map<Element, kResidual> map, const typename Element::Storage* x,
-               const typename Element::Storage* residual, typename Element::Storage* y, int64_t count) {
+                                 const typename Element::Storage* residual, typename Element::Storage* y,
+                                 int64_t count) {
   const int64_t first = larger(0, count - kCachedElements);
   map_run<Element, kResidual>(map, x + first, residual + (kResidual ? first : 0), y + first, count - first);
   if (first > 0) map_run<Element, kResidual>(map, x, residual, y, first);
@@ -271,9 +272,9 @@ class Kernel {
       return;
     }
     columns_of_task_ = larger(1, kTask / (call_.spatial * width_));
-    share(divided_up(columns_, columns_of_task_), [](void* self, int64_t task) {
-      static_cast<Kernel*>(self)->run_columns(task);
-    }, this);
+    share(
+        divided_up(columns_, columns_of_task_),
+        [](void* self, int64_t task) { static_cast<Kernel*>(self)->run_columns(task); }, this);
   }
 
  private:
@@ -313,21 +314,27 @@ class Kernel {
 
   void run_column_on_all_threads(int64_t index) const {
     SharedColumn shared = {this, column(index), {}, {}};
-    share(segments_, [](void* data, int64_t segment) {
-      SharedColumn& column = *static_cast<SharedColumn*>(data);
-      const int64_t rows = column.kernel->segment_rows_;
-      column.kernel->add_squares(column.at, segment * rows, (segment + 1) * rows, column.sums[segment]);
-    }, &shared);
+    share(
+        segments_,
+        [](void* data, int64_t segment) {
+          SharedColumn& column = *static_cast<SharedColumn*>(data);
+          const int64_t rows = column.kernel->segment_rows_;
+          column.kernel->add_squares(column.at, segment * rows, (segment + 1) * rows, column.sums[segment]);
+        },
+        &shared);
     double sums[kWidth] = {};
     for (int64_t segment = 0; segment < segments_; ++segment) {
       for (int j = 0; j < shared.at.width; ++j) sums[j] += shared.sums[segment][j];
     }
     shared.affine = affine(shared.at, sums);
-    share(segments_, [](void* data, int64_t segment) {
-      SharedColumn& column = *static_cast<SharedColumn*>(data);
-      const int64_t rows = column.kernel->segment_rows_;
-      column.kernel->apply(column.at, column.affine, segment * rows, (segment + 1) * rows);
-    }, &shared);
+    share(
+        segments_,
+        [](void* data, int64_t segment) {
+          SharedColumn& column = *static_cast<SharedColumn*>(data);
+          const int64_t rows = column.kernel->segment_rows_;
+          column.kernel->apply(column.at, column.affine, segment * rows, (segment + 1) * rows);
+        },
+        &shared);
   }
 
   // Of rows `begin` to `end` of a column, or to its own end.

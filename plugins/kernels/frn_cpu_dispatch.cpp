@@ -26,8 +26,8 @@ struct Table {
   Table() {
 #if defined(DEPLOYNORM_X86_VARIANTS)
     __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
-        __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq")) {
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq")) {
       add("avx512", frn_avx512);
     }
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) add("avx2", frn_avx2);

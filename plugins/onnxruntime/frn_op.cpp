@@ -31,9 +31,9 @@ struct Kernel {
 };
 
 // Returns the status from the enclosing function unless it is success.
-#define DEPLOYNORM_RETURN_IF_ERROR(expression)                  \
-  do {                                                          \
-    if (OrtStatus* status = (expression)) return status;        \
+#define DEPLOYNORM_RETURN_IF_ERROR(expression)           \
+  do {                                                   \
+    if (OrtStatus* status = (expression)) return status; \
   } while (false)
 
 template <typename... Values>
@@ -68,8 +68,9 @@ OrtStatus* read_parameter(const OrtApi* api, OrtKernelContext* context, int inde
   Shape shape;
   DEPLOYNORM_RETURN_IF_ERROR(read_shape(api, value, &shape));
   if (shape.rank != 1 || shape.sizes[0] != channels) {
-    return refuse(api, kInvalidArgument, "%s: input %s has the wrong shape. Got %zu axes, the first of %lld; expected (%lld,)",
-                  kOpType, kInputNames[index], shape.rank, shape.rank == 0 ? 0LL : static_cast<long long>(shape.sizes[0]),
+    return refuse(api, kInvalidArgument,
+                  "%s: input %s has the wrong shape. Got %zu axes, the first of %lld; expected (%lld,)", kOpType,
+                  kInputNames[index], shape.rank, shape.rank == 0 ? 0LL : static_cast<long long>(shape.sizes[0]),
                   static_cast<long long>(channels));
   }
   // The kernel only reads; the function that gives the data has no twin for constants.
@@ -145,8 +146,9 @@ OrtStatus* compute(void* opaque, OrtKernelContext* context) {
   call.lanes = kernel.block == 0 ? 1 : kernel.block;
   call.type = kernel.op->type;
   if (call.channels % call.lanes != 0) {
-    return refuse(api, kInvalidArgument, "%s: the channels are no multiple of the block. Got %lld; expected blocks of %lld",
-                  kBlockedOpType, static_cast<long long>(call.channels), static_cast<long long>(call.lanes));
+    return refuse(api, kInvalidArgument,
+                  "%s: the channels are no multiple of the block. Got %lld; expected blocks of %lld", kBlockedOpType,
+                  static_cast<long long>(call.channels), static_cast<long long>(call.lanes));
   }
   const void** parameters[kInputs] = {&call.x, &call.gamma, &call.beta, &call.tau, &call.eps};
   for (int index = 1; index < kInputs; ++index) {

@@ -1,0 +1,143 @@
+"""Finding and building the operator library."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from deploynorm import plugins
+from deploynorm.errors import BackendError
+
+
+@pytest.fixture
+def empty_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A cache of built libraries with nothing in it."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path / "deploynorm" / "plugins"
+
+
+def a_path_with(folder: Path, *programs: str) -> str:
+    """The value of a PATH on which these programs are, and no others."""
+    folder.mkdir()
+    for name in programs:
+        found = plugins._program(name)
+        assert found is not None, name
+        (folder / name).symlink_to(found)
+    return str(folder)
+
+
+def test_the_installation_brings_a_library(empty_cache: Path, require: Callable[[str], None]) -> None:
+    require("native")
+    library = plugins.library_path()
+    assert library.name == plugins.LIBRARY_NAME
+    assert not library.is_relative_to(empty_cache)
+    assert plugins.cpu_variants(library)[-1] == "baseline"
+
+
+@pytest.mark.usefixtures("without_library")
+def test_a_missing_library_is_an_error_of_the_environment_with_a_remedy() -> None:
+    assert plugins.find_library() is None
+    with pytest.raises(BackendError, match=r"not built on this machine\. Fix: .*deploynorm plugins build") as caught:
+        plugins.library_path()
+    assert caught.value.exit_code == 3
+
+
+def test_what_is_built_here_is_preferred_until_the_sources_change(
+    empty_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built = plugins.build()
+    assert built.is_relative_to(empty_cache)
+    assert plugins.library_path() == built
+    assert plugins.cpu_variants(built)[-1] == "baseline"
+    monkeypatch.setattr(plugins, "_source_digest", lambda: "other sources")
+    assert plugins.find_library() != built
+
+
+def test_compiler_and_flags_are_in_the_key(empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tools = plugins.find_tools()
+    keys = {plugins._cache_key(tools), plugins._cache_key(tools._replace(compiler_version="another"))}
+    monkeypatch.setenv("CXXFLAGS", "-O1")
+    keys.add(plugins._cache_key(tools))
+    assert len(keys) == 3
+    assert {key.parent for key in keys} == {plugins._cache_of_these_sources()}
+
+
+def test_processes_that_build_at_once_do_not_break_each_other(empty_cache: Path) -> None:
+    program = "from deploynorm import plugins; print(plugins.cpu_variants(plugins.build())[-1])"
+    command = [sys.executable, "-c", program]
+    running = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(3)]
+    for process in running:
+        out, err = process.communicate()
+        assert (process.returncode, out.strip()) == (0, "baseline"), err
+    assert len(list(empty_cache.rglob(plugins.LIBRARY_NAME))) == 1
+    assert [path.name for path in plugins.library_path().parent.iterdir()] == [plugins.LIBRARY_NAME]
+
+
+def test_a_library_in_use_survives_a_new_build(empty_cache: Path) -> None:
+    library = plugins.build()
+    before = library.stat()
+    time.sleep(0.01)
+    program = (
+        "import sys; from pathlib import Path; from deploynorm import plugins; path = Path(sys.argv[1])\n"
+        "first = plugins.cpu_variants(path); plugins.build(); assert plugins.cpu_variants(path) == first\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program, str(library)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert library.stat().st_ino != before.st_ino
+
+
+def test_without_a_compiler_a_build_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", a_path_with(tmp_path / "bin", "cmake"))
+    with pytest.raises(BackendError, match=r"no C\+\+ compiler found\. Fix: install g\+\+ or clang\+\+"):
+        plugins.build(tmp_path)
+
+
+def test_a_compiler_that_was_named_and_is_not_there_is_shown(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(BackendError, match="Got CXX=no-such-compiler"):
+        plugins.build(tmp_path)
+
+
+def test_without_cmake_a_build_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(plugins, "_program", lambda name: None)
+    with pytest.raises(BackendError, match="CMake is not installed. Fix: pip install cmake ninja"):
+        plugins.build(tmp_path)
+
+
+def test_a_build_that_fails_shows_the_compilers_words_and_leaves_nothing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("CXXFLAGS", "-include nonsense_here.h")
+    with pytest.raises(BackendError, match=r"cmake failed with exit code \d+") as caught:
+        plugins.build(tmp_path / "out")
+    assert "nonsense_here.h" in str(caught.value)
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_file_that_is_no_library_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / plugins.LIBRARY_NAME
+    path.write_text("text")
+    with pytest.raises(BackendError, match=r"cannot be loaded.*Fix: deploynorm plugins build"):
+        plugins.cpu_variants(path)
+
+
+def test_an_installation_without_a_compiler_configures_and_builds_nothing(tmp_path: Path) -> None:
+    """What pip runs: it must end well, so that the Python package is installed."""
+    environment = {name: value for name, value in os.environ.items() if name not in ("CXX", "CC")}
+    environment["PATH"] = a_path_with(tmp_path / "bin", "cmake", "ninja")
+    command = ["cmake", "-S", str(plugins._sources()), "-B", str(tmp_path / "build"), "-G", "Ninja"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert "no C++ compiler" in done.stderr
+    assert "deploynorm plugins build" in done.stderr
+    for step in (["--build"], ["--install"]):
+        arguments = [*step, str(tmp_path / "build"), *(["--prefix", str(tmp_path / "in")] if "--install" in step else [])]
+        subprocess.run(["cmake", *arguments], check=True, capture_output=True, env=environment)
+    assert not list(tmp_path.rglob("*.so"))
