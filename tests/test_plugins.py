@@ -107,7 +107,7 @@ def test_a_compiler_that_was_named_and_is_not_there_is_shown(monkeypatch: pytest
 
 def test_without_cmake_a_build_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(plugins, "_program", lambda name: None)
-    with pytest.raises(BackendError, match="CMake is not installed. Fix: pip install cmake ninja"):
+    with pytest.raises(BackendError, match=r"CMake is not installed\. Fix: pip install cmake ninja"):
         plugins.build(tmp_path)
 
 
@@ -138,6 +138,10 @@ def test_an_installation_without_a_compiler_configures_and_builds_nothing(tmp_pa
     assert "no C++ compiler" in done.stderr
     assert "deploynorm plugins build" in done.stderr
     for step in (["--build"], ["--install"]):
-        arguments = [*step, str(tmp_path / "build"), *(["--prefix", str(tmp_path / "in")] if "--install" in step else [])]
+        arguments = [
+            *step,
+            str(tmp_path / "build"),
+            *(["--prefix", str(tmp_path / "in")] if "--install" in step else []),
+        ]
         subprocess.run(["cmake", *arguments], check=True, capture_output=True, env=environment)
     assert not list(tmp_path.rglob("*.so"))

@@ -56,8 +56,19 @@ def test_main_command_prints_what_the_readme_shows(
     assert "Ankle boot" in capsys.readouterr().out
 
 
+def test_rewrite_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, require: Callable[[str], None]) -> None:
+    require("ort")
+    require("native")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models").symlink_to(ROOT / "models")
+    for command in _marked("command: rewrite").splitlines():
+        assert main(_verb(command)) == 0
+    assert (tmp_path / "frn.here.onnx").exists()
+
+
 def test_python_blocks_run_one_after_the_other(tmp_path: Path, require: Callable[[str], None]) -> None:
     require("ort")
+    require("native")
     program = "\n".join(re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL))
     assert program.count("deploynorm") >= 4
     done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, env=os.environ)

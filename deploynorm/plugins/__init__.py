@@ -75,8 +75,8 @@ def build(folder: Path | None = None, *, sanitize: str = "") -> Path:
     target = (_cache_key(tools) if folder is None else folder) / LIBRARY_NAME
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="deploynorm-build-") as work:
-        configure: list[str | Path] = [tools.cmake, "-S", _sources(), "-B", work, f"-DCMAKE_CXX_COMPILER={tools.compiler}"]
-        configure += ["-DCMAKE_BUILD_TYPE=Release", f"-DDEPLOYNORM_SANITIZE={sanitize}"]
+        configure: list[str | Path] = [tools.cmake, "-S", _sources(), "-B", work, "-DCMAKE_BUILD_TYPE=Release"]
+        configure += [f"-DCMAKE_CXX_COMPILER={tools.compiler}", f"-DDEPLOYNORM_SANITIZE={sanitize}"]
         if (ninja := _program("ninja")) is not None:
             configure += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
         _run(configure)
