@@ -10,6 +10,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Sequence
+from typing import TextIO
 
 import deploynorm
 from deploynorm.cli import check, export, fold, inspect, plugins, rewrite, run
@@ -55,7 +56,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 70  # EX_SOFTWARE; 1 would say that parity is broken
 
 
-def _show_warning(message: Warning | str, *_: object) -> None:
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
     """A warning as a sentence, without the line of code that it came from."""
     print(message, file=sys.stderr)
 
