@@ -15,6 +15,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
+from deploynorm import graph
 from deploynorm.contract import DOMAIN, MAX_OPSET, MIN_OPSET, TORCH_OP
 from deploynorm.errors import InputError, ModelError
 from deploynorm.inputs import TensorSpec
@@ -24,7 +25,6 @@ from deploynorm.trace import Dynamic, first_line, inference_copy, narrowed_axes,
 __all__ = ["DEFAULT_OPSET", "Exported", "export"]
 
 DEFAULT_OPSET = 20
-_PROTOBUF_LIMIT = 2**31 - 2**20  # bytes of one file, less room for the graph itself
 
 
 @dataclass(frozen=True)
@@ -56,11 +56,11 @@ class Exported:
 
     def node_counts(self) -> Counter[str]:
         """How many nodes of each operator the graph has; a custom operator with its domain before it."""
-        return Counter(f"{n.domain}::{n.op_type}" if n.domain else n.op_type for n in self.model.graph.all_nodes())
+        return graph.node_counts(self.model)
 
     def size_bytes(self) -> int:
         """Bytes of all weights."""
-        return sum(value.const_value.nbytes for value in self.model.graph.initializers.values() if value.const_value)
+        return graph.size_bytes(self.model)
 
     def to_proto(self) -> onnx.ModelProto:
         """The model as onnx's protobuf; past 2 GB it can no longer be serialised in one piece."""
@@ -73,10 +73,7 @@ class Exported:
             path: The .onnx file; an existing one is overwritten.
             external_data: None decides by size.
         """
-        path = Path(path)
-        if external_data is None:
-            external_data = self.size_bytes() > _PROTOBUF_LIMIT
-        ir.save(self.model, path, external_data=f"{path.name}.data" if external_data else None)
+        graph.save(self.model, path, external_data=external_data)
 
 
 def export(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from pathlib import Path
 
@@ -30,6 +31,8 @@ def test_no_other_module_spells_the_operator_out() -> None:
         "cli/manifest.py",
         "export.py",
         "plugins/__init__.py",
+        "rewrite/optimize_for_cpu.py",
+        "rewrite/this_machine.py",
     }
     assert set(spelled) <= allowed, spelled
     assert not any(contract.OP_TYPE in text for found in spelled.values() for text in found)
@@ -64,3 +67,21 @@ def test_names_suit_every_host() -> None:
     assert contract.TORCH_OP.isidentifier()
     assert contract.NODE_ATTRIBUTES == {"plugin_namespace": contract.DOMAIN, "plugin_version": "1"}
     assert not any(schema.name == contract.OP_TYPE for schema in onnx.defs.get_all_schemas() if schema.domain == "")
+
+
+def test_the_c_header_has_the_same_names() -> None:
+    text = (Path(__file__).parents[1] / "plugins" / "contract.h").read_text(encoding="utf-8")
+    constant = re.compile(r"^constexpr (?:const char\*|int) (k\w+)(?:\[\w+\])? = ([^;]+);", flags=re.MULTILINE)
+    want = {
+        "kDomain": contract.DOMAIN,
+        "kOpType": contract.OP_TYPE,
+        "kVersion": contract.VERSION,
+        "kInputs": len(contract.INPUTS),
+        "kInputNames": set(contract.INPUTS),
+        "kBlockedOpType": contract.BLOCKED_OP_TYPE,
+        "kBlockAttribute": contract.BLOCK_ATTRIBUTE,
+    }
+    assert {name: ast.literal_eval(value) for name, value in constant.findall(text)} == want
+    names = re.search(r"kInputNames\[kInputs\] = \{([^}]+)\}", text)
+    assert names is not None
+    assert ast.literal_eval(f"({names[1]},)") == contract.INPUTS  # a set has no order

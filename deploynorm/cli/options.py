@@ -9,7 +9,15 @@ from typing import Any
 
 from deploynorm.errors import InputError
 
-__all__ = ["add_dynamic", "add_model", "add_output_control", "add_parity", "factory_kwargs"]
+__all__ = [
+    "add_dynamic",
+    "add_input_shape",
+    "add_model",
+    "add_output_control",
+    "add_parity",
+    "add_tolerance",
+    "factory_kwargs",
+]
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
@@ -25,7 +33,11 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--trust-pickle", action="store_true", help="let a pickle run code; only for files from a source you trust"
     )
-    group.add_argument(
+    add_input_shape(group)
+
+
+def add_input_shape(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
         "--input-shape",
         metavar="[NAME:]SHAPE",
         action="append",
@@ -43,12 +55,16 @@ def add_dynamic(parser: argparse._ActionsContainer) -> None:
     )
 
 
+def add_tolerance(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument("--atol", type=float, help="absolute tolerance (default by dtype; float32: 1e-7)")
+    parser.add_argument("--rtol", type=float, help="relative to the largest output (default by dtype; float32: 1e-4)")
+    parser.add_argument("--seed", type=int, default=0, help="of the random inputs (default 0)")
+
+
 def add_parity(parser: argparse.ArgumentParser) -> None:
     """The tolerance and the inputs of a parity check."""
     group = parser.add_argument_group("parity check")
-    group.add_argument("--atol", type=float, help="absolute tolerance (default by dtype; float32: 1e-7)")
-    group.add_argument("--rtol", type=float, help="relative to the largest output (default by dtype; float32: 1e-4)")
-    group.add_argument("--seed", type=int, default=0, help="of the random inputs (default 0)")
+    add_tolerance(group)
     group.add_argument(
         "--backend",
         choices=("onnxruntime", "reference"),

@@ -164,11 +164,11 @@ def test_help_imports_nothing_heavy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=os.environ)
     assert done.returncode == 0, done.stderr
-    for verb in ("fold", "export", "check", "run", "inspect"):
+    for verb in ("fold", "export", "rewrite", "check", "run", "inspect"):
         assert f"\n    {verb} " in done.stdout
 
 
-@pytest.mark.parametrize("verb", ["fold", "export", "check", "run", "inspect"])
+@pytest.mark.parametrize("verb", ["fold", "export", "rewrite", "check", "run", "inspect"])
 def test_help_of_each_verb(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main([verb, "--help"])

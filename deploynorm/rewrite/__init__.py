@@ -1,0 +1,12 @@
+"""ONNX -> ONNX: passes over an exported graph, one a file.
+
+optimize_for_cpu: FRN and what surrounds it on the channel-blocked layout of ONNX Runtime's convolutions
+"""
+
+from __future__ import annotations
+
+from deploynorm.rewrite.optimize_for_cpu import optimize_for_cpu
+from deploynorm.rewrite.result import Change, RewriteResult
+from deploynorm.rewrite.this_machine import check_this_machine
+
+__all__ = ["Change", "RewriteResult", "check_this_machine", "optimize_for_cpu"]

@@ -1,0 +1,127 @@
+"""Files that were rewritten for one machine: what they say of it, and whether this is such a machine."""
+
+from __future__ import annotations
+
+import json
+import platform
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import deploynorm
+from deploynorm import ort
+from deploynorm.errors import BackendError, ModelError
+
+__all__ = ["block_size", "check_this_machine", "describe"]
+
+_BINDING = {"onnxruntime": "onnxruntime {}", "machine": "{}", "block": "blocks of {} channels"}
+"""The facts that must be the same where a rewritten file runs, and how an error tells them."""
+
+
+def describe(source_sha256: str | None = None) -> dict[str, str | int | None]:
+    """What a file rewritten here says of this machine.
+
+    Args:
+        source_sha256: Of the file that it was made from.
+
+    Raises:
+        BackendError: onnxruntime is missing, or does not block channels on this processor.
+    """
+    return {
+        "onnxruntime": str(ort.import_onnxruntime().__version__),
+        "machine": platform.machine(),
+        "block": block_size(),
+        "processor": _processor(),
+        "deploynorm": deploynorm.__version__,
+        "source_sha256": source_sha256,
+    }
+
+
+def check_this_machine(where: str, metadata_json: str) -> None:
+    """Refuses a file that was rewritten for another ONNX Runtime or another kind of processor.
+
+    With another block size it would run and give wrong numbers: ONNX Runtime does not look.
+
+    Args:
+        where: The file, for the message.
+        metadata_json: Its entry `METADATA_CPU`.
+
+    Raises:
+        BackendError: The version of onnxruntime, the architecture or the block size differs here.
+        ModelError: The entry is not what `deploynorm rewrite` writes.
+    """
+    try:
+        wanted = json.loads(metadata_json)
+        facts = {key: wanted[key] for key in _BINDING}
+    except (ValueError, TypeError, KeyError) as error:
+        raise ModelError(
+            where,
+            "its note of the machine that it was rewritten for is damaged",
+            got=metadata_json,
+            fix="run on the file it was made from: deploynorm rewrite ORIGINAL.onnx --optimize-for-cpu",
+        ) from error
+    here = describe()
+    if any(facts[key] != here[key] for key in _BINDING):
+        raise BackendError(
+            where,
+            "was rewritten for another machine or another onnxruntime",
+            got=f"{_told(facts)}, rewritten on {wanted.get('processor') or 'an unknown processor'}",
+            expected=f"{_told(here)}, as here",
+            fix="run here, on the file it was made from: deploynorm rewrite ORIGINAL.onnx --optimize-for-cpu",
+        )
+
+
+@cache
+def block_size() -> int:
+    """How many channels ONNX Runtime puts side by side on this processor: 16 with AVX-512, 8 with AVX.
+
+    It has no call that tells. It pads the output channels of a convolution to whole blocks, so a convolution with one
+    is optimised, and its weight read.
+
+    Raises:
+        BackendError: onnxruntime is missing, or does not block channels on this processor.
+    """
+    import onnx
+
+    runtime = ort.import_onnxruntime()
+    value = onnx.helper.make_tensor_value_info
+    graph = onnx.helper.make_graph(
+        [onnx.helper.make_node("Conv", ["x", "weight"], ["y"])],
+        "probe",
+        [value("x", onnx.TensorProto.FLOAT, (1, 1, 1, 1))],
+        [value("y", onnx.TensorProto.FLOAT, (1, 1, 1, 1))],
+        [onnx.helper.make_tensor("weight", onnx.TensorProto.FLOAT, (1, 1, 1, 1), [1.0])],
+    )
+    # Old versions on purpose, so that every onnxruntime reads it.
+    probe = onnx.helper.make_model(graph, ir_version=8, opset_imports=[onnx.helper.make_opsetid("", 13)])
+    with tempfile.TemporaryDirectory(prefix="deploynorm-probe-") as folder:
+        options = runtime.SessionOptions()
+        options.log_severity_level = 4  # it warns that what it writes is for this machine alone, which is the point
+        options.optimized_model_filepath = str(Path(folder) / "probe.onnx")
+        ort.session(probe.SerializeToString(), plugins=[], options=options)
+        optimized = onnx.load(options.optimized_model_filepath)
+    for node in optimized.graph.node:
+        if (node.domain, node.op_type) == ("com.microsoft.nchwc", "Conv"):
+            shapes = {tensor.name: tensor.dims for tensor in optimized.graph.initializer}
+            return int(shapes[node.input[1]][0])
+    raise BackendError(
+        "onnxruntime",
+        f"onnxruntime {runtime.__version__} does not block channels on this processor",
+        got=_processor(),
+        expected="an x86-64 processor with AVX, or another for which it has the blocked layout",
+        fix="use the file as exported",
+    )
+
+
+def _told(facts: dict[str, str | int | None]) -> str:
+    return ", ".join(text.format(facts[key]) for key, text in _BINDING.items())
+
+
+def _processor() -> str:
+    """The processor's name as people know it, which Python has on no system but Linux's own file."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor())

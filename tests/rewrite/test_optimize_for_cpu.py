@@ -1,0 +1,620 @@
+"""`optimize_for_cpu`: which graphs it rewrites and into what, which it leaves, and that the numbers stay."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx.numpy_helper
+import onnx.parser
+import onnx_ir as ir
+import pytest
+import torch
+from tolerances import LAYOUT_FLOAT32
+from torch import Tensor, nn
+
+from deploynorm import graph, ort
+from deploynorm.contract import BLOCK_ATTRIBUTE, BLOCKED_OP_TYPE, DOMAIN, METADATA_CPU, OP_TYPE
+from deploynorm.errors import BackendError, ModelError
+from deploynorm.export import export
+from deploynorm.layers import FRN2d
+from deploynorm.lowering import function_proto
+from deploynorm.models import frn_resnet
+from deploynorm.rewrite import RewriteResult, check_this_machine, optimize_for_cpu, this_machine
+from deploynorm.run.onnxruntime import OnnxRuntimeRunner
+
+OPSET = 20
+SIZES = {"N": 2, "H": 9, "W": 7}
+WHOLE, PARTIAL = 32, 20
+"""Channels that fill blocks of 8 and of 16, and channels that fill neither."""
+
+NCHWC = "com.microsoft.nchwc::"
+RO, RI = f"{NCHWC}ReorderOutput", f"{NCHWC}ReorderInput"
+FRN, BLOCKED = f"{DOMAIN}::{OP_TYPE}", f"{DOMAIN}::{BLOCKED_OP_TYPE}"
+
+
+@pytest.fixture(autouse=True)
+def _needs(require: Callable[[str], None]) -> None:
+    require("ort")
+    require("native")
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A graph in ONNX's text form, with `Frn(...)` for our operator, over x (N, C, H, W).
+
+    Initializers are w (C, C, 3, 3); g, b and e (C,); t (C,), and off (C,), a threshold that is none; m (1, C, 1, 1).
+
+    Attributes:
+        nodes: Its nodes; all values have the shape of x unless `shapes` tells another.
+        after: Nodes of each operator after the rewrite, convolutions left out.
+        channels: C.
+        outputs: Of the graph.
+        inputs: Name and shape of inputs besides x, or another shape of x.
+        shapes: Of values that differ from x; None for one that the file does not tell.
+        defaults: Inputs that have an initializer too, which is used where they are not fed.
+    """
+
+    nodes: str
+    after: Mapping[str, int]
+    channels: int = WHOLE
+    outputs: tuple[str, ...] = ("y",)
+    inputs: Mapping[str, str] = field(default_factory=dict)
+    shapes: Mapping[str, str | None] = field(default_factory=dict)
+    defaults: tuple[str, ...] = ()
+
+    def model(self) -> ir.Model:
+        inputs = self.input_shapes()
+        usual = inputs["x"]
+        results = [name.strip() for line in self.nodes.splitlines() for name in line.partition("=")[0].split(",")]
+        shapes: dict[str, str | None] = {**inputs, **{name: self.shapes.get(name, usual) for name in results}}
+
+        def typed(name: str) -> str:
+            return f"float[{shapes[name]}] {name}" if shapes[name] is not None else f"float {name}"
+
+        text = f"""
+        <ir_version: 10, opset_import: ["": {OPSET}, "{DOMAIN}": 1]>
+        graph ({", ".join(map(typed, inputs))}) => ({", ".join(map(typed, self.outputs))})
+        <{", ".join(typed(name) for name in results if name not in self.outputs and shapes[name] is not None)}>
+        {{ {self.nodes.replace("Conv(", CONV).replace("Frn(", f"{DOMAIN}.{OP_TYPE} (")} }}
+        """
+        proto = onnx.parser.parse_model(text)
+        rng = np.random.default_rng(0)
+        C = self.channels
+        weights = {
+            "w": rng.normal(size=(C, C, 3, 3)) / np.sqrt(9 * C),
+            "p": rng.normal(size=(C, C, 1)) / np.sqrt(C),
+            "g": rng.normal(size=C),
+            "b": rng.normal(size=C),
+            "t": rng.normal(size=C) - 1,
+            "off": np.full(C, -np.inf),
+            "e": rng.uniform(1e-6, 1e-3, size=C),
+            "m": rng.normal(size=(1, C, 1, 1)),
+            "half": np.array(0.5),
+            "row": rng.normal(size=(1, 1, 1, 7)),
+        }
+        read = {name for node in proto.graph.node for name in node.input} - set(self.inputs) | set(self.defaults)
+        for name in weights.keys() & read:
+            proto.graph.initializer.append(onnx.numpy_helper.from_array(weights[name].astype(np.float32), name))
+        proto.functions.append(function_proto(OPSET))
+        return ir.from_proto(proto)
+
+    def feeds(self) -> dict[str, np.ndarray]:
+        rng = np.random.default_rng(1)
+        return {
+            name: rng.normal(size=[int(SIZES.get(size, size)) for size in shape.split(", ")]).astype(np.float32)
+            for name, shape in self.input_shapes().items()
+            if name not in self.defaults
+        }
+
+    def input_shapes(self) -> dict[str, str]:
+        return {"x": f"N, {self.channels}, H, W", **self.inputs}
+
+
+CONV = "Conv <pads = [1, 1, 1, 1]> ("
+ENDS = {RI: 1, RO: 1}
+"""The reorders at the graph's own input and output."""
+
+REWRITTEN = {
+    "FRN between convolutions": Graph("a = Conv(x, w)\nf = Frn(a, g, b, t, e)\ny = Conv(f, w)", {BLOCKED: 1, **ENDS}),
+    "FRN as the output": Graph("a = Conv(x, w)\ny = Frn(a, g, b, t, e)", {BLOCKED: 1, **ENDS}),
+    "FRN whose input is read elsewhere": Graph(
+        "a = Conv(x, w)\nf = Frn(a, g, b, t, e)\ny = Conv(f, w)\nz = Neg(a)",
+        {BLOCKED: 1, "Neg": 1, RI: 1, RO: 2},
+        outputs=("y", "z"),
+    ),
+    "FRN that is an output too": Graph(
+        "a = Conv(x, w)\nf = Frn(a, g, b, t, e)\ny = Conv(f, w)", {BLOCKED: 1, RI: 1, RO: 2}, outputs=("y", "f")
+    ),
+    "FRN with a threshold that is fed": Graph(
+        "a = Conv(x, w)\nf = Frn(a, g, b, t, e)\ny = Conv(f, w)", {BLOCKED: 1, **ENDS}, inputs={"t": str(WHOLE)}
+    ),
+    "FRN of a last block that is not full": Graph(
+        "a = Conv(x, w)\nf = Frn(a, g, b, t, e)\ny = Conv(f, w)", {BLOCKED: 1, **ENDS}, channels=PARTIAL
+    ),
+    "chain of three": Graph(
+        "a = Conv(x, w)\nf = Frn(a, g, b, t, e)\nh = Frn(f, g, b, t, e)\ni = Frn(h, g, b, off, e)\ny = Conv(i, w)",
+        {BLOCKED: 3, **ENDS},
+    ),
+    "residual behind FRN": Graph(
+        "a = Conv(x, w)\nf = Frn(a, g, b, t, e)\nc = Conv(f, w)\nh = Frn(c, g, b, off, e)\ny = Add(h, f)",
+        {BLOCKED: 2, **ENDS},
+    ),
+    "residual before FRN": Graph(
+        "a = Conv(x, w)\nf = Frn(a, g, b, t, e)\nc = Conv(f, w)\nh = Frn(c, g, b, off, e)\ny = Add(f, h)",
+        {BLOCKED: 2, **ENDS},
+    ),
+    "residual and threshold": Graph(
+        "a = Conv(x, w)\nf = Frn(a, g, b, t, e)\nc = Conv(f, w)\nh = Frn(c, g, b, off, e)\ns = Add(h, f)\n"
+        "k = Max(s, m)\ny = Conv(k, w)",
+        {BLOCKED: 2, **ENDS},
+    ),
+    "the same in a last block that is not full": Graph(
+        "a = Conv(x, w)\nf = Frn(a, g, b, t, e)\nc = Conv(f, w)\nh = Frn(c, g, b, off, e)\ns = Add(h, f)\n"
+        "k = Max(s, m)\ny = Conv(k, w)",
+        {BLOCKED: 2, **ENDS},
+        channels=PARTIAL,
+    ),
+    "residual of two FRNs, with the constant first in Max": Graph(
+        "a = Conv(x, w)\nf = Frn(a, g, b, off, e)\nc = Conv(x, w)\nh = Frn(c, b, g, off, e)\ns = Add(f, h)\n"
+        "k = Max(m, s)\ny = Conv(k, w)",
+        {BLOCKED: 2, **ENDS},
+    ),
+    "residual that a convolution gives": Graph(
+        "a = Conv(x, w)\nf = Frn(a, g, b, off, e)\nc = Conv(x, w)\ns = Add(c, f)\ny = Conv(s, w)",
+        {BLOCKED: 1, **ENDS},
+    ),
+    "Relu as the threshold": Graph(
+        "a = Conv(x, w)\nf = Frn(a, g, b, off, e)\nr = Relu(f)\ny = Conv(r, w)", {BLOCKED: 1, **ENDS}
+    ),
+    "Max over a threshold that is there": Graph(
+        "a = Conv(x, w)\nf = Frn(a, g, b, t, e)\nr = Max(f, m)\ny = Conv(r, w)", {BLOCKED: 1, **ENDS}
+    ),
+    "Max with one number for all channels": Graph(
+        "a = Conv(x, w)\nf = Frn(a, g, b, off, e)\nr = Max(f, half)\ny = Conv(r, w)",
+        {BLOCKED: 1, **ENDS},
+        channels=PARTIAL,
+    ),
+    "addition behind two thresholds stays one": Graph(
+        "a = Conv(x, w)\nf = Frn(a, g, b, t, e)\nc = Conv(f, w)\nh = Frn(c, g, b, t, e)\ns = Add(h, f)\ny = Conv(s, w)",
+        {BLOCKED: 2, "Add": 1, **ENDS},
+    ),
+    "addition of a value to itself": Graph(
+        "a = Conv(x, w)\nf = Frn(a, g, b, off, e)\ns = Add(f, f)\ny = Conv(s, w)", {BLOCKED: 1, "Add": 1, **ENDS}
+    ),
+    "FRN that another node reads takes no residual": Graph(
+        "a = Conv(x, w)\nf = Frn(a, g, b, t, e)\nc = Conv(f, w)\nh = Frn(c, g, b, off, e)\ns = Add(h, f)\n"
+        "y = Conv(s, w)\nz = Conv(h, w)",
+        {BLOCKED: 2, "Add": 1, RI: 1, RO: 2},
+        outputs=("y", "z"),
+    ),
+    "FRN that is an output takes no residual": Graph(
+        "a = Conv(x, w)\nf = Frn(a, g, b, t, e)\nc = Conv(f, w)\nh = Frn(c, g, b, off, e)\ns = Add(h, f)\n"
+        "y = Conv(s, w)",
+        {BLOCKED: 2, "Add": 1, RI: 1, RO: 2},
+        outputs=("y", "h"),
+    ),
+    "FRN with a threshold that is fed takes no residual": Graph(
+        "a = Conv(x, w)\nf = Frn(a, g, b, off, e)\nc = Conv(f, w)\nh = Frn(c, g, b, t, e)\ns = Add(h, f)\n"
+        "y = Conv(s, w)",
+        {BLOCKED: 2, "Add": 1, **ENDS},
+        inputs={"t": str(WHOLE)},
+    ),
+    "Relu and Max with one number of an addition": Graph(
+        "a = Conv(x, w)\nf = Frn(a, g, b, t, e)\nc = Conv(f, w)\nh = Frn(c, g, b, t, e)\ns = Add(h, f)\nr = Relu(s)\n"
+        "u = Max(r, half)\ny = Conv(u, w)",
+        {BLOCKED: 2, "Add": 1, "Relu": 1, "Max": 1, **ENDS},
+        channels=PARTIAL,
+    ),
+    "MaxPool in a last block that is not full": Graph(
+        "a = Conv(x, w)\nf = Frn(a, g, b, t, e)\nu = MaxPool <kernel_shape = [3, 3], pads = [1, 1, 1, 1]> (f)\n"
+        "y = Conv(u, w)",
+        {BLOCKED: 1, f"{NCHWC}MaxPool": 1, **ENDS},
+        channels=PARTIAL,
+    ),
+    "AveragePool in a last block that is not full": Graph(
+        "a = Conv(x, w)\nf = Frn(a, g, b, t, e)\n"
+        "y = AveragePool <kernel_shape = [2, 2], strides = [2, 2], ceil_mode = 1> (f)",
+        {BLOCKED: 1, f"{NCHWC}AveragePool": 1, **ENDS},
+        channels=PARTIAL,
+        shapes={"y": f"N, {PARTIAL}, h, v"},
+    ),
+    "AveragePool that counts padding and rounds its size up": Graph(
+        "a = Conv(x, w)\nf = Frn(a, g, b, t, e)\n"
+        "y = AveragePool <kernel_shape = [2, 2], strides = [2, 2], ceil_mode = 1, count_include_pad = 1> (f)",
+        {BLOCKED: 1, "AveragePool": 1, **ENDS},
+        channels=PARTIAL,
+        shapes={"y": f"N, {PARTIAL}, h, v"},
+    ),
+    "mean over H and W": Graph(
+        "a = Conv(x, w)\nf = Frn(a, g, b, t, e)\naxes = Constant <value_ints = [-1, -2]> ()\ny = ReduceMean(f, axes)",
+        {BLOCKED: 1, f"{NCHWC}GlobalAveragePool": 1, **ENDS},
+        channels=PARTIAL,
+        shapes={"axes": None, "y": f"N, {PARTIAL}, 1, 1"},
+    ),
+    "Max of an addition that is not FRN's": Graph(
+        "a = Conv(x, w)\nf = Frn(a, g, b, t, e)\nc = Conv(f, w)\nh = Frn(c, g, b, t, e)\ns = Add(h, f)\n"
+        "r = Max(s, m)\ny = Conv(r, w)",
+        {BLOCKED: 2, "Add": 1, "Max": 1, RI: 2, RO: 2},
+    ),
+    "Max with a bound that is fed": Graph(
+        "a = Conv(x, w)\nf = Frn(a, g, b, off, e)\nr = Max(f, m)\ny = Conv(r, w)",
+        {BLOCKED: 1, "Max": 1, RI: 2, RO: 2},
+        inputs={"m": f"1, {WHOLE}, 1, 1"},
+    ),
+    "Max with a constant that changes along W": Graph(
+        "a = Conv(x, w)\nf = Frn(a, g, b, off, e)\nr = Max(f, row)\ny = Conv(r, w)",
+        {BLOCKED: 1, "Max": 1, RI: 2, RO: 2},
+        inputs={"x": f"2, {WHOLE}, 9, 7"},
+    ),
+    "Max of two values": Graph(
+        "a = Conv(x, w)\nf = Frn(a, g, b, off, e)\nh = Frn(f, g, b, off, e)\nr = Max(f, h)\ny = Conv(r, w)",
+        {BLOCKED: 2, "Max": 1, RI: 2, RO: 3},
+    ),
+    "addition of shapes that are not known to be the same": Graph(
+        "a = Conv(x, w)\nf = Frn(a, g, b, t, e)\nc = Conv(f, w)\nh = Frn(c, g, b, off, e)\ns = Add(h, f)\n"
+        "y = Conv(s, w)",
+        {BLOCKED: 2, "Add": 1, RI: 2, RO: 3},
+        shapes=dict.fromkeys("afchs"),
+    ),
+    "addition of sizes without a name": Graph(
+        "a = Conv(x, w)\nf = Frn(a, g, b, t, e)\nc = Conv(f, w)\nh = Frn(c, g, b, off, e)\ns = Add(h, f)\n"
+        "y = Conv(s, w)",
+        {BLOCKED: 2, "Add": 1, RI: 2, RO: 3},
+        shapes=dict.fromkeys("afchs", f"?, {WHOLE}, ?, ?"),
+    ),
+    "one residual for a FRN": Graph(
+        "a = Conv(x, w)\nf = Frn(a, g, b, t, e)\nc = Conv(f, w)\nh = Frn(c, g, b, off, e)\ns = Add(h, f)\n"
+        "u = Add(s, a)\ny = Conv(u, w)",
+        {BLOCKED: 2, "Add": 1, **ENDS},
+    ),
+    "threshold that may be fed": Graph(
+        "a = Conv(x, w)\nf = Frn(a, g, b, off, e)\nr = Relu(f)\ny = Conv(r, w)",
+        {BLOCKED: 1, "Relu": 1, RI: 2, RO: 2},
+        inputs={"off": str(WHOLE)},
+        defaults=("off",),
+    ),
+    "MaxPool with indices": Graph(
+        "a = Conv(x, w)\nf = Frn(a, g, b, t, e)\nu, i = MaxPool <kernel_shape = [2, 2], strides = [2, 2]> (f)\n"
+        "y = Neg(u)\nz = Cast <to = 1> (i)",
+        {BLOCKED: 1, "MaxPool": 1, "Neg": 1, "Cast": 1, **ENDS},
+        outputs=("y", "z"),
+        shapes={"u": None, "i": None, "y": f"N, {WHOLE}, h, v", "z": f"N, {WHOLE}, h, v"},
+    ),
+    "mean over other axes": Graph(
+        "a = Conv(x, w)\nf = Frn(a, g, b, t, e)\naxes = Constant <value_ints = [1, 2]> ()\ny = ReduceMean(f, axes)",
+        {BLOCKED: 1, "ReduceMean": 1, **ENDS},
+        shapes={"axes": None, "y": "N, 1, 1, W"},
+    ),
+    "mean that drops its axes": Graph(
+        "a = Conv(x, w)\nf = Frn(a, g, b, t, e)\naxes = Constant <value_ints = [2, 3]> ()\n"
+        "y = ReduceMean <keepdims = 0> (f, axes)",
+        {BLOCKED: 1, "ReduceMean": 1, **ENDS},
+        shapes={"axes": None, "y": f"N, {WHOLE}"},
+    ),
+    "addition of a value that is broadcast": Graph(
+        "a = Conv(x, w)\nf = Frn(a, g, b, off, e)\nk = Conv(q, w)\nh = Frn(k, g, b, off, e)\ns = Add(f, h)\n"
+        "y = Conv(s, w)",
+        {BLOCKED: 2, "Add": 1, RI: 3, RO: 3},
+        inputs={"q": f"N, {WHOLE}, 1, 1"},
+        shapes={"k": f"N, {WHOLE}, 1, 1", "h": f"N, {WHOLE}, 1, 1"},
+    ),
+    "addition of an input": Graph(
+        "a = Conv(x, w)\nf = Frn(a, g, b, off, e)\ns = Add(f, x)\ny = Conv(s, w)",
+        {BLOCKED: 1, "Add": 1, RI: 2, RO: 2},
+    ),
+}
+
+LEFT = {
+    "FRN whose input and output are both read elsewhere": (
+        Graph("y = Conv(x, w)\nz = Frn(y, g, b, t, e)", {FRN: 1, **ENDS}, outputs=("y", "z")),
+        "both needed in the plain layout",
+    ),
+    "FRN of an input": (
+        Graph("f = Frn(x, g, b, t, e)\ny = Conv(f, w)", {FRN: 1, **ENDS}),
+        "it reads x, which is in the plain layout",
+    ),
+    "FRN behind a node without a blocked form": (
+        Graph("a = Conv(x, w)\nn = Neg(a)\nf = Frn(n, g, b, t, e)\ny = Conv(f, w)", {FRN: 1, "Neg": 1, RI: 2, RO: 2}),
+        "it reads Neg n",
+    ),
+    "FRN of one spatial axis": (
+        Graph(
+            "a = Conv (q, p)\nf = Frn(a, g, b, t, e)\ny = Conv (f, p)",
+            {FRN: 1},
+            inputs={"q": f"N, {WHOLE}, H"},
+            shapes=dict.fromkeys("afy", f"N, {WHOLE}, H"),
+        ),
+        "it reads Conv a",
+    ),
+    "last block that is not full, and a threshold that is fed": (
+        Graph(
+            "a = Conv(x, w)\nf = Frn(a, g, b, t, e)\ny = Conv(f, w)",
+            {FRN: 1, RI: 2, RO: 2},
+            channels=PARTIAL,
+            inputs={"t": str(PARTIAL)},
+        ),
+        "parameters are not constant",
+    ),
+}
+
+
+def _bytes(model: ir.Model) -> bytes:
+    return ir.to_proto(model).SerializeToString(deterministic=True)
+
+
+def _after(result: RewriteResult) -> Counter[str]:
+    return Counter({name: n for name, n in result.after.items() if not name.endswith("Conv")})
+
+
+def _compare(model: ir.Model, rewritten: ir.Model, feeds: Mapping[str, np.ndarray]) -> None:
+    outputs = []
+    for candidate in (model, rewritten):
+        with OnnxRuntimeRunner(_bytes(candidate)) as runner:
+            outputs.append(runner.infer(feeds))
+    want, got = outputs
+    assert list(got) == list(want)
+    for name in want:
+        assert np.abs(want[name]).max() > 0
+        np.testing.assert_allclose(got[name], want[name], **LAYOUT_FLOAT32.kwargs())
+
+
+@pytest.mark.parametrize("name", REWRITTEN)
+def test_graph_is_rewritten(name: str) -> None:
+    case = REWRITTEN[name]
+    model = case.model()
+    original = _bytes(model)
+    result = optimize_for_cpu(model)
+    assert result.modified
+    assert _after(result) == Counter(case.after)
+    assert _bytes(model) == original, "the model given was changed"
+    _compare(model, result.model, case.feeds())
+    unused = [v.name for v in result.model.graph.initializers.values() if not v.uses() and not v.is_graph_input()]
+    assert not unused
+    with pytest.raises(ModelError, match="rewritten already"):
+        optimize_for_cpu(result.model)
+
+
+@pytest.mark.parametrize("name", LEFT)
+def test_graph_is_left(name: str) -> None:
+    case, reason = LEFT[name]
+    result = optimize_for_cpu(case.model())
+    assert not result.modified
+    assert _after(result) == Counter(case.after)
+    assert result.after == result.before
+    [told] = [change.detail for change in result.changes if change.kind == OP_TYPE]
+    assert reason in told
+
+
+@pytest.mark.parametrize("operands", ["h, k", "k, h"])
+def test_later_of_two_frns_takes_the_residual(operands: str) -> None:
+    nodes = "a = Conv(x, w)\nh = Frn(a, g, b, off, e)\nc = Conv(q, w)\nk = Frn(c, g, b, off, e)\n"
+    result = optimize_for_cpu(Graph(f"{nodes}y = Add({operands})", {}, inputs={"q": f"N, {WHOLE}, H, W"}).model())
+    first, last = [node for node in result.model.graph if node.op_type == BLOCKED_OP_TYPE]
+    assert (len(first.inputs), len(last.inputs)) == (5, 6)
+    assert last.inputs[5] is first.outputs[0]
+    order = list(result.model.graph)
+    assert order.index(first.inputs[0].producer()) < order.index(last.inputs[0].producer())
+
+
+def test_frn_in_a_branch_is_left() -> None:
+    """ONNX Runtime knows no blocked values across the border of a subgraph."""
+    values = f"float[N, {WHOLE}, H, W]"
+    case = Graph("a = Conv(x, w)\nf = Frn(a, g, b, t, e)\ny = Conv(f, w)", {})
+    branch = onnx.parser.parse_graph(f"taken () => ({values} r) {{ r = {DOMAIN}.{OP_TYPE} (f, g, b, t, e) }}")
+    other = onnx.parser.parse_graph(f"other () => ({values} r) {{ r = Neg (f) }}")
+    proto = ir.to_proto(case.model())
+    proto.graph.input.append(onnx.helper.make_tensor_value_info("yes", onnx.TensorProto.BOOL, ()))
+    proto.graph.node[-1].CopyFrom(onnx.helper.make_node("If", ["yes"], ["y"], then_branch=branch, else_branch=other))
+    result = optimize_for_cpu(ir.from_proto(proto))
+    assert (result.after[BLOCKED], result.after[FRN]) == (1, 1)
+    assert [change.detail for change in result.changes if change.outcome == "left" and change.kind == OP_TYPE] == [
+        "it is inside a branch or a loop"
+    ]
+    _compare(ir.from_proto(proto), result.model, case.feeds() | {"yes": np.array(True)})
+
+
+class InvertedResidual(nn.Module):
+    """A block of MobileNetV2, with a shortcut: depthwise convolution between two 1x1 ones."""
+
+    def __init__(self, channels: int, hidden: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Conv2d(channels, hidden, 1, bias=False),
+            FRN2d(hidden),
+            nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden, bias=False),
+            FRN2d(hidden),
+            nn.Conv2d(hidden, channels, 1, bias=False),
+            FRN2d(channels, tlu=False),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.layers(x)
+        return x + y
+
+
+class PreActivation(nn.Module):
+    """A block of a pre-activation ResNet: FRN before each convolution, the sum without a threshold."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm1, self.conv1 = FRN2d(channels), nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.norm2, self.conv2 = FRN2d(channels), nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.conv2(self.norm2(self.conv1(self.norm1(x))))
+        return x + y
+
+
+def _mobilenet() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 24, 3, 2, 1, bias=False),
+        FRN2d(24, tlu=False),
+        InvertedResidual(24, 96),
+        InvertedResidual(24, 144),
+        nn.Conv2d(24, 40, 1, bias=False),
+        FRN2d(40, learned_eps="channel"),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(40, 5),
+    )
+
+
+def _preactivation() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 32, 7, 2, 3, bias=False),
+        nn.MaxPool2d(3, 2, 1),
+        PreActivation(32),
+        PreActivation(32),
+        FRN2d(32),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(32, 5),
+    )
+
+
+NETWORKS = {
+    "resnet20": (frn_resnet.resnet20, 21),
+    "MobileNetV2": (_mobilenet, 8),
+    "pre-activation": (_preactivation, 5),
+}
+"""Each with its FRN layers; all but the last reorder goes."""
+
+
+def _exported(name: str, **options: object) -> ir.Model:
+    torch.manual_seed(0)
+    network = NETWORKS[name][0]()
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter) * parameter.std(correction=0).clamp(min=1))
+    return export(network, [torch.randn(2, 3, 20, 26)], **options).model
+
+
+@pytest.mark.parametrize("dynamic", ["none", "all"])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_network_keeps_one_reorder(name: str, dynamic: str) -> None:
+    model = _exported(name, dynamic=dynamic)
+    result = optimize_for_cpu(model)
+    layers = NETWORKS[name][1]
+    assert _after(result) == Counter(
+        {BLOCKED: layers, f"{NCHWC}GlobalAveragePool": 1, RO: 1, "Reshape": 1, "Gemm": 1}
+    ) + Counter({f"{NCHWC}MaxPool": result.before[f"{NCHWC}MaxPool"]})
+    for shape in [(2, 3, 20, 26)] if dynamic == "none" else [(2, 3, 20, 26), (1, 3, 33, 17)]:
+        x = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+        _compare(model, result.model, {next(v.name for v in model.graph.inputs): x})
+
+
+def test_file_without_function_bodies_and_one_with_external_data(tmp_path: Path) -> None:
+    """ONNX Runtime's own optimised file could not hold weights of 2 GB, so its weights lie beside it."""
+    model = _exported("resnet20", dynamic="none", function=False)
+    graph.save(model, tmp_path / "model.onnx", external_data=True)
+    results = [optimize_for_cpu(given).model for given in (model, ir.load(tmp_path / "model.onnx"))]
+    assert _bytes(results[0]) == _bytes(results[1])
+    graph.save(results[0], tmp_path / "rewritten.onnx", external_data=True)
+    x = np.random.default_rng(0).normal(size=(2, 3, 20, 26)).astype(np.float32)
+    with OnnxRuntimeRunner(_bytes(model)) as truth, OnnxRuntimeRunner(tmp_path / "rewritten.onnx") as candidate:
+        feeds = {truth.inputs[0].name: x}
+        want, got = truth.infer(feeds), candidate.infer(feeds)
+    np.testing.assert_allclose(got["output"], want["output"], **LAYOUT_FLOAT32.kwargs())
+
+
+def _half(model: ir.Model) -> ir.Model:
+    model.graph.inputs[0].dtype = ir.DataType.FLOAT16
+    return model
+
+
+REFUSED = {
+    "no FRN": (lambda: Graph("y = Conv(x, w)", {}).model(), "no node deploynorm::FilterResponseNorm"),
+    "float16": (lambda: _half(Graph("y = Frn(x, g, b, t, e)", {}).model()), "not float32. Got FLOAT16"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused(name: str) -> None:
+    make, phrase = REFUSED[name]
+    with pytest.raises(ModelError, match=phrase):
+        optimize_for_cpu(make())
+
+
+def test_library_that_is_not_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("deploynorm.plugins.find_library", lambda: None)
+    with pytest.raises(BackendError, match="operator library is not built"):
+        optimize_for_cpu(REWRITTEN["FRN as the output"].model())
+
+
+def _note() -> dict[str, object]:
+    model = REWRITTEN["FRN as the output"].model()
+    model.metadata_props["deploynorm.labels"] = '["bag", "boot"]'
+    result = optimize_for_cpu(model, source_sha256="abc")
+    assert result.model.metadata_props["deploynorm.labels"] == '["bag", "boot"]'
+    assert METADATA_CPU not in model.metadata_props
+    note: dict[str, object] = json.loads(result.model.metadata_props[METADATA_CPU])
+    blocks = {node.attributes[BLOCK_ATTRIBUTE].value for node in result.model.graph if node.op_type == BLOCKED_OP_TYPE}
+    assert blocks == {note["block"]} == {this_machine.block_size()}
+    return note
+
+
+def test_note_of_the_machine() -> None:
+    note = _note()
+    assert set(note) == {"onnxruntime", "machine", "block", "processor", "deploynorm", "source_sha256"}
+    assert note["onnxruntime"] == ort.import_onnxruntime().__version__
+    assert note["block"] in (8, 16)
+    assert note["source_sha256"] == "abc"
+    check_this_machine("net.onnx", json.dumps(note))
+    # Another processor of the same kind will do.
+    check_this_machine("net.onnx", json.dumps(note | {"processor": "another"}))
+
+
+@pytest.mark.parametrize(("key", "value"), [("onnxruntime", "1.0.0"), ("machine", "vax"), ("block", 64)])
+def test_file_of_another_machine_is_refused(key: str, value: object, tmp_path: Path) -> None:
+    result = optimize_for_cpu(REWRITTEN["FRN as the output"].model())
+    note = json.loads(result.model.metadata_props[METADATA_CPU]) | {key: value}
+    with pytest.raises(BackendError, match=rf"(?s)net\.onnx: .*{value}.*rewrite ORIGINAL\.onnx --optimize-for-cpu"):
+        check_this_machine("net.onnx", json.dumps(note))
+    result.model.metadata_props[METADATA_CPU] = json.dumps(note)
+    graph.save(result.model, tmp_path / "net.onnx")
+    with pytest.raises(BackendError, match="was rewritten for another machine"):
+        OnnxRuntimeRunner(tmp_path / "net.onnx")
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", "3", '{"onnxruntime": "1.32.0", "machine": "x86_64"}'])
+def test_note_that_is_damaged(text: str) -> None:
+    with pytest.raises(ModelError, match="damaged"):
+        check_this_machine("net.onnx", text)
+
+
+def test_processor_without_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without its last optimisations ONNX Runtime leaves convolutions as they are, as it does on such a processor."""
+    session = ort.session
+
+    def unoptimized(*arguments: object, options: object, **keywords: object) -> object:
+        options.graph_optimization_level = ort.import_onnxruntime().GraphOptimizationLevel.ORT_DISABLE_ALL
+        return session(*arguments, options=options, **keywords)
+
+    monkeypatch.setattr("deploynorm.ort.session", unoptimized)
+    this_machine.block_size.cache_clear()
+    with pytest.raises(BackendError, match="does not block channels on this processor"):
+        optimize_for_cpu(REWRITTEN["FRN as the output"].model())
+    monkeypatch.undo()
+    assert this_machine.block_size() in (8, 16)
+
+
+def test_rewriting_imports_no_torch() -> None:
+    """A server that runs rewritten files has no need of it."""
+    program = (
+        "import sys\n"
+        "from deploynorm.rewrite import check_this_machine\n"
+        "from deploynorm.rewrite.this_machine import describe\n"
+        "import json\n"
+        "check_this_machine('net.onnx', json.dumps(describe()))\n"
+        "assert 'torch' not in sys.modules\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
