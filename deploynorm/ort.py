@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from deploynorm.contract import DOMAIN, METADATA_CPU, OP_TYPE
 from deploynorm.errors import BackendError, DeployNormError, InputError, ModelError
 from deploynorm.plugins import find_library, library_path
+from deploynorm.this_machine import check_this_machine
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -135,9 +136,7 @@ def session(
         )
     rewritten_for = opened.get_modelmeta().custom_metadata_map.get(METADATA_CPU)
     if rewritten_for is not None:
-        from deploynorm.rewrite.this_machine import check_this_machine
-
-        check_this_machine(where, rewritten_for)
+        check_this_machine(where, rewritten_for, ort)
     return opened
 
 

@@ -41,22 +41,36 @@ def _missing(name: str, reason: str) -> NoReturn:
     pytest.skip(reason)
 
 
-@pytest.fixture
+def _reason(name: str) -> str | None:
+    """Why what this name stands for cannot be used here, or None."""
+    if name == "native":
+        built = plugins.find_library() is not None
+        return None if built else "native: the operator library is not built (deploynorm plugins build)"
+    if name == "compiler":
+        try:
+            plugins.find_tools()
+        except BackendError as error:
+            return f"compiler: {error}"
+        return None
+    if name == "ort-headers":
+        there = (Path(os.environ.get("ONNXRUNTIME_INCLUDE_DIR", "")) / "onnxruntime_c_api.h").is_file()
+        return None if there else "ort-headers: ONNXRUNTIME_INCLUDE_DIR is no folder with an onnxruntime_c_api.h"
+    module, remedy = OPTIONAL[name]
+    installed = importlib.util.find_spec(module) is not None
+    return None if installed else f"{name}: {module} is not installed ({remedy})"
+
+
+@pytest.fixture(scope="session")
 def require() -> Callable[[str], None]:
     """require("ort") skips the test where onnxruntime is missing, or fails it where DEPLOYNORM_REQUIRE names ort.
 
-    require("native") does the same for our operator library.
+    It takes the names of OPTIONAL, "native" for our operator library, "compiler" for what builds it, and "ort-headers"
+    for onnxruntime_c_api.h.
     """
 
     def require(name: str) -> None:
-        if name == "native":
-            if plugins.find_library() is None:
-                _missing(name, "native: the operator library is not built (deploynorm plugins build)")
-            return
-        module, remedy = OPTIONAL[name]
-        if importlib.util.find_spec(module) is not None:
-            return
-        _missing(name, f"{name}: {module} is not installed ({remedy})")
+        if (reason := _reason(name)) is not None:
+            _missing(name, reason)
 
     return require
 

@@ -22,5 +22,8 @@ FLOAT64 = Tolerance(1e-12, 1e-12, "float64 against float64, sums in another orde
 OP_FLOAT32 = Tolerance(1e-4, 1e-5, "one operator in float32 against float64: ONNX Runtime's own bound")
 OP_FLOAT16 = Tolerance(1e-3, 2.5e-3, "one operator, output rounded to float16, against float64")
 OP_BFLOAT16 = Tolerance(1e-2, 2e-2, "one operator, output rounded to bfloat16, against float64")
+PLANE_FLOAT32 = Tolerance(1e-6, 0.0, "y = x / sqrt(mean(x^2)): roundings of x, of the mean and its root, and of y")
+PLANE_OF_ONE_VALUE_FLOAT32 = Tolerance(1e-5, 0.0, "the same; up to 512 equal squares in a partial sum round one way")
 FOLD_FLOAT32 = Tolerance(1e-5, 1e-5, "folded in float64 and cast back: only float32's own rounding differs")
+LAYOUT_FLOAT32 = Tolerance(1e-5, 1e-5, "one float32 network in two memory layouts: its sums run in another order")
 MABN_LOOP = Tolerance(1e-6, 1e-6, "a float64 layer against a literal float64 loop, over hundreds of dependent steps")

@@ -7,6 +7,5 @@ from __future__ import annotations
 
 from deploynorm.rewrite.optimize_for_cpu import optimize_for_cpu
 from deploynorm.rewrite.result import Change, RewriteResult
-from deploynorm.rewrite.this_machine import check_this_machine
 
-__all__ = ["Change", "RewriteResult", "check_this_machine", "optimize_for_cpu"]
+__all__ = ["Change", "RewriteResult", "optimize_for_cpu"]

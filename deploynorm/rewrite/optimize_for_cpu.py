@@ -5,15 +5,15 @@ from __future__ import annotations
 import json
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedOpsetsPass
 
-from deploynorm import ort
+from deploynorm import ort, this_machine
 from deploynorm.contract import BLOCKED_OP_TYPE, DOMAIN, METADATA_CPU, OP_TYPE
 from deploynorm.errors import ModelError
 from deploynorm.graph import node_counts, save
-from deploynorm.rewrite import this_machine
 from deploynorm.rewrite.blocking import NCHWC, move_reorders
 from deploynorm.rewrite.result import RewriteResult
 
@@ -58,10 +58,11 @@ def optimize_for_cpu(model: ir.Model, *, source_sha256: str | None = None) -> Re
         BackendError: onnxruntime or our operator library is missing, or it does not block channels on this processor.
     """
     _refuse(model)
-    note = this_machine.describe(source_sha256)
-    optimized = _optimized_by_onnxruntime(model)
+    runtime = ort.import_onnxruntime()
+    note = this_machine.describe(runtime, source_sha256)
+    optimized = _optimized_by_onnxruntime(model, runtime)
     before = node_counts(optimized)
-    changes = move_reorders(optimized, this_machine.block_size())
+    changes = move_reorders(optimized, this_machine.block_size(runtime))
     RemoveUnusedOpsetsPass()(optimized)  # ONNX Runtime writes all that it knows
     optimized.producer_name = "deploynorm"
     optimized.metadata_props.update(model.metadata_props)  # ONNX Runtime drops them
@@ -95,8 +96,7 @@ def _refuse(model: ir.Model) -> None:
             )
 
 
-def _optimized_by_onnxruntime(model: ir.Model) -> ir.Model:
-    runtime = ort.import_onnxruntime()
+def _optimized_by_onnxruntime(model: ir.Model, runtime: Any) -> ir.Model:
     options = runtime.SessionOptions()
     options.log_severity_level = 4  # it warns that what it writes is for this machine alone, which is the point
     options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_ENABLE_ALL

@@ -48,12 +48,15 @@ struct Shape {
   int64_t sizes[kMaxRank];
 };
 
-OrtStatus* read_shape(const OrtApi* api, const OrtValue* value, Shape* shape) {
+const char* name_of(const Op& op) { return op.blocked ? kBlockedOpType : kOpType; }
+
+OrtStatus* read_shape(const Op& op, const OrtValue* value, Shape* shape) {
+  const OrtApi* api = op.api;
   OrtTensorTypeAndShapeInfo* info = nullptr;
   DEPLOYNORM_RETURN_IF_ERROR(GetTensorTypeAndShape(api)(value, &info));
   OrtStatus* status = GetDimensionsCount(api)(info, &shape->rank);
   if (status == nullptr && shape->rank > kMaxRank) {
-    status = refuse(api, kInvalidArgument, "%s: a tensor has %zu axes; at most %zu are taken", kOpType, shape->rank,
+    status = refuse(api, kInvalidArgument, "%s: a tensor has %zu axes; at most %zu are taken", name_of(op), shape->rank,
                     kMaxRank);
   }
   if (status == nullptr) status = GetDimensions(api)(info, shape->sizes, shape->rank);
@@ -61,15 +64,15 @@ OrtStatus* read_shape(const OrtApi* api, const OrtValue* value, Shape* shape) {
   return status;
 }
 
-OrtStatus* read_parameter(const OrtApi* api, OrtKernelContext* context, int index, int64_t channels,
-                          const void** data) {
+OrtStatus* read_parameter(const Op& op, OrtKernelContext* context, int index, int64_t channels, const void** data) {
+  const OrtApi* api = op.api;
   const OrtValue* value = nullptr;
   DEPLOYNORM_RETURN_IF_ERROR(KernelContext_GetInput(api)(context, index, &value));
   Shape shape;
-  DEPLOYNORM_RETURN_IF_ERROR(read_shape(api, value, &shape));
+  DEPLOYNORM_RETURN_IF_ERROR(read_shape(op, value, &shape));
   if (shape.rank != 1 || shape.sizes[0] != channels) {
     return refuse(api, kInvalidArgument,
-                  "%s: input %s has the wrong shape. Got %zu axes, the first of %lld; expected (%lld,)", kOpType,
+                  "%s: input %s has the wrong shape. Got %zu axes, the first of %lld; expected (%lld,)", name_of(op),
                   kInputNames[index], shape.rank, shape.rank == 0 ? 0LL : static_cast<long long>(shape.sizes[0]),
                   static_cast<long long>(channels));
   }
@@ -81,14 +84,15 @@ OrtStatus* read_parameter(const OrtApi* api, OrtKernelContext* context, int inde
 }
 
 // The residual of the blocked operator: null where it is left out.
-OrtStatus* read_residual(const OrtApi* api, OrtKernelContext* context, const Shape& x, const void** data) {
+OrtStatus* read_residual(const Op& op, OrtKernelContext* context, const Shape& x, const void** data) {
+  const OrtApi* api = op.api;
   size_t count = 0;
   DEPLOYNORM_RETURN_IF_ERROR(KernelContext_GetInputCount(api)(context, &count));
   const OrtValue* value = nullptr;
   if (count > kInputs) DEPLOYNORM_RETURN_IF_ERROR(KernelContext_GetInput(api)(context, kInputs, &value));
   if (value == nullptr) return nullptr;
   Shape shape;
-  DEPLOYNORM_RETURN_IF_ERROR(read_shape(api, value, &shape));
+  DEPLOYNORM_RETURN_IF_ERROR(read_shape(op, value, &shape));
   bool same = shape.rank == x.rank;
   for (size_t axis = 0; same && axis < x.rank; ++axis) same = shape.sizes[axis] == x.sizes[axis];
   if (!same) return refuse(api, kInvalidArgument, "%s: the residual's shape is not that of X", kBlockedOpType);
@@ -129,14 +133,15 @@ void parallel_for(void* opaque, int64_t count, deploynorm_task task, void* data)
 
 OrtStatus* compute(void* opaque, OrtKernelContext* context) {
   const Kernel& kernel = *static_cast<const Kernel*>(opaque);
-  const OrtApi* api = kernel.op->api;
+  const Op& op = *kernel.op;
+  const OrtApi* api = op.api;
   const OrtValue* x = nullptr;
   DEPLOYNORM_RETURN_IF_ERROR(KernelContext_GetInput(api)(context, 0, &x));
   Shape shape;
-  DEPLOYNORM_RETURN_IF_ERROR(read_shape(api, x, &shape));
+  DEPLOYNORM_RETURN_IF_ERROR(read_shape(op, x, &shape));
   if (shape.rank < 2) {
     return refuse(api, kInvalidArgument, "%s: input X has the wrong rank. Got %zu axes; expected (N, C, D1..Dk)",
-                  kOpType, shape.rank);
+                  name_of(op), shape.rank);
   }
   deploynorm_frn call = {};
   call.samples = shape.sizes[0];
@@ -144,7 +149,7 @@ OrtStatus* compute(void* opaque, OrtKernelContext* context) {
   call.spatial = 1;
   for (size_t axis = 2; axis < shape.rank; ++axis) call.spatial *= shape.sizes[axis];
   call.lanes = kernel.block == 0 ? 1 : kernel.block;
-  call.type = kernel.op->type;
+  call.type = op.type;
   if (call.channels % call.lanes != 0) {
     return refuse(api, kInvalidArgument,
                   "%s: the channels are no multiple of the block. Got %lld; expected blocks of %lld", kBlockedOpType,
@@ -152,9 +157,9 @@ OrtStatus* compute(void* opaque, OrtKernelContext* context) {
   }
   const void** parameters[kInputs] = {&call.x, &call.gamma, &call.beta, &call.tau, &call.eps};
   for (int index = 1; index < kInputs; ++index) {
-    DEPLOYNORM_RETURN_IF_ERROR(read_parameter(api, context, index, call.channels, parameters[index]));
+    DEPLOYNORM_RETURN_IF_ERROR(read_parameter(op, context, index, call.channels, parameters[index]));
   }
-  if (kernel.op->blocked) DEPLOYNORM_RETURN_IF_ERROR(read_residual(api, context, shape, &call.residual));
+  if (op.blocked) DEPLOYNORM_RETURN_IF_ERROR(read_residual(op, context, shape, &call.residual));
 
   OrtValue* y = nullptr;
   DEPLOYNORM_RETURN_IF_ERROR(KernelContext_GetOutput(api)(context, 0, shape.sizes, shape.rank, &y));
@@ -164,20 +169,43 @@ OrtStatus* compute(void* opaque, OrtKernelContext* context) {
   DEPLOYNORM_RETURN_IF_ERROR(GetTensorMutableData(api)(y, &call.y));
   Host host = {api, context, nullptr};
   if (deploynorm_frn_cpu(&call, parallel_for, &host, /*variant=*/nullptr) != 0) {
-    return refuse(api, kFail, "%s: the kernel does not have type %d", kOpType, kernel.op->element);
+    return refuse(api, kFail, "%s: the kernel does not have type %d", name_of(op), op.element);
   }
   return host.status;
+}
+
+// ONNX Runtime blocks 16 channels where there is AVX-512, else 8, and does not look what a file was made for: on the
+// other processor its own operators would give wrong numbers, and say nothing.
+OrtStatus* refuse_foreign_block(const OrtApi* api, int64_t block) {
+#if defined(__x86_64__)
+  const int64_t here = __builtin_cpu_supports("avx512f") ? 16 : 8;
+  if ((block == 8 || block == 16) && block != here) {
+    return refuse(api, kFail,
+                  "%s: the file was rewritten for a processor with blocks of %d channels, and here they are of %d. "
+                  "Fix: run deploynorm rewrite --optimize-for-cpu here, on the file it was made from",
+                  kBlockedOpType, static_cast<int>(block), static_cast<int>(here));
+  }
+#endif
+  return nullptr;
 }
 
 OrtStatus* create_kernel(const CustomOp* base, const OrtApi* api, const OrtKernelInfo* info, void** out) {
   const Op* op = static_cast<const Op*>(base);
   int64_t block = 0;
   if (op->blocked) {
-    DEPLOYNORM_RETURN_IF_ERROR(KernelInfoGetAttribute_int64(api)(info, kBlockAttribute, &block));
-    if (block < 1) return refuse(api, kInvalidArgument, "%s: attribute block must be positive", kBlockedOpType);
+    // ONNX Runtime's own words name neither the operator nor, for one of another type, the attribute.
+    if (OrtStatus* status = KernelInfoGetAttribute_int64(api)(info, kBlockAttribute, &block)) {
+      ReleaseStatus(api)(status);
+      block = 0;
+    }
+    if (block < 1) {
+      return refuse(api, kInvalidArgument, "%s: attribute %s must be a positive integer", name_of(*op),
+                    kBlockAttribute);
+    }
+    DEPLOYNORM_RETURN_IF_ERROR(refuse_foreign_block(api, block));
   }
   Kernel* kernel = static_cast<Kernel*>(malloc(sizeof(Kernel)));
-  if (kernel == nullptr) return refuse(api, kFail, "%s: out of memory", kOpType);
+  if (kernel == nullptr) return refuse(api, kFail, "%s: out of memory", name_of(*op));
   *kernel = {op, block};
   *out = kernel;
   return nullptr;
@@ -190,6 +218,17 @@ OrtStatus* infer_shape(const CustomOp* base, OrtShapeInferContext* context) {
   const OrtApi* api = static_cast<const Op*>(base)->api;
   OrtTensorTypeAndShapeInfo* x = nullptr;
   DEPLOYNORM_RETURN_IF_ERROR(ShapeInferContext_GetInputTypeShape(api)(context, 0, &x));
+  size_t rank = 0;
+  DEPLOYNORM_RETURN_IF_ERROR(GetDimensionsCount(api)(x, &rank));
+  // Of an unknown rank ONNX Runtime says 0, of a size without number or name -1, and would take both for known.
+  if (rank == 0 || rank > kMaxRank) return nullptr;
+  int64_t sizes[kMaxRank];
+  const char* names[kMaxRank];
+  DEPLOYNORM_RETURN_IF_ERROR(GetDimensions(api)(x, sizes, rank));
+  DEPLOYNORM_RETURN_IF_ERROR(GetSymbolicDimensions(api)(x, names, rank));
+  for (size_t axis = 0; axis < rank; ++axis) {
+    if (sizes[axis] < 0 && names[axis][0] == '\0') return nullptr;
+  }
   return ShapeInferContext_SetOutputTypeShape(api)(context, 0, x);
 }
 
@@ -208,7 +247,7 @@ Op make_op(const OrtApi* api) {
   op.blocked = kBlocked;
   op.element = kElement;
   op.type = kType;
-  op.GetName = [](const CustomOp*) { return kBlocked ? kBlockedOpType : kOpType; };
+  op.GetName = [](const CustomOp* base) { return name_of(*static_cast<const Op*>(base)); };
   op.GetExecutionProviderType = [](const CustomOp*) -> const char* { return nullptr; };  // the CPU
   op.GetInputTypeCount = [](const CustomOp*) { return static_cast<size_t>(kBlocked ? kInputs + 1 : kInputs); };
   op.GetInputType = [](const CustomOp*, size_t index) {

@@ -77,27 +77,28 @@ struct CustomOp {
 };
 
 // DEPLOYNORM_ORT_FUNCTIONS(X): X(name in OrtApi, slot, return type, parameters) for each function that we call.
-#define DEPLOYNORM_ORT_FUNCTIONS(X)                                                                                \
-  X(CreateStatus, 0, OrtStatus*, (int code, const char* message))                                                  \
-  X(CreateCustomOpDomain, 26, OrtStatus*, (const char* domain, OrtCustomOpDomain** out))                           \
-  X(CustomOpDomain_Add, 27, OrtStatus*, (OrtCustomOpDomain * domain, const CustomOp* op))                          \
-  X(AddCustomOpDomain, 28, OrtStatus*, (OrtSessionOptions * options, OrtCustomOpDomain * domain))                  \
-  X(GetTensorMutableData, 51, OrtStatus*, (OrtValue * value, void** out))                                          \
-  X(GetDimensionsCount, 61, OrtStatus*, (const OrtTensorTypeAndShapeInfo* info, size_t* out))                      \
-  X(GetDimensions, 62, OrtStatus*, (const OrtTensorTypeAndShapeInfo* info, int64_t* sizes, size_t count))          \
-  X(GetTensorTypeAndShape, 65, OrtStatus*, (const OrtValue* value, OrtTensorTypeAndShapeInfo** out))               \
-  X(KernelInfoGetAttribute_int64, 86, OrtStatus*, (const OrtKernelInfo* info, const char* name, int64_t* out))     \
-  X(KernelContext_GetInputCount, 88, OrtStatus*, (const OrtKernelContext* context, size_t* out))                   \
-  X(KernelContext_GetInput, 90, OrtStatus*, (const OrtKernelContext* context, size_t index, const OrtValue** out)) \
-  X(KernelContext_GetOutput, 91, OrtStatus*,                                                                       \
-    (OrtKernelContext * context, size_t index, const int64_t* sizes, size_t count, OrtValue** out))                \
-  X(ReleaseStatus, 93, void, (OrtStatus * status))                                                                 \
-  X(ReleaseTensorTypeAndShapeInfo, 99, void, (OrtTensorTypeAndShapeInfo * info))                                   \
-  X(ShapeInferContext_GetInputTypeShape, 268, OrtStatus*,                                                          \
-    (const OrtShapeInferContext* context, size_t index, OrtTensorTypeAndShapeInfo** out))                          \
-  X(ShapeInferContext_SetOutputTypeShape, 270, OrtStatus*,                                                         \
-    (const OrtShapeInferContext* context, size_t index, const OrtTensorTypeAndShapeInfo* info))                    \
-  X(KernelContext_ParallelFor, 274, OrtStatus*,                                                                    \
+#define DEPLOYNORM_ORT_FUNCTIONS(X)                                                                                   \
+  X(CreateStatus, 0, OrtStatus*, (int code, const char* message))                                                     \
+  X(CreateCustomOpDomain, 26, OrtStatus*, (const char* domain, OrtCustomOpDomain** out))                              \
+  X(CustomOpDomain_Add, 27, OrtStatus*, (OrtCustomOpDomain * domain, const CustomOp* op))                             \
+  X(AddCustomOpDomain, 28, OrtStatus*, (OrtSessionOptions * options, OrtCustomOpDomain * domain))                     \
+  X(GetTensorMutableData, 51, OrtStatus*, (OrtValue * value, void** out))                                             \
+  X(GetDimensionsCount, 61, OrtStatus*, (const OrtTensorTypeAndShapeInfo* info, size_t* out))                         \
+  X(GetDimensions, 62, OrtStatus*, (const OrtTensorTypeAndShapeInfo* info, int64_t* sizes, size_t count))             \
+  X(GetSymbolicDimensions, 63, OrtStatus*, (const OrtTensorTypeAndShapeInfo* info, const char** names, size_t count)) \
+  X(GetTensorTypeAndShape, 65, OrtStatus*, (const OrtValue* value, OrtTensorTypeAndShapeInfo** out))                  \
+  X(KernelInfoGetAttribute_int64, 86, OrtStatus*, (const OrtKernelInfo* info, const char* name, int64_t* out))        \
+  X(KernelContext_GetInputCount, 88, OrtStatus*, (const OrtKernelContext* context, size_t* out))                      \
+  X(KernelContext_GetInput, 90, OrtStatus*, (const OrtKernelContext* context, size_t index, const OrtValue** out))    \
+  X(KernelContext_GetOutput, 91, OrtStatus*,                                                                          \
+    (OrtKernelContext * context, size_t index, const int64_t* sizes, size_t count, OrtValue** out))                   \
+  X(ReleaseStatus, 93, void, (OrtStatus * status))                                                                    \
+  X(ReleaseTensorTypeAndShapeInfo, 99, void, (OrtTensorTypeAndShapeInfo * info))                                      \
+  X(ShapeInferContext_GetInputTypeShape, 268, OrtStatus*,                                                             \
+    (const OrtShapeInferContext* context, size_t index, OrtTensorTypeAndShapeInfo** out))                             \
+  X(ShapeInferContext_SetOutputTypeShape, 270, OrtStatus*,                                                            \
+    (const OrtShapeInferContext* context, size_t index, const OrtTensorTypeAndShapeInfo* info))                       \
+  X(KernelContext_ParallelFor, 274, OrtStatus*,                                                                       \
     (const OrtKernelContext* context, void (*task)(void*, size_t), size_t count, size_t batches, void* data))
 
 // deploynorm::ort::CreateStatus(api)(code, message), and so on for each.

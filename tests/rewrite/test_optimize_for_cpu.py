@@ -20,15 +20,16 @@ import torch
 from tolerances import LAYOUT_FLOAT32
 from torch import Tensor, nn
 
-from deploynorm import graph, ort
+from deploynorm import graph, ort, this_machine
 from deploynorm.contract import BLOCK_ATTRIBUTE, BLOCKED_OP_TYPE, DOMAIN, METADATA_CPU, OP_TYPE
 from deploynorm.errors import BackendError, ModelError
 from deploynorm.export import export
 from deploynorm.layers import FRN2d
 from deploynorm.lowering import function_proto
 from deploynorm.models import frn_resnet
-from deploynorm.rewrite import RewriteResult, check_this_machine, optimize_for_cpu, this_machine
+from deploynorm.rewrite import RewriteResult, optimize_for_cpu
 from deploynorm.run.onnxruntime import OnnxRuntimeRunner
+from deploynorm.this_machine import check_this_machine
 
 OPSET = 20
 SIZES = {"N": 2, "H": 9, "W": 7}
@@ -557,7 +558,7 @@ def _note() -> dict[str, object]:
     assert METADATA_CPU not in model.metadata_props
     note: dict[str, object] = json.loads(result.model.metadata_props[METADATA_CPU])
     blocks = {node.attributes[BLOCK_ATTRIBUTE].value for node in result.model.graph if node.op_type == BLOCKED_OP_TYPE}
-    assert blocks == {note["block"]} == {this_machine.block_size()}
+    assert blocks == {note["block"]} == {this_machine.block_size(ort.import_onnxruntime())}
     return note
 
 
@@ -567,9 +568,9 @@ def test_note_of_the_machine() -> None:
     assert note["onnxruntime"] == ort.import_onnxruntime().__version__
     assert note["block"] in (8, 16)
     assert note["source_sha256"] == "abc"
-    check_this_machine("net.onnx", json.dumps(note))
+    check_this_machine("net.onnx", json.dumps(note), ort.import_onnxruntime())
     # Another processor of the same kind will do.
-    check_this_machine("net.onnx", json.dumps(note | {"processor": "another"}))
+    check_this_machine("net.onnx", json.dumps(note | {"processor": "another"}), ort.import_onnxruntime())
 
 
 @pytest.mark.parametrize(("key", "value"), [("onnxruntime", "1.0.0"), ("machine", "vax"), ("block", 64)])
@@ -577,7 +578,7 @@ def test_file_of_another_machine_is_refused(key: str, value: object, tmp_path: P
     result = optimize_for_cpu(REWRITTEN["FRN as the output"].model())
     note = json.loads(result.model.metadata_props[METADATA_CPU]) | {key: value}
     with pytest.raises(BackendError, match=rf"(?s)net\.onnx: .*{value}.*rewrite ORIGINAL\.onnx --optimize-for-cpu"):
-        check_this_machine("net.onnx", json.dumps(note))
+        check_this_machine("net.onnx", json.dumps(note), ort.import_onnxruntime())
     result.model.metadata_props[METADATA_CPU] = json.dumps(note)
     graph.save(result.model, tmp_path / "net.onnx")
     with pytest.raises(BackendError, match="was rewritten for another machine"):
@@ -587,33 +588,35 @@ def test_file_of_another_machine_is_refused(key: str, value: object, tmp_path: P
 @pytest.mark.parametrize("text", ["", "{}", "[]", "3", '{"onnxruntime": "1.32.0", "machine": "x86_64"}'])
 def test_note_that_is_damaged(text: str) -> None:
     with pytest.raises(ModelError, match="damaged"):
-        check_this_machine("net.onnx", text)
+        check_this_machine("net.onnx", text, ort.import_onnxruntime())
 
 
 def test_processor_without_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without its last optimisations ONNX Runtime leaves convolutions as they are, as it does on such a processor."""
-    session = ort.session
+    runtime = ort.import_onnxruntime()
+    session = runtime.InferenceSession
 
-    def unoptimized(*arguments: object, options: object, **keywords: object) -> object:
-        options.graph_optimization_level = ort.import_onnxruntime().GraphOptimizationLevel.ORT_DISABLE_ALL
-        return session(*arguments, options=options, **keywords)
+    def unoptimized(model: object, options: object, **keywords: object) -> object:
+        options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        return session(model, options, **keywords)
 
-    monkeypatch.setattr("deploynorm.ort.session", unoptimized)
+    monkeypatch.setattr(runtime, "InferenceSession", unoptimized)
     this_machine.block_size.cache_clear()
     with pytest.raises(BackendError, match="does not block channels on this processor"):
         optimize_for_cpu(REWRITTEN["FRN as the output"].model())
     monkeypatch.undo()
-    assert this_machine.block_size() in (8, 16)
+    assert this_machine.block_size(runtime) in (8, 16)
 
 
 def test_rewriting_imports_no_torch() -> None:
     """A server that runs rewritten files has no need of it."""
     program = (
         "import sys\n"
-        "from deploynorm.rewrite import check_this_machine\n"
-        "from deploynorm.rewrite.this_machine import describe\n"
         "import json\n"
-        "check_this_machine('net.onnx', json.dumps(describe()))\n"
+        "from deploynorm import ort, rewrite\n"
+        "from deploynorm.this_machine import check_this_machine, describe\n"
+        "runtime = ort.import_onnxruntime()\n"
+        "check_this_machine('net.onnx', json.dumps(describe(runtime)), runtime)\n"
         "assert 'torch' not in sys.modules\n"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)

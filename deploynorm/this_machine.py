@@ -7,9 +7,9 @@ import platform
 import tempfile
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import deploynorm
-from deploynorm import ort
 from deploynorm.errors import BackendError, ModelError
 
 __all__ = ["block_size", "check_this_machine", "describe"]
@@ -18,26 +18,27 @@ _BINDING = {"onnxruntime": "onnxruntime {}", "machine": "{}", "block": "blocks o
 """The facts that must be the same where a rewritten file runs, and how an error tells them."""
 
 
-def describe(source_sha256: str | None = None) -> dict[str, str | int | None]:
+def describe(runtime: Any, source_sha256: str | None = None) -> dict[str, str | int | None]:
     """What a file rewritten here says of this machine.
 
     Args:
+        runtime: The module onnxruntime.
         source_sha256: Of the file that it was made from.
 
     Raises:
-        BackendError: onnxruntime is missing, or does not block channels on this processor.
+        BackendError: onnxruntime does not block channels on this processor.
     """
     return {
-        "onnxruntime": str(ort.import_onnxruntime().__version__),
+        "onnxruntime": str(runtime.__version__),
         "machine": platform.machine(),
-        "block": block_size(),
+        "block": block_size(runtime),
         "processor": _processor(),
         "deploynorm": deploynorm.__version__,
         "source_sha256": source_sha256,
     }
 
 
-def check_this_machine(where: str, metadata_json: str) -> None:
+def check_this_machine(where: str, metadata_json: str, runtime: Any) -> None:
     """Refuses a file that was rewritten for another ONNX Runtime or another kind of processor.
 
     With another block size it would run and give wrong numbers: ONNX Runtime does not look.
@@ -45,6 +46,7 @@ def check_this_machine(where: str, metadata_json: str) -> None:
     Args:
         where: The file, for the message.
         metadata_json: Its entry `METADATA_CPU`.
+        runtime: The module onnxruntime.
 
     Raises:
         BackendError: The version of onnxruntime, the architecture or the block size differs here.
@@ -60,7 +62,7 @@ def check_this_machine(where: str, metadata_json: str) -> None:
             got=metadata_json,
             fix="run on the file it was made from: deploynorm rewrite ORIGINAL.onnx --optimize-for-cpu",
         ) from error
-    here = describe()
+    here = describe(runtime)
     if any(facts[key] != here[key] for key in _BINDING):
         raise BackendError(
             where,
@@ -72,18 +74,17 @@ def check_this_machine(where: str, metadata_json: str) -> None:
 
 
 @cache
-def block_size() -> int:
+def block_size(runtime: Any) -> int:
     """How many channels ONNX Runtime puts side by side on this processor: 16 with AVX-512, 8 with AVX.
 
     It has no call that tells. It pads the output channels of a convolution to whole blocks, so a convolution with one
     is optimised, and its weight read.
 
     Raises:
-        BackendError: onnxruntime is missing, or does not block channels on this processor.
+        BackendError: onnxruntime does not block channels on this processor.
     """
     import onnx
 
-    runtime = ort.import_onnxruntime()
     value = onnx.helper.make_tensor_value_info
     graph = onnx.helper.make_graph(
         [onnx.helper.make_node("Conv", ["x", "weight"], ["y"])],
@@ -98,7 +99,7 @@ def block_size() -> int:
         options = runtime.SessionOptions()
         options.log_severity_level = 4  # it warns that what it writes is for this machine alone, which is the point
         options.optimized_model_filepath = str(Path(folder) / "probe.onnx")
-        ort.session(probe.SerializeToString(), plugins=[], options=options)
+        runtime.InferenceSession(probe.SerializeToString(), options, providers=["CPUExecutionProvider"])
         optimized = onnx.load(options.optimized_model_filepath)
     for node in optimized.graph.node:
         if (node.domain, node.op_type) == ("com.microsoft.nchwc", "Conv"):

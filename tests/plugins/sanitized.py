@@ -1,0 +1,104 @@
+"""Calls a library that was built with sanitizers; test_sanitizers.py runs it in a process of its own.
+
+python sanitized.py LIBRARY cases FILE.npz       every call of the file, in memory that ends with the tensor
+python sanitized.py LIBRARY fuzz SEED COUNT      calls of any size, type and layout
+python sanitized.py LIBRARY past_the_end         a mistake of the caller, which the sanitizers have to find
+python sanitized.py LIBRARY misaligned           another
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from pathlib import Path
+
+import numpy as np
+from kernels import TYPES, Array, Call, Kernel, ParallelFor, exact_memory, from_lanes, pad_channels, to_lanes
+
+DTYPES = {np.dtype(dtype).name: np.dtype(dtype) for dtype in TYPES}
+
+
+def run(
+    kernel: Kernel, tensors: list[Array], lanes: int, variant: str, host: ParallelFor | None, into: str = "y"
+) -> Array:
+    """x, residual (or one without elements), gamma, beta, tau and eps through the kernel."""
+    x, residual, *parameters = tensors
+    added = residual.size > 0 or x.size == 0
+    laid = [to_lanes(pad_channels(t, lanes), lanes) for t in ([x, residual] if added else [x])]
+    padded = [pad_channels(p, lanes, 1.0) for p in parameters]
+    samples, channels = x.shape[0], laid[0].shape[1] * lanes
+    with exact_memory(*laid, *padded, np.full_like(laid[0], 7)) as pointers:
+        named = dict(zip(["x", "residual"][: len(laid)], pointers, strict=False))
+        named |= dict(zip(["gamma", "beta", "tau", "eps", "y"], pointers[len(laid) :], strict=True))
+        named["y"] = named.get(into, named["y"])
+        call = Call(samples, channels, laid[0].shape[2], lanes, TYPES[x.dtype], **named)
+        assert kernel.call(call, variant=variant, parallel_for=host) == 0
+        y = np.empty_like(laid[0])
+        if y.size:
+            ctypes.memmove(y.ctypes.data, named["y"], y.nbytes)
+    return from_lanes(y, (samples, channels, *x.shape[2:]))[:, : x.shape[1]]
+
+
+def cases(kernel: Kernel, path: Path) -> int:
+    count = 0
+    with np.load(path) as file:
+        for name in file["names"]:
+            dtype = DTYPES[str(file[f"{name}/dtype"])]
+            x = file[f"{name}/x"].view(dtype)
+            parameters = [file[f"{name}/{p}"] for p in ("gamma", "beta", "tau", "eps")]
+            for variant in kernel.variants:
+                for lanes in (1, max(1, x.shape[1]), 8, 16, 5):
+                    y = run(kernel, [x, x[:0], *parameters], lanes, variant, None)
+                    wanted, bound = file[f"{name}/want"], file[f"{name}/tolerance"]
+                    where = f"{name}, {variant}, {lanes} lanes"
+                    np.testing.assert_allclose(y.astype(np.float64), wanted, *bound, err_msg=where)
+                    count += 1
+    return count
+
+
+def fuzz(kernel: Kernel, seed: int, count: int) -> int:
+    rng = np.random.default_rng(seed)
+    for _ in range(count):
+        shape = [*rng.integers(0, 4, 1), *rng.integers(1, 80, 1), *rng.integers(1, 40, rng.integers(0, 4))]
+        if rng.random() < 0.05:
+            shape = [1, int(rng.integers(1, 4)), int(rng.integers(30_000, 90_000))]
+        while np.prod(shape) > 300_000:
+            shape[int(np.argmax(shape))] //= 2
+        dtype = list(DTYPES.values())[rng.integers(4)]
+        wide = np.float64 if dtype == np.float64 else np.float32
+        raw = [rng.integers(0, 256, int(np.prod(shape)) * dtype.itemsize, dtype=np.uint8) for _ in range(2)]
+        x, residual = (r.view(dtype).reshape(shape) for r in raw)
+        if rng.random() < 0.5:
+            residual = residual[:0]
+        parameters = [rng.normal(size=shape[1]).astype(wide) for _ in range(3)]
+        parameters.append((10 ** rng.uniform(-12, 1, shape[1])).astype(wide))
+        lanes = [1, shape[1], 8, 16, 64, int(rng.integers(1, 70))][rng.integers(6)]
+        into = ["y", "x", "residual" if residual.size else "y"][rng.integers(3)]
+        host = ParallelFor.threads(3) if rng.random() < 0.3 else None
+        run(kernel, [x, residual, *parameters], lanes, kernel.variants[rng.integers(len(kernel.variants))], host, into)
+    return count
+
+
+def mistake(kernel: Kernel, *, positions: int, offset: int) -> None:
+    """A float32 call of more positions than the memory has, or of a pointer between two elements."""
+    x = np.zeros((1, 1, 5), np.float32)
+    one = np.ones(1, np.float32)
+    with exact_memory(x, np.zeros(64, np.float32), one, one, one, one) as pointers:
+        tensors = (pointers[0] + offset, pointers[1], None, *pointers[2:])
+        kernel.call(Call(1, 1, positions, 1, TYPES[x.dtype], *tensors), variant="baseline")
+
+
+def main(library: str, what: str, *arguments: str) -> None:
+    kernel = Kernel(Path(library))
+    if what == "cases":
+        print(cases(kernel, Path(arguments[0])), "calls")
+    elif what == "fuzz":
+        print(fuzz(kernel, int(arguments[0]), int(arguments[1])), "calls")
+    elif what == "past_the_end":
+        mistake(kernel, positions=6, offset=0)
+    else:
+        mistake(kernel, positions=3, offset=1)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
