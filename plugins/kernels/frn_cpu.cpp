@@ -16,15 +16,14 @@
 namespace deploynorm {
 namespace {
 
-// Channels of a column at most. Lanes: four cache lines of float32, as a processor fetches single lines out of long
-// rows slowly. Planes: so few that they stay in the first-level cache, which holds kCachedElements of x and of y.
+// Channels of a column at most: as lanes four cache lines of float32, since a processor fetches single lines out of
+// long rows slowly. Of planes only so many as stay in the first-level cache, which holds kCachedElements of x and of y.
 constexpr int kWidth = 64;
-constexpr int64_t kPlanes = 16;
 constexpr int64_t kCachedElements = 4096;
 // ONNX Runtime's larger block, the width next to the largest that is worth code of its own.
 constexpr int kBlockWidth = 16;
-// Elements summed in the arithmetic type before going on in float64: with four vectors of float32 partial sums, each
-// adds 128 to 512 of them.
+// Elements summed in the arithmetic type before going on in float64: of four vectors of float32, each lane adds 256 of
+// them, or 512.
 constexpr int64_t kBlock = 8192;
 // Fewer columns than kManyColumns are shared out among the threads in segments. The sizes alone decide, so that the
 // result does not depend on the number of threads.
@@ -42,7 +41,7 @@ double square_root(double value) { return sqrt(value); }
 
 // ---- Sums of squares
 
-// 1 in the lanes from `first` on, as the types of vectors have it for true.
+// True in the lanes from `first` on, as vectors have it.
 template <typename Element>
 auto lanes_from(int first) {
   typename Element::Vector lane;
@@ -258,8 +257,8 @@ class Kernel {
     planes_ = call_.lanes == 1;
     channels_of_group_ = planes_ ? call_.channels : call_.lanes;
     groups_of_sample_ = planes_ ? 1 : call_.channels / call_.lanes;
-    const int64_t most = planes_ ? smaller(kPlanes, larger(1, kCachedElements / call_.spatial)) : kWidth;
-    width_ = smaller(channels_of_group_, most);
+    width_ = smaller(channels_of_group_, kWidth);
+    if (planes_) width_ = smaller(width_, larger(1, kCachedElements / call_.spatial));
     columns_of_group_ = divided_up(channels_of_group_, width_);
     columns_ = call_.samples * groups_of_sample_ * columns_of_group_;
     segment_rows_ = larger(kSegment / width_, divided_up(call_.spatial, kMaxSegments));
