@@ -234,7 +234,8 @@ def draw(path: Path, operators: list[dict[str, Any]], networks: list[dict[str, A
     left.set_xticks(at, labels, rotation=30, ha="right")
     left.set_ylabel("speed, % of memcpy of the same bytes")
     left.set_title("FRN + TLU, one operator, 1 thread")
-    left.legend()
+    left.set_ylim(0, 120)
+    left.legend(ncols=3, loc="upper center")
     ways = {"FRN, stock": "C1", "FRN, deploynorm": "C0", "FRN, rewritten": "C2", "MABN folded": "C4"}
     labels = [f"{row['network']}\nbatch {row['batch']}, {row['threads']} thr." for row in networks]
     at = np.arange(len(networks))

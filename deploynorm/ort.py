@@ -50,11 +50,11 @@ def register(options: onnxruntime.SessionOptions) -> None:
     """
     if options in _REGISTERED:
         return
-    register_library(options, library_path())
+    _register_library(options, library_path())
     _REGISTERED.add(options)
 
 
-def register_library(options: onnxruntime.SessionOptions, library: Path) -> None:
+def _register_library(options: onnxruntime.SessionOptions, library: Path) -> None:
     """Registers a library of custom operators.
 
     Raises:
@@ -65,7 +65,7 @@ def register_library(options: onnxruntime.SessionOptions, library: Path) -> None
     except Exception as error:
         raise BackendError(
             str(library),
-            f"ONNX Runtime cannot load this plugin library: {plain(error)}",
+            f"ONNX Runtime cannot load this plugin library: {_plain(error)}",
             fix="pass each library once, built for this machine and this onnxruntime",
         ) from error
 
@@ -107,7 +107,7 @@ def session(
         options.log_severity_level = 4
     if plugins is not None:
         for library in plugins:
-            register_library(options, Path(library))
+            _register_library(options, Path(library))
     elif any(name != PROVIDERS["cpu"][0] for name, _ in wanted):
         pass  # our kernels are for the CPU: on a device the function body stays there, without copies to and fro
     elif find_library() is not None:
@@ -149,7 +149,11 @@ def import_onnxruntime() -> Any:
     try:
         import onnxruntime
     except ImportError as error:
-        raise BackendError("onnxruntime", f"the package cannot be imported: {error}", fix=_INSTALL_CPU) from error
+        raise BackendError(
+            "onnxruntime",
+            f"the package cannot be imported: {error}",
+            fix=f"{_INSTALL_CPU} (and 'numpy<2' for onnxruntime 1.18)",
+        ) from error
     return onnxruntime
 
 
@@ -243,14 +247,14 @@ _KNOWN: Final = (
 
 def explain(where: str, error: Exception) -> DeployNormError:
     """The error of ONNX Runtime as one of ours."""
-    version, text = import_onnxruntime().__version__, plain(error)
+    version, text = import_onnxruntime().__version__, _plain(error)
     for known in _KNOWN:
         if re.search(known.text, str(error)):
             return known.kind(where, known.problem.format(version=version), got=text, fix=known.fix)
     return ModelError(where, f"onnxruntime {version} cannot run the model", got=text)
 
 
-def plain(error: Exception) -> str:
+def _plain(error: Exception) -> str:
     """ONNX Runtime's text without its codes, the path, its source lines and its line breaks."""
     text = re.sub(
         r"^\[ONNXRuntimeError\] : \d+ : \w+ : (Load model from .* failed:)?", "", " ".join(str(error).split())

@@ -97,6 +97,23 @@ def test_providers_may_be_named_as_onnxruntime_names_them(onnxruntime: Any) -> N
         ort.session(content(body=True), providers=["CPU"])
 
 
+@pytest.mark.parametrize(("providers", "registered"), [(("cpu",), True), (("cuda", "cpu"), False)], ids=str)
+def test_the_library_is_for_sessions_on_the_cpu(
+    providers: tuple[str, ...], registered: bool, native: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a device a kernel for the CPU would bring copies to and fro, where the body stays on the device."""
+
+    def session(*_: object, **__: object) -> None:
+        raise RuntimeError("seen enough")
+
+    monkeypatch.setattr(native, "InferenceSession", session)
+    monkeypatch.setattr(native, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"])
+    options = native.SessionOptions()
+    with pytest.raises(ModelError, match="seen enough"):
+        ort.session(content(body=True), providers=providers, options=options)
+    assert (options in ort._REGISTERED) == registered
+
+
 @pytest.mark.usefixtures("onnxruntime", "without_library")
 @pytest.mark.parametrize("form", ["file", "bytes"])
 def test_without_the_library_the_body_runs_and_it_is_said(form: str, tmp_path: Path) -> None:
