@@ -22,6 +22,12 @@ def empty_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return tmp_path / "deploynorm" / "plugins"
 
 
+@pytest.fixture
+def compiler(require: Callable[[str], None]) -> None:
+    """CMake and a C++ compiler, without which nothing can be built."""
+    require("compiler")
+
+
 def a_path_with(folder: Path, *programs: str) -> str:
     """The value of a PATH on which these programs are, and no others."""
     folder.mkdir()
@@ -48,6 +54,7 @@ def test_a_missing_library_is_an_error_of_the_environment_with_a_remedy() -> Non
     assert caught.value.exit_code == 3
 
 
+@pytest.mark.usefixtures("compiler")
 def test_what_is_built_here_is_preferred_until_the_sources_change(
     empty_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -59,6 +66,7 @@ def test_what_is_built_here_is_preferred_until_the_sources_change(
     assert plugins.find_library() != built
 
 
+@pytest.mark.usefixtures("compiler")
 def test_compiler_and_flags_are_in_the_key(empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tools = plugins.find_tools()
     keys = {plugins._cache_key(tools), plugins._cache_key(tools._replace(compiler_version="another"))}
@@ -68,6 +76,7 @@ def test_compiler_and_flags_are_in_the_key(empty_cache: Path, monkeypatch: pytes
     assert {key.parent for key in keys} == {plugins._cache_of_these_sources()}
 
 
+@pytest.mark.usefixtures("compiler")
 def test_processes_that_build_at_once_do_not_break_each_other(empty_cache: Path) -> None:
     program = "from deploynorm import plugins; print(plugins.cpu_variants(plugins.build())[-1])"
     command = [sys.executable, "-c", program]
@@ -79,6 +88,7 @@ def test_processes_that_build_at_once_do_not_break_each_other(empty_cache: Path)
     assert [path.name for path in plugins.library_path().parent.iterdir()] == [plugins.LIBRARY_NAME]
 
 
+@pytest.mark.usefixtures("compiler")
 def test_a_library_in_use_survives_a_new_build(empty_cache: Path) -> None:
     library = plugins.build()
     before = library.stat()
@@ -92,6 +102,7 @@ def test_a_library_in_use_survives_a_new_build(empty_cache: Path) -> None:
     assert library.stat().st_ino != before.st_ino
 
 
+@pytest.mark.usefixtures("compiler")
 def test_without_a_compiler_a_build_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setenv("PATH", a_path_with(tmp_path / "bin", "cmake"))
@@ -99,6 +110,7 @@ def test_without_a_compiler_a_build_says_so(monkeypatch: pytest.MonkeyPatch, tmp
         plugins.build(tmp_path)
 
 
+@pytest.mark.usefixtures("compiler")
 def test_a_compiler_that_was_named_and_is_not_there_is_shown(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(BackendError, match="Got CXX=no-such-compiler"):
@@ -111,6 +123,7 @@ def test_without_cmake_a_build_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path
         plugins.build(tmp_path)
 
 
+@pytest.mark.usefixtures("compiler")
 def test_a_build_that_fails_shows_the_compilers_words_and_leaves_nothing(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -128,6 +141,7 @@ def test_a_file_that_is_no_library_is_refused(tmp_path: Path) -> None:
         plugins.cpu_variants(path)
 
 
+@pytest.mark.usefixtures("compiler")
 def test_an_installation_without_a_compiler_configures_and_builds_nothing(tmp_path: Path) -> None:
     """What pip runs: it must end well, so that the Python package is installed."""
     environment = {name: value for name, value in os.environ.items() if name not in ("CXX", "CC")}

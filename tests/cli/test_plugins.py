@@ -22,7 +22,8 @@ def test_path_prints_the_path_alone(deploynorm: Callable, require: Callable) -> 
 
 
 @pytest.mark.usefixtures("without_library")
-def test_build_makes_what_path_prints(deploynorm: Callable) -> None:
+def test_build_makes_what_path_prints(deploynorm: Callable, require: Callable) -> None:
+    require("compiler")
     assert deploynorm("plugins", "path").code == 3
     built = deploynorm("plugins", "build", "--json", "build.json")
     assert built.code == 0, built.err
