@@ -44,8 +44,8 @@ struct CalledAlike<ResultA (*)(A...) noexcept, B> : CalledAlike<ResultA (*)(A...
 
 // ---- OrtApi
 
-#define CHECK_SLOT(name, slot, result, parameters)                                                             \
-  static_assert(offsetof(OrtApi, name) == slot * sizeof(void*), "OrtApi::" #name ": wrong slot");              \
+#define CHECK_SLOT(name, slot, result, parameters)                                                \
+  static_assert(offsetof(OrtApi, name) == slot * sizeof(void*), "OrtApi::" #name ": wrong slot"); \
   static_assert(CalledAlike<decltype(OrtApi::name), ort::name##Function*>::value, "OrtApi::" #name ": wrong type");
 DEPLOYNORM_ORT_FUNCTIONS(CHECK_SLOT)
 
