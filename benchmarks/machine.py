@@ -7,6 +7,8 @@ import os
 import platform
 from pathlib import Path
 
+from deploynorm.this_machine import processor_name
+
 __all__ = ["describe"]
 
 
@@ -14,10 +16,9 @@ def describe(*packages: str) -> dict[str, object]:
     """Processor, cores this process may use, memory, and versions of Python and the packages."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     flags = next((line.split() for line in lines if line.startswith("flags")), [])
     return {
-        "processor": models[0] if models else platform.processor(),
+        "processor": processor_name(),
         "vector_sets": [flag for flag in ("avx2", "avx512f", "amx_tile") if flag in flags],
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "load_1min": round(os.getloadavg()[0], 2),

@@ -30,7 +30,6 @@ import numpy as np
 import onnx
 import onnx.helper as h
 import onnx_ir as ir
-import onnxruntime
 from networks import NETWORKS, export_network
 
 from deploynorm import ort
@@ -84,9 +83,8 @@ def aligned(shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
 
 
 def open_session(model: bytes | Path, threads: int, library: bool) -> Any:
-    options = onnxruntime.SessionOptions()
+    options = ort.quiet_options()
     options.intra_op_num_threads = threads
-    options.log_severity_level = 4
     options.add_session_config_entry("session.force_spinning_stop", "1")
     return ort.session(model, options=options, plugins=None if library else [])
 

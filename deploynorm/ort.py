@@ -25,7 +25,7 @@ from deploynorm.this_machine import check_this_machine
 if TYPE_CHECKING:
     import onnxruntime
 
-__all__ = ["PROVIDERS", "explain", "import_onnxruntime", "library_path", "register", "session"]
+__all__ = ["PROVIDERS", "explain", "import_onnxruntime", "library_path", "quiet_options", "register", "session"]
 
 PROVIDERS: Final[Mapping[str, tuple[str, dict[str, str]]]] = {
     "cpu": ("CPUExecutionProvider", {}),
@@ -102,9 +102,7 @@ def session(
         raise ModelError(where, "no such file", fix="check the path")
     wanted = [_provider(name, ort) for name in providers]
     if options is None:
-        options = ort.SessionOptions()
-        # Fatal errors alone: everything else reaches the user once, in our words.
-        options.log_severity_level = 4
+        options = quiet_options()
     if plugins is not None:
         for library in plugins:
             _register_library(options, Path(library))
@@ -138,6 +136,17 @@ def session(
     if rewritten_for is not None:
         check_this_machine(where, rewritten_for, ort)
     return opened
+
+
+def quiet_options() -> onnxruntime.SessionOptions:
+    """Options of a session that logs fatal errors alone: everything else reaches the user once, in our words.
+
+    Raises:
+        BackendError: onnxruntime is missing.
+    """
+    options = import_onnxruntime().SessionOptions()
+    options.log_severity_level = 4
+    return options
 
 
 def import_onnxruntime() -> Any:

@@ -12,7 +12,7 @@ from typing import Any
 import deploynorm
 from deploynorm.errors import BackendError, ModelError
 
-__all__ = ["block_size", "check_this_machine", "describe"]
+__all__ = ["block_size", "check_this_machine", "describe", "processor_name"]
 
 _BINDING = {"onnxruntime": "onnxruntime {}", "machine": "{}", "block": "blocks of {} channels"}
 """The facts that must be the same where a rewritten file runs, and how an error tells them."""
@@ -32,7 +32,7 @@ def describe(runtime: Any, source_sha256: str | None = None) -> dict[str, str | 
         "onnxruntime": str(runtime.__version__),
         "machine": platform.machine(),
         "block": block_size(runtime),
-        "processor": _processor(),
+        "processor": processor_name(),
         "deploynorm": deploynorm.__version__,
         "source_sha256": source_sha256,
     }
@@ -108,7 +108,7 @@ def block_size(runtime: Any) -> int:
     raise BackendError(
         "onnxruntime",
         f"onnxruntime {runtime.__version__} does not block channels on this processor",
-        got=_processor(),
+        got=processor_name(),
         expected="an x86-64 processor with AVX, or another for which it has the blocked layout",
         fix="use the file as exported",
     )
@@ -118,7 +118,7 @@ def _told(facts: dict[str, str | int | None]) -> str:
     return ", ".join(text.format(facts[key]) for key, text in _BINDING.items())
 
 
-def _processor() -> str:
+def processor_name() -> str:
     """The processor's name as people know it, which Python has on no system but Linux's own file."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()

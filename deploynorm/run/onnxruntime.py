@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from deploynorm.errors import ModelError
 from deploynorm.inputs import TensorSpec
-from deploynorm.ort import explain, import_onnxruntime
+from deploynorm.ort import explain, import_onnxruntime, quiet_options
 from deploynorm.ort import session as open_session
 from deploynorm.run.base import Runner, check_feeds, closed_error
 
@@ -53,9 +53,7 @@ class OnnxRuntimeRunner(Runner):
         ort = import_onnxruntime()
         self._where = "model (bytes)" if isinstance(model, bytes) else str(model)
         self.name = f"onnxruntime ({', '.join(providers)})"
-        options = ort.SessionOptions()
-        # Fatal errors alone: everything else reaches the user once, in our words.
-        options.log_severity_level = 4
+        options = quiet_options()
         if threads is not None:
             options.intra_op_num_threads = threads
         if not optimize:

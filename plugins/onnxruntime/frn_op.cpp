@@ -64,6 +64,14 @@ OrtStatus* read_shape(const Op& op, const OrtValue* value, Shape* shape) {
   return status;
 }
 
+OrtStatus* read_data(const Op& op, const OrtValue* value, const void** data) {
+  // The function that gives the data has no twin for constants.
+  void* mutable_data = nullptr;
+  DEPLOYNORM_RETURN_IF_ERROR(GetTensorMutableData(op.api)(const_cast<OrtValue*>(value), &mutable_data));
+  *data = mutable_data;
+  return nullptr;
+}
+
 OrtStatus* read_parameter(const Op& op, OrtKernelContext* context, int index, int64_t channels, const void** data) {
   const OrtApi* api = op.api;
   const OrtValue* value = nullptr;
@@ -76,11 +84,7 @@ OrtStatus* read_parameter(const Op& op, OrtKernelContext* context, int index, in
                   kInputNames[index], shape.rank, shape.rank == 0 ? 0LL : static_cast<long long>(shape.sizes[0]),
                   static_cast<long long>(channels));
   }
-  // The kernel only reads; the function that gives the data has no twin for constants.
-  void* mutable_data = nullptr;
-  DEPLOYNORM_RETURN_IF_ERROR(GetTensorMutableData(api)(const_cast<OrtValue*>(value), &mutable_data));
-  *data = mutable_data;
-  return nullptr;
+  return read_data(op, value, data);
 }
 
 // The residual of the blocked operator: null where it is left out.
@@ -96,10 +100,7 @@ OrtStatus* read_residual(const Op& op, OrtKernelContext* context, const Shape& x
   bool same = shape.rank == x.rank;
   for (size_t axis = 0; same && axis < x.rank; ++axis) same = shape.sizes[axis] == x.sizes[axis];
   if (!same) return refuse(api, kInvalidArgument, "%s: the residual's shape is not that of X", kBlockedOpType);
-  void* mutable_data = nullptr;
-  DEPLOYNORM_RETURN_IF_ERROR(GetTensorMutableData(api)(const_cast<OrtValue*>(value), &mutable_data));
-  *data = mutable_data;
-  return nullptr;
+  return read_data(op, value, data);
 }
 
 // ONNX Runtime's threads, as the kernel asks for them.
@@ -163,9 +164,7 @@ OrtStatus* compute(void* opaque, OrtKernelContext* context) {
 
   OrtValue* y = nullptr;
   DEPLOYNORM_RETURN_IF_ERROR(KernelContext_GetOutput(api)(context, 0, shape.sizes, shape.rank, &y));
-  void* data = nullptr;
-  DEPLOYNORM_RETURN_IF_ERROR(GetTensorMutableData(api)(const_cast<OrtValue*>(x), &data));
-  call.x = data;
+  DEPLOYNORM_RETURN_IF_ERROR(read_data(op, x, &call.x));
   DEPLOYNORM_RETURN_IF_ERROR(GetTensorMutableData(api)(y, &call.y));
   Host host = {api, context, nullptr};
   if (deploynorm_frn_cpu(&call, parallel_for, &host, /*variant=*/nullptr) != 0) {
