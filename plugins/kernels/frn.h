@@ -8,6 +8,7 @@
 #ifndef DEPLOYNORM_KERNELS_FRN_H_
 #define DEPLOYNORM_KERNELS_FRN_H_
 
+#include <stddef.h>
 #include <stdint.h>
 
 #if defined(_WIN32)
@@ -31,6 +32,8 @@ enum deploynorm_type {
 // One call. The tensors are dense, in the order (samples, channels / lanes, spatial, lanes): `lanes` is how many
 // channels lie side by side, so 1 is NCHW, `channels` is NHWC, and 8 or 16 is ONNX Runtime's blocked NCHWc.
 // A size may be 0. The caller has checked shapes and types, and that every eps is positive.
+// The CUDA kernels take `lanes` above `channels` too: NHWC whose rows are filled up to `lanes` elements, as TensorRT's
+// kHWC8 is. What fills the rows of x counts for nothing, and y's becomes zero. Blocked layouts they do not take.
 struct deploynorm_frn {
   int64_t samples;
   int64_t channels;  // a multiple of lanes
@@ -59,6 +62,25 @@ DEPLOYNORM_API const char* const* deploynorm_cpu_variants(void);
 // Returns 0; 1 for a type or variant that is not there, with y untouched.
 DEPLOYNORM_API int deploynorm_frn_cpu(const struct deploynorm_frn* call, deploynorm_parallel_for parallel_for,
                                       void* host, const char* variant);
+
+// ---- The same on a device. Only a library that was built with CUDA has these.
+
+// Bytes of scratch memory, aligned to 16, with which few large planes are shared out over the whole device. It never
+// shrinks as a size grows, so what serves the largest shapes serves all. 0 where no shape up to these needs any.
+DEPLOYNORM_API size_t deploynorm_frn_cuda_workspace(const struct deploynorm_frn* call);
+
+// Names of the variants of the CUDA kernel; null after the last. Not every one takes every size.
+DEPLOYNORM_API const char* const* deploynorm_cuda_variants(void);
+
+// Enqueues the computation of y on a stream (a cudaStream_t) of the current device. All pointers are the device's.
+// Allocates nothing and waits for nothing, so that a CUDA graph can capture it.
+//   workspace: deploynorm_frn_cuda_workspace(call) bytes that nothing else uses until the stream has passed this
+//     point; null is always allowed, and slower where there would be a use for it.
+//   variant: one of deploynorm_cuda_variants(), or null for what suits the sizes and the device.
+// Returns a cudaError_t: 0 for success; cudaErrorInvalidValue for a type, layout or variant that is not there or does
+// not take these sizes, with nothing enqueued; else what CUDA says of the launch.
+DEPLOYNORM_API int deploynorm_frn_cuda(const struct deploynorm_frn* call, void* workspace, void* stream,
+                                       const char* variant);
 
 #ifdef __cplusplus
 }
