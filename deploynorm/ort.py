@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from deploynorm.contract import DOMAIN, METADATA_CPU, OP_TYPE
 from deploynorm.errors import BackendError, DeployNormError, InputError, ModelError
-from deploynorm.plugins import find_library, library_path
+from deploynorm.plugins import cuda_variants, find_library, library_path
 from deploynorm.this_machine import check_this_machine
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ def session(
     plugins: Sequence[Path] | None = None,
     options: onnxruntime.SessionOptions | None = None,
 ) -> onnxruntime.InferenceSession:
-    """An onnxruntime.InferenceSession of the model, on the CPU with our fused operator where its library is there.
+    """An onnxruntime.InferenceSession of the model, on CPU and CUDA with our fused operator where its library is there.
 
     Without the library, and on other providers, a model runs through the function bodies that `export` writes into
     it: the same numbers, slower.
@@ -106,14 +106,11 @@ def session(
     if plugins is not None:
         for library in plugins:
             _register_library(options, Path(library))
-    elif any(name != PROVIDERS["cpu"][0] for name, _ in wanted):
-        pass  # our kernels are for the CPU: on a device the function body stays there, without copies to and fro
-    elif find_library() is not None:
+    elif (missing := _missing_kernels({name for name, _ in wanted})) is None:
         register(options)
-    elif _mentions_operator(model):
+    elif missing and _mentions_operator(model):
         warnings.warn(
-            "deploynorm: the operator library is not built on this machine, so FRN layers run as several operators "
-            "each, at a third of the speed or less. Fix: deploynorm plugins build",
+            f"deploynorm: FRN layers run as several operators each, which is slower: {missing}",
             RuntimeWarning,
             stacklevel=2,
         )
@@ -136,6 +133,22 @@ def session(
     if rewritten_for is not None:
         check_this_machine(where, rewritten_for, ort)
     return opened
+
+
+def _missing_kernels(providers: set[str]) -> str | None:
+    """Why our library is not for a session on these providers, None if it is; empty where it could not help.
+
+    Where a device lacks our kernel the function body stays there, which is better than copies to the CPU and back.
+    """
+    cpu, cuda = PROVIDERS["cpu"][0], PROVIDERS["cuda"][0]
+    if not providers <= {cpu, cuda}:
+        return ""  # TensorRT takes whole graphs of standard operators, and fuses the body by itself
+    library, flag = find_library(), " --cuda" if cuda in providers else ""
+    if library is None:
+        return f"the operator library is not built on this machine. Fix: deploynorm plugins build{flag}"
+    if cuda in providers and not cuda_variants(library):
+        return f"the operator library has no CUDA kernels. Fix: deploynorm plugins build{flag}"
+    return None
 
 
 def quiet_options() -> onnxruntime.SessionOptions:

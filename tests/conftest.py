@@ -23,9 +23,16 @@ OPTIONAL = {
     "ort": ("onnxruntime", "pip install 'deploynorm[cpu]'"),
     "timm": ("timm", "pip install timm"),
     "data": ("sklearn", "pip install 'deploynorm[train]'"),
-    "trt": ("tensorrt", "pip install tensorrt"),
+    "trt-rtx": ("tensorrt_rtx", "pip install tensorrt_rtx_cu13"),
+    "polygraphy": ("polygraphy", "pip install polygraphy"),
 }
 """Name in DEPLOYNORM_REQUIRE -> the module that it stands for, and how to get it."""
+
+HEADERS = {
+    "ort-headers": ("ONNXRUNTIME_INCLUDE_DIR", "onnxruntime_c_api.h"),
+    "trt-headers": ("TENSORRT_INCLUDE_DIR", "NvInferRuntime.h"),
+}
+"""Name in DEPLOYNORM_REQUIRE -> the variable that names a folder, and a header that lies there."""
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -46,15 +53,22 @@ def _reason(name: str) -> str | None:
     if name == "native":
         built = plugins.find_library() is not None
         return None if built else "native: the operator library is not built (deploynorm plugins build)"
-    if name == "compiler":
+    if name in ("compiler", "nvcc"):
         try:
             plugins.find_tools()
+            if name == "nvcc":
+                plugins.find_cuda()
         except BackendError as error:
-            return f"compiler: {error}"
+            return f"{name}: {error}"
         return None
-    if name == "ort-headers":
-        there = (Path(os.environ.get("ONNXRUNTIME_INCLUDE_DIR", "")) / "onnxruntime_c_api.h").is_file()
-        return None if there else "ort-headers: ONNXRUNTIME_INCLUDE_DIR is no folder with an onnxruntime_c_api.h"
+    if name in HEADERS:
+        variable, header = HEADERS[name]
+        there = (Path(os.environ.get(variable, "")) / header).is_file()
+        return None if there else f"{name}: {variable} is no folder with a file {header}"
+    if name == "trt-lean":
+        return None if os.environ.get("TENSORRT_LEAN_DIRS") else "trt-lean: TENSORRT_LEAN_DIRS names no lean runtimes"
+    if name == "gpu":
+        return None if torch.cuda.is_available() else "gpu: torch finds no CUDA device"
     module, remedy = OPTIONAL[name]
     installed = importlib.util.find_spec(module) is not None
     return None if installed else f"{name}: {module} is not installed ({remedy})"
@@ -64,8 +78,9 @@ def _reason(name: str) -> str | None:
 def require() -> Callable[[str], None]:
     """require("ort") skips the test where onnxruntime is missing, or fails it where DEPLOYNORM_REQUIRE names ort.
 
-    It takes the names of OPTIONAL, "native" for our operator library, "compiler" for what builds it, and "ort-headers"
-    for onnxruntime_c_api.h.
+    It takes the names of OPTIONAL and HEADERS, "native" for our operator library, "compiler" for what builds it, "nvcc"
+    for what builds it with CUDA, "trt-lean" for lean runtimes of TensorRT in the folders that TENSORRT_LEAN_DIRS names,
+    and "gpu" for a CUDA device.
     """
 
     def require(name: str) -> None:
@@ -79,7 +94,7 @@ def require() -> Callable[[str], None]:
 def without_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A machine on which our operator library is not built."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "empty cache"))
-    monkeypatch.setattr(plugins, "_installed_library", lambda: None)
+    monkeypatch.setattr(plugins, "_installed_library", lambda name: None)
     assert plugins.find_library() is None
 
 

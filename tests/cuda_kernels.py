@@ -33,18 +33,13 @@ INVALID_VALUE = 1
 """cudaErrorInvalidValue."""
 
 
-def plugin_sources() -> Path:
-    """The folder of the native sources, as installed or in a clone."""
-    return plugins._sources()
-
-
 def build_emulated(folder: Path, sources: tuple[str, ...] = ("kernels/frn.cu",), name: str = "emulated") -> Path:
     """The sources, unchanged, as a library for the CPU, with checks of alignment, bounds and shifts compiled in."""
     library = folder / f"lib{name}.so"
     command = ["g++", "-std=c++20", "-O2", "-g", "-fPIC", "-shared", "-fvisibility=hidden", "-Wall", "-Wextra"]
     command += ["-Werror", "-Wno-unknown-pragmas", "-fsanitize=undefined", "-fno-sanitize-recover=all"]
     command += ["-I", str(Path(__file__).parent / "emulation"), "-x", "c++"]
-    command += [str(plugin_sources() / source) for source in sources]
+    command += [str(plugins.source_folder() / source) for source in sources]
     done = subprocess.run([*command, "-o", str(library)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return library

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -97,19 +98,36 @@ def test_providers_may_be_named_as_onnxruntime_names_them(onnxruntime: Any) -> N
         ort.session(content(body=True), providers=["CPU"])
 
 
-@pytest.mark.parametrize(("providers", "registered"), [(("cpu",), True), (("cuda", "cpu"), False)], ids=str)
-def test_the_library_is_for_sessions_on_the_cpu(
-    providers: tuple[str, ...], registered: bool, native: Any, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("providers", "cuda_kernels", "registered", "warning"),
+    [
+        (("cpu",), False, True, None),
+        (("cuda", "cpu"), True, True, None),
+        (("cuda", "cpu"), False, False, r"has no CUDA kernels\. Fix: deploynorm plugins build --cuda"),
+        (("tensorrt", "cuda"), True, False, None),
+    ],
+    ids=["cpu", "cuda", "cuda, library without", "tensorrt"],
+)
+def test_the_library_is_for_sessions_on_devices_that_it_has_kernels_for(
+    providers: tuple[str, ...],
+    cuda_kernels: bool,
+    registered: bool,
+    warning: str | None,
+    native: Any,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """On a device a kernel for the CPU would bring copies to and fro, where the body stays on the device."""
 
     def session(*_: object, **__: object) -> None:
         raise RuntimeError("seen enough")
 
+    there = [full for full, _ in ort.PROVIDERS.values()]
     monkeypatch.setattr(native, "InferenceSession", session)
-    monkeypatch.setattr(native, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"])
+    monkeypatch.setattr(native, "get_available_providers", lambda: there)
+    monkeypatch.setattr(ort, "cuda_variants", lambda library: ["packed"] if cuda_kernels else [])
     options = native.SessionOptions()
-    with pytest.raises(ModelError, match="seen enough"):
+    expected = pytest.warns(RuntimeWarning, match=warning) if warning else contextlib.nullcontext()
+    with pytest.raises(ModelError, match="seen enough"), expected:
         ort.session(content(body=True), providers=providers, options=options)
     assert (options in ort._REGISTERED) == registered
 
@@ -143,7 +161,7 @@ def test_it_is_not_said_of_a_model_without_our_operator() -> None:
 
 
 @pytest.mark.usefixtures("onnxruntime", "without_library")
-@pytest.mark.filterwarnings("ignore:deploynorm. the operator library:RuntimeWarning")
+@pytest.mark.filterwarnings("ignore:deploynorm. FRN layers run:RuntimeWarning")
 def test_without_body_and_library_the_remedy_is_told() -> None:
     with pytest.raises(ModelError, match=r"without its function body.*Fix: run `deploynorm plugins build`"):
         ort.session(content(body=False))
@@ -158,11 +176,11 @@ def test_registering_a_library_that_is_not_there_is_an_error_of_the_environment(
 
 @pytest.mark.usefixtures("native")
 def test_a_broken_library_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, native: Any) -> None:
-    path = tmp_path / plugins.LIBRARY_NAME
+    path = tmp_path / plugins.ORT_LIBRARY
     path.write_text("text")
-    monkeypatch.setattr(plugins, "_installed_library", lambda: path)
+    monkeypatch.setattr(plugins, "_installed_library", lambda name: path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    with pytest.raises(BackendError, match=f"{plugins.LIBRARY_NAME}: ONNX Runtime cannot load this plugin library"):
+    with pytest.raises(BackendError, match=f"{plugins.ORT_LIBRARY}: ONNX Runtime cannot load this plugin library"):
         ort.session(content(body=True))
 
 

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +14,8 @@ import pytest
 
 from deploynorm import plugins
 from deploynorm.errors import BackendError
+from deploynorm.plugins import tools as plugin_tools
+from deploynorm.plugins.tools import CudaTools, find_program
 
 
 @pytest.fixture
@@ -32,7 +35,7 @@ def a_path_with(folder: Path, *programs: str) -> str:
     """The value of a PATH on which these programs are, and no others."""
     folder.mkdir()
     for name in programs:
-        found = plugins._program(name)
+        found = find_program(name)
         assert found is not None, name
         (folder / name).symlink_to(found)
     return str(folder)
@@ -41,7 +44,7 @@ def a_path_with(folder: Path, *programs: str) -> str:
 def test_the_installation_brings_a_library(empty_cache: Path, require: Callable[[str], None]) -> None:
     require("native")
     library = plugins.library_path()
-    assert library.name == plugins.LIBRARY_NAME
+    assert library.name == plugins.ORT_LIBRARY
     assert not library.is_relative_to(empty_cache)
     assert plugins.cpu_variants(library)[-1] == "baseline"
 
@@ -69,10 +72,17 @@ def test_what_is_built_here_is_preferred_until_the_sources_change(
 @pytest.mark.usefixtures("compiler")
 def test_compiler_and_flags_are_in_the_key(empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tools = plugins.find_tools()
-    keys = {plugins._cache_key(tools), plugins._cache_key(tools._replace(compiler_version="another"))}
+    cuda = CudaTools(Path("nvcc"), "release 13.0")
+    keys = {
+        plugins._cache_key(tools, None, []),
+        plugins._cache_key(tools._replace(compiler_version="another"), None, []),
+        plugins._cache_key(tools, None, ["-DDEPLOYNORM_CUDA_ARCHITECTURES=90"]),
+        plugins._cache_key(tools, cuda, []),
+        plugins._cache_key(tools, cuda._replace(version="release 12.9"), []),
+    }
     monkeypatch.setenv("CXXFLAGS", "-O1")
-    keys.add(plugins._cache_key(tools))
-    assert len(keys) == 3
+    keys.add(plugins._cache_key(tools, None, []))
+    assert len(keys) == 6
     assert {key.parent for key in keys} == {plugins._cache_of_these_sources()}
 
 
@@ -84,8 +94,8 @@ def test_processes_that_build_at_once_do_not_break_each_other(empty_cache: Path)
     for process in running:
         out, err = process.communicate()
         assert (process.returncode, out.strip()) == (0, "baseline"), err
-    assert len(list(empty_cache.rglob(plugins.LIBRARY_NAME))) == 1
-    assert [path.name for path in plugins.library_path().parent.iterdir()] == [plugins.LIBRARY_NAME]
+    assert len(list(empty_cache.rglob(plugins.ORT_LIBRARY))) == 1
+    assert [path.name for path in plugins.library_path().parent.iterdir()] == [plugins.ORT_LIBRARY]
 
 
 @pytest.mark.usefixtures("compiler")
@@ -118,7 +128,7 @@ def test_a_compiler_that_was_named_and_is_not_there_is_shown(monkeypatch: pytest
 
 
 def test_without_cmake_a_build_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(plugins, "_program", lambda name: None)
+    monkeypatch.setattr(plugin_tools, "find_program", lambda name: None)
     with pytest.raises(BackendError, match=r"CMake is not installed\. Fix: pip install cmake ninja"):
         plugins.build(tmp_path)
 
@@ -135,7 +145,7 @@ def test_a_build_that_fails_shows_the_compilers_words_and_leaves_nothing(
 
 
 def test_a_file_that_is_no_library_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / plugins.LIBRARY_NAME
+    path = tmp_path / plugins.ORT_LIBRARY
     path.write_text("text")
     with pytest.raises(BackendError, match=r"cannot be loaded.*Fix: deploynorm plugins build"):
         plugins.cpu_variants(path)
@@ -146,7 +156,7 @@ def test_an_installation_without_a_compiler_configures_and_builds_nothing(tmp_pa
     """What pip runs: it must end well, so that the Python package is installed."""
     environment = {name: value for name, value in os.environ.items() if name not in ("CXX", "CC")}
     environment["PATH"] = a_path_with(tmp_path / "bin", "cmake", "ninja")
-    command = ["cmake", "-S", str(plugins._sources()), "-B", str(tmp_path / "build"), "-G", "Ninja"]
+    command = ["cmake", "-S", str(plugins.source_folder()), "-B", str(tmp_path / "build"), "-G", "Ninja"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     assert "no C++ compiler" in done.stderr
@@ -159,3 +169,65 @@ def test_an_installation_without_a_compiler_configures_and_builds_nothing(tmp_pa
         ]
         subprocess.run(["cmake", *arguments], check=True, capture_output=True, env=environment)
     assert not list(tmp_path.rglob("*.so"))
+
+
+def test_without_nvcc_a_build_with_cuda_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("CUDACXX", str(tmp_path / "nvcc"))
+    with pytest.raises(BackendError, match=r"no CUDA compiler found\. Got CUDACXX=.*Fix: install the CUDA toolkit"):
+        plugins.find_cuda()
+    monkeypatch.delenv("CUDACXX")
+    monkeypatch.setattr(plugin_tools, "find_program", lambda name: None)
+    with pytest.raises(BackendError, match="no CUDA compiler found"):
+        plugins.find_cuda()
+
+
+HEADERS_REFUSED = {
+    "a folder without headers": (
+        "folder",
+        r"TENSORRT_INCLUDE_DIR has no NvInferRuntime\.h\. Got .*Fix: name the folder",
+    ),
+    "pip fails": ("pip", r"pip cannot get TensorRT's headers \(kernel-lens==2\.0\.1\)\. Got no such package\."),
+    "another file": ("wheel", r"kernel\.whl is not the file that is known\. Got \w{64}; expected \w{64}"),
+}
+
+
+@pytest.mark.parametrize("case", HEADERS_REFUSED)
+def test_headers_that_cannot_be_had_are_an_error_with_a_remedy(
+    case: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    kind, phrase = HEADERS_REFUSED[case]
+
+    def pip(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        if kind == "pip":
+            return subprocess.CompletedProcess(command, 1, "", "ERROR\nno such package\n")
+        (Path(command[command.index("-d") + 1]) / "kernel.whl").write_bytes(b"something else")
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(subprocess, "run", pip)
+    if kind == "folder":
+        monkeypatch.setenv("TENSORRT_INCLUDE_DIR", str(tmp_path))
+    else:
+        monkeypatch.delenv("TENSORRT_INCLUDE_DIR", raising=False)
+    with pytest.raises(BackendError, match=phrase) as caught:
+        plugin_tools.tensorrt_headers(tmp_path / "cache")
+    assert caught.value.fix is not None
+    assert not list(tmp_path.rglob("*.h"))
+
+
+def test_headers_are_unpacked_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    calls = []
+
+    def pip(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        calls.append(command)
+        with zipfile.ZipFile(Path(command[command.index("-d") + 1]) / "kernel.whl", "w") as wheel:
+            wheel.writestr("kernel_lens/include/tensorrt/NvInferRuntime.h", "// a header")
+            wheel.writestr("kernel_lens/core.py", "raise SystemExit")
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.delenv("TENSORRT_INCLUDE_DIR", raising=False)
+    monkeypatch.setattr(subprocess, "run", pip)
+    monkeypatch.setattr(plugin_tools, "sha256", lambda path: plugin_tools.HEADERS_SHA256)
+    for _ in range(2):
+        folder = plugin_tools.tensorrt_headers(tmp_path)
+        assert [path.name for path in folder.iterdir()] == ["NvInferRuntime.h"]
+    assert len(calls) == 1

@@ -1,7 +1,8 @@
-"""Build, find or describe the operator library for ONNX Runtime.
+"""Build, find or describe the native libraries: operators for ONNX Runtime, the plugin for TensorRT.
 
-`build` compiles it for this machine, `path` prints where it is, for your own code, and `info` tells what is there:
-the library, the instruction sets of this processor that it uses, the compiler, and whether onnxruntime takes it.
+`build` compiles the operator library for this machine, and with --cuda its CUDA kernels and the TensorRT plugin too;
+`path` prints where a library is, for your own code; and `info` tells what is there, of what this processor and the
+library make use, the compilers, and whether onnxruntime takes it.
 """
 
 from __future__ import annotations
@@ -10,13 +11,29 @@ import argparse
 from typing import Any
 
 from deploynorm.cli import options
-from deploynorm.errors import BackendError
+from deploynorm.errors import BackendError, InputError
 
 __all__ = ["add_arguments", "run"]
+
+_LIBRARIES = ("onnxruntime", "tensorrt", "tensorrt-register")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("action", choices=("build", "path", "info"))
+    parser.add_argument(
+        "--library",
+        choices=_LIBRARIES,
+        default="onnxruntime",
+        help="of `path`: tensorrt for hosts that load plugins, tensorrt-register for those that open a library",
+    )
+    group = parser.add_argument_group("build")
+    group.add_argument("--cuda", action="store_true", help="with nvcc: the CUDA kernels, and the TensorRT plugin")
+    group.add_argument("--no-tensorrt", action="store_true", help="with --cuda: leave the plugin and its headers out")
+    group.add_argument(
+        "--architectures",
+        metavar="LIST",
+        help="of the GPUs, as CMake has them: 90, or '86-real;89-real' (default: all from 75 to 120)",
+    )
     options.add_output_control(parser)
 
 
@@ -26,17 +43,27 @@ def run(arguments: argparse.Namespace) -> int:
 
     terminal = Terminal(verbose=arguments.verbose, quiet=arguments.quiet)
     if arguments.action == "build":
+        if not arguments.cuda and (arguments.no_tensorrt or arguments.architectures):
+            raise InputError(
+                "plugins build", "--no-tensorrt and --architectures are for a build with CUDA", fix="--cuda"
+            )
+        architectures = arguments.architectures.replace(",", ";").split(";") if arguments.architectures else ()
         with terminal.step("building"):
-            library = plugins.build()
-        terminal.line(f"built {library}")
-        terminal.write_json(arguments.json, {"library": str(library)})
+            library = plugins.build(
+                cuda=arguments.cuda, tensorrt=not arguments.no_tensorrt, architectures=architectures
+            )
+        built = sorted(str(path) for path in library.parent.glob("*.so"))
+        for path in built:
+            terminal.line(f"built {path}")
+        terminal.write_json(arguments.json, {"library": str(library), "libraries": built})
     elif arguments.action == "path":
-        library = plugins.library_path()
+        names = (plugins.ORT_LIBRARY, plugins.TENSORRT_LIBRARY, plugins.TENSORRT_REGISTER_LIBRARY)
+        library = plugins.library_path(names[_LIBRARIES.index(arguments.library)])
         terminal.line(str(library))
         terminal.write_json(arguments.json, {"library": str(library)})
     else:
         facts = _facts()
-        terminal.table("Operator library", ("", ""), facts.items())
+        terminal.table("Native libraries", ("", ""), facts.items())
         terminal.write_json(arguments.json, facts)
     return 0
 
@@ -48,11 +75,19 @@ def _facts() -> dict[str, Any]:
     facts: dict[str, Any] = {"library": "none: run deploynorm plugins build" if library is None else str(library)}
     if library is not None:
         facts["processor runs"] = ", ".join(plugins.cpu_variants(library))
+        facts["CUDA kernels"] = ", ".join(plugins.cuda_variants(library)) or "none: run deploynorm plugins build --cuda"
+    plugin = plugins.find_library(plugins.TENSORRT_LIBRARY)
+    facts["TensorRT plugin"] = "none: run deploynorm plugins build --cuda" if plugin is None else str(plugin)
     try:
         tools = plugins.find_tools()
         facts |= {"compiler": f"{tools.compiler} ({tools.compiler_version})", "cmake": str(tools.cmake)}
     except BackendError as error:
         facts["compiler"] = str(error)
+    try:
+        cuda = plugins.find_cuda()
+        facts["CUDA compiler"] = f"{cuda.nvcc} ({cuda.version})"
+    except BackendError as error:
+        facts["CUDA compiler"] = str(error)
     try:
         onnxruntime = ort.import_onnxruntime()
         facts["onnxruntime"] = onnxruntime.__version__

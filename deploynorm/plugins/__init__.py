@@ -1,7 +1,8 @@
-"""The native operator library for ONNX Runtime: where it is, and building it on this machine.
+"""The native libraries: where they are, and building them on this machine.
 
-`pip install` builds it where there is a compiler, and the wheel brings it. What is built here later goes into a cache
-and is preferred, as long as the sources that this package brings are the ones it was built from.
+`pip install` builds the operator library for ONNX Runtime where there is a compiler, and the wheel brings it. What is
+built here later, with CUDA and the TensorRT plugin if asked for, goes into a cache and is preferred, as long as the
+sources that this package brings are the ones it was built from.
 """
 
 from __future__ import annotations
@@ -12,97 +13,117 @@ import importlib.metadata
 import os
 import platform
 import shutil
-import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Final
 
 from deploynorm.errors import BackendError
 from deploynorm.files import staging
+from deploynorm.plugins.tools import CudaTools, Tools, find_cuda, find_program, find_tools, run, tensorrt_headers
 
-__all__ = ["LIBRARY_NAME", "Tools", "build", "cpu_variants", "find_library", "find_tools", "library_path"]
+__all__ = [
+    "ORT_LIBRARY",
+    "TENSORRT_LIBRARY",
+    "TENSORRT_REGISTER_LIBRARY",
+    "build",
+    "cpu_variants",
+    "cuda_variants",
+    "find_cuda",
+    "find_library",
+    "find_tools",
+    "library_path",
+    "source_folder",
+]
 
-LIBRARY_NAME = "libdeploynorm_ort.so"
+ORT_LIBRARY: Final = "libdeploynorm_ort.so"
+"""The operators for ONNX Runtime and the C interface of the kernels; built with CUDA, for its CUDA provider too."""
 
-_REMEDY = "install a C++ compiler (g++ or clang++) and run: deploynorm plugins build"
+TENSORRT_LIBRARY: Final = "libdeploynorm_trt.so"
+"""The TensorRT plugin, for hosts that load plugin libraries."""
+
+TENSORRT_REGISTER_LIBRARY: Final = "libdeploynorm_trt_register.so"
+"""Registers the plugin that lies beside it, for hosts that only open a library."""
+
+_REMEDIES: Final = {
+    ORT_LIBRARY: "install a C++ compiler (g++ or clang++) and run: deploynorm plugins build",
+    TENSORRT_LIBRARY: "install the CUDA toolkit (nvcc) and run: deploynorm plugins build --cuda",
+    TENSORRT_REGISTER_LIBRARY: "install the CUDA toolkit (nvcc) and run: deploynorm plugins build --cuda",
+}
 
 
-class Tools(NamedTuple):
-    """What a build needs."""
-
-    cmake: Path
-    compiler: Path
-    compiler_version: str
-
-
-def library_path() -> Path:
-    """The operator library, for `SessionOptions.register_custom_ops_library`.
+def library_path(name: str = ORT_LIBRARY) -> Path:
+    """A library of ours; by default that for `SessionOptions.register_custom_ops_library`.
 
     Raises:
         BackendError: It was neither installed nor built on this machine.
     """
-    library = find_library()
+    library = find_library(name)
     if library is None:
-        raise BackendError("deploynorm.plugins", "the operator library is not built on this machine", fix=_REMEDY)
+        raise BackendError("deploynorm.plugins", f"{name} is not built on this machine", fix=_REMEDIES[name])
     return library
 
 
-def find_library() -> Path | None:
+def find_library(name: str = ORT_LIBRARY) -> Path | None:
     """As library_path, with None for a library that is not there."""
-    built = sorted(_cache_of_these_sources().glob(f"*/{LIBRARY_NAME}"), key=lambda path: path.stat().st_mtime)
-    return built[-1] if built else _installed_library()
+    built = sorted(_cache_of_these_sources().glob(f"*/{name}"), key=lambda path: path.stat().st_mtime)
+    return built[-1] if built else _installed_library(name)
 
 
-def build(folder: Path | None = None, *, sanitize: str = "") -> Path:
-    """Builds the operator library from the sources that the package brings.
+def build(
+    folder: Path | None = None,
+    *,
+    cuda: bool = False,
+    tensorrt: bool = True,
+    architectures: Sequence[str] = (),
+    sanitize: str = "",
+) -> Path:
+    """Builds the libraries from the sources that the package brings.
 
-    Several processes may build at once: each works in a folder of its own and moves the finished file into its place.
+    Several processes may build at once: each works in a folder of its own and moves the finished files into their
+    place.
 
     Args:
-        folder: Where the library goes; by default a cache, under a key of sources, compiler and flags, where
-            `library_path` finds it.
+        folder: Where they go; by default a cache, under a key of sources, compilers and flags, where `library_path`
+            finds them.
+        cuda: Build the CUDA kernels into the operator library, and the TensorRT plugin.
+        tensorrt: With cuda, whether to build the plugin; its build needs TensorRT's headers.
+        architectures: Of the GPUs, as CMake has them ("90", "86-real"); by default all from Turing to Blackwell.
         sanitize: Sanitizers to build with, as for -fsanitize ("address,undefined"); only with a folder.
 
     Returns:
-        The library.
+        The operator library for ONNX Runtime. The others lie beside it.
 
     Raises:
-        BackendError: CMake or a compiler is missing, or the build failed; the message ends with the compiler's words.
+        BackendError: CMake or a compiler is missing, the TensorRT headers cannot be had, or the build failed; the
+            message ends with the compiler's words.
     """
     tools = find_tools()
-    target = (_cache_key(tools) if folder is None else folder) / LIBRARY_NAME
+    cuda_tools = find_cuda() if cuda else None
+    headers = tensorrt_headers(_cache_root()) if cuda and tensorrt else None
+    options: list[str] = [f"-DDEPLOYNORM_SANITIZE={sanitize}"]
+    if cuda_tools is not None:
+        options += ["-DDEPLOYNORM_CUDA=ON", f"-DCMAKE_CUDA_COMPILER={cuda_tools.nvcc}"]
+        options += [f"-DCMAKE_CUDA_HOST_COMPILER={tools.compiler}"]
+    if architectures:
+        options += [f"-DDEPLOYNORM_CUDA_ARCHITECTURES={';'.join(architectures)}"]
+    if headers is not None:
+        options += [f"-DTENSORRT_INCLUDE_DIR={headers}"]
+    target = (_cache_key(tools, cuda_tools, options) if folder is None else folder) / ORT_LIBRARY
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="deploynorm-build-") as work:
-        configure: list[str | Path] = [tools.cmake, "-S", _sources(), "-B", work, "-DCMAKE_BUILD_TYPE=Release"]
-        configure += [f"-DCMAKE_CXX_COMPILER={tools.compiler}", f"-DDEPLOYNORM_SANITIZE={sanitize}"]
-        if (ninja := _program("ninja")) is not None:
+        configure: list[str | Path] = [tools.cmake, "-S", source_folder(), "-B", work, "-DCMAKE_BUILD_TYPE=Release"]
+        configure += [f"-DCMAKE_CXX_COMPILER={tools.compiler}", *options]
+        if (ninja := find_program("ninja")) is not None:
             configure += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
-        _run(configure)
-        _run([tools.cmake, "--build", work])
+        run(configure)
+        run([tools.cmake, "--build", work])
         with staging(target) as staged:
-            shutil.copy2(Path(work) / LIBRARY_NAME, staged / LIBRARY_NAME)
+            for library in Path(work).glob("*.so"):
+                shutil.copy2(library, staged / library.name)
     return target
-
-
-def find_tools() -> Tools:
-    """CMake and the C++ compiler: $CXX, else c++, g++ or clang++.
-
-    Raises:
-        BackendError: One of them is missing.
-    """
-    cmake = _program("cmake")
-    if cmake is None:
-        raise BackendError("deploynorm.plugins", "CMake is not installed", fix="pip install cmake ninja")
-    named = os.environ.get("CXX")
-    found = (_program(name) for name in ([named] if named else ["c++", "g++", "clang++"]))
-    compiler = next((path for path in found if path is not None), None)
-    if compiler is None:
-        raise BackendError(
-            "deploynorm.plugins", "no C++ compiler found", got=named and f"CXX={named}", fix="install g++ or clang++"
-        )
-    return Tools(cmake, compiler, _run([compiler, "--version"]).partition("\n")[0])
 
 
 def cpu_variants(library: Path) -> list[str]:
@@ -111,28 +132,42 @@ def cpu_variants(library: Path) -> list[str]:
     Raises:
         BackendError: The library cannot be loaded.
     """
+    return _names(library, "deploynorm_cpu_variants")
+
+
+def cuda_variants(library: Path) -> list[str]:
+    """The variants of the CUDA kernel; none in a library that was built without CUDA.
+
+    Raises:
+        BackendError: The library cannot be loaded.
+    """
+    return _names(library, "deploynorm_cuda_variants") if b"deploynorm_cuda_variants" in library.read_bytes() else []
+
+
+def _names(library: Path, function: str) -> list[str]:
+    """What a function of the library returns that gives an array of names with a null behind the last."""
     try:
-        function = ctypes.CDLL(str(library)).deploynorm_cpu_variants
+        names = getattr(ctypes.CDLL(str(library)), function)
     except (OSError, AttributeError) as error:
         raise BackendError(str(library), f"cannot be loaded: {error}", fix="deploynorm plugins build") from error
-    function.restype = ctypes.POINTER(ctypes.c_char_p)
-    names = function()
+    names.restype = ctypes.POINTER(ctypes.c_char_p)
+    array = names()
     found: list[str] = []
-    while names[len(found)] is not None:
-        found.append(names[len(found)].decode())
+    while array[len(found)] is not None:
+        found.append(array[len(found)].decode())
     return found
 
 
-def _installed_library() -> Path | None:
+def _installed_library(name: str) -> Path | None:
     """Where pip has put the library. An editable installation has it elsewhere than its modules."""
     for distribution in importlib.metadata.distributions(name="deploynorm"):
-        path = Path(str(distribution.locate_file(f"deploynorm/{LIBRARY_NAME}")))
+        path = Path(str(distribution.locate_file(f"deploynorm/{name}")))
         if path.is_file():
             return path
     return None
 
 
-def _sources() -> Path:
+def source_folder() -> Path:
     """The folder of CMakeLists.txt: beside this file once installed, at the top of the repository in a clone."""
     installed = Path(__file__).parent
     return installed if (installed / "CMakeLists.txt").is_file() else installed.parents[1] / "plugins"
@@ -141,37 +176,21 @@ def _sources() -> Path:
 @cache
 def _source_digest() -> str:
     digest = hashlib.sha256()
-    for path in sorted(_sources().rglob("*")):
-        if path.suffix in (".txt", ".h", ".cpp"):
+    for path in sorted(source_folder().rglob("*")):
+        if path.suffix in (".txt", ".h", ".cpp", ".cuh", ".cu", ".map"):
             digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 
 
+def _cache_root() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "deploynorm"
+
+
 def _cache_of_these_sources() -> Path:
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "deploynorm" / "plugins" / _source_digest()
+    return _cache_root() / "plugins" / _source_digest()
 
 
-def _cache_key(tools: Tools) -> Path:
-    flags = os.environ.get("CXXFLAGS", "")
-    parts = (str(tools.compiler), tools.compiler_version, flags, platform.machine(), sys.platform)
+def _cache_key(tools: Tools, cuda: CudaTools | None, options: Sequence[str]) -> Path:
+    parts = [str(tools.compiler), tools.compiler_version, os.environ.get("CXXFLAGS", "")]
+    parts += [platform.machine(), sys.platform, "" if cuda is None else cuda.version, *options]
     return _cache_of_these_sources() / hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
-
-
-def _program(name: str) -> Path | None:
-    """On PATH, or beside this Python, where pip puts programs."""
-    found = shutil.which(name) or shutil.which(name, path=str(Path(sys.executable).parent))
-    return None if found is None else Path(found)
-
-
-def _run(command: list[str | Path]) -> str:
-    done = subprocess.run([str(word) for word in command], capture_output=True, text=True)
-    if done.returncode != 0:
-        words = (done.stdout + done.stderr).strip().splitlines()[-15:]
-        raise BackendError(
-            "deploynorm.plugins",
-            f"{Path(command[0]).name} failed with exit code {done.returncode}",
-            got="\n".join(["", *words]),
-            fix="mend what it names, or choose another compiler with CXX",
-        )
-    return done.stdout

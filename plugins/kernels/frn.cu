@@ -10,7 +10,7 @@
 // and twice that in float32. Batch 1 is a matter of the launch, 2 to 3 us, not of bytes.
 //
 // variant     layout  one block has                      runs where
-// packed      NCHW    several planes, shared memory      a plane is at most 4 KiB
+// packed      NCHW    several planes, shared memory      a plane is at most 4 KiB (2 of 16-bit types of odd size)
 // registers   both    a group, in registers              a plane is at most 128 KiB; a strip 32 bytes by 4096 rows
 // two_passes  both    a group, read twice                it is larger, and there are groups for all multiprocessors
 // split       both    a part of a group, two launches    it is larger, there are few, and there is a workspace
@@ -77,6 +77,13 @@ int whole_warps(int64_t threads, int most) {
   return static_cast<int>(smaller(divided_up(larger(threads, 1), kWarp) * kWarp, most));
 }
 
+// How many planes, end to end, make up whole packs.
+int64_t planes_of_whole_packs(int64_t spatial, int64_t pack) {
+  int64_t count = 1;
+  while (count * spatial % pack != 0) count *= 2;
+  return count;
+}
+
 // For each capacity that registers is compiled for, whether `packs` of a group fit into a block's.
 bool hold(int64_t packs, int most_threads, int most_held, Plan* plan) {
   for (int held = 4; held <= most_held; held *= 2) {
@@ -92,7 +99,8 @@ void plan_planes(const deploynorm_frn& call, const Device& device, int64_t bytes
                  const char* wanted, Plan* plan) {
   const int64_t plane_bytes = call.spatial * bytes_of_one;
   const int whole = static_cast<int>(kPackBytes / bytes_of_one);
-  const bool fits_packed = plane_bytes <= kSmallPlane;
+  const bool fits_packed =
+      plane_bytes <= kSmallPlane && planes_of_whole_packs(call.spatial, whole) * plane_bytes <= kPackedBytes;
   plan->groups = call.samples * call.channels;
   // Packs begin at 16 bytes: of two tensors that stand off those differently, elements are read one by one.
   plan->pack = aligned ? whole : 1;
@@ -205,8 +213,7 @@ cudaError_t launch_packed(const Plan& plan, const Device& device, Problem<Storag
   constexpr int kWhole = kPackElements<Storage>;
   const int64_t capacity = kPackedBytes / sizeof(Storage) / problem.spatial;
   // So many planes that the next tile begins at 16 bytes, and so few that every multiprocessor has some.
-  int64_t multiple = 1;
-  while (multiple * problem.spatial % kWhole != 0) multiple *= 2;
+  const int64_t multiple = planes_of_whole_packs(problem.spatial, kWhole);
   const int64_t share = divided_up(plan.groups, int64_t{2} * device.multiprocessors);
   int64_t count = smaller(capacity, share) / multiple * multiple;
   if (count < multiple) count = multiple;

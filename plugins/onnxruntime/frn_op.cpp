@@ -1,5 +1,5 @@
-// The FRN operator for ONNX Runtime's CPU provider: checks the inputs, hands pointers and the session's threads to
-// the kernel. No exception, allocation or lock; every status is passed on.
+// The FRN operator for ONNX Runtime: checks the inputs, and hands pointers to the kernel, on the CPU with the session's
+// threads. No exception, allocation or lock; every status is passed on.
 
 #include "frn_op.h"
 
@@ -7,7 +7,8 @@
 #include <stdlib.h>
 
 #include "../contract.h"
-#include "frn.h"
+#include "../kernels/frn.h"
+#include "frn_cuda.h"
 
 namespace deploynorm {
 namespace {
@@ -20,6 +21,7 @@ constexpr size_t kMaxRank = 16;
 struct Op : CustomOp {
   const OrtApi* api;
   bool blocked;
+  bool cuda;    // for the CUDA provider, else for the CPU's
   int element;  // ONNXTensorElementDataType of X and Y
   deploynorm_type type;
 };
@@ -27,7 +29,8 @@ struct Op : CustomOp {
 // What a node's kernel keeps.
 struct Kernel {
   const Op* op;
-  int64_t block;  // channels of a block; 0 for NCHW
+  int64_t block;            // channels of a block; 0 for NCHW
+  OrtAllocator* allocator;  // of the device; null for the CPU
 };
 
 // Returns the status from the enclosing function unless it is success.
@@ -166,6 +169,7 @@ OrtStatus* compute(void* opaque, OrtKernelContext* context) {
   DEPLOYNORM_RETURN_IF_ERROR(KernelContext_GetOutput(api)(context, 0, shape.sizes, shape.rank, &y));
   DEPLOYNORM_RETURN_IF_ERROR(read_data(op, x, &call.x));
   DEPLOYNORM_RETURN_IF_ERROR(GetTensorMutableData(api)(y, &call.y));
+  if (op.cuda) return run_on_cuda(api, context, kernel.allocator, call);
   Host host = {api, context, nullptr};
   if (deploynorm_frn_cpu(&call, parallel_for, &host, /*variant=*/nullptr) != 0) {
     return refuse(api, kFail, "%s: the kernel does not have type %d", name_of(op), op.element);
@@ -205,12 +209,22 @@ OrtStatus* create_kernel(const CustomOp* base, const OrtApi* api, const OrtKerne
   }
   Kernel* kernel = static_cast<Kernel*>(malloc(sizeof(Kernel)));
   if (kernel == nullptr) return refuse(api, kFail, "%s: out of memory", name_of(*op));
-  *kernel = {op, block};
+  *kernel = {op, block, nullptr};
+  if (op->cuda) {
+    if (OrtStatus* status = KernelInfoGetAllocator(api)(info, kDeviceMemory, &kernel->allocator)) {
+      free(kernel);
+      return status;
+    }
+  }
   *out = kernel;
   return nullptr;
 }
 
-void destroy_kernel(void* kernel) { free(kernel); }
+void destroy_kernel(void* opaque) {
+  Kernel* kernel = static_cast<Kernel*>(opaque);
+  if (kernel->allocator != nullptr) ReleaseAllocator(kernel->op->api)(kernel->allocator);
+  free(kernel);
+}
 
 // Y has the shape of X. Without this ONNX Runtime knows no shape behind the node, and does not let it write over X.
 OrtStatus* infer_shape(const CustomOp* base, OrtShapeInferContext* context) {
@@ -238,16 +252,19 @@ size_t may_write_over_x(int** input_index, int** output_index) {
   return 1;
 }
 
-template <deploynorm_type kType, int kElement, bool kBlocked>
+template <deploynorm_type kType, int kElement, bool kBlocked, bool kCuda = false>
 Op make_op(const OrtApi* api) {
   Op op = {};
   op.api = api;
   op.version = kApiVersion;
   op.blocked = kBlocked;
+  op.cuda = kCuda;
   op.element = kElement;
   op.type = kType;
   op.GetName = [](const CustomOp* base) { return name_of(*static_cast<const Op*>(base)); };
-  op.GetExecutionProviderType = [](const CustomOp*) -> const char* { return nullptr; };  // the CPU
+  op.GetExecutionProviderType = [](const CustomOp*) -> const char* {
+    return kCuda ? "CUDAExecutionProvider" : nullptr;  // null is the CPU
+  };
   op.GetInputTypeCount = [](const CustomOp*) { return static_cast<size_t>(kBlocked ? kInputs + 1 : kInputs); };
   op.GetInputType = [](const CustomOp*, size_t index) {
     const bool parameter = index > 0 && index < kInputs;
@@ -281,7 +298,19 @@ const ort::CustomOp* const* frn_ops(const OrtApi* api) {
   static const Op float16 = make_op<DEPLOYNORM_FLOAT16, kFloat16, false>(api);
   static const Op bfloat16 = make_op<DEPLOYNORM_BFLOAT16, kBFloat16, false>(api);
   static const Op blocked = make_op<DEPLOYNORM_FLOAT32, kFloat, true>(api);
-  static const ort::CustomOp* const ops[] = {&float32, &float64, &float16, &bfloat16, &blocked, nullptr};
+#if defined(DEPLOYNORM_CUDA)
+  static const Op cuda_float32 = make_op<DEPLOYNORM_FLOAT32, kFloat, false, true>(api);
+  static const Op cuda_float64 = make_op<DEPLOYNORM_FLOAT64, kDouble, false, true>(api);
+  static const Op cuda_float16 = make_op<DEPLOYNORM_FLOAT16, kFloat16, false, true>(api);
+  static const Op cuda_bfloat16 = make_op<DEPLOYNORM_BFLOAT16, kBFloat16, false, true>(api);
+#endif
+  static const ort::CustomOp* const ops[] = {
+      &float32,      &float64,      &float16,      &bfloat16,      &blocked,
+#if defined(DEPLOYNORM_CUDA)
+      &cuda_float32, &cuda_float64, &cuda_float16, &cuda_bfloat16,
+#endif
+      nullptr,
+  };
   return ops;
 }
 

@@ -7,8 +7,9 @@
 
 namespace deploynorm {
 
-// One for each type of X, all under the contract's name (ONNX Runtime makes one schema of them), and the blocked one.
-// Null after the last. They live as long as the library; only the first call makes them, and not from two threads.
+// One for each type of X, in a library with CUDA for its provider too, all under the contract's name (ONNX Runtime
+// makes one schema of them), and the blocked one. Null after the last. They live as long as the library; only the first
+// call makes them, and not from two threads.
 const ort::CustomOp* const* frn_ops(const OrtApi* api);
 
 }  // namespace deploynorm

@@ -11,10 +11,12 @@
 #include <stddef.h>
 #include <stdint.h>
 
+struct OrtAllocator;
 struct OrtApi;
 struct OrtCustomOpDomain;
 struct OrtKernelContext;
 struct OrtKernelInfo;
+struct OrtMemoryInfo;
 struct OrtSessionOptions;
 struct OrtShapeInferContext;
 struct OrtStatus;
@@ -41,6 +43,9 @@ constexpr int kBFloat16 = 16;
 // OrtCustomOpInputOutputCharacteristic
 constexpr int kRequired = 0;
 constexpr int kOptional = 1;
+
+// OrtMemType: memory of the provider's device
+constexpr int kDeviceMemory = 0;
 
 struct ApiBase {
   const OrtApi* (*GetApi)(uint32_t version);  // null for a version that the runtime does not have
@@ -87,6 +92,8 @@ struct CustomOp {
   X(GetDimensions, 62, OrtStatus*, (const OrtTensorTypeAndShapeInfo* info, int64_t* sizes, size_t count))             \
   X(GetSymbolicDimensions, 63, OrtStatus*, (const OrtTensorTypeAndShapeInfo* info, const char** names, size_t count)) \
   X(GetTensorTypeAndShape, 65, OrtStatus*, (const OrtValue* value, OrtTensorTypeAndShapeInfo** out))                  \
+  X(AllocatorFree, 76, OrtStatus*, (OrtAllocator * allocator, void* memory))                                          \
+  X(AllocatorGetInfo, 77, OrtStatus*, (const OrtAllocator* allocator, const OrtMemoryInfo** out))                     \
   X(KernelInfoGetAttribute_int64, 86, OrtStatus*, (const OrtKernelInfo* info, const char* name, int64_t* out))        \
   X(KernelContext_GetInputCount, 88, OrtStatus*, (const OrtKernelContext* context, size_t* out))                      \
   X(KernelContext_GetInput, 90, OrtStatus*, (const OrtKernelContext* context, size_t index, const OrtValue** out))    \
@@ -94,12 +101,17 @@ struct CustomOp {
     (OrtKernelContext * context, size_t index, const int64_t* sizes, size_t count, OrtValue** out))                   \
   X(ReleaseStatus, 93, void, (OrtStatus * status))                                                                    \
   X(ReleaseTensorTypeAndShapeInfo, 99, void, (OrtTensorTypeAndShapeInfo * info))                                      \
+  X(ReleaseAllocator, 132, void, (OrtAllocator * allocator))                                                          \
+  X(KernelContext_GetGPUComputeStream, 193, OrtStatus*, (const OrtKernelContext* context, void** out))                \
   X(ShapeInferContext_GetInputTypeShape, 268, OrtStatus*,                                                             \
     (const OrtShapeInferContext* context, size_t index, OrtTensorTypeAndShapeInfo** out))                             \
   X(ShapeInferContext_SetOutputTypeShape, 270, OrtStatus*,                                                            \
     (const OrtShapeInferContext* context, size_t index, const OrtTensorTypeAndShapeInfo* info))                       \
   X(KernelContext_ParallelFor, 274, OrtStatus*,                                                                       \
-    (const OrtKernelContext* context, void (*task)(void*, size_t), size_t count, size_t batches, void* data))
+    (const OrtKernelContext* context, void (*task)(void*, size_t), size_t count, size_t batches, void* data))         \
+  X(KernelContext_GetScratchBuffer, 277, OrtStatus*,                                                                  \
+    (const OrtKernelContext* context, const OrtMemoryInfo* info, size_t bytes, void** out))                           \
+  X(KernelInfoGetAllocator, 278, OrtStatus*, (const OrtKernelInfo* info, int memory_type, OrtAllocator** out))
 
 // deploynorm::ort::CreateStatus(api)(code, message), and so on for each.
 #define DEPLOYNORM_ORT_ACCESSOR(name, slot, result, parameters)                          \

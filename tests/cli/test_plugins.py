@@ -41,7 +41,16 @@ def test_info_tells_library_processor_compiler_and_runtime(deploynorm: Callable,
     assert facts["library"] == str(plugins.library_path())
     assert "baseline" in facts["processor runs"]
     assert facts["onnxruntime"].endswith("takes the library")
-    assert set(facts) == {"library", "processor runs", "compiler", "cmake", "onnxruntime"}
+    assert set(facts) == {
+        "library",
+        "processor runs",
+        "CUDA kernels",
+        "TensorRT plugin",
+        "compiler",
+        "cmake",
+        "CUDA compiler",
+        "onnxruntime",
+    }
 
 
 @pytest.mark.usefixtures("without_library")

@@ -1,0 +1,149 @@
+"""What a build of the native libraries needs of this machine: CMake, compilers, and the headers of TensorRT."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+from typing import Final, NamedTuple
+
+from deploynorm.errors import BackendError
+from deploynorm.files import sha256, staging
+
+__all__ = ["CudaTools", "Tools", "find_cuda", "find_program", "find_tools", "run", "tensorrt_headers"]
+
+_WHERE: Final = "deploynorm.plugins"
+
+HEADERS_PACKAGE: Final = "kernel-lens==2.0.1"
+"""A package that brings the headers of TensorRT 10.14, which NVIDIA publishes under Apache-2.0."""
+
+HEADERS_SHA256: Final = "07cc714e8b5e7f34b672f7c7fad93febe7c747be5837ba276b1527370134ffe0"
+
+_FOLDER_IN_PACKAGE: Final = "kernel_lens/include/tensorrt/"
+_HEADER: Final = "NvInferRuntime.h"
+
+
+class Tools(NamedTuple):
+    """What every build needs."""
+
+    cmake: Path
+    compiler: Path
+    compiler_version: str
+
+
+class CudaTools(NamedTuple):
+    """What a build with CUDA needs besides."""
+
+    nvcc: Path
+    version: str
+
+
+def find_tools() -> Tools:
+    """CMake and the C++ compiler: $CXX, else c++, g++ or clang++.
+
+    Raises:
+        BackendError: One of them is missing.
+    """
+    cmake = find_program("cmake")
+    if cmake is None:
+        raise BackendError(_WHERE, "CMake is not installed", fix="pip install cmake ninja")
+    named = os.environ.get("CXX")
+    found = (find_program(name) for name in ([named] if named else ["c++", "g++", "clang++"]))
+    compiler = next((path for path in found if path is not None), None)
+    if compiler is None:
+        raise BackendError(_WHERE, "no C++ compiler found", got=named and f"CXX={named}", fix="install g++ or clang++")
+    return Tools(cmake, compiler, run([compiler, "--version"]).partition("\n")[0])
+
+
+def find_cuda() -> CudaTools:
+    """The CUDA compiler: $CUDACXX, nvcc on PATH, under $CUDA_HOME or in /usr/local/cuda.
+
+    Raises:
+        BackendError: There is none.
+    """
+    named = os.environ.get("CUDACXX")
+    homes = [os.environ.get("CUDA_HOME"), "/usr/local/cuda"]
+    places = [named] if named else ["nvcc", *(f"{home}/bin/nvcc" for home in homes if home)]
+    nvcc = next((path for path in map(find_program, places) if path is not None), None)
+    if nvcc is None:
+        raise BackendError(
+            _WHERE,
+            "no CUDA compiler found",
+            got=named and f"CUDACXX={named}",
+            fix="install the CUDA toolkit, 12.8 or later, and name its nvcc with CUDACXX if it is not on PATH",
+        )
+    lines = run([nvcc, "--version"]).strip().splitlines()
+    return CudaTools(nvcc, next((line for line in lines if "release" in line), lines[-1]))
+
+
+def tensorrt_headers(cache: Path) -> Path:
+    """A folder of TensorRT's headers: $TENSORRT_INCLUDE_DIR, else those of a package, which pip gets and `cache` keeps.
+
+    Raises:
+        BackendError: The folder that the variable names has none, or the package cannot be had or is another.
+    """
+    named = os.environ.get("TENSORRT_INCLUDE_DIR")
+    if named:
+        if not (Path(named) / _HEADER).is_file():
+            raise BackendError(
+                _WHERE,
+                f"TENSORRT_INCLUDE_DIR has no {_HEADER}",
+                got=named,
+                fix="name the folder `include` of TensorRT, or unset it",
+            )
+        return Path(named)
+    folder = cache / "tensorrt-headers" / HEADERS_SHA256[:16]
+    if not (folder / _HEADER).is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        _unpack_headers(folder)
+    return folder
+
+
+def _unpack_headers(folder: Path) -> None:
+    fix = "download TensorRT and name its folder `include` with TENSORRT_INCLUDE_DIR, or leave the plugin out"
+    with tempfile.TemporaryDirectory(prefix="deploynorm-headers-") as work:
+        pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "-d", work]
+        done = subprocess.run([*pip, HEADERS_PACKAGE], capture_output=True, text=True)
+        wheels = list(Path(work).glob("*.whl"))
+        if done.returncode != 0 or len(wheels) != 1:
+            told = (done.stderr or done.stdout).strip().splitlines()[-1:]
+            raise BackendError(
+                _WHERE, f"pip cannot get TensorRT's headers ({HEADERS_PACKAGE})", got="".join(told), fix=fix
+            )
+        digest = sha256(wheels[0])
+        if digest != HEADERS_SHA256:
+            raise BackendError(
+                _WHERE, f"{wheels[0].name} is not the file that is known", got=digest, expected=HEADERS_SHA256, fix=fix
+            )
+        with zipfile.ZipFile(wheels[0]) as wheel, staging(folder / _HEADER) as staged:
+            for name in wheel.namelist():
+                if name.startswith(_FOLDER_IN_PACKAGE) and name.endswith(".h"):
+                    (staged / Path(name).name).write_bytes(wheel.read(name))
+
+
+def find_program(name: str) -> Path | None:
+    """On PATH, or beside this Python, where pip puts programs."""
+    found = shutil.which(name) or shutil.which(name, path=str(Path(sys.executable).parent))
+    return None if found is None else Path(found)
+
+
+def run(command: list[str | Path]) -> str:
+    """The output of a program of the build.
+
+    Raises:
+        BackendError: It failed; the message ends with its last words.
+    """
+    done = subprocess.run([str(word) for word in command], capture_output=True, text=True)
+    if done.returncode != 0:
+        words = (done.stdout + done.stderr).strip().splitlines()[-15:]
+        raise BackendError(
+            _WHERE,
+            f"{Path(command[0]).name} failed with exit code {done.returncode}",
+            got="\n".join(["", *words]),
+            fix="mend what it names, or choose another compiler with CXX",
+        )
+    return done.stdout

@@ -1,0 +1,203 @@
+"""The CUDA kernels in the emulation, whose sources are those that nvcc compiles: right numbers, and nothing else
+touched, in every type, layout and variant. What only a GPU can show is in tests/gpu."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import pytest
+from cases import CASES, NormCase, make_inputs, tolerance, want
+from cuda_kernels import INVALID_VALUE, CudaKernel, Layout, build_emulated
+from kernels import Call
+
+from deploynorm.contract import DTYPES, INPUTS
+from deploynorm.plugins import source_folder
+
+LAYOUTS: tuple[Layout, ...] = ("nchw", "nhwc", "nhwc8")
+VARIANTS = ("packed", "registers", "two_passes", "split")
+
+
+@pytest.fixture(scope="session")
+def emulated(require: Callable[[str], None], tmp_path_factory: pytest.TempPathFactory) -> CudaKernel:
+    require("compiler")
+    return CudaKernel(build_emulated(tmp_path_factory.mktemp("emulated")), "cpu")
+
+
+def check(kernel: CudaKernel, case: NormCase, **how: object) -> bool:
+    """Whether the variant takes these sizes; the numbers must be right if it does."""
+    inputs = make_inputs(case)
+    y = kernel(*(inputs[name] for name in INPUTS), **how)  # type: ignore[arg-type]
+    if y is None:
+        return False
+    assert y.dtype == inputs[INPUTS[0]].dtype
+    np.testing.assert_allclose(y.astype(np.float64), want(case), **tolerance(case).kwargs())
+    return True
+
+
+def test_variants_are_those_that_are_tested(emulated: CudaKernel) -> None:
+    assert emulated.variants == list(VARIANTS)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_numbers(case: NormCase, layout: Layout, emulated: CudaKernel) -> None:
+    assert check(emulated, case, layout=layout)
+    for variant in VARIANTS:
+        check(emulated, case, layout=layout, variant=variant)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_in_place_and_without_scratch_memory(case: NormCase, emulated: CudaKernel) -> None:
+    for layout in LAYOUTS:
+        assert check(emulated, case, layout=layout, in_place=True)
+        assert check(emulated, case, layout=layout, workspace=False)
+
+
+# Where the kernels' code turns: a plane or row beside a multiple of a pack, a warp, a block, and what a block holds.
+_SPATIAL = (1, 2, 3, 7, 8, 9, 31, 33, 49, 127, 196, 255, 257, 1023, 1025, 2048, 2049, 4097)
+_CHANNELS = (1, 2, 3, 7, 8, 9, 13, 16, 33, 40, 64, 257)
+
+
+def sized(dtype: str, samples: int, channels: int, spatial: int) -> NormCase:
+    return NormCase(f"sized_{samples}x{channels}x{spatial}", (samples, channels, spatial), dtype, eps="per_channel")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sizes_around_every_turn(dtype: str, layout: Layout, emulated: CudaKernel) -> None:
+    taken = dict.fromkeys(VARIANTS, 0)
+    for spatial in _SPATIAL:
+        for variant in VARIANTS:
+            taken[variant] += check(emulated, sized(dtype, 2, 3, spatial), layout=layout, variant=variant)
+    for channels in _CHANNELS:
+        for variant in VARIANTS:
+            taken[variant] += check(emulated, sized(dtype, 1, channels, 5), layout=layout, variant=variant)
+    # Packed and split may refuse many of these, and two passes none.
+    assert taken["two_passes"] == len(_SPATIAL) + len(_CHANNELS)
+    assert taken["registers"] > len(_CHANNELS)
+
+
+@pytest.mark.parametrize("shifts", [(1, 1), (3, 3), (0, 1), (1, 0), (5, 2)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_tensors_that_begin_off_16_bytes(dtype: str, shifts: tuple[int, int], emulated: CudaKernel) -> None:
+    """A view into a larger tensor does. The emulation stops at an access that is not aligned, as a device does."""
+    for layout, spatial, variant in product(LAYOUTS, (1, 5, 49, 1025), (None, *VARIANTS)):
+        check(emulated, sized(dtype, 2, 8, spatial), layout=layout, variant=variant, shifts=shifts)
+
+
+@pytest.mark.parametrize("grid", ["1", "3"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_more_tiles_than_a_grid_may_have_blocks(
+    layout: Layout, grid: str, emulated: CudaKernel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EMULATED_MAX_GRID", grid)
+    for spatial, variant in product((4, 300), VARIANTS):
+        check(emulated, sized("float16", 4, 24, spatial), layout=layout, variant=variant)
+
+
+# What runs on a device of 100 multiprocessors.
+CHOICES = {
+    "7x7": ((64, 512, 7, 7), "nchw", "packed"),
+    "1x1, either layout": ((64, 2048, 1, 1), "nhwc", "packed"),
+    "14x14": ((8, 256, 14, 14), "nchw", "packed"),
+    "56x56": ((8, 64, 56, 56), "nchw", "registers"),
+    "56x56 channels last": ((8, 64, 56, 56), "nhwc", "registers"),
+    "7x7 channels last": ((8, 512, 7, 7), "nhwc", "registers"),
+    "a plane that no block holds": ((2, 64, 512, 300), "nchw", "two_passes"),
+    "few large planes": ((1, 3, 300, 300), "nchw", "split"),
+    "112x112 channels last": ((1, 64, 112, 112), "nhwc", "split"),
+}
+
+
+@pytest.mark.parametrize("case", CHOICES)
+def test_the_variant_is_chosen_by_sizes_and_device(
+    case: str, emulated: CudaKernel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The result of a choice is the same, to the bit, as that of the variant when asked for; another differs."""
+    shape, layout, expected = CHOICES[case]
+    monkeypatch.setenv("EMULATED_MULTIPROCESSORS", "100")
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal(shape, dtype=np.float32)
+    parameters = [rng.uniform(0.5, 1, shape[1]).astype(np.float32) for _ in range(4)]
+    chosen = emulated(x, *parameters, layout=layout)
+    asked = emulated(x, *parameters, layout=layout, variant=expected)
+    assert asked is not None
+    assert np.array_equal(chosen, asked)
+
+
+def test_what_is_not_there_is_refused(emulated: CudaKernel) -> None:
+    def code(lanes: int = 1, kind: int = 0, residual: int | None = None, variant: str | None = None) -> int:
+        return emulated.call(Call(1, 4, 9, lanes, kind, residual=residual), variant=variant)
+
+    assert code(kind=9) == INVALID_VALUE
+    assert code(lanes=2) == INVALID_VALUE, "a blocked layout"
+    assert code(residual=64) == INVALID_VALUE
+    assert code(variant="fast") == INVALID_VALUE
+
+
+def test_scratch_memory_never_shrinks_as_sizes_grow(emulated: CudaKernel) -> None:
+    """A host asks once, for the largest shapes."""
+    sizes = [(n, c, s) for n in (1, 2, 64) for c in (8, 64, 2048) for s in (1, 49, 5000, 10**6)]
+    for dtype, channels_last in product(range(4), (False, True)):
+        asked = {
+            (n, c, s): emulated.workspace_bytes(Call(n, c, s, c if channels_last else 1, dtype)) for n, c, s in sizes
+        }
+        for small, large in product(sizes, sizes):
+            if all(a <= b for a, b in zip(small, large, strict=True)):
+                assert asked[small] <= asked[large], (dtype, channels_last, small, large)
+        assert max(asked.values()) < 64 * 2**20
+
+
+BROKEN = {
+    "a barrier is missing": ("  __syncthreads();\n  for (int index = thread", "  for (int index = thread"),
+    "a tail is forgotten": ("const bool in_tail = chunk == problem.chunks - 1 && ", "const bool in_tail = false && "),
+    "a pack is not aligned": ("if (head > problem.spatial)", "head = 0;\n      if (head > problem.spatial)"),
+    "a warp leaves before its shuffle": ("      A sum = 0;\n      if (plane", "      if (plane >= count) return;\n      A sum = 0;\n      if (plane"),
+    "squares in the type itself": ("    const A value = widen(pack.elements[lane]);\n    return value * value;",
+                                   "    Storage half;\n    const A value = widen(pack.elements[lane]);\n"
+                                   "    narrow(value * value, &half);\n    return widen(half);"),
+}  # fmt: skip
+
+_RUN = """
+import sys
+from pathlib import Path
+import numpy as np
+from cases import CASES, make_inputs, tolerance, want
+from cuda_kernels import CudaKernel
+from deploynorm.contract import INPUTS
+
+kernel = CudaKernel(Path(sys.argv[1]), "cpu")
+for case in CASES:
+    if case.dtype == "float16":
+        inputs = make_inputs(case)
+        for variant in kernel.variants:
+            y = kernel(*(inputs[name] for name in INPUTS), variant=variant)
+            if y is not None:
+                np.testing.assert_allclose(y.astype(np.float64), want(case), **tolerance(case).kwargs())
+print("nothing found")
+"""
+
+
+@pytest.mark.parametrize("fault", BROKEN)
+def test_the_emulation_finds(fault: str, require: Callable[[str], None], tmp_path: Path) -> None:
+    """A check of the check: each of these faults in the source has to be seen."""
+    require("compiler")
+    sources = tmp_path / "kernels"
+    sources.mkdir()
+    for path in (source_folder() / "kernels").iterdir():
+        (sources / path.name).write_bytes(path.read_bytes())
+    before, after = BROKEN[fault]
+    text = (sources / "frn.cuh").read_text()
+    assert text.count(before) == 1, fault
+    (sources / "frn.cuh").write_text(text.replace(before, after))
+    library = build_emulated(tmp_path, (str(sources / "frn.cu"),))
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run([sys.executable, "-c", _RUN, library], capture_output=True, text=True, env=environment)
+    assert done.returncode != 0, "the fault was not found"
+    assert "nothing found" not in done.stdout
