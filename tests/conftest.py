@@ -35,6 +35,10 @@ HEADERS = {
 """Name in DEPLOYNORM_REQUIRE -> the variable that names a folder, and a header that lies there."""
 
 
+def pytest_report_header() -> list[str]:
+    return [] if torch.cuda.is_available() else ["tests/gpu: left out, torch finds no CUDA device"]
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _away_from_the_clone(tmp_path_factory: pytest.TempPathFactory) -> None:
     """A Python started in the clone would import the sources that lie there, and not the package as installed."""

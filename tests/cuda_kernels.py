@@ -19,12 +19,22 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 import torch
+from cases import NormCase, make_inputs, tolerance, want
 from kernels import TYPES, Call, from_lanes, to_lanes
 
 from deploynorm import plugins
+from deploynorm.contract import INPUTS
 
 Array = npt.NDArray[Any]
+
 Layout = Literal["nchw", "nhwc", "nhwc8"]
+
+LAYOUTS: tuple[Layout, ...] = ("nchw", "nhwc", "nhwc8")
+VARIANTS = ("packed", "registers", "two_passes", "split")
+
+# Where the kernels' code turns: a plane or row beside a multiple of a pack, a warp, a block, and what a block holds.
+SPATIAL = (1, 2, 3, 7, 8, 9, 31, 33, 49, 127, 196, 255, 257, 1023, 1025, 2048, 2049, 4097)
+CHANNELS = (1, 2, 3, 7, 8, 9, 13, 16, 33, 40, 64, 257)
 
 GUARD = 256
 """Bytes around each tensor: what cudaMalloc aligns to, and more than a pack of any kernel."""
@@ -175,7 +185,7 @@ class CudaKernel:
             **{name: guarded.pointer for name, guarded in parameters.items()},
         )
         scratch = Guarded(np.full(self.workspace_bytes(call), 0xFF, np.uint8), self.device)
-        pointer = scratch.pointer if workspace and scratch.content.size else None
+        pointer = scratch.pointer if workspace else None  # where no bytes are asked for, to what nobody may write
         code = self.call(call, workspace=pointer, variant=variant)
         if self.device == "cuda":
             torch.cuda.synchronize()
@@ -189,3 +199,18 @@ class CudaKernel:
             source.check_unchanged("x")
         scratch.read()
         return from_layout(target.read(), layout, x.shape)
+
+
+def sized(dtype: str, samples: int, channels: int, spatial: int) -> NormCase:
+    return NormCase(f"sized_{samples}x{channels}x{spatial}", (samples, channels, spatial), dtype, eps="per_channel")
+
+
+def check(kernel: CudaKernel, case: NormCase, **how: object) -> bool:
+    """Whether the variant takes these sizes; the numbers must be right if it does."""
+    inputs = make_inputs(case)
+    y = kernel(*(inputs[name] for name in INPUTS), **how)  # type: ignore[arg-type]
+    if y is None:
+        return False
+    assert y.dtype == inputs[INPUTS[0]].dtype
+    np.testing.assert_allclose(y.astype(np.float64), want(case), **tolerance(case).kwargs())
+    return True

@@ -315,6 +315,7 @@ int deploynorm_frn_cuda(const struct deploynorm_frn* call, void* workspace, void
   if (call->samples <= 0 || call->channels <= 0 || call->spatial <= 0) return cudaSuccess;
   deploynorm_frn here = *call;
   if (here.spatial == 1 && here.lanes == here.channels) here.lanes = 1;  // one position: the two layouts are one
+  if (deploynorm_frn_cuda_workspace(&here) == 0) workspace = nullptr;    // a host may pass a pointer to nothing
   const cudaStream_t cuda_stream = static_cast<cudaStream_t>(stream);
   switch (here.type) {
     case DEPLOYNORM_FLOAT32:

@@ -12,32 +12,29 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cases import CASES, NormCase, make_inputs, tolerance, want
-from cuda_kernels import INVALID_VALUE, CudaKernel, Layout, build_emulated
+from cases import CASES, NormCase
+from cuda_kernels import (
+    CHANNELS,
+    INVALID_VALUE,
+    LAYOUTS,
+    SPATIAL,
+    VARIANTS,
+    CudaKernel,
+    Layout,
+    build_emulated,
+    check,
+    sized,
+)
 from kernels import Call
 
-from deploynorm.contract import DTYPES, INPUTS
+from deploynorm.contract import DTYPES
 from deploynorm.plugins import source_folder
-
-LAYOUTS: tuple[Layout, ...] = ("nchw", "nhwc", "nhwc8")
-VARIANTS = ("packed", "registers", "two_passes", "split")
 
 
 @pytest.fixture(scope="session")
 def emulated(require: Callable[[str], None], tmp_path_factory: pytest.TempPathFactory) -> CudaKernel:
     require("compiler")
     return CudaKernel(build_emulated(tmp_path_factory.mktemp("emulated")), "cpu")
-
-
-def check(kernel: CudaKernel, case: NormCase, **how: object) -> bool:
-    """Whether the variant takes these sizes; the numbers must be right if it does."""
-    inputs = make_inputs(case)
-    y = kernel(*(inputs[name] for name in INPUTS), **how)  # type: ignore[arg-type]
-    if y is None:
-        return False
-    assert y.dtype == inputs[INPUTS[0]].dtype
-    np.testing.assert_allclose(y.astype(np.float64), want(case), **tolerance(case).kwargs())
-    return True
 
 
 def test_variants_are_those_that_are_tested(emulated: CudaKernel) -> None:
@@ -59,28 +56,19 @@ def test_in_place_and_without_scratch_memory(case: NormCase, emulated: CudaKerne
         assert check(emulated, case, layout=layout, workspace=False)
 
 
-# Where the kernels' code turns: a plane or row beside a multiple of a pack, a warp, a block, and what a block holds.
-_SPATIAL = (1, 2, 3, 7, 8, 9, 31, 33, 49, 127, 196, 255, 257, 1023, 1025, 2048, 2049, 4097)
-_CHANNELS = (1, 2, 3, 7, 8, 9, 13, 16, 33, 40, 64, 257)
-
-
-def sized(dtype: str, samples: int, channels: int, spatial: int) -> NormCase:
-    return NormCase(f"sized_{samples}x{channels}x{spatial}", (samples, channels, spatial), dtype, eps="per_channel")
-
-
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_sizes_around_every_turn(dtype: str, layout: Layout, emulated: CudaKernel) -> None:
     taken = dict.fromkeys(VARIANTS, 0)
-    for spatial in _SPATIAL:
+    for spatial in SPATIAL:
         for variant in VARIANTS:
             taken[variant] += check(emulated, sized(dtype, 2, 3, spatial), layout=layout, variant=variant)
-    for channels in _CHANNELS:
+    for channels in CHANNELS:
         for variant in VARIANTS:
             taken[variant] += check(emulated, sized(dtype, 1, channels, 5), layout=layout, variant=variant)
     # Packed and split may refuse many of these, and two passes none.
-    assert taken["two_passes"] == len(_SPATIAL) + len(_CHANNELS)
-    assert taken["registers"] > len(_CHANNELS)
+    assert taken["two_passes"] == len(SPATIAL) + len(CHANNELS)
+    assert taken["registers"] > len(CHANNELS)
 
 
 @pytest.mark.parametrize("shifts", [(1, 1), (3, 3), (0, 1), (1, 0), (5, 2)], ids=str)
@@ -158,7 +146,8 @@ BROKEN = {
     "a barrier is missing": ("  __syncthreads();\n  for (int index = thread", "  for (int index = thread"),
     "a tail is forgotten": ("const bool in_tail = chunk == problem.chunks - 1 && ", "const bool in_tail = false && "),
     "a pack is not aligned": ("if (head > problem.spatial)", "head = 0;\n      if (head > problem.spatial)"),
-    "a warp leaves before its shuffle": ("      A sum = 0;\n      if (plane", "      if (plane >= count) return;\n      A sum = 0;\n      if (plane"),
+    "a warp leaves before its shuffle": ("      A sum = 0;\n      if (plane", "      if (plane >= count) return;\n"
+                                         "      A sum = 0;\n      if (plane"),
     "squares in the type itself": ("    const A value = widen(pack.elements[lane]);\n    return value * value;",
                                    "    Storage half;\n    const A value = widen(pack.elements[lane]);\n"
                                    "    narrow(value * value, &half);\n    return widen(half);"),

@@ -1,0 +1,280 @@
+"""FRN + TLU on a GPU: our CUDA kernels against everything that a user could have instead.
+
+    python benchmarks/gpu.py --out benchmarks/results/gpu.json
+
+Needs torch with CUDA, nvcc and CMake, and nothing of TensorRT: it builds the operator library for the GPU that is
+there. For ResNet-50's shapes at batch 1, 8 and 64, in both layouts and three types, these take turns:
+
+    copy                   y.copy_(x), which is what has to move: one read, one write
+    ours                   the variant that the library chooses; with --variants each of them beside it
+    eager                  the formula in plain torch
+    torch.compile          the same, compiled
+    rms_norm               F.rms_norm over the plane, and the affine and the threshold behind it (contiguous only)
+    batch_norm, relu       cuDNN's BatchNorm in training, which computes statistics too, and ReLU
+
+Every way is captured in a CUDA graph that calls it on one set of tensors after the other, as many as do not fit into
+the second-level cache together where the shape is large enough, so that a call finds its input in memory. A figure is
+the median over rounds in which all ways of a row take turns, timed by events. All are checked against float64 first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import math
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import machine
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from deploynorm import plugins
+from deploynorm.errors import BackendError
+
+SHAPES = ((64, 112, 112), (64, 56, 56), (256, 56, 56), (128, 28, 28), (512, 28, 28), (256, 14, 14), (1024, 14, 14),
+          (512, 7, 7), (2048, 7, 7))  # fmt: skip
+BATCHES = (1, 8, 64)
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+KINDS = {torch.float32: 0, torch.float16: 2, torch.bfloat16: 3}
+TOLERANCES = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+EPS = 1e-6
+
+Way = Callable[[Tensor, Tensor], object]
+"""Computes FRN of the first tensor; into the second, or into a new one that it returns."""
+
+
+class Call(ctypes.Structure):
+    """struct deploynorm_frn of plugins/kernels/frn.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("samples", "channels", "spatial", "lanes")),
+        ("type", ctypes.c_int32),
+        *((name, ctypes.c_void_p) for name in ("x", "y", "residual", "gamma", "beta", "tau", "eps")),
+    )
+
+
+class Kernel:
+    """The library's CUDA kernels on torch's tensors and torch's stream."""
+
+    def __init__(self, library: Path) -> None:
+        opened = ctypes.CDLL(str(library))
+        self._frn, self._workspace = opened.deploynorm_frn_cuda, opened.deploynorm_frn_cuda_workspace
+        self._frn.argtypes = (ctypes.POINTER(Call), ctypes.c_void_p, ctypes.c_void_p, ctypes.c_char_p)
+        self._workspace.argtypes, self._workspace.restype = (ctypes.POINTER(Call),), ctypes.c_size_t
+        self._scratch: dict[int, Tensor] = {}
+        self.variants = plugins.cuda_variants(library)
+
+    def __call__(self, x: Tensor, y: Tensor, parameters: list[Tensor], variant: str | None = None) -> None:
+        channels = x.shape[1]
+        lanes = channels if x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous() else 1
+        pointers = [p.data_ptr() for p in parameters]
+        sizes = (x.shape[0], channels, math.prod(x.shape[2:]), lanes)
+        call = Call(*sizes, KINDS[x.dtype], x.data_ptr(), y.data_ptr(), None, *pointers)
+        bytes_wanted = self._workspace(ctypes.byref(call))
+        scratch = self._scratch.get(bytes_wanted)
+        if scratch is None:
+            scratch = self._scratch[bytes_wanted] = torch.empty(
+                max(1, bytes_wanted), dtype=torch.uint8, device=x.device
+            )
+        stream = torch.cuda.current_stream().cuda_stream if x.is_cuda else 0
+        code = self._frn(ctypes.byref(call), scratch.data_ptr(), stream, None if variant is None else variant.encode())
+        if code != 0:
+            raise RuntimeError(f"CUDA error {code} from variant {variant} for {tuple(x.shape)} {x.dtype}")
+
+
+def formula(x: Tensor, gamma: Tensor, beta: Tensor, tau: Tensor, eps: Tensor) -> Tensor:
+    """FRN + TLU as one writes it in torch, with statistics that are safe in half precision."""
+    wide = x.float()
+    mean = wide.square().mean(dim=(2, 3), keepdim=True)
+    column = (1, -1, 1, 1)
+    y = gamma.view(column) * wide * torch.rsqrt(mean + eps.view(column)) + beta.view(column)
+    return torch.maximum(y, tau.view(column)).to(x.dtype)
+
+
+def rms_norm(x: Tensor, gamma: Tensor, beta: Tensor, tau: Tensor) -> Tensor:
+    column = (1, -1, 1, 1)
+    unit = F.rms_norm(x, x.shape[2:], eps=EPS)
+    return torch.maximum(torch.addcmul(beta.view(column), unit, gamma.view(column)), tau.view(column)).to(x.dtype)
+
+
+def make_ways(kernel: Kernel, x: Tensor, parameters: list[Tensor], variants: bool, compiled: bool) -> dict[str, Way]:
+    """All ways for tensors like x. batch_norm computes something else, and is not to be compared in numbers."""
+    gamma, beta, tau, eps = parameters
+    ways: dict[str, Way] = {
+        "copy": lambda x, y: y.copy_(x),
+        "ours": lambda x, y: kernel(x, y, parameters),
+        "eager": lambda x, y: formula(x, gamma, beta, tau, eps),
+        "batch_norm, relu": lambda x, y: F.relu(F.batch_norm(x, None, None, gamma, beta, True), inplace=True),
+    }
+    if compiled:
+        fused = torch.compile(formula, fullgraph=True, dynamic=False)
+        ways["torch.compile"] = lambda x, y: fused(x, gamma, beta, tau, eps)
+    if x.is_contiguous():
+        ways["rms_norm"] = lambda x, y: rms_norm(x, gamma.to(x.dtype), beta.to(x.dtype), tau.to(x.dtype))
+    for name in kernel.variants if variants else ():
+        try:
+            kernel(x, torch.empty_like(x), parameters, name)
+        except RuntimeError:
+            continue  # it does not take these sizes
+        ways[f"ours, {name}"] = lambda x, y, name=name: kernel(x, y, parameters, name)  # type: ignore[misc]
+    return ways
+
+
+def check_ways(ways: Mapping[str, Way], x: Tensor, parameters: list[Tensor]) -> dict[str, float]:
+    """The largest error of each way against float64, relative to the largest value.
+
+    Raises:
+        SystemExit: One is off by more than its type explains.
+    """
+    wide = x.double()
+    mean = wide.square().mean(dim=(2, 3), keepdim=True)
+    gamma, beta, tau, eps = (p.double().view(1, -1, 1, 1) for p in parameters)
+    want = torch.maximum(gamma * wide * torch.rsqrt(mean + eps) + beta, tau)
+    errors = {}
+    for name, way in ways.items():
+        if name in ("copy", "batch_norm, relu"):
+            continue
+        y = torch.full_like(x, float("nan"))
+        returned = way(x, y)
+        got = returned if isinstance(returned, Tensor) else y
+        errors[name] = float((got.double() - want).abs().max() / want.abs().max())
+        if not errors[name] <= TOLERANCES[x.dtype] * (4 if name == "rms_norm" else 1):
+            sys.exit(f"{name} is wrong for {tuple(x.shape)} {x.dtype}: {errors[name]:.3g}")
+    return errors
+
+
+def capture(way: Way, sets: list[tuple[Tensor, Tensor]], calls: int) -> torch.cuda.CUDAGraph:
+    """A graph of `calls` calls, on the sets of tensors in turn."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for x, y in sets[:2]:
+            way(x, y)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for index in range(calls):
+            way(*sets[index % len(sets)])
+    return graph
+
+
+def measure(ways: Mapping[str, Way], sets: list[tuple[Tensor, Tensor]], rounds: int) -> dict[str, float]:
+    """The median time of a call of each way, in microseconds."""
+    moved = 2 * sets[0][0].numel() * sets[0][0].element_size()
+    calls = max(len(sets), min(64, math.ceil(2e9 / max(moved, 1e6) / 20)))
+    graphs = {name: capture(way, sets, calls) for name, way in ways.items()}
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    order = list(ways)
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    for turn in range(rounds + 1):
+        for name in order[turn % len(order) :] + order[: turn % len(order)]:
+            begin.record()
+            graphs[name].replay()
+            end.record()
+            end.synchronize()
+            if turn > 0:  # the first warms up
+                times[name].append(1e3 * begin.elapsed_time(end) / calls)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def make_parameters(channels: int, device: str) -> list[Tensor]:
+    """gamma, beta, tau and eps; one eps for all, since rms_norm has no more."""
+    generator = torch.Generator(device).manual_seed(0)
+    drawn = [torch.rand(channels, device=device, generator=generator) for _ in range(3)]
+    return [drawn[0] + 0.5, drawn[1] - 0.5, drawn[2] - 1, torch.full((channels,), EPS, device=device)]
+
+
+def row(kernel: Kernel, shape: tuple[int, ...], layout: str, dtype: str, options: argparse.Namespace) -> dict[str, Any]:
+    """All figures of one shape."""
+    form = torch.channels_last if layout == "nhwc" else torch.contiguous_format
+
+    def tensor() -> Tensor:
+        return torch.randn(shape, device="cuda").to(DTYPES[dtype]).contiguous(memory_format=form)
+
+    first = tensor()
+    size = 2 * first.numel() * first.element_size()
+    cache = torch.cuda.get_device_properties(0).L2_cache_size
+    sets = [(first, torch.empty_like(first))]
+    sets += [(tensor(), torch.empty_like(first)) for _ in range(min(63, math.ceil(3 * cache / size)))]
+    parameters = make_parameters(shape[1], "cuda")
+    ways = make_ways(kernel, first, parameters, options.variants, not options.no_compile)
+    errors = check_ways(ways, first, parameters)
+    times = measure(ways, sets, options.rounds)
+    return {
+        "shape": list(shape),
+        "layout": layout,
+        "dtype": dtype,
+        "microseconds": {name: round(value, 3) for name, value in times.items()},
+        "of_copy": round(times["copy"] / times["ours"], 3),
+        "bytes_read_and_written": size,
+        "past_the_cache": size > cache,
+        "errors": {name: float(f"{value:.3g}") for name, value in errors.items()},
+    }
+
+
+def show(result: dict[str, Any]) -> str:
+    times = result["microseconds"]
+    others = "  ".join(f"{name} {value / times['ours']:.2f}" for name, value in times.items() if name != "ours")
+    size = "x".join(map(str, result["shape"]))
+    cached = "" if result["past_the_cache"] else " (in cache)"
+    return (
+        f"{size:>16} {result['layout']} {result['dtype']:>8}  ours {times['ours']:8.2f} us{cached}  ours = 1: {others}"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--rounds", type=int, default=21)
+    parser.add_argument("--variants", action="store_true", help="time each variant of our kernels too")
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out, which takes longest")
+    parser.add_argument("--batches", type=int, nargs="+", default=BATCHES)
+    parser.add_argument("--dtypes", choices=DTYPES, nargs="+", default=list(DTYPES))
+    parser.add_argument("--layouts", choices=("nchw", "nhwc"), nargs="+", default=["nchw", "nhwc"])
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("benchmarks/gpu.py: torch finds no CUDA device")
+    torch.backends.cudnn.benchmark = True
+    properties = torch.cuda.get_device_properties(0)
+    architecture = f"{properties.major}{properties.minor}"
+    results: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            library = plugins.build(Path(folder), cuda=True, tensorrt=False, architectures=[architecture])
+        except BackendError as error:
+            sys.exit(f"benchmarks/gpu.py: {error}")
+        kernel = Kernel(library)
+        for batch in options.batches:
+            for shape in SHAPES:
+                for layout in options.layouts:
+                    for dtype in options.dtypes:
+                        torch._dynamo.reset()
+                        with torch.no_grad():
+                            results.append(row(kernel, (batch, *shape), layout, dtype, options))
+                        torch.cuda.empty_cache()
+                        print(show(results[-1]), flush=True)
+                        write(options.out, properties, results)  # a machine may be lent for less than this takes
+
+
+def write(out: Path, properties: Any, results: list[dict[str, Any]]) -> None:
+    device = {
+        "name": properties.name,
+        "compute_capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "second_level_cache": properties.L2_cache_size,
+        "memory": properties.total_memory,
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+    }
+    out.write_text(json.dumps({"device": device, "machine": machine.describe("torch"), "rows": results}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

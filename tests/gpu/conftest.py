@@ -1,0 +1,38 @@
+"""The libraries as nvcc builds them for the GPU that is here."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from cuda_kernels import CudaKernel
+
+from deploynorm import plugins
+
+# Without a GPU nothing here is collected (tests/conftest.py says so at the top of a run), unless one is required.
+if not torch.cuda.is_available() and "gpu" not in os.environ.get("DEPLOYNORM_REQUIRE", "").split(","):
+    collect_ignore_glob = ["test_*.py"]
+
+
+@pytest.fixture(scope="session")
+def architecture(require: Callable[[str], None]) -> str:
+    """The GPU's, as CMake has it: "90". Skips the test where there is no GPU or no nvcc."""
+    require("gpu")
+    require("nvcc")
+    major, minor = torch.cuda.get_device_capability()
+    return f"{major}{minor}"
+
+
+@pytest.fixture(scope="session")
+def library(architecture: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The operator library with CUDA kernels."""
+    folder = tmp_path_factory.mktemp("library")
+    return plugins.build(folder, cuda=True, tensorrt=False, architectures=[architecture])
+
+
+@pytest.fixture(scope="session")
+def kernel(library: Path) -> CudaKernel:
+    return CudaKernel(library, "cuda")
