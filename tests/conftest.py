@@ -94,6 +94,19 @@ def require() -> Callable[[str], None]:
     return require
 
 
+@pytest.fixture(scope="session")
+def cuda_libraries(require: Callable[[str], None], request: pytest.FixtureRequest) -> Path:
+    """A folder of our three libraries, with code for all GPUs. Built once for each state of the sources, in a minute."""
+    require("nvcc")
+    require("trt-headers")
+    cache = request.config.cache
+    assert cache is not None
+    folder = cache.mkdir("cuda-libraries") / plugins._source_digest()
+    if not (folder / plugins.ORT_LIBRARY).is_file():
+        plugins.build(folder, cuda=True)
+    return folder
+
+
 @pytest.fixture
 def without_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A machine on which our operator library is not built."""

@@ -49,8 +49,8 @@ TENSORRT_REGISTER_LIBRARY: Final = "libdeploynorm_trt_register.so"
 
 _REMEDIES: Final = {
     ORT_LIBRARY: "install a C++ compiler (g++ or clang++) and run: deploynorm plugins build",
-    TENSORRT_LIBRARY: "install the CUDA toolkit (nvcc) and run: deploynorm plugins build --cuda",
-    TENSORRT_REGISTER_LIBRARY: "install the CUDA toolkit (nvcc) and run: deploynorm plugins build --cuda",
+    TENSORRT_LIBRARY: "pip install 'deploynorm[build,cuda]', then: deploynorm plugins build --cuda",
+    TENSORRT_REGISTER_LIBRARY: "pip install 'deploynorm[build,cuda]', then: deploynorm plugins build --cuda",
 }
 
 
@@ -106,7 +106,7 @@ def build(
     options: list[str] = [f"-DDEPLOYNORM_SANITIZE={sanitize}"]
     if cuda_tools is not None:
         options += ["-DDEPLOYNORM_CUDA=ON", f"-DCMAKE_CUDA_COMPILER={cuda_tools.nvcc}"]
-        options += [f"-DCMAKE_CUDA_HOST_COMPILER={tools.compiler}"]
+        options += [f"-DCMAKE_CUDA_HOST_COMPILER={tools.compiler}", *cuda_tools.flags]
     if architectures:
         options += [f"-DDEPLOYNORM_CUDA_ARCHITECTURES={';'.join(architectures)}"]
     if headers is not None:

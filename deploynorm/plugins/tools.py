@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -41,6 +42,13 @@ class CudaTools(NamedTuple):
     nvcc: Path
     version: str
 
+    @property
+    def flags(self) -> list[str]:
+        """For CMake. pip's packages have their libraries in lib, where nvcc itself looks in lib64 alone."""
+        toolkit = self.nvcc.resolve().parents[1]
+        from_pip = (toolkit / "lib").is_dir() and not (toolkit / "lib64").is_dir()
+        return [f"-DCMAKE_CUDA_FLAGS=-L{toolkit / 'lib'}"] if from_pip else []
+
 
 def find_tools() -> Tools:
     """CMake and the C++ compiler: $CXX, else c++, g++ or clang++.
@@ -60,13 +68,15 @@ def find_tools() -> Tools:
 
 
 def find_cuda() -> CudaTools:
-    """The CUDA compiler: $CUDACXX, nvcc on PATH, under $CUDA_HOME or in /usr/local/cuda.
+    """The CUDA compiler: $CUDACXX, nvcc on PATH, under $CUDA_HOME, in /usr/local/cuda or from pip's packages.
 
     Raises:
         BackendError: There is none.
     """
     named = os.environ.get("CUDACXX")
+    packages = importlib.util.find_spec("nvidia")
     homes = [os.environ.get("CUDA_HOME"), "/usr/local/cuda"]
+    homes += [f"{folder}/cu13" for folder in (packages and packages.submodule_search_locations) or ()]
     places = [named] if named else ["nvcc", *(f"{home}/bin/nvcc" for home in homes if home)]
     nvcc = next((path for path in map(find_program, places) if path is not None), None)
     if nvcc is None:
@@ -74,7 +84,7 @@ def find_cuda() -> CudaTools:
             _WHERE,
             "no CUDA compiler found",
             got=named and f"CUDACXX={named}",
-            fix="install the CUDA toolkit, 12.8 or later, and name its nvcc with CUDACXX if it is not on PATH",
+            fix="pip install 'deploynorm[cuda]', or install the CUDA toolkit, 12.8 or later",
         )
     lines = run([nvcc, "--version"]).strip().splitlines()
     return CudaTools(nvcc, next((line for line in lines if "release" in line), lines[-1]))
