@@ -96,7 +96,7 @@ def require() -> Callable[[str], None]:
 
 @pytest.fixture(scope="session")
 def cuda_libraries(require: Callable[[str], None], request: pytest.FixtureRequest) -> Path:
-    """A folder of our three libraries, with code for all GPUs. Built once for each state of the sources, in a minute."""
+    """A folder of our three libraries, with code for all GPUs, built once for each state of the sources."""
     require("nvcc")
     require("trt-headers")
     cache = request.config.cache

@@ -1,6 +1,6 @@
 """The CUDA kernels through their C interface, plugins/kernels/frn.h, on a GPU or in the emulation on the CPU.
 
-kernel = CudaKernel(library, "cuda")            # or build_emulated(folder), "cpu"
+kernel = CudaKernel(library, "cuda")            # or emulated.build_kernels(folder), "cpu"
 y = kernel(x, gamma, beta, tau, eps, layout="nhwc", variant="registers")      # x is (N, C, D1..Dk); so is y
 
 Every call lays x out as the kernel takes it, between guard bytes that it looks at afterwards, and sees to it that the
@@ -10,7 +10,6 @@ kernel has left its inputs alone. What a call leaves unwritten in y is found: y 
 from __future__ import annotations
 
 import ctypes
-import subprocess
 from collections.abc import Mapping
 from math import prod
 from pathlib import Path
@@ -22,7 +21,6 @@ import torch
 from cases import NormCase, make_inputs, tolerance, want
 from kernels import TYPES, Call, from_lanes, to_lanes
 
-from deploynorm import plugins
 from deploynorm.contract import INPUTS
 
 Array = npt.NDArray[Any]
@@ -41,18 +39,6 @@ GUARD = 256
 
 INVALID_VALUE = 1
 """cudaErrorInvalidValue."""
-
-
-def build_emulated(folder: Path, sources: tuple[str, ...] = ("kernels/frn.cu",), name: str = "emulated") -> Path:
-    """The sources, unchanged, as a library for the CPU, with checks of alignment, bounds and shifts compiled in."""
-    library = folder / f"lib{name}.so"
-    command = ["g++", "-std=c++20", "-O2", "-g", "-fPIC", "-shared", "-fvisibility=hidden", "-Wall", "-Wextra"]
-    command += ["-Werror", "-Wno-unknown-pragmas", "-fsanitize=undefined", "-fno-sanitize-recover=all"]
-    command += ["-I", str(Path(__file__).parent / "emulation"), "-x", "c++"]
-    command += [str(plugins.source_folder() / source) for source in sources]
-    done = subprocess.run([*command, "-o", str(library)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return library
 
 
 class Guarded:

@@ -10,7 +10,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from cuda_kernels import build_emulated
+from emulated import build_kernels
 
 from deploynorm import plugins
 
@@ -34,7 +34,7 @@ def benchmark() -> ModuleType:
 @pytest.fixture(scope="module")
 def kernel(benchmark: ModuleType, require: Callable[[str], None], tmp_path_factory: pytest.TempPathFactory) -> object:
     require("compiler")
-    library = build_emulated(tmp_path_factory.mktemp("emulated"))
+    library = build_kernels(tmp_path_factory.mktemp("emulated"))
     assert plugins.cuda_variants(library)
     return benchmark.Kernel(library)
 

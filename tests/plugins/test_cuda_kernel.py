@@ -21,10 +21,10 @@ from cuda_kernels import (
     VARIANTS,
     CudaKernel,
     Layout,
-    build_emulated,
     check,
     sized,
 )
+from emulated import build_kernels
 from kernels import Call
 
 from deploynorm.contract import DTYPES
@@ -34,7 +34,7 @@ from deploynorm.plugins import source_folder
 @pytest.fixture(scope="session")
 def emulated(require: Callable[[str], None], tmp_path_factory: pytest.TempPathFactory) -> CudaKernel:
     require("compiler")
-    return CudaKernel(build_emulated(tmp_path_factory.mktemp("emulated")), "cpu")
+    return CudaKernel(build_kernels(tmp_path_factory.mktemp("emulated")), "cpu")
 
 
 def test_variants_are_those_that_are_tested(emulated: CudaKernel) -> None:
@@ -185,7 +185,7 @@ def test_the_emulation_finds(fault: str, require: Callable[[str], None], tmp_pat
     text = (sources / "frn.cuh").read_text()
     assert text.count(before) == 1, fault
     (sources / "frn.cuh").write_text(text.replace(before, after))
-    library = build_emulated(tmp_path, (str(sources / "frn.cu"),))
+    library = build_kernels(tmp_path, sources / "frn.cu")
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
     done = subprocess.run([sys.executable, "-c", _RUN, library], capture_output=True, text=True, env=environment)
     assert done.returncode != 0, "the fault was not found"

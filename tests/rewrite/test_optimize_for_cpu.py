@@ -546,7 +546,7 @@ def test_refused(name: str) -> None:
 
 def test_library_that_is_not_built(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("deploynorm.plugins.find_library", lambda name: None)
-    with pytest.raises(BackendError, match="libdeploynorm_ort.so is not built"):
+    with pytest.raises(BackendError, match=r"libdeploynorm_ort\.so is not built"):
         optimize_for_cpu(REWRITTEN["FRN as the output"].model())
 
 

@@ -1,0 +1,223 @@
+// Checks what TensorRT hands over (inputs.h) and passes pointers to the kernel. Nothing throws.
+
+#include "frn_plugin.h"
+
+#include <dlfcn.h>
+#include <string.h>
+
+#include <new>
+
+#include "../contract.h"
+#include "../kernels/frn.h"
+#include "inputs.h"
+
+namespace deploynorm {
+namespace {
+
+static_assert(kVersion == 1, "the string below is the contract's version");
+constexpr const char* kPluginVersion = "1";
+// Raised when the kernels change, as timings of others count for nothing then.
+constexpr const char* kTimings = "1";
+// A plan holds this number alone, so that a library to whom it means nothing can refuse the plan.
+constexpr const char* kPlanField = "plan_version";
+constexpr int32_t kPlanVersion = 1;
+const PluginField kPlan(kPlanField, &kPlanVersion, PluginFieldType::kINT32, 1);
+const PluginFieldCollection kPlanFields = {1, &kPlan};
+const PluginFieldCollection kNoFields = {};
+
+// The version that a plan's fields tell; 0 if they are not ours.
+int32_t plan_version(const PluginFieldCollection* fields) {
+  if (fields == nullptr || fields->nbFields != 1) return 0;
+  const PluginField& field = fields->fields[0];
+  const bool ours = field.name != nullptr && strcmp(field.name, kPlanField) == 0 && field.data != nullptr &&
+                    field.type == PluginFieldType::kINT32 && field.length == 1;
+  int32_t version = 0;
+  if (ours) memcpy(&version, field.data, sizeof version);
+  return version;
+}
+
+// The first attribute that nobody knows; null if there is none. TensorRT's parser passes on what getFieldNames names
+// and no more, other callers perhaps all that a node has, which with us are the two by which the plugin is found.
+const char* unknown_attribute(const PluginFieldCollection* fields) {
+  for (int32_t index = 0; fields != nullptr && index < fields->nbFields; ++index) {
+    const char* name = fields->fields[index].name == nullptr ? "without a name" : fields->fields[index].name;
+    if (strcmp(name, "plugin_namespace") != 0 && strcmp(name, "plugin_version") != 0) return name;
+  }
+  return nullptr;
+}
+
+// Sizes, layout and type of a call with this X.
+deploynorm_frn call_of(const Dims& x, DataType type, TensorFormat format) {
+  deploynorm_frn call = {};
+  call.samples = x.d[0];
+  call.channels = x.d[1];
+  call.spatial = 1;
+  for (int32_t axis = 2; axis < x.nbDims; ++axis) call.spatial *= x.d[axis];
+  call.lanes = format == TensorFormat::kHWC    ? call.channels
+               : format == TensorFormat::kHWC8 ? (call.channels + 7) / 8 * 8
+                                               : 1;
+  call.type = type == DataType::kHALF   ? DEPLOYNORM_FLOAT16
+              : type == DataType::kBF16 ? DEPLOYNORM_BFLOAT16
+                                        : DEPLOYNORM_FLOAT32;
+  return call;
+}
+
+// TensorRT-RTX compiles without a device, so that it times nothing: it takes the first format that it is offered, and
+// that would be kLINEAR, between two transpositions of its own channels-last tensors. It has no kHWC of bfloat16.
+TensorFormat format_for_rtx(DataType type, int32_t rank) {
+  return takes_format(type, TensorFormat::kHWC, rank) ? TensorFormat::kHWC : TensorFormat::kLINEAR;
+}
+
+// Whether code at this address is TensorRT-RTX's. The caller's own address is asked, as a process may have loaded
+// TensorRT and TensorRT-RTX both.
+bool is_rtx(const void* address) {
+  Dl_info library;
+  if (dladdr(address, &library) == 0 || library.dli_fname == nullptr) return false;
+  const char* slash = strrchr(library.dli_fname, '/');
+  const char* name = slash == nullptr ? library.dli_fname : slash + 1;
+  return strncmp(name, "libtensorrt_rtx.", strlen("libtensorrt_rtx.")) == 0;
+}
+
+}  // namespace
+
+// ---- The plugin
+
+IPluginCapability* FrnPlugin::getCapabilityInterface(PluginCapabilityType type) noexcept {
+  switch (type) {
+    case PluginCapabilityType::kCORE:
+      return static_cast<IPluginV3OneCore*>(this);
+    case PluginCapabilityType::kBUILD:
+      return static_cast<IPluginV3OneBuild*>(this);
+    case PluginCapabilityType::kRUNTIME:
+      return static_cast<IPluginV3OneRuntime*>(this);
+  }
+  return nullptr;
+}
+
+IPluginV3* FrnPlugin::clone() noexcept { return new (std::nothrow) FrnPlugin(*this); }
+
+const char* FrnPlugin::getPluginName() const noexcept { return kOpType; }
+const char* FrnPlugin::getPluginVersion() const noexcept { return kPluginVersion; }
+const char* FrnPlugin::getPluginNamespace() const noexcept { return kDomain; }
+int32_t FrnPlugin::getNbOutputs() const noexcept { return 1; }
+const char* FrnPlugin::getTimingCacheID() noexcept { return kTimings; }
+
+int32_t FrnPlugin::getOutputDataTypes(DataType* out, int32_t outputs, const DataType* in,
+                                      int32_t inputs) const noexcept {
+  if (!has_arity(inputs, outputs)) return refuse_arity(inputs, outputs);
+  if (check_types(in) != 0) return -1;
+  out[0] = in[0];
+  return 0;
+}
+
+int32_t FrnPlugin::getOutputShapes(const DimsExprs* in, int32_t inputs, const DimsExprs*, int32_t, DimsExprs* out,
+                                   int32_t outputs, IExprBuilder&) noexcept {
+  if (!has_arity(inputs, outputs)) return refuse_arity(inputs, outputs);
+  int32_t ranks[kInputs];
+  for (int32_t input = 0; input < kInputs; ++input) ranks[input] = in[input].nbDims;
+  if (check_ranks(ranks) != 0) return -1;
+  out[0] = in[0];
+  return 0;
+}
+
+bool FrnPlugin::supportsFormatCombination(int32_t position, const DynamicPluginTensorDesc* tensors, int32_t inputs,
+                                          int32_t outputs) noexcept {
+  const void* caller = __builtin_return_address(0);
+  if (!has_arity(inputs, outputs)) return false;
+  const PluginTensorDesc& x = tensors[0].desc;
+  const PluginTensorDesc& asked = tensors[position].desc;
+  if (position == 0) {
+    if (!takes_type(x.type) || !takes_format(x.type, x.format, x.dims.nbDims)) return false;
+    return !is_rtx(caller) || x.format == format_for_rtx(x.type, x.dims.nbDims);
+  }
+  if (position < kInputs) return asked.type == DataType::kFLOAT && asked.format == TensorFormat::kLINEAR;
+  return asked.type == x.type && asked.format == x.format;
+}
+
+int32_t FrnPlugin::configurePlugin(const DynamicPluginTensorDesc* in, int32_t inputs,
+                                   const DynamicPluginTensorDesc* out, int32_t outputs) noexcept {
+  if (!has_arity(inputs, outputs)) return refuse_arity(inputs, outputs);
+  const PluginTensorDesc* tensors[kInputs];
+  for (int32_t input = 0; input < kInputs; ++input) tensors[input] = &in[input].desc;
+  return check(tensors, out[0].desc);
+}
+
+size_t FrnPlugin::getWorkspaceSize(const DynamicPluginTensorDesc* in, int32_t inputs, const DynamicPluginTensorDesc*,
+                                   int32_t outputs) const noexcept {
+  if (!has_arity(inputs, outputs)) return 0;
+  const deploynorm_frn call = call_of(in[0].max, in[0].desc.type, in[0].desc.format);
+  return deploynorm_frn_cuda_workspace(&call);
+}
+
+int32_t FrnPlugin::onShapeChange(const PluginTensorDesc* in, int32_t inputs, const PluginTensorDesc* out,
+                                 int32_t outputs) noexcept {
+  if (!has_arity(inputs, outputs)) return refuse_arity(inputs, outputs);
+  const PluginTensorDesc* tensors[kInputs];
+  for (int32_t input = 0; input < kInputs; ++input) tensors[input] = &in[input];
+  return check(tensors, out[0]);
+}
+
+int32_t FrnPlugin::enqueue(const PluginTensorDesc* in, const PluginTensorDesc* out, const void* const* inputs,
+                           void* const* outputs, void* workspace, cudaStream_t stream) noexcept {
+  if (onShapeChange(in, kInputs, out, 1) != 0) return -1;
+  deploynorm_frn call = call_of(in[0].dims, in[0].type, in[0].format);
+  call.x = inputs[0];
+  call.gamma = inputs[1];
+  call.beta = inputs[2];
+  call.tau = inputs[3];
+  call.eps = inputs[4];
+  call.y = outputs[0];
+  const int error = deploynorm_frn_cuda(&call, workspace, stream, /*variant=*/nullptr);
+  if (error == cudaSuccess) return 0;
+  return refuse("CUDA: %s (%d)", cudaGetErrorString(static_cast<cudaError_t>(error)), error);
+}
+
+IPluginV3* FrnPlugin::attachToContext(IPluginResourceContext*) noexcept { return clone(); }
+
+const PluginFieldCollection* FrnPlugin::getFieldsToSerialize() noexcept { return &kPlanFields; }
+
+// ---- Its creator
+
+const char* FrnCreator::getPluginName() const noexcept { return kOpType; }
+const char* FrnCreator::getPluginVersion() const noexcept { return kPluginVersion; }
+const char* FrnCreator::getPluginNamespace() const noexcept { return kDomain; }
+
+const PluginFieldCollection* FrnCreator::getFieldNames() noexcept { return &kNoFields; }
+
+IPluginV3* FrnCreator::createPlugin(const char*, const PluginFieldCollection* fields, TensorRTPhase phase) noexcept {
+  if (phase == TensorRTPhase::kRUNTIME) {
+    const int32_t version = plan_version(fields);
+    if (version != kPlanVersion) {
+      refuse(
+          "the engine was built with another version of this plugin. Got plan version %d; expected %d. "
+          "Fix: build the engine again",
+          version, kPlanVersion);
+      return nullptr;
+    }
+  } else if (const char* name = unknown_attribute(fields)) {
+    refuse("there is no attribute %s. Fix: export the model with deploynorm, whose fifth input is epsilon", name);
+    return nullptr;
+  }
+  FrnPlugin* plugin = new (std::nothrow) FrnPlugin;
+  if (plugin == nullptr) refuse("out of memory");
+  return plugin;
+}
+
+namespace {
+
+// Never destroyed: at the process's end the host's registry may outlive what this library destroys.
+alignas(FrnCreator) unsigned char creator[sizeof(FrnCreator)];
+IPluginCreatorInterface* const kCreators[] = {new (creator) FrnCreator};
+
+}  // namespace
+}  // namespace deploynorm
+
+// ---- The two functions by which TensorRT knows a plugin library
+
+extern "C" DEPLOYNORM_API nvinfer1::IPluginCreatorInterface* const* getCreators(int32_t& count) noexcept {
+  count = 1;
+  return deploynorm::kCreators;
+}
+
+// The finder's interface changed with TensorRT 11, and so is not used.
+extern "C" DEPLOYNORM_API void setLoggerFinder(nvinfer1::ILoggerFinder*) noexcept {}

@@ -1,0 +1,200 @@
+"""The TensorRT libraries as they are shipped: what they need of a machine, and in NVIDIA's own runtimes.
+
+The lean runtime is all of TensorRT that PyPI has. It reads engines and builds none, so that here it loads the plugin,
+finds it and makes it, which is where the binary interfaces of TensorRT 10 and 11 differ. Each try is a process of its
+own: what goes wrong there ends the process. No Runtime is made, since without a GPU that alone ends it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from emulated import build_host
+from tensorrt_host import Format, Host, Tensor, inputs_and_output
+
+from deploynorm import plugins
+from deploynorm.contract import DOMAIN, OP_TYPE, VERSION
+from deploynorm.plugins import TENSORRT_LIBRARY, TENSORRT_REGISTER_LIBRARY
+
+LEAN = [Path(folder) for folder in os.environ.get("TENSORRT_LEAN_DIRS", "").split(os.pathsep) if folder]
+
+PROCESS = r"""
+import ctypes, importlib, json, sys
+
+import numpy as np
+
+module, folder, *steps = sys.argv[1:]
+trt = importlib.import_module(module)
+registry = trt.get_plugin_registry()
+found = {"version": trt.__version__}
+for step in steps:
+    if step == "load":
+        found.setdefault("load", []).append(registry.load_library(folder + "/libdeploynorm_trt.so") is not None)
+    elif step == "register":
+        ctypes.CDLL(folder + "/libdeploynorm_trt_register.so")
+    elif step == "list":
+        all_of_ours = [c for c in registry.all_creators if c.plugin_namespace == "deploynorm"]
+        found["creators"] = [[c.name, c.plugin_version, c.plugin_namespace] for c in all_of_ours]
+    else:
+        creator = registry.get_creator("FilterResponseNormalization", "1", "deploynorm")
+        name, phase, value = json.loads(step)
+        kind = type(value).__name__ + "32"
+        field = trt.PluginField(name or "", np.array([value], kind), getattr(trt.PluginFieldType, kind.upper()))
+        fields = [] if name is None else [field]
+        plugin = creator.create_plugin("a_layer", trt.PluginFieldCollection(fields), getattr(trt.TensorRTPhase, phase))
+        found.setdefault("plugins", []).append(None if plugin is None else type(plugin).__name__)
+print(json.dumps(found))
+"""
+
+
+def create(name: str | None, phase: str, value: float = 0) -> str:
+    """The step that makes a plugin, with one field or none. An int is an int32, a float a float32."""
+    return json.dumps([name, phase, value])
+
+
+@pytest.fixture(params=[*(LEAN or [None]), "tensorrt_rtx"], ids=lambda each: getattr(each, "name", each))
+def runtime(
+    request: pytest.FixtureRequest, require: Callable[[str], None], cuda_libraries: Path
+) -> Callable[..., tuple[dict[str, Any], str]]:
+    """runtime("load", "list"): what came of these steps in a process of this runtime, and what it said."""
+    environment = dict(os.environ)
+    if isinstance(request.param, str):
+        require("trt-rtx")
+        module = request.param
+    else:
+        require("trt-lean")
+        module = "tensorrt_lean_bindings"
+        environment["PYTHONPATH"] = str(request.param)
+
+    def run(*steps: str) -> tuple[dict[str, Any], str]:
+        command = [sys.executable, "-c", PROCESS, module, str(cuda_libraries), *steps]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done
+        return json.loads(done.stdout), done.stderr
+
+    return run
+
+
+def test_the_lean_runtimes_are_of_tensorrt_10_and_11(require: Callable[[str], None]) -> None:
+    require("trt-lean")
+    majors = {path.suffix for folder in LEAN for path in folder.glob("tensorrt_lean_libs/libnvinfer_lean.so.*")}
+    assert majors == {".10", ".11"}
+
+
+# ---- In a runtime
+
+OURS = [[OP_TYPE, str(VERSION), DOMAIN]]
+
+
+def test_it_is_loaded_found_and_made(runtime: Callable[..., tuple[dict[str, Any], str]]) -> None:
+    found, words = runtime("load", "list", create(None, "BUILD"), create("plan_version", "RUNTIME", 1))
+    assert found["load"] == [True]
+    assert found["creators"] == OURS
+    assert found["plugins"] == ["IPluginV3", "IPluginV3"]
+    assert words == ""
+
+
+@pytest.mark.parametrize("steps", [("register",), ("register", "register"), ("load", "register")], ids="+".join)
+def test_it_is_registered_by_the_other_library(
+    steps: tuple[str, ...], runtime: Callable[..., tuple[dict[str, Any], str]]
+) -> None:
+    found, words = runtime(*steps, "list", create(None, "BUILD"))
+    assert found["creators"] == OURS
+    assert found["plugins"] == ["IPluginV3"]
+    assert words == ""
+
+
+def test_once_registered_it_is_not_loaded_again(runtime: Callable[..., tuple[dict[str, Any], str]]) -> None:
+    found, _ = runtime("register", "load", "list", create(None, "BUILD"))
+    assert found["load"] == [False]
+    assert found["creators"] == OURS
+    assert found["plugins"] == ["IPluginV3"]
+
+
+@pytest.mark.parametrize(
+    ("step", "told"),
+    [
+        (create("epsilon", "BUILD", 1e-6), "there is no attribute epsilon"),
+        (create("epsilon", "BUILD", 1), "there is no attribute epsilon"),
+        (create("plan_version", "RUNTIME", 2), "Got plan version 2; expected 1. Fix: build the engine again"),
+        (create("plan_version", "RUNTIME", 1.0), "Got plan version 0; expected 1"),
+        (create("epsilon", "RUNTIME", 1e-6), "Got plan version 0; expected 1"),
+        (create(None, "RUNTIME"), "Got plan version 0; expected 1"),
+    ],
+    ids=["epsilon", "epsilon_int", "plan_2", "plan_1.0", "plan_of_another", "no_plan"],
+)
+def test_what_it_refuses_is_none_with_a_reason(
+    step: str, told: str, runtime: Callable[..., tuple[dict[str, Any], str]]
+) -> None:
+    found, words = runtime("load", step)
+    assert found["plugins"] == [None]
+    assert words.startswith(f"{DOMAIN}::{OP_TYPE}: ")
+    assert told in words
+
+
+# ---- The files
+
+
+def table(program: list[str], library: Path) -> str:
+    return subprocess.run([*program, str(library)], capture_output=True, text=True, check=True).stdout
+
+
+def exported(library: Path) -> set[str]:
+    return {line.split()[-1].partition("@")[0] for line in table(["nm", "-D", "--defined-only"], library).splitlines()}
+
+
+def needed(library: Path) -> set[str]:
+    return set(re.findall(r"\(NEEDED\).*\[(.+)\]", table(["readelf", "-d", "-W"], library)))
+
+
+def test_they_export_what_a_host_looks_for_and_nothing_else(cuda_libraries: Path) -> None:
+    assert exported(cuda_libraries / TENSORRT_LIBRARY) == {"getCreators", "setLoggerFinder"}
+    assert exported(cuda_libraries / TENSORRT_REGISTER_LIBRARY) <= {"_init", "_fini"}
+
+
+def test_they_need_neither_tensorrt_nor_cuda_to_be_loaded(cuda_libraries: Path) -> None:
+    system = re.compile(r"lib(c|m|dl|rt|pthread|gcc_s)\.so\.\d+|ld-linux-[\w-]+\.so\.\d")
+    assert not [name for name in needed(cuda_libraries / TENSORRT_REGISTER_LIBRARY) if not system.fullmatch(name)]
+    rest = {name for name in needed(cuda_libraries / TENSORRT_LIBRARY) if not system.fullmatch(name)}
+    assert rest <= {"libstdc++.so.6"}
+    wanted = table(["nm", "-D", "--undefined-only"], cuda_libraries / TENSORRT_LIBRARY)
+    assert not re.findall(r"\b(?:cuda|cu[A-Z]|getPluginRegistry|getLogger|createInfer)\w*", wanted)
+
+
+def test_without_a_device_a_run_ends_with_cuda_s_words_and_not_with_the_process(
+    cuda_libraries: Path, tmp_path: Path
+) -> None:
+    host = build_host(tmp_path, Path(os.environ["TENSORRT_INCLUDE_DIR"]))
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__)), str(host), str(cuda_libraries / TENSORRT_LIBRARY)],
+        capture_output=True,
+        text=True,
+        env=dict(os.environ, CUDA_VISIBLE_DEVICES="", PYTHONPATH=str(Path(__file__).parents[1])),
+    )
+    assert (done.returncode, done.stdout) == (0, "-1\n"), done
+    assert re.fullmatch(rf"{DOMAIN}::{OP_TYPE}: CUDA: [^\n]+ \(\d+\)\n", done.stderr)
+
+
+def test_the_plugin_includes_tensorrt_s_runtime_header_alone() -> None:
+    folder = plugins.source_folder() / "tensorrt"
+    files = [folder / name for name in ("frn_plugin.h", "frn_plugin.cpp", "inputs.h")]
+    assert {path.name for path in folder.iterdir()} == {*(path.name for path in files), "register.cpp", "exports.map"}
+    own = {"../contract.h", "../kernels/frn.h", "frn_plugin.h", "inputs.h"}
+    system = {"dlfcn.h", "stdarg.h", "stdio.h", "string.h", "new"}
+    for path in files:
+        names = set(re.findall(r'^#include [<"]([^>"]+)[>"]', path.read_text(encoding="utf-8"), flags=re.MULTILINE))
+        assert names - own - system <= {"NvInferRuntime.h"}, path.name
+
+
+if __name__ == "__main__":  # the process of the test without a device
+    made = Host(Path(sys.argv[1]), Path(sys.argv[2])).create()
+    assert made is not None
+    print(made.enqueue(inputs_and_output(Tensor((1, 2, 4, 4), "float32", Format.LINEAR)), [0] * 5, 0, 0))
