@@ -54,6 +54,14 @@ struct Pack {
     return pack;
   }
 
+  static __device__ __forceinline__ void copy(const Storage* from, Storage* to) {
+    if constexpr (kWhole) {
+      *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(from);
+    } else {
+      *to = *from;
+    }
+  }
+
   __device__ __forceinline__ void store(Storage* to) const {
     if constexpr (kWhole) {
       uint4 bytes;

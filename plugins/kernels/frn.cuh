@@ -38,18 +38,19 @@ template <typename Storage, int kLanes, bool kChannelsLast>
 struct Walk {
   using A = Arithmetic<Storage>;
   using P = Pack<Storage, kLanes>;
+  static constexpr bool kStrip = kChannelsLast;
   static constexpr int kSums = kChannelsLast ? kLanes : 1;
 
   const Storage* x;  // of the first row
   Storage* y;
-  int64_t stride;      // elements from one row to the next
-  int64_t begin, end;  // rows of this block's chunk
-  int64_t channel;     // of the first lane
-  int64_t statistic;   // of the first lane in the partial sums of chunk 0
-  int lanes;           // that are channels; fewer than kLanes in a row's padding, 0 beyond the row
-  bool inside;         // of the row, be it in its padding
-  int row, step;       // this thread's first row in the chunk, and how many all threads have at once
-  int column;
+  int64_t stride;           // elements from one row to the next
+  int64_t begin, end;       // rows of this block's chunk
+  int64_t first_channel;    // of the row
+  int64_t first_statistic;  // of the row in the partial sums of chunk 0
+  int lanes;                // of the pack that are channels; fewer in a row's padding, 0 beyond the row
+  bool inside;              // of the row, be it in its padding
+  int row, step;            // this thread's first row in the chunk, and how many all threads have at once
+  int column, column_bits;
   int64_t chunk;
   // NCHW: what lies before the first and behind the last whole pack, one element a thread.
   bool has_edge;
@@ -59,14 +60,16 @@ struct Walk {
     const int64_t strip = tile % problem.strips;
     chunk = tile / problem.strips % problem.chunks;
     const int64_t group = tile / problem.strips / problem.chunks;
-    column = threadIdx.x & ((1 << problem.column_bits) - 1);
-    row = threadIdx.x >> problem.column_bits;
-    step = blockDim.x >> problem.column_bits;
+    column_bits = problem.column_bits;
+    column = threadIdx.x & ((1 << column_bits) - 1);
+    row = threadIdx.x >> column_bits;
+    step = blockDim.x >> column_bits;
     has_edge = false;
     edge = 0;
     int64_t rows;
     if constexpr (kChannelsLast) {
-      channel = ((strip << problem.column_bits) + column) * kLanes;
+      first_channel = (strip << column_bits) * kLanes;
+      const int64_t channel = first_channel + column * kLanes;
       const int64_t start = group * problem.spatial * problem.pitch + channel;
       x = problem.x + start;
       y = problem.y + start;
@@ -75,16 +78,16 @@ struct Walk {
       const int64_t left = problem.channels - channel;
       lanes = left < 0 ? 0 : left > kLanes ? kLanes : static_cast<int>(left);
       inside = channel < problem.pitch;
-      statistic = group * problem.chunks * problem.pitch + channel;
+      first_statistic = group * problem.chunks * problem.pitch + first_channel;
     } else {
-      channel = group % problem.channels;
+      first_channel = group % problem.channels;
       const int64_t start = group * problem.spatial;
       x = problem.x + start;
       y = problem.y + start;
       stride = kLanes;
       lanes = kLanes;
       inside = true;
-      statistic = group * problem.chunks;
+      first_statistic = group * problem.chunks;
       // Planes of an odd size begin anywhere; whole packs begin at 16 bytes.
       const int64_t misplaced = reinterpret_cast<uintptr_t>(x) % (kLanes * sizeof(Storage)) / sizeof(Storage);
       int64_t head = misplaced == 0 ? 0 : kLanes - misplaced;
@@ -140,23 +143,70 @@ __device__ __forceinline__ A apply(A x, A scale, A beta, A tau) {
   return value < tau ? tau : value;  // in this order NaN stays NaN
 }
 
-// scale * x + beta, bounded by tau, for the lanes of a pack.
+// What the threads of a block have summed, column by column: in shared memory, one row of it a warp.
+template <typename W>
+struct ColumnSums {
+  using A = typename W::A;
+  static constexpr int kColumns = W::kSums == 1 && !W::kStrip ? 1 : kWarp;
+  static constexpr int kWarps = (W::kStrip ? kMaxStripThreads : kMaxThreads) / kWarp;
+
+  const A* of_warps;
+  int width;  // columns times lanes
+
+  __device__ ColumnSums(const W& walk, A (&sums)[W::kSums]) {
+    __shared__ A shared[kWarps * kColumns * W::kSums];
+    const int columns = 1 << walk.column_bits, warp = threadIdx.x / kWarp, thread = threadIdx.x % kWarp;
+    of_warps = shared;
+    width = columns * W::kSums;
+    for (int distance = kWarp / 2; distance >= columns; distance /= 2) {
+#pragma unroll
+      for (int lane = 0; lane < W::kSums; ++lane) sums[lane] += __shfl_xor_sync(0xffffffffu, sums[lane], distance);
+    }
+    if (thread < columns) {
+#pragma unroll
+      for (int lane = 0; lane < W::kSums; ++lane) shared[warp * width + thread * W::kSums + lane] = sums[lane];
+    }
+    __syncthreads();
+  }
+
+  // Of the lane `index` of the whole row.
+  __device__ A total(int index) const {
+    const int warps = blockDim.x / kWarp;
+    A sum = of_warps[index];
+    for (int warp = 1; warp < warps; ++warp) sum += of_warps[warp * width + index];
+    return sum;
+  }
+};
+
+// scale * x + beta, bounded by tau, for the lanes of a pack. Roots and quotients are taken once a channel, and all
+// threads of the block get them.
 template <typename W>
 struct Affine {
   using A = typename W::A;
   A scale[W::kSums], beta[W::kSums], tau[W::kSums];
 
   template <typename Storage>
-  __device__ Affine(const Problem<Storage>& problem, const W& walk, const A (&sums)[W::kSums]) {
+  __device__ Affine(const Problem<Storage>& problem, const W& walk, A (&sums)[W::kSums]) {
+    constexpr int kValues = ColumnSums<W>::kColumns * W::kSums;
+    __shared__ __align__(kPackBytes) A scales[kValues], betas[kValues], taus[kValues];
+    const ColumnSums<W> columns(walk, sums);
+    for (int index = threadIdx.x; index < columns.width; index += blockDim.x) {
+      const int64_t channel = walk.first_channel + index;
+      if (channel >= problem.channels) break;  // a row's padding
+      const A mean = columns.total(index) / static_cast<A>(problem.spatial);
+      scales[index] = problem.gamma[channel] / sqrt(mean + problem.eps[channel]);
+      betas[index] = problem.beta[channel];
+      taus[index] = problem.tau[channel];
+    }
+    __syncthreads();
 #pragma unroll
     for (int lane = 0; lane < W::kSums; ++lane) {
-      const bool there = lane < walk.lanes;
-      const int64_t channel = there ? walk.channel + lane : 0;
-      const A mean = sums[lane] / static_cast<A>(problem.spatial);
-      scale[lane] = problem.gamma[channel] / sqrt(mean + problem.eps[channel]);
-      beta[lane] = problem.beta[channel];
-      tau[lane] = problem.tau[channel];
+      const int index = walk.column * W::kSums + lane;
+      scale[lane] = scales[index];
+      beta[lane] = betas[index];
+      tau[lane] = taus[index];
     }
+    __syncthreads();  // before the next tile writes
   }
 
   __device__ void store(const W& walk, typename W::P pack, int64_t i) const {
@@ -177,34 +227,6 @@ struct Affine {
   }
 };
 
-// Adds up what the threads of a block have, column by column; all get the result.
-template <typename A, int kSums, bool kChannelsLast>
-__device__ void reduce(A (&sums)[kSums], int column_bits, int column) {
-  constexpr int kColumns = kChannelsLast ? kWarp : 1;
-  constexpr int kWarps = (kChannelsLast ? kMaxStripThreads : kMaxThreads) / kWarp;
-  __shared__ A shared[kWarps * kColumns * kSums];
-  const int columns = 1 << column_bits, width = columns * kSums;
-  const int warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp, thread = threadIdx.x;
-  for (int distance = kWarp / 2; distance >= columns; distance /= 2) {
-#pragma unroll
-    for (int lane = 0; lane < kSums; ++lane) sums[lane] += __shfl_xor_sync(0xffffffffu, sums[lane], distance);
-  }
-  if (thread % kWarp < columns) {
-#pragma unroll
-    for (int lane = 0; lane < kSums; ++lane) shared[warp * width + column * kSums + lane] = sums[lane];
-  }
-  __syncthreads();
-  for (int index = thread; index < width; index += blockDim.x) {
-    A sum = shared[index];
-    for (int other = 1; other < warps; ++other) sum += shared[other * width + index];
-    shared[index] = sum;
-  }
-  __syncthreads();
-#pragma unroll
-  for (int lane = 0; lane < kSums; ++lane) sums[lane] = shared[column * kSums + lane];
-  __syncthreads();  // before the next tile writes
-}
-
 // One read, one write: a thread holds up to kHeld packs of its group in registers.
 template <typename Storage, int kLanes, bool kChannelsLast, int kHeld>
 __global__ void __launch_bounds__(kChannelsLast ? kMaxStripThreads : kMaxThreads)
@@ -221,7 +243,6 @@ __global__ void __launch_bounds__(kChannelsLast ? kMaxStripThreads : kMaxThreads
     walk.add_edge(sums);
 #pragma unroll
     for (int i = 0; i < kHeld; ++i) walk.add(held[i], sums);
-    reduce<typename W::A, W::kSums, kChannelsLast>(sums, problem.column_bits, walk.column);
     const Affine<W> affine(problem, walk, sums);
 #pragma unroll
     for (int i = 0; i < kHeld; ++i) {
@@ -270,7 +291,6 @@ __global__ void __launch_bounds__(kChannelsLast ? kMaxStripThreads : kMaxThreads
     const W walk(problem, tile);
     typename W::A sums[W::kSums] = {};
     add_rows(walk, sums);
-    reduce<typename W::A, W::kSums, kChannelsLast>(sums, problem.column_bits, walk.column);
     store_rows(walk, Affine<W>(problem, walk, sums));
   }
 }
@@ -283,12 +303,12 @@ __global__ void __launch_bounds__(kMaxStripThreads) frn_partial_sums(const Probl
     const W walk(problem, tile);
     typename W::A sums[W::kSums] = {};
     add_rows(walk, sums);
-    reduce<typename W::A, W::kSums, kChannelsLast>(sums, problem.column_bits, walk.column);
-    if (walk.row != 0) continue;
-#pragma unroll
-    for (int lane = 0; lane < W::kSums; ++lane) {
-      if (lane < walk.lanes) problem.partials[walk.statistic + walk.chunk * problem.pitch + lane] = sums[lane];
+    const ColumnSums<W> columns(walk, sums);
+    for (int index = threadIdx.x; index < columns.width; index += blockDim.x) {
+      if (walk.first_channel + index >= problem.channels) break;  // a row's padding
+      problem.partials[walk.first_statistic + walk.chunk * problem.pitch + index] = columns.total(index);
     }
+    __syncthreads();  // before the next tile writes
   }
 }
 
@@ -302,10 +322,10 @@ __global__ void __launch_bounds__(kMaxStripThreads) frn_from_partial_sums(const 
     for (int64_t chunk = walk.row; chunk < problem.chunks; chunk += walk.step) {
 #pragma unroll
       for (int lane = 0; lane < W::kSums; ++lane) {
-        if (lane < walk.lanes) sums[lane] += problem.partials[walk.statistic + chunk * problem.pitch + lane];
+        if (lane < walk.lanes)
+          sums[lane] += problem.partials[walk.first_statistic + chunk * problem.pitch + walk.column * W::kSums + lane];
       }
     }
-    reduce<typename W::A, W::kSums, kChannelsLast>(sums, problem.column_bits, walk.column);
     store_rows(walk, Affine<W>(problem, walk, sums));
   }
 }
@@ -329,7 +349,7 @@ __global__ void __launch_bounds__(kPackedThreads)
     Storage* y = problem.y + first * length;
 #pragma unroll 4
     for (int pack = threadIdx.x; pack < whole; pack += blockDim.x) {
-      P::load(x + pack * kLanes).store(memory + pack * kLanes);
+      P::copy(x + pack * kLanes, memory + pack * kLanes);
     }
     for (int i = whole * kLanes + threadIdx.x; i < elements; i += blockDim.x) memory[i] = x[i];
     __syncthreads();
@@ -358,7 +378,7 @@ __global__ void __launch_bounds__(kPackedThreads)
     __syncthreads();
 #pragma unroll 4
     for (int pack = threadIdx.x; pack < whole; pack += blockDim.x) {
-      P::load(memory + pack * kLanes).store(y + pack * kLanes);
+      P::copy(memory + pack * kLanes, y + pack * kLanes);
     }
     for (int i = whole * kLanes + threadIdx.x; i < elements; i += blockDim.x) y[i] = memory[i];
     __syncthreads();  // before the next tile comes in

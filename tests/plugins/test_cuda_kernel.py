@@ -143,7 +143,7 @@ def test_scratch_memory_never_shrinks_as_sizes_grow(emulated: CudaKernel) -> Non
 
 
 BROKEN = {
-    "a barrier is missing": ("  __syncthreads();\n  for (int index = thread", "  for (int index = thread"),
+    "a barrier is missing": ("    __syncthreads();\n  }\n\n  // Of the lane", "  }\n\n  // Of the lane"),
     "a tail is forgotten": ("const bool in_tail = chunk == problem.chunks - 1 && ", "const bool in_tail = false && "),
     "a pack is not aligned": ("if (head > problem.spatial)", "head = 0;\n      if (head > problem.spatial)"),
     "a warp leaves before its shuffle": ("      A sum = 0;\n      if (plane", "      if (plane >= count) return;\n"
