@@ -114,7 +114,7 @@ struct Walk {
   __device__ P load(int64_t i) const { return P::load(x + (begin + row + i * step) * stride); }
 
   static __device__ __forceinline__ A square(const P& pack, int lane) {
-    const A value = widen(pack.elements[lane]);
+    const A value = pack.get(lane);
     return value * value;
   }
 
@@ -210,13 +210,12 @@ struct Affine {
   }
 
   __device__ void store(const W& walk, typename W::P pack, int64_t i) const {
-    constexpr int kCount = sizeof(pack.elements) / sizeof(pack.elements[0]);
 #pragma unroll
-    for (int lane = 0; lane < kCount; ++lane) {
+    for (int lane = 0; lane < W::P::kElements; ++lane) {
       const int sum = W::kSums == 1 ? 0 : lane;
-      const A value = apply(static_cast<A>(widen(pack.elements[lane])), scale[sum], beta[sum], tau[sum]);
+      const A value = apply(pack.get(lane), scale[sum], beta[sum], tau[sum]);
       // What fills a row up may be anything, NaN too, and becomes zero.
-      narrow(lane < walk.lanes ? value : A(0), &pack.elements[lane]);
+      pack.set(lane, lane < walk.lanes ? value : A(0));
     }
     pack.store(walk.y + (walk.begin + walk.row + i * walk.step) * walk.stride);
   }

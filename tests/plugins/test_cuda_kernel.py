@@ -148,8 +148,8 @@ BROKEN = {
     "a pack is not aligned": ("if (head > problem.spatial)", "head = 0;\n      if (head > problem.spatial)"),
     "a warp leaves before its shuffle": ("      A sum = 0;\n      if (plane", "      if (plane >= count) return;\n"
                                          "      A sum = 0;\n      if (plane"),
-    "squares in the type itself": ("    const A value = widen(pack.elements[lane]);\n    return value * value;",
-                                   "    Storage half;\n    const A value = widen(pack.elements[lane]);\n"
+    "squares in the type itself": ("    const A value = pack.get(lane);\n    return value * value;",
+                                   "    Storage half;\n    const A value = pack.get(lane);\n"
                                    "    narrow(value * value, &half);\n    return widen(half);"),
 }  # fmt: skip
 
