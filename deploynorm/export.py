@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import onnx
 import onnx_ir as ir
@@ -18,9 +19,11 @@ from torch import Tensor, nn
 from deploynorm import graph
 from deploynorm.contract import DOMAIN, MAX_OPSET, MIN_OPSET, TORCH_OP
 from deploynorm.errors import InputError, ModelError
+from deploynorm.half_graph import BFLOAT16_OPSET, refuse_types, round_fused_weights
 from deploynorm.inputs import TensorSpec
 from deploynorm.lowering import RMSNORM_OPSET, Lowering, lower, register_schema, translate
-from deploynorm.trace import Dynamic, first_line, inference_copy, narrowed_axes, quiet, trace
+from deploynorm.precision import dtype_of, kept_layers, to_precision
+from deploynorm.trace import Dynamic, first_line, inference_copy, narrowed_axes, quiet, sizes_taken, trace
 
 __all__ = ["DEFAULT_OPSET", "Exported", "export"]
 
@@ -34,11 +37,17 @@ class Exported:
     Attributes:
         model: The model as onnx_ir holds it; of any size.
         lowering: How FRN layers were written.
+        dtype: The type of weights and activations, by name.
+        kept_float32: Layers that stayed in float32 because they were named.
+        keep_io_types: Whether inputs and outputs kept the network's own type.
         notes: What a user should know: axes that the network itself fixes.
     """
 
     model: ir.Model
     lowering: Lowering
+    dtype: str
+    kept_float32: tuple[str, ...] = ()
+    keep_io_types: bool = False
     notes: tuple[str, ...] = ()
 
     @property
@@ -80,6 +89,9 @@ def export(
     model: nn.Module,
     example_inputs: Sequence[Tensor],
     *,
+    dtype: torch.dtype | None = None,
+    keep_float32: Sequence[str] = (),
+    keep_io_types: bool = False,
     dynamic: Dynamic | None = None,
     opset: int | None = None,
     lowering: Lowering = "custom",
@@ -96,9 +108,14 @@ def export(
     Args:
         model: Any network that torch.export can trace.
         example_inputs: Positional inputs of forward; sizes above 1 on the axes that are to be dynamic.
+        dtype: Type of weights and activations; by default the network stays in its own. In half precision the
+            parameters of FRN, and of norms that did not fold, stay in float32 (see `deploynorm.precision`).
+        keep_float32: Names of layers that stay in float32 in a half network, with casts around them; `*` stands for
+            anything.
+        keep_io_types: Whether inputs and outputs keep the network's own type, with casts inside.
         dynamic: Axes that must stay free ("none", "batch", "spatial", "all"). None frees each axis that the
             network leaves free, and tells the others in `notes`.
-        opset: 18 to 23; 20 by default, 23 for the lowering "rmsnorm".
+        opset: 18 to 23; 20 by default, 22 for bfloat16, 23 for the lowering "rmsnorm".
         lowering: "custom" (one node a layer), "primitives" or "rmsnorm" (standard operators alone).
         function: Whether the custom node's body goes with the model, so that any runtime can run it.
         input_names: Names of the graph's inputs; by default those of forward's arguments.
@@ -109,29 +126,75 @@ def export(
         The model; nothing is written.
 
     Raises:
-        InputError: An unsupported opset, or an example input that is not a tensor.
+        InputError: An unsupported opset, an example input that is not a tensor, or no layer of a name to be kept.
         ModelError: The network cannot be traced or translated, fixes an axis that must stay free, has a local
-            function with the operator's name, or cannot take the lowering.
+            function with the operator's name, or cannot take the lowering; a weight or an operator does not take dtype.
+
+    Warns:
+        RuntimeWarning: dtype loses whole channels of a weight.
     """
+    own = dtype_of(model)
+    dtype = own if dtype is None else dtype
     if opset is None:
-        opset = RMSNORM_OPSET if lowering == "rmsnorm" else DEFAULT_OPSET
+        opset = BFLOAT16_OPSET if dtype == torch.bfloat16 else DEFAULT_OPSET
+        opset = RMSNORM_OPSET if lowering == "rmsnorm" else opset
     if not MIN_OPSET <= opset <= MAX_OPSET:
         raise InputError("export", "unsupported opset", got=opset, expected=f"{MIN_OPSET} to {MAX_OPSET}")
-    examples = tuple(example_inputs)
-    twin = inference_copy(model)
-    program = trace(twin, examples, dynamic)
-    narrowed = narrowed_axes(program)
-    if narrowed:  # the file would compute something else at the other sizes, and say nothing
-        program = trace(twin, examples, dynamic, fixed={axis.kind for axis in narrowed})
+    examples, takes = tuple(example_inputs), None
+    if dtype == own and not keep_float32:
+        twin = inference_copy(model)
+    else:
+        if dynamic != "none" and all(isinstance(example, Tensor) for example in examples):
+            # Asked of the network as it is: in float16 a CPU takes twenty times as long.
+            takes = sizes_taken(inference_copy(model), [_cast(example, own).cpu() for example in examples])
+        twin = to_precision(model, dtype, keep_float32=keep_float32, keep_io_types=keep_io_types)
+        examples = tuple(_cast(example, own if keep_io_types else dtype) for example in examples)
+    with _told_of(dtype, own):
+        program = trace(twin, examples, dynamic, takes=takes)
+        narrowed = narrowed_axes(program)
+        if narrowed:  # the file would compute something else at the other sizes, and say nothing
+            kinds = {axis.kind for axis in narrowed}
+            program = trace(twin, examples, dynamic, fixed=kinds, takes=takes)
     onnx_model = _translate(program, opset, input_names, output_names)
     _name_axes(onnx_model)
+    round_fused_weights(onnx_model)
+    refuse_types(onnx_model)
     lower(onnx_model, lowering, function=function)
     onnx_model.producer_name = "deploynorm"
     onnx_model.metadata_props.update(metadata or {})
     notes = [f"fixed, since it holds for some sizes only: {axis.told}" for axis in narrowed]
     if dynamic is None:
         notes += _fixed_axes(onnx_model)
-    return Exported(onnx_model, lowering, tuple(notes))
+    return Exported(
+        onnx_model,
+        lowering,
+        str(dtype).removeprefix("torch."),
+        kept_layers(twin, keep_float32),
+        keep_io_types,
+        tuple(notes),
+    )
+
+
+def _cast(example: object, dtype: torch.dtype) -> Any:
+    return example.to(dtype) if isinstance(example, Tensor) and example.is_floating_point() else example
+
+
+@contextmanager
+def _told_of(dtype: torch.dtype, own: torch.dtype) -> Iterator[None]:
+    """Adds to an error of the trace that the network was converted, which is most likely its cause."""
+    try:
+        yield
+    except ModelError as error:
+        if dtype == own:
+            raise
+        raise ModelError(
+            error.where,
+            f"{error.problem.rstrip('.')} (the network was converted from {own} to {dtype})",
+            got=error.got,
+            expected=error.expected,
+            fix="where types do not fit, keep the layer that makes tensors of its own type in float32 "
+            f"(--keep-float32); else {error.fix}",
+        ) from error
 
 
 def _translate(

@@ -15,7 +15,7 @@ from torch.export import Dim, ExportedProgram
 from deploynorm.errors import InputError, ModelError
 from deploynorm.layers.adopt import adopt
 
-__all__ = ["Dynamic", "NarrowedAxis", "first_line", "inference_copy", "narrowed_axes", "quiet", "trace"]
+__all__ = ["Dynamic", "NarrowedAxis", "first_line", "inference_copy", "narrowed_axes", "quiet", "sizes_taken", "trace"]
 
 Dynamic = Literal["none", "batch", "spatial", "all"]
 """Which input axes may change: axis 0 is the batch, axes 2 and up are spatial."""
@@ -55,6 +55,7 @@ def trace(
     dynamic: Dynamic | None = None,
     *,
     fixed: Collection[str] = (),
+    takes: Collection[str] | None = None,
 ) -> ExportedProgram:
     """Traces a network with torch.export.
 
@@ -65,6 +66,7 @@ def trace(
             sizes first, and one that it refuses to change stays as in the example. One that it branches on is free
             in the trace, which then holds for some sizes only: `narrowed_axes` tells.
         fixed: With None, the kinds of axes ("batch", "spatial") that stay as in the example all the same.
+        takes: What `sizes_taken` said of the network in a faster type; None asks the network itself.
 
     Returns:
         The program, with ATen and deploynorm operators.
@@ -77,14 +79,15 @@ def trace(
         if not isinstance(example, Tensor):
             raise InputError("trace", f"example input {position} is not a tensor", got=type(example).__name__)
     example_inputs = [example.detach().cpu() for example in example_inputs]  # the copy that is traced lies there
-    takes = _sizes_taken(model, example_inputs) if dynamic != "none" else set()
+    if takes is None:
+        takes = sizes_taken(model, example_inputs) if dynamic != "none" else ()
     if dynamic is None:
-        return _export(model, example_inputs, takes - set(fixed), Dim.AUTO)
+        return _export(model, example_inputs, set(takes) - set(fixed), Dim.AUTO)
     wanted = set[str]({"batch", "spatial"} if dynamic == "all" else {dynamic} - {"none"})
     if not any(example.dim() > 2 for example in example_inputs):
         wanted -= {"spatial"}
-    if not wanted <= takes:
-        raise _not_free(model, dynamic, f"it refuses another {' or '.join(sorted(wanted - takes))} size")
+    if not wanted <= set(takes):
+        raise _not_free(model, dynamic, f"it refuses another {' or '.join(sorted(wanted - set(takes)))} size")
     program = _export(model, example_inputs, wanted, Dim.DYNAMIC)
     narrowed = narrowed_axes(program)
     if narrowed:
@@ -145,7 +148,7 @@ def _export(model: nn.Module, example_inputs: Sequence[Tensor], free: set[str], 
         raise _explain(model, example_inputs, free, error) from error
 
 
-def _sizes_taken(model: nn.Module, example_inputs: Sequence[Tensor]) -> set[str]:
+def sizes_taken(model: nn.Module, example_inputs: Sequence[Tensor]) -> set[str]:
     """Of "batch" and "spatial", those that the network runs with larger: by 1, or by 32 as U-nets need."""
 
     def runs(batch: int, spatial: int) -> bool:

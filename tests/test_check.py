@@ -243,6 +243,16 @@ def test_the_default_is_that_of_the_candidates_dtype(dtype: str) -> None:
     assert (comparison.rtol, comparison.atol, comparison.dtype) == (*DEFAULT_TOLERANCE[dtype][:2], dtype)
 
 
+@pytest.mark.parametrize("precision", ["float16", "bfloat16"])
+def test_a_network_that_computes_in_half_is_judged_so_whatever_type_its_outputs_have(precision: str) -> None:
+    candidate = Fixed(GOT)
+    candidate.precision = precision
+    report = check(candidate, Fixed(WANT), SAMPLES)
+    (comparison,) = report.comparisons
+    assert (comparison.rtol, comparison.atol, comparison.dtype) == (*DEFAULT_TOLERANCE[precision][:2], "float32")
+    assert report.precision == report.to_dict()["precision"] == precision
+
+
 @pytest.mark.parametrize("name", ["rtol", "atol"])
 @pytest.mark.parametrize("value", [-1e-9, math.nan, math.inf])
 def test_a_tolerance_that_would_pass_everything_or_nothing_is_refused(name: str, value: float) -> None:

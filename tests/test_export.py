@@ -8,20 +8,23 @@ from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
+import ml_dtypes
 import numpy as np
 import onnx
 import pytest
 import torch
-from tolerances import FLOAT64, OP_FLOAT16, OP_FLOAT32, Tolerance
+from graphs import ELEMENT_TYPES
+from tolerances import FLOAT64, OP_BFLOAT16, OP_FLOAT16, OP_FLOAT32, Tolerance
 from torch import Tensor, nn
 
 from deploynorm import contract
 from deploynorm.errors import InputError, ModelError
 from deploynorm.export import Exported, export
 from deploynorm.fold import fold
-from deploynorm.layers import TLU, FRN2d, MABN2d
+from deploynorm.layers import TLU, CenConv2d, FRN2d, MABN2d
 from deploynorm.lowering import function_proto, lower
 from deploynorm.models import frn_resnet, mabn_resnet
+from deploynorm.run.half import HalfRunner
 from deploynorm.run.onnxruntime import OnnxRuntimeRunner
 from deploynorm.run.reference import ReferenceRunner
 
@@ -218,18 +221,143 @@ def test_float64_network_stays_float64(require: Callable[[str], None]) -> None:
     _agrees(exported, network, x, FLOAT64)
 
 
-def test_half_network_keeps_squares_of_large_values() -> None:
-    """On NumPy's own float16, since ONNX Runtime's CPU computes half in float32 and hides an overflow."""
-    network = nn.Sequential(FRN2d(4)).half().eval()
-    x = (_image(2, 4, 5, 5) * 2e4).half()
-    exported = export(network, (x,))
-    with ReferenceRunner(exported.to_proto()) as runner:
-        (got,) = runner.infer({"input": x.numpy()}).values()
+HALF = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("runner", ["reference", "half"])
+@pytest.mark.parametrize("lowering", ["custom", "primitives", "rmsnorm"])
+def test_every_lowering_keeps_squares_of_large_half_values(
+    lowering: str, runner: str, dtype: str, require: Callable[[str], None]
+) -> None:
+    """On NumPy's own half types and on their emulation: ONNX Runtime's CPU would hide an overflow."""
+    if runner == "half":
+        require("ort")
+    layer = FRN2d(4, eps=torch.tensor([1e-6, 1e-5, 1e-4, 1e-3]))
     with torch.no_grad():
-        want = network.double()(x.double()).numpy()
-    assert got.dtype == np.float16
-    assert (want > 0).mean() > 0.4
-    np.testing.assert_allclose(got.astype(np.float64), want, **OP_FLOAT16.kwargs())
+        layer.tau.copy_(torch.tensor([-0.5, 0.0, 0.25, -1.0]))
+    exported = export(layer, (_image(2, 4, 5, 5),), dtype=HALF[dtype], lowering=lowering)
+    onnx.checker.check_model(exported.to_proto(), full_check=True)
+    x = (_image(2, 4, 7, 9) * 2e4).clamp(-6e4, 6e4)
+    x[:, 1] *= 1e-7  # near its epsilon
+    x[0, 0, 0, 0] = 6e4
+    x = x.to(HALF[dtype])
+    feed = x.float().numpy().astype(getattr(ml_dtypes, dtype, dtype))
+    with (ReferenceRunner if runner == "reference" else HalfRunner)(exported.to_proto()) as opened, torch.no_grad():
+        got = opened.infer({"x": feed})["output"]
+        want = layer.double()(x.double()).numpy()
+    assert got.dtype == feed.dtype
+    assert (want > 0).mean() > 0.3
+    tolerance = OP_FLOAT16 if dtype == "float16" else OP_BFLOAT16
+    np.testing.assert_allclose(got.astype(np.float64), want, **tolerance.kwargs())
+
+
+def _initializer_types(exported: Exported) -> dict[str, str]:
+    name = onnx.TensorProto.DataType.Name
+    return {value.name: name(value.data_type).lower() for value in exported.to_proto().graph.initializer}
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_a_half_graph_is_typed_throughout(net: Net, dtype: str) -> None:
+    exported = export(net, (_image(2, 3, 17, 19),), dtype=HALF[dtype])
+    proto = exported.to_proto()
+    onnx.checker.check_model(proto, full_check=True)
+    assert exported.node_counts() == Counter({"Conv": 2, FRN_NODE: 2, "Max": 1, "ReduceMean": 1, "Gemm": 1})
+    assert exported.inputs[0].dtype == exported.dtype == dtype
+    assert onnx.TensorProto.DataType.Name(proto.graph.output[0].type.tensor_type.elem_type).lower() == dtype
+    types = _initializer_types(exported)
+    for node in proto.graph.node:
+        parameters = [name for name in node.input if name in types and types[name] != "int64"]
+        wide = node.op_type == contract.OP_TYPE
+        assert {types[name] for name in parameters} <= ({"float"} if wide else {dtype}), node.op_type
+    computed = {name for node in proto.graph.node for name in node.output}
+    activations = {v.name: v.type.tensor_type.elem_type for v in proto.graph.value_info if v.name in computed}
+    assert len(activations) >= 5
+    assert set(activations.values()) == {ELEMENT_TYPES[dtype]}
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_norms_that_did_not_fold_have_float32_statistics_beside_half_values(dtype: str) -> None:
+    network = nn.Sequential(nn.ReLU(), MABN2d(3), nn.ReLU(), nn.BatchNorm2d(3)).eval()
+    network[1].running_var.fill_(1e7)
+    exported = export(fold(network, (_image(2, 3, 8, 8),)).model, (_image(2, 3, 8, 8),), dtype=HALF[dtype])
+    onnx.checker.check_model(exported.to_proto(), full_check=True)
+    assert exported.node_counts() == Counter({"Relu": 2, "BatchNormalization": 2})
+    assert set(_initializer_types(exported).values()) == {"float"}
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_a_norm_that_the_exporter_itself_puts_into_a_convolution_is_rounded_with_it(
+    dtype: str, require: Callable[[str], None]
+) -> None:
+    """torch's optimizer leaves the product in float32, beside a half input: no ONNX file."""
+    require("ort")
+    torch.manual_seed(0)
+    network = nn.Sequential(CenConv2d(3, 4, 3), MABN2d(4), nn.ReLU(), nn.ConvTranspose2d(4, 4, 3), nn.BatchNorm2d(4))
+    network[1].running_var.fill_(1e-3)
+    x = _image(2, 3, 9, 11)
+    exported = export(network.eval(), (x,), dtype=HALF[dtype])
+    onnx.checker.check_model(exported.to_proto(), full_check=True)
+    with HalfRunner(exported.to_proto()) as runner, torch.no_grad():
+        feed = x.numpy().astype(getattr(ml_dtypes, dtype, dtype))
+        got = runner.infer({"input": feed})["output"].astype(np.float64)
+        want = network.double()(torch.from_numpy(feed.astype(np.float64))).numpy()
+    tolerance = OP_FLOAT16 if dtype == "float16" else OP_BFLOAT16
+    np.testing.assert_allclose(got / np.abs(want).max(), want / np.abs(want).max(), **tolerance.kwargs())
+    if dtype == "float16":
+        network.float()[1].running_var.fill_(1e-14)
+        network[1].eps = 1e-14
+        with pytest.raises(ModelError, match="with the norm behind it in it, does not fit into float16"):
+            export(network, (x,), dtype=torch.float16)
+
+
+def test_kept_layers_and_ends_are_cast_and_recorded(net: Net) -> None:
+    exported = export(
+        net, (_image(2, 3, 17, 19),), dtype=torch.float16, keep_float32=["conv2", "he*"], keep_io_types=True
+    )
+    onnx.checker.check_model(exported.to_proto(), full_check=True)
+    assert (exported.dtype, exported.kept_float32, exported.keep_io_types) == ("float16", ("conv2", "head"), True)
+    assert exported.inputs[0].dtype == "float32"
+    assert exported.to_proto().graph.output[0].type.tensor_type.elem_type == onnx.TensorProto.FLOAT
+    types = _initializer_types(exported)
+    assert {types[name] for name in ("conv2.weight", "head.weight")} == {"float"}
+    assert types["conv1.weight"] == "float16"
+
+
+def test_a_half_network_can_be_exported_in_float32(net: Net, require: Callable[[str], None]) -> None:
+    require("ort")
+    net.half()
+    exported = export(net, (_image(2, 3, 17, 19).half(),), dtype=torch.float32)
+    assert exported.dtype == exported.inputs[0].dtype == "float32"
+    assert exported.inputs[0].shape == ("N", 3, "H", "W")
+    _agrees(exported, net, _image(1, 3, 8, 31).half().float())
+
+
+def test_an_operator_without_bfloat16_in_the_opset_is_told(net: Net) -> None:
+    x = (_image(2, 3, 17, 19),)
+    assert export(net, x, dtype=torch.bfloat16).opset == 22
+    with pytest.raises(ModelError, match=r"Conv has no bfloat16 in this opset\. Got opset 20\. Fix: pass --opset 22"):
+        export(net, x, dtype=torch.bfloat16, opset=20)
+
+
+def test_a_network_that_makes_float32_tensors_is_told_of_the_conversion() -> None:
+    class Mixes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Sequential(nn.Conv2d(3, 4, 3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(x + torch.ones(3, 1, 1))
+
+    with pytest.raises(ModelError, match=r"converted from torch\.float32 to torch\.float16.*--keep-float32"):
+        export(Mixes().eval(), (_image(2, 3, 8, 8),), dtype=torch.float16)
+    exported = export(Mixes().eval(), (_image(2, 3, 8, 8),), dtype=torch.float16, keep_float32=["inner"])
+    assert exported.kept_float32 == ("inner",)
+
+
+def test_an_example_that_is_no_tensor_is_refused_in_half_too(net: Net) -> None:
+    with pytest.raises(InputError, match="example input 0 is not a tensor"):
+        export(net, (3,), dtype=torch.float16)
 
 
 def test_body_of_a_float32_model_has_no_cast() -> None:

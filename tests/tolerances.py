@@ -22,6 +22,8 @@ FLOAT64 = Tolerance(1e-12, 1e-12, "float64 against float64, sums in another orde
 OP_FLOAT32 = Tolerance(1e-4, 1e-5, "one operator in float32 against float64: ONNX Runtime's own bound")
 OP_FLOAT16 = Tolerance(1e-3, 2.5e-3, "one operator, output rounded to float16, against float64")
 OP_BFLOAT16 = Tolerance(1e-2, 2e-2, "one operator, output rounded to bfloat16, against float64")
+ROUNDED_FLOAT16 = Tolerance(5e-4, 1e-5, "computed in float32, then one rounding to float16 (2^-11)")
+ROUNDED_BFLOAT16 = Tolerance(4e-3, 1e-5, "computed in float32, then one rounding to bfloat16 (2^-8)")
 PLANE_FLOAT32 = Tolerance(1e-6, 0.0, "y = x / sqrt(mean(x^2)): roundings of x, of the mean and its root, and of y")
 PLANE_OF_ONE_VALUE_FLOAT32 = Tolerance(1e-5, 0.0, "the same; up to 512 equal squares in a partial sum round one way")
 FOLD_FLOAT32 = Tolerance(1e-5, 1e-5, "folded in float64 and cast back: only float32's own rounding differs")

@@ -1,6 +1,7 @@
 """Check an ONNX file against the network that it was made from.
 
 Both run on the same random inputs, of several shapes inside the file's dynamic range; the network runs in float64.
+A file in half precision runs with every tensor rounded, and overflowing, as on a GPU, on inputs of its type.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def run(arguments: argparse.Namespace) -> int:
     with terminal.step(f"reading {arguments.model}"):
         network = load_network(arguments)
     with terminal.step("checking"):
-        reports = check_onnx(network, arguments.candidate, arguments)
+        reports = check_onnx(terminal, network, arguments.candidate, arguments)
     print_checks(terminal, reports)
     terminal.write_json(arguments.json, {"ok": all(reports), "checks": [report.to_dict() for report in reports]})
     raise_if_broken(terminal, reports, network, arguments)

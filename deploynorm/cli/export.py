@@ -1,7 +1,8 @@
 """Fold a network, export it to ONNX, and check the file against the network.
 
 Each FRN layer becomes one node; the file carries its body in standard operators too, so that any runtime can run
-it. The file is written only if it computes the same numbers as the network in float64, on several shapes.
+it. The file is written only if it computes the same numbers as the network in float64, on several shapes. A file in
+half precision is checked with every tensor rounded, and overflowing, as on a GPU.
 """
 
 from __future__ import annotations
@@ -23,8 +24,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_model(parser)
     parser.add_argument("-o", "--output", type=Path, help="default: MODEL with the ending .onnx")
     group = parser.add_argument_group("the ONNX file")
+    options.add_precision(group)
     options.add_dynamic(group)
-    group.add_argument("--opset", type=int, help=f"{MIN_OPSET} to {MAX_OPSET} (default 20; 23 for rmsnorm)")
+    group.add_argument(
+        "--opset", type=int, help=f"{MIN_OPSET} to {MAX_OPSET} (default 20; 22 for bfloat16, 23 for rmsnorm)"
+    )
     group.add_argument(
         "--lowering",
         choices=("custom", "rmsnorm", "primitives"),
@@ -43,6 +47,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     import json
 
+    import torch
+
     from deploynorm.cli.manifest import manifest
     from deploynorm.cli.network import load_network
     from deploynorm.cli.parity import check_folded, check_onnx, raise_if_broken
@@ -51,6 +57,7 @@ def run(arguments: argparse.Namespace) -> int:
     from deploynorm.export import export
     from deploynorm.files import staging
     from deploynorm.fold import fold
+    from deploynorm.precision import DTYPES, HALF, dtype_of, kept_layers, to_precision
 
     terminal = Terminal(verbose=arguments.verbose, quiet=arguments.quiet)
     output: Path = arguments.output or arguments.model.with_suffix(".onnx")
@@ -58,17 +65,26 @@ def run(arguments: argparse.Namespace) -> int:
         with terminal.step(f"reading {arguments.model}"):
             network = load_network(arguments)
         examples = network.example_inputs(arguments.dynamic)
+        own, dtype = dtype_of(network.model), DTYPES.get(arguments.dtype)
+        kept_layers(network.model, arguments.keep_float32)  # a name that is wrong is told at once
         model, checks, folding = network.model, [], None
+        if own in HALF and dtype not in (None, own) and (dtype == torch.float32 or not arguments.keep_io_types):
+            # Folding in the network's own half type would round its weights once more.
+            model = to_precision(model, torch.float32, keep_io_types=arguments.keep_io_types)
+            examples = tuple(x if arguments.keep_io_types else x.float() for x in examples)
         if not arguments.no_fold:
             with terminal.step("folding"):
-                model, folding = fold(network.model, examples, dynamic=arguments.dynamic)
+                model, folding = fold(model, examples, dynamic=arguments.dynamic)
             if folding.modified:
                 with terminal.step("checking the folded network"):
-                    checks.append(check_folded(network, model, arguments))
+                    checks.append(check_folded(network, model, arguments, dtype=dtype_of(model)))
         with terminal.step("exporting"):
             exported = export(
                 model,
                 examples,
+                dtype=dtype,
+                keep_float32=arguments.keep_float32,
+                keep_io_types=arguments.keep_io_types,
                 dynamic=arguments.dynamic,
                 opset=arguments.opset,
                 lowering=arguments.lowering,
@@ -79,7 +95,7 @@ def run(arguments: argparse.Namespace) -> int:
         onnx_file = folder / output.name
         exported.save(onnx_file, external_data=arguments.external_data or None)
         with terminal.step("checking the ONNX file"):
-            checks.extend(check_onnx(network, onnx_file, arguments))
+            checks.extend(check_onnx(terminal, network, onnx_file, arguments))
 
         if folding is not None:
             print_fold(terminal, folding)

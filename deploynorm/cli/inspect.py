@@ -1,7 +1,7 @@
 """Show what is in a model or an ONNX file.
 
 Of a model: how it was read, its layers that matter here, its parameters. Of an ONNX file: inputs and outputs, nodes,
-functions, and what it says of its origin. Nothing is run.
+functions, weights by type, and what it says of its origin. Nothing is run.
 """
 
 from __future__ import annotations
@@ -75,6 +75,7 @@ def _tell_onnx(terminal: Terminal, arguments: argparse.Namespace) -> dict[str, A
         "inputs": {value.name: _type(value) for value in model.graph.input},
         "outputs": {value.name: _type(value) for value in model.graph.output},
         "functions": [f"{function.domain}::{function.name}" for function in model.functions],
+        "weights": _weights(model),
         "external data": any(tensor.external_data for tensor in model.graph.initializer),
         "metadata": {entry.key: entry.value for entry in model.metadata_props},
     }
@@ -93,6 +94,18 @@ def _print_facts(terminal: Terminal, facts: dict[str, Any]) -> None:
             value = ", ".join(map(str, value))
         rows.append((name, "-" if value in (None, "") else value))
     terminal.table(str(facts["file"]), ("", ""), rows[1:])
+
+
+def _weights(model: onnx.ModelProto) -> dict[str, int]:
+    """How many numbers the weights of each type have."""
+    import math
+
+    import onnx
+
+    counts: Counter[str] = Counter()
+    for tensor in model.graph.initializer:
+        counts[onnx.TensorProto.DataType.Name(tensor.data_type).lower()] += math.prod(tensor.dims)
+    return dict(counts.most_common())
 
 
 def _type(value: onnx.ValueInfoProto) -> str:

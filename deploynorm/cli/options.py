@@ -15,6 +15,7 @@ __all__ = [
     "add_model",
     "add_output_control",
     "add_parity",
+    "add_precision",
     "add_tolerance",
     "factory_kwargs",
 ]
@@ -55,6 +56,25 @@ def add_dynamic(parser: argparse._ActionsContainer) -> None:
     )
 
 
+def add_precision(parser: argparse._ActionsContainer) -> None:
+    """The type of weights and activations, and what does not take it."""
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "float16", "bfloat16"),
+        help="type of weights and activations (default: the network's own); FRN's parameters stay in float32",
+    )
+    parser.add_argument(
+        "--keep-io-types", action="store_true", help="inputs and outputs keep the network's own type, with casts inside"
+    )
+    parser.add_argument(
+        "--keep-float32",
+        metavar="NAME",
+        action="append",
+        default=[],
+        help="a layer that stays in float32 in half precision, as in named_modules; * stands for anything",
+    )
+
+
 def add_tolerance(parser: argparse._ActionsContainer) -> None:
     parser.add_argument("--atol", type=float, help="absolute tolerance (default by dtype; float32: 1e-7)")
     parser.add_argument("--rtol", type=float, help="relative to the largest output (default by dtype; float32: 1e-4)")
@@ -67,8 +87,9 @@ def add_parity(parser: argparse.ArgumentParser) -> None:
     add_tolerance(group)
     group.add_argument(
         "--backend",
-        choices=("onnxruntime", "reference"),
-        help="what runs the ONNX file (default onnxruntime, or ONNX's slow reference where it is not installed)",
+        choices=("onnxruntime", "half", "reference"),
+        help="what runs the ONNX file: half rounds every half tensor as a GPU does, reference is ONNX's slow evaluator "
+        "(default onnxruntime, after half for a file in half precision; reference where onnxruntime is not installed)",
     )
 
 

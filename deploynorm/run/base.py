@@ -26,11 +26,14 @@ class Runner(Protocol):
         inputs: What `infer` takes. A string in a shape is a size that may change, the same wherever the name
             stands; "?" is free of all others.
         output_names: What `infer` returns, in the network's order.
+        precision: The half type that the network computes in, whatever type its outputs have; None of a network in
+            full precision, or where it is not known.
     """
 
     name: str
     inputs: tuple[TensorSpec, ...]
     output_names: tuple[str, ...]
+    precision: str | None = None
 
     def infer(self, feeds: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
         """Runs the network once.

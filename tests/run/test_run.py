@@ -16,11 +16,11 @@ from deploynorm import run
 from deploynorm.errors import InputError
 
 
-@pytest.mark.parametrize("backend", ["onnxruntime", "reference"])
+@pytest.mark.parametrize("backend", ["onnxruntime", "half", "reference"])
 def test_a_file_opens_in_every_backend(
-    backend: Literal["onnxruntime", "reference"], tmp_path: Path, require: Callable[[str], None]
+    backend: Literal["onnxruntime", "half", "reference"], tmp_path: Path, require: Callable[[str], None]
 ) -> None:
-    if backend == "onnxruntime":
+    if backend != "reference":
         require("ort")
         assert run.available()[backend] is None
     path = tmp_path / "model.onnx"
@@ -38,7 +38,7 @@ def test_importing_the_package_imports_no_backend() -> None:
 
 
 def test_an_unknown_backend_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(InputError, match=re.escape("Got 'openvino'; expected 'onnxruntime' or 'reference'")):
+    with pytest.raises(InputError, match=re.escape("Got 'openvino'; expected 'onnxruntime', 'half'")):
         run.open_runner("model.onnx", "openvino")
 
 
@@ -53,4 +53,5 @@ def test_a_backend_that_is_missing_is_listed_with_the_reason(monkeypatch: pytest
     available = run.available()
     assert available["eager"] is None
     assert available["reference"] is None
-    assert "pip install 'deploynorm[cpu]'" in str(available["onnxruntime"])
+    for backend in ("onnxruntime", "half"):
+        assert "pip install 'deploynorm[cpu]'" in str(available[backend])

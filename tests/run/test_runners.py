@@ -16,6 +16,7 @@ from deploynorm.layers.functional import filter_response_norm
 from deploynorm.lowering import function_proto
 from deploynorm.run import Runner
 from deploynorm.run.eager import EagerRunner
+from deploynorm.run.half import HalfRunner
 from deploynorm.run.onnxruntime import OnnxRuntimeRunner
 from deploynorm.run.reference import ReferenceRunner
 
@@ -57,19 +58,25 @@ def onnxruntime_library(spec: TensorSpec, parameters: Parameters) -> Runner:
     return OnnxRuntimeRunner(frn_model(spec.dtype, parameters=parameters, shape=spec.shape).SerializeToString())
 
 
+def half_body(spec: TensorSpec, parameters: Parameters) -> Runner:
+    body = function_proto(OPSET, half=spec.dtype in ("float16", "bfloat16"))
+    return HalfRunner(frn_model(spec.dtype, body=body, parameters=parameters, shape=spec.shape))
+
+
 RUNNERS: Mapping[str, Callable[[TensorSpec, Parameters], Runner]] = {
     "eager": eager,
     "reference-body": reference_body,
     "reference-operator": reference_operator,
     "onnxruntime-body": onnxruntime_body,
     "onnxruntime-library": onnxruntime_library,
+    "half-body": half_body,
 }
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("runner", RUNNERS)
 def test_every_runner_computes_the_definition(runner: str, case: NormCase, require: Callable[[str], None]) -> None:
-    if runner.startswith("onnxruntime"):
+    if runner.startswith(("onnxruntime", "half")):
         require("ort")
     if runner.endswith("library"):
         require("native")

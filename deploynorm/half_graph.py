@@ -1,0 +1,81 @@
+"""What a graph in half precision still needs when torch has translated it."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+from deploynorm.errors import ModelError
+from deploynorm.graph import HALF
+
+__all__ = ["BFLOAT16_OPSET", "refuse_types", "round_fused_weights"]
+
+BFLOAT16_OPSET = 22
+"""The first whose convolutions and pools take bfloat16."""
+
+
+def round_fused_weights(model: ir.Model) -> None:
+    """Gives the weights of half convolutions and linear layers the type of their input.
+
+    onnxscript, which torch optimizes its graphs with, multiplies a BatchNorm with float32 parameters into the half
+    convolution before it, and leaves the product in float32.
+
+    Raises:
+        ModelError: The product does not fit into the type, or is not a constant.
+    """
+    changed = False
+    for node in model.graph.all_nodes():
+        if node.op_type not in ("Conv", "ConvTranspose", "Gemm") or node.inputs[0] is None:
+            continue
+        dtype = node.inputs[0].dtype
+        if dtype is None or dtype not in HALF:
+            continue
+        for position, value in enumerate(node.inputs):
+            if value is None or value.dtype != ir.DataType.FLOAT:
+                continue
+            weight = ir.convenience.get_const_tensor(value)
+            if weight is None:
+                raise ModelError(
+                    "export",
+                    f"node {node.name}: its weight is computed in float32 where its input is {HALF[dtype]}",
+                    fix="fold the network first, or keep that layer in float32 (--keep-float32)",
+                )
+            exact = weight.numpy()
+            with np.errstate(over="ignore"):
+                rounded = exact.astype(dtype.numpy())
+            if not np.isfinite(rounded.astype(np.float32)).all():
+                raise ModelError(
+                    f"node {node.name}",
+                    f"its weight, with the norm behind it in it, does not fit into {HALF[dtype]}",
+                    got=f"{np.abs(exact).max():.3g}",
+                    fix="keep that layer and its norm in float32 (--keep-float32), or use bfloat16",
+                )
+            name = f"{value.name}_{HALF[dtype]}"
+            if name not in model.graph.initializers:
+                model.graph.register_initializer(ir.val(name, const_value=ir.tensor(rounded, name=name)))
+            node.replace_input_with(position, model.graph.initializers[name])
+            changed = True
+    if changed:
+        RemoveUnusedNodesPass()(model)
+
+
+def refuse_types(model: ir.Model) -> None:
+    """Raises ModelError for an operator that does not take bfloat16 in the model's opset.
+
+    torch writes it all the same, and no runtime has to take it.
+    """
+    opset = model.opset_imports[""]
+    for node in model.graph.all_nodes():
+        if node.domain or not onnx.defs.has(node.op_type, opset):
+            continue
+        schema = onnx.defs.get_schema(node.op_type, opset)
+        for formal, value in zip(schema.inputs, node.inputs, strict=False):
+            if value is not None and value.dtype == ir.DataType.BFLOAT16 and "tensor(bfloat16)" not in formal.types:
+                raise ModelError(
+                    "export",
+                    f"{node.op_type} has no bfloat16 in this opset",
+                    got=f"opset {opset}",
+                    fix=f"pass --opset {BFLOAT16_OPSET} or later" if opset < BFLOAT16_OPSET else "use float16",
+                )

@@ -1,0 +1,275 @@
+"""nn.Module -> nn.Module: a network in another floating type."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree
+
+from deploynorm.contract import DOMAIN, TORCH_OP
+from deploynorm.errors import InputError, ModelError
+from deploynorm.layers._precision import FullPrecisionBuffers
+from deploynorm.layers.functional import compute_dtype
+from deploynorm.trace import inference_copy
+
+__all__ = ["DTYPES", "HALF", "dtype_of", "first_overflow", "kept_layers", "to_precision"]
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
+"""The types that a network can be converted to, by name."""
+
+HALF = (torch.float16, torch.bfloat16)
+
+_WIDE = (FullPrecisionBuffers, nn.modules.batchnorm._BatchNorm)
+"""FRN and MABN, BatchNorm: layers whose parameters and statistics are float32 beside an input in half precision."""
+
+_LOST = 0.01
+"""A channel is told of when rounding moves one of its weights by more than this part of its largest. Rounding alone
+is 5e-4 in float16: more means that the channel lies near the smallest number of the type, or below."""
+
+
+def dtype_of(model: nn.Module) -> torch.dtype:
+    """The type of the network's parameters, as its first one has it; float32 for a network that has none."""
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+
+
+def to_precision(
+    model: nn.Module,
+    dtype: torch.dtype,
+    *,
+    keep_float32: Sequence[str] = (),
+    keep_io_types: bool = False,
+) -> nn.Module:
+    """The network in another floating type, to be exported: fold first, since folding rounds to the network's type.
+
+    Weights and activations take the type. In half precision (float16, bfloat16) these stay in float32:
+
+    1. The parameters of FRN, and its statistics: the operator wants them so (`deploynorm.contract`).
+    2. The parameters and statistics of BatchNorm and MABN that did not fold. A variance may be too large or too small
+       for float16, and ONNX, TensorRT and torch take float32 ones beside a half input.
+    3. Layers that `keep_float32` names, with what is inside them; their inputs and outputs are cast.
+
+    Args:
+        model: Any network; it is left untouched.
+        dtype: float16, bfloat16, float32 or float64.
+        keep_float32: Names of layers as in `named_modules`; `*` stands for anything, also for dots.
+        keep_io_types: Whether inputs and outputs keep the type that the network has now, with casts inside.
+
+    Returns:
+        A copy on the CPU, in evaluation mode, with other projects' FRN layers taken over.
+
+    Raises:
+        InputError: A type of another kind, a name that no layer has, or layers to be kept where there is no half.
+        ModelError: A weight does not fit into the type; the network cannot be copied or is an archive without layers.
+
+    Warns:
+        RuntimeWarning: Whole channels of a weight vanish in the type, or nearly so.
+    """
+    if dtype not in DTYPES.values():
+        raise InputError("to_precision", "not a type for a network", got=dtype, expected=", ".join(DTYPES))
+    twin = inference_copy(model)
+    own, wide = dtype_of(twin), compute_dtype(dtype)
+    kept = kept_layers(twin, keep_float32)
+    if kept and dtype == wide:
+        raise InputError(
+            "keep_float32", f"nothing is in half precision where all is in {_name(dtype)}", got=", ".join(kept)
+        )
+    stays_wide = _wide_parameters(twin) if isinstance(twin, fx.GraphModule) else _in_wide_layers(twin, kept)
+    _convert(twin, dtype, wide, stays_wide)
+    for module in dict.fromkeys(twin.get_submodule(name) for name in kept):  # one layer may have two names
+        _cast_around(module, inside=(dtype, wide), outside=(wide, dtype))
+    if keep_io_types and own != dtype:
+        if isinstance(twin, fx.GraphModule):
+            _cast_ends(twin, own, dtype)
+        else:
+            _cast_around(twin, inside=(own, dtype), outside=(dtype, own))
+    return twin
+
+
+def kept_layers(model: nn.Module, patterns: Sequence[str]) -> tuple[str, ...]:
+    """Names of the layers that the patterns name, in the network's order; of one within another, the outer alone.
+
+    Raises:
+        InputError: A pattern that names no layer, or an archive of torch.export, which has no layers.
+    """
+    if patterns and isinstance(model, fx.GraphModule):
+        raise InputError(
+            "keep_float32",
+            "an archive of torch.export has no layers that could be kept, for it is one graph",
+            got=", ".join(patterns),
+            fix="export from the network or checkpoint that the archive was made from",
+        )
+    names = [name for name, _ in model.named_modules(remove_duplicate=False) if name]
+    found: set[str] = set()
+    for pattern in patterns:
+        matched = fnmatch.filter(names, pattern)
+        if not matched:
+            near = difflib.get_close_matches(pattern, names, n=5, cutoff=0.4) or names[:5]
+            raise InputError(
+                "keep_float32",
+                "the network has no layer of that name",
+                got=repr(pattern),
+                expected=f"a name or pattern such as {', '.join(near)}",
+            )
+        found.update(matched)
+    return tuple(name for name in names if name in found and not _parents(name) & found)
+
+
+def first_overflow(model: nn.Module, inputs: Sequence[Tensor]) -> str | None:
+    """The innermost layer that first gives infinity or NaN for finite inputs, by name; None if none does."""
+    found: list[str] = []
+
+    def look(name: str) -> Callable[[nn.Module, object, object], None]:
+        def hook(_: nn.Module, args: object, output: object) -> None:
+            given, got = (
+                [x for x in _pytree.tree_leaves(each) if isinstance(x, Tensor) and x.is_floating_point()]
+                for each in (args, output)
+            )
+            if not found and all(bool(x.isfinite().all()) for x in given):
+                found.extend([name] * any(not bool(x.isfinite().all()) for x in got))
+
+        return hook
+
+    hooks = [module.register_forward_hook(look(name)) for name, module in model.named_modules()]
+    try:
+        with torch.inference_mode():
+            model(*inputs)
+    finally:
+        for handle in hooks:
+            handle.remove()
+    return found[0] if found else None
+
+
+def _parents(name: str) -> set[str]:
+    parts = name.split(".")
+    return {".".join(parts[:end]) for end in range(1, len(parts))}
+
+
+def _in_wide_layers(model: nn.Module, kept: Sequence[str]) -> Callable[[str, nn.Module], bool]:
+    """Whether a tensor stays wide: all of a kept layer, and those that a norm holds."""
+    inside = {module for name in kept for module in model.get_submodule(name).modules()}
+    return lambda _, module: module in inside or isinstance(module, _WIDE)
+
+
+def _wide_parameters(graph: fx.GraphModule) -> Callable[[str, nn.Module], bool]:
+    """The same for an archive of torch.export, read from what its operators take."""
+    frn = getattr(getattr(torch.ops, DOMAIN), TORCH_OP).default
+    wide: set[str] = set()
+    for node in graph.graph.nodes:
+        if node.target in (frn, torch.ops.aten.batch_norm.default):
+            wide.update(_sources(node.args[1:5]))
+    return lambda name, _: name in wide
+
+
+def _sources(arguments: Sequence[Any]) -> Iterator[str]:
+    """The parameters and buffers that arguments are computed from."""
+    waiting = [argument for argument in arguments if isinstance(argument, fx.Node)]
+    seen: set[fx.Node] = set()
+    while waiting:
+        node = waiting.pop()
+        if node.op == "get_attr":
+            yield str(node.target)
+        waiting += [source for source in node.all_input_nodes if source not in seen]
+        seen.update(node.all_input_nodes)
+
+
+def _convert(
+    model: nn.Module, dtype: torch.dtype, wide: torch.dtype, stays_wide: Callable[[str, nn.Module], bool]
+) -> None:
+    """Converts every parameter and buffer in place; a tensor that two layers share stays one."""
+    converted: dict[tuple[Tensor, torch.dtype], Tensor] = {}
+    weak: list[str] = []
+    for path, module in model.named_modules():
+        for key, tensor in [*module._parameters.items(), *module._buffers.items()]:
+            if tensor is None or not tensor.is_floating_point():
+                continue
+            name = f"{path}.{key}" if path else key
+            target = wide if stays_wide(name, module) else dtype
+            if (tensor, target) not in converted:
+                new = tensor.detach().to(target)
+                _refuse_overflow(name, tensor, new)
+                if key != "bias" and (lost := _lost_channels(module, tensor, new)):
+                    weak.append(f"{name} ({lost} of {tensor.shape[_channel_axis(module, tensor)]} channels)")
+                converted[tensor, target] = nn.Parameter(new, False) if key in module._parameters else new
+            setattr(module, key, converted[tensor, target])  # and not in the table: an LSTM keeps a list of its own
+    if weak:
+        warnings.warn(
+            f"deploynorm: weights so small that {_name(dtype)} loses them or most of their digits: {'; '.join(weak)}. "
+            "Fix: keep those layers in float32 (keep_float32, --keep-float32), or take bfloat16",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+
+
+def _refuse_overflow(name: str, tensor: Tensor, new: Tensor) -> None:
+    lost = tensor.isfinite() & ~new.isfinite()
+    if not bool(lost.any()):
+        return
+    layer = name.rpartition(".")[0]
+    raise ModelError(
+        f"layer {layer or '(the network)'}",
+        f"{name.rpartition('.')[2]} does not fit into {_name(new.dtype)}",
+        got=f"{tensor.abs().where(lost, tensor.new_zeros(())).max():.3g}",
+        expected=f"at most {torch.finfo(new.dtype).max:.5g}",
+        fix=f"keep_float32 (--keep-float32) {layer}, or bfloat16" if layer else "use bfloat16",
+    )
+
+
+def _lost_channels(module: nn.Module, tensor: Tensor, new: Tensor) -> int:
+    """How many channels rounding moves by more than `_LOST` of their largest weight, all of it being 1."""
+    if tensor.dim() == 0 or not tensor.numel() or new.dtype in (tensor.dtype, torch.float32, torch.float64):
+        return 0
+    rows, rounded = (
+        t.double().movedim(_channel_axis(module, t), 0).reshape(t.shape[_channel_axis(module, t)], -1)
+        for t in (tensor, new)
+    )
+    error = (rounded - rows).abs().nan_to_num(0).amax(1)  # -inf is -inf in any type
+    return int((error > _LOST * rows.abs().amax(1)).sum())
+
+
+def _channel_axis(module: nn.Module, tensor: Tensor) -> int:
+    return 1 if isinstance(module, nn.modules.conv._ConvTransposeNd) and tensor.dim() > 1 else 0
+
+
+def _cast_around(
+    module: nn.Module, *, inside: tuple[torch.dtype, torch.dtype], outside: tuple[torch.dtype, torch.dtype]
+) -> None:
+    """Casts the tensors that go into a layer, and those that come out, each from one type to another."""
+
+    def cast(value: object, source: torch.dtype, target: torch.dtype) -> object:
+        return value.to(target) if isinstance(value, Tensor) and value.dtype == source else value
+
+    def before(_: nn.Module, args: object, kwargs: object) -> object:
+        return _pytree.tree_map(lambda value: cast(value, *inside), (args, kwargs))
+
+    def after(_: nn.Module, args: object, output: object) -> object:
+        return _pytree.tree_map(lambda value: cast(value, *outside), output)
+
+    module.register_forward_pre_hook(before, with_kwargs=True)  # type: ignore[arg-type]
+    module.register_forward_hook(after)
+
+
+def _cast_ends(module: fx.GraphModule, own: torch.dtype, dtype: torch.dtype) -> None:
+    """The same for an archive as a whole: torch.export interprets its graph, and does not call its hooks."""
+    graph, to = module.graph, torch.ops.aten.to.dtype
+    inputs = [node for node in graph.nodes if node.op == "placeholder"]
+    (output,) = (node for node in graph.nodes if node.op == "output")
+    results = [node for node in output.all_input_nodes if getattr(node.meta.get("val"), "dtype", None) == own]
+    with graph.inserting_before(output):
+        for node in results:
+            output.replace_input_with(node, graph.call_function(to, (node, own)))
+    with graph.inserting_after(inputs[-1]):
+        for node in inputs:
+            if getattr(node.meta.get("val"), "dtype", None) == own:
+                inside = graph.call_function(to, (node, dtype))
+                node.replace_all_uses_with(inside, delete_user_cb=lambda user, inside=inside: user is not inside)
+    module.recompile()
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

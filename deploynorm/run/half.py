@@ -1,0 +1,208 @@
+"""Half precision as a GPU computes it, on any CPU.
+
+ONNX Runtime has no half arithmetic on a CPU: it computes such a graph in float32 from end to end, where nothing
+overflows and nothing is rounded in between. Here each operator computes in float32, as the tensor cores of a GPU add
+up, and then each of its outputs is rounded to the type that the graph gives it. A value past the largest number of the
+type is an infinity from there on, wherever in the graph it arises.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnx_ir as ir
+from onnx_ir.passes.common import InlinePass, RemoveUnusedNodesPass, ShapeInferencePass
+
+from deploynorm import graph
+from deploynorm.contract import MIN_OPSET
+from deploynorm.errors import BackendError, DeployNormError, ModelError
+from deploynorm.graph import HALF
+from deploynorm.lowering import frn_nodes, function_proto
+from deploynorm.run.base import Runner
+from deploynorm.run.onnxruntime import OnnxRuntimeRunner
+
+__all__ = ["HalfRunner", "round_outputs"]
+
+_CONVERTERS = ("Cast", "CastLike", "Constant")
+"""Operators that give a half value without computing one."""
+_TYPE_ATTRIBUTES = ("dtype", "output_dtype", "output_datatype")
+
+
+class HalfRunner(Runner):
+    """Runs a half graph in ONNX Runtime on the CPU, every tensor rounded to its type.
+
+    Local functions are inlined, so that what happens within a function body is rounded too. FRN without a body runs as
+    the kernels do: in float32, rounded once.
+
+    Args:
+        model: A file, with its external data beside it, or a model in memory.
+        threads: Threads within an operator; None leaves it to ONNX Runtime.
+
+    Raises:
+        BackendError: onnxruntime is missing, or removes the rounding.
+        ModelError: The model cannot be read or run, or holds a value of unknown type.
+    """
+
+    def __init__(self, model: str | Path | onnx.ModelProto, *, threads: int | None = None) -> None:
+        where = "HalfRunner" if isinstance(model, onnx.ModelProto) else str(model)
+        rounded = ir.from_proto(model) if isinstance(model, onnx.ModelProto) else _read(Path(model))
+        types = graph.half_types(rounded)
+        for name in types:
+            _assert_rounding(name)
+        round_outputs(rounded, where)
+        with tempfile.TemporaryDirectory() as folder:  # a file and not bytes, which end at 2 GB
+            path = Path(folder) / "rounded.onnx"
+            graph.save(rounded, path)
+            try:
+                self._runner = OnnxRuntimeRunner(path, plugins=[], threads=threads, optimize=False)
+            except DeployNormError as error:
+                raise type(error)(where, error.problem, got=error.got, fix=error.fix) from error
+        self.name = f"half ({' and '.join(types) or 'nothing in half'}, each tensor rounded)"
+        self.precision = types[-1] if types else None
+        self.inputs = self._runner.inputs
+        self.output_names = self._runner.output_names
+
+    def infer(self, feeds: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
+        return self._runner.infer(feeds)
+
+    def close(self) -> None:
+        self._runner.close()
+
+
+def round_outputs(model: ir.Model, where: str = "round_outputs") -> None:
+    """Makes each operator compute in float32 and rounds each of its half outputs to its type, in place.
+
+    Given:  x (half) -> Mul -> y (half)
+    Result: x (half) -> Cast -> Mul -> y (float32) -> Cast -> y (half)
+
+    ONNX Runtime keeps a pair of casts that loses digits; `HalfRunner` makes sure of that once.
+
+    Raises:
+        ModelError: The type of a value is not known.
+    """
+    InlinePass()(model)
+    if frn_nodes(model):
+        body = ir.serde.deserialize_function(function_proto(model.opset_imports[""]))
+        model.functions[body.identifier()] = body
+    ShapeInferencePass(check_type=False, strict_mode=False, data_prop=False)(model)
+    widened: dict[tuple[ir.Graph, ir.Value], ir.Value] = {}
+    for node in list(model.graph.all_nodes()):
+        if node.op_type in _CONVERTERS or any(_is_graph(attribute) for attribute in node.attributes.values()):
+            continue
+        assert isinstance(node.graph, ir.Graph)
+        for position, value in enumerate(node.inputs):
+            if value is not None and _is_half(value, where):
+                if (node.graph, value) not in widened:
+                    widened[node.graph, value] = _widen(model, node, value)
+                node.replace_input_with(position, widened[node.graph, value])
+        _use_float32(node)
+        for value in node.outputs:
+            if value.name and _is_half(value, where):
+                _round(node, node.graph, value)
+    RemoveUnusedNodesPass()(model)
+
+
+def _is_half(value: ir.Value, where: str) -> bool:
+    if value.type is None:
+        producer = value.producer()
+        raise ModelError(
+            where,
+            f"the type of value {value.name} is not known",
+            got=None if producer is None else f"the output of {producer.domain or 'ai.onnx'}::{producer.op_type}",
+            fix="export it with its function bodies and types",
+        )
+    return isinstance(value.type, ir.TensorType) and value.dtype in HALF
+
+
+def _is_graph(attribute: ir.Attr) -> bool:
+    return attribute.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
+
+
+def _widen(model: ir.Model, node: ir.Node, value: ir.Value) -> ir.Value:
+    """The value in float32, computed here for a weight and by a cast before the node for others."""
+    name = f"{value.name}_float32"
+    stored = model.graph.initializers.get(str(value.name)) is value and not value.is_graph_input()
+    if stored and value.const_value is not None:
+        weight = ir.tensor(value.const_value.numpy().astype(np.float32), name=name)
+        wide = ir.val(name, const_value=weight)
+        model.graph.register_initializer(wide)
+        return wide
+    wide = ir.val(name, ir.DataType.FLOAT, value.shape)
+    assert node.graph is not None
+    node.graph.insert_before(node, _cast(value, wide))
+    return wide
+
+
+def _use_float32(node: ir.Node) -> None:
+    """What an attribute says of a half output, said of a float32 one."""
+    for name in _TYPE_ATTRIBUTES:
+        attribute = node.attributes.get(name)
+        if attribute is not None and attribute.value in HALF:
+            node.attributes[name] = ir.AttrInt64(name, ir.DataType.FLOAT)
+    fill = node.attributes.get("value")
+    if fill is not None and fill.type == ir.AttributeType.TENSOR and fill.value.dtype in HALF:  # ConstantOfShape
+        node.attributes["value"] = ir.AttrTensor("value", ir.tensor(fill.value.numpy().astype(np.float32)))
+
+
+def _round(node: ir.Node, owner: ir.Graph, value: ir.Value) -> None:
+    """Puts a cast behind the value, which takes its name and its place."""
+    half = ir.val(value.name, value.dtype, value.shape)
+    for position, output in enumerate(owner.outputs):
+        if output is value:
+            owner.outputs[position] = half
+    ir.convenience.replace_all_uses_with(value, half)
+    value.name, value.dtype = f"{half.name}_exact", ir.DataType.FLOAT
+    owner.insert_after(node, _cast(value, half))
+
+
+def _cast(source: ir.Value, target: ir.Value) -> ir.Node:
+    assert target.dtype is not None
+    return ir.node("Cast", [source], {"to": int(target.dtype)}, outputs=[target], name=f"{target.name}_cast")
+
+
+def _read(path: Path) -> ir.Model:
+    """The model, its external data left where it is until needed."""
+    if not path.is_file():
+        raise ModelError(str(path), "no such file", fix="check the path")
+    try:
+        return ir.load(path)
+    except Exception as error:
+        raise ModelError(str(path), f"not an ONNX file, or cut short: {error}", fix="export it again") from error
+
+
+@lru_cache
+def _assert_rounding(name: str) -> None:
+    """Raises BackendError unless this ONNX Runtime rounds where it is told to, and to infinity where it must."""
+    element = onnx.helper.np_dtype_to_tensor_dtype(np.dtype(getattr(ml_dtypes, name, name)))
+    x = onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, ["N"])
+    y = onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, ["N"])
+    nodes = [onnx.helper.make_node("Mul", ["x", "x"], ["square"])]
+    nodes += [onnx.helper.make_node("Cast", ["square"], ["half"], to=element)]
+    nodes += [onnx.helper.make_node("Cast", ["half"], ["wide"], to=onnx.TensorProto.FLOAT)]
+    nodes += [onnx.helper.make_node("Sqrt", ["wide"], ["y"])]
+    model = onnx.helper.make_model(
+        onnx.helper.make_graph(nodes, "rounding", [x], [y]),
+        opset_imports=[onnx.helper.make_opsetid("", MIN_OPSET)],
+        ir_version=8,
+    )
+    values = np.array([1.01, 300, 2e19], np.float32)
+    with np.errstate(over="ignore"):
+        want = np.sqrt((values * values).astype(getattr(ml_dtypes, name, name)).astype(np.float32))
+    with OnnxRuntimeRunner(model.SerializeToString(), plugins=[], optimize=False) as runner:
+        got = runner.infer({"x": values})["y"]
+    if not np.array_equal(got, want):
+        raise BackendError(
+            "HalfRunner",
+            f"this onnxruntime does not round to {name} where the graph says so",
+            got=got.tolist(),
+            expected=want.tolist(),
+            fix="use another version of onnxruntime, or --backend reference",
+        )
