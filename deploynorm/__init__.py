@@ -1,4 +1,4 @@
-"""From a PyTorch CNN with FRN or MABN layers to a checked ONNX file.
+"""From a PyTorch CNN with FRN or MABN layers to a checked ONNX file and a TensorRT engine.
 
     checkpoint = deploynorm.load("model.pt")                            # or any nn.Module of yours
     example = (torch.randn(2, 3, 224, 224),)
@@ -22,6 +22,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from deploynorm.build import build as build
     from deploynorm.check import check as check
     from deploynorm.checkpoint import load as load
     from deploynorm.checkpoint import save as save
@@ -43,6 +44,7 @@ _HOME = {
     "save": "deploynorm.checkpoint",
     "fold": "deploynorm.fold",
     "export": "deploynorm.export",
+    "build": "deploynorm.build",
     "open_runner": "deploynorm.run",
     "EagerRunner": "deploynorm.run.eager",
     "check": "deploynorm.check",
@@ -67,7 +69,7 @@ class _Package(ModuleType):
         return self.__dict__.setdefault(name, getattr(module, name))
 
     def __setattr__(self, name: str, value: object) -> None:
-        # Python binds a submodule to its parent once it is imported; fold, export and check are functions here.
+        # Python binds a submodule to its parent once it is imported; fold, export, build and check are functions here.
         if name in _HOME and isinstance(value, ModuleType):
             value = getattr(value, name)
         super().__setattr__(name, value)

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import TextIO
 
 import deploynorm
-from deploynorm.cli import check, export, fold, inspect, plugins, rewrite, run
+from deploynorm.cli import build, check, doctor, export, fold, inspect, plugins, rewrite, run
 from deploynorm.errors import DeployNormError
 
 __all__ = ["main"]
@@ -23,10 +23,12 @@ _VERBS = {
     "fold": fold,
     "export": export,
     "rewrite": rewrite,
+    "build": build,
     "check": check,
     "run": run,
     "inspect": inspect,
     "plugins": plugins,
+    "doctor": doctor,
 }
 
 _EXIT_CODES = """
@@ -71,7 +73,7 @@ def _show_warning(
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="deploynorm",
-        description="Takes a CNN with FRN or MABN layers from model.pt to a checked ONNX file.",
+        description="Takes a CNN with FRN or MABN layers from model.pt to a checked ONNX file and a TensorRT engine.",
         epilog=_EXIT_CODES,
     )
     parser.add_argument("--version", action="version", version=f"deploynorm {deploynorm.__version__}")

@@ -1,7 +1,9 @@
 """Run a network on arrays or images.
 
-Takes an ONNX file, or any model that `deploynorm export` takes. Images are prepared as the model says, and their
-most likely classes are printed by name. Arrays are .npy files, one for each input, or one .npz with all of them.
+Takes an ONNX file, a TensorRT engine, or any model that `deploynorm export` takes. Images are prepared as the model
+says, and their most likely classes are printed by name. Arrays are .npy files, one for each input, or one .npz with
+all of them. A file in half precision takes float32 arrays too, and on the CPU runs with every tensor rounded as on a
+GPU.
 """
 
 from __future__ import annotations
@@ -36,8 +38,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("backend")
     group.add_argument(
         "--backend",
-        choices=("onnxruntime", "reference", "eager"),
-        help="default onnxruntime for an ONNX file, eager for a model",
+        choices=("onnxruntime", "half", "reference", "tensorrt", "eager"),
+        help="default onnxruntime for an ONNX file, half for one in half precision, tensorrt for an engine, else eager",
     )
     group.add_argument(
         "--provider",
@@ -50,6 +52,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--plugins", metavar="LIB", type=Path, action="append", help="operator libraries instead of ours"
     )
     library.add_argument("--stock", action="store_true", help="onnxruntime without our operator library")
+    group.add_argument(
+        "--trust-engine",
+        action="store_true",
+        help="let the plugin that is inside an engine run; only for files from a source you trust",
+    )
     options.add_output_control(parser)
 
 
@@ -65,7 +72,8 @@ def run(arguments: argparse.Namespace) -> int:
     results: list[dict[str, Any]] = []
     outputs: dict[str, list[npt.NDArray[Any]]] = {}
     with runner:
-        for name, feeds in _feeds(arguments.inputs, runner, image):
+        for name, given in _feeds(arguments.inputs, runner, image):
+            feeds = _as_declared(terminal, runner, given)
             with terminal.step(f"running {name}"):
                 got = runner.infer(feeds)
             for output, value in got.items():
@@ -74,6 +82,10 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.output is not None:
         with staging(arguments.output) as folder:
             whole: dict[str, Any] = {name: np.concatenate(each) for name, each in outputs.items()}
+            for name, value in whole.items():
+                if value.dtype.name == "bfloat16":
+                    terminal.line(f"note: {name} is written as float32, since NumPy's files have no bfloat16")
+                    whole[name] = value.astype(np.float32)
             np.savez(folder / arguments.output.name, **whole)
     terminal.write_json(arguments.json, {"runner": runner.name, "results": results})
     return 0
@@ -83,6 +95,8 @@ def _open(arguments: argparse.Namespace) -> tuple[Runner, ImageSpec | None, tupl
     """The runner, how images become its input, and the class names."""
     from deploynorm.errors import InputError
 
+    if arguments.model.suffix in (".engine", ".plan") or arguments.backend == "tensorrt":
+        return _open_engine(arguments)
     if arguments.model.suffix == ".onnx":
         if arguments.backend == "eager":
             raise InputError("--backend", "eager runs a model, not an ONNX file", got=arguments.model)
@@ -91,7 +105,7 @@ def _open(arguments: argparse.Namespace) -> tuple[Runner, ImageSpec | None, tupl
 
         runner = open_runner(
             arguments.model,
-            arguments.backend or "onnxruntime",
+            arguments.backend,
             providers=arguments.provider or ("cpu",),
             plugins=[] if arguments.stock else arguments.plugins,
         )
@@ -111,6 +125,20 @@ def _open(arguments: argparse.Namespace) -> tuple[Runner, ImageSpec | None, tupl
     free = [TensorSpec(x.name, tuple("?" if axis != 1 else size for axis, size in enumerate(x.shape)), x.dtype)
             for x in network.inputs]  # fmt: skip
     return EagerRunner(network.model, free), network.checkpoint.image, network.checkpoint.labels
+
+
+def _open_engine(arguments: argparse.Namespace) -> tuple[Runner, ImageSpec | None, tuple[str, ...] | None]:
+    from deploynorm.cli.engine_manifest import image_and_labels_of_engine
+    from deploynorm.errors import InputError
+    from deploynorm.run import open_runner
+
+    if arguments.backend not in (None, "tensorrt") or arguments.provider or arguments.stock:
+        raise InputError(
+            "run", "an engine runs on TensorRT, with no provider", got=arguments.model, fix="leave the options out"
+        )
+    plugins, trust = arguments.plugins, arguments.trust_engine
+    runner = open_runner(arguments.model, "tensorrt", plugins=plugins, trust_engine=trust)
+    return runner, *image_and_labels_of_engine(arguments.model)
 
 
 def _feeds(
@@ -151,10 +179,41 @@ def _read_arrays(path: Path, name: str) -> dict[str, npt.NDArray[Any]]:
     return {name: content} if isinstance(content, np.ndarray) else dict(content)
 
 
+def _as_declared(
+    terminal: Terminal, runner: Runner, feeds: Mapping[str, npt.NDArray[Any]]
+) -> dict[str, npt.NDArray[Any]]:
+    """The arrays, float32 and float64 ones in the half type of their input: NumPy's files have no bfloat16."""
+    import ml_dtypes
+    import numpy as np
+
+    from deploynorm.errors import InputError
+
+    declared = {spec.name: spec.dtype for spec in runner.inputs}
+    cast = dict(feeds)
+    for name, value in feeds.items():
+        dtype = declared.get(name)
+        if dtype not in ("float16", "bfloat16") or value.dtype not in (np.float32, np.float64):
+            continue
+        with np.errstate(over="ignore"):
+            cast[name] = value.astype(getattr(ml_dtypes, dtype, dtype))
+        if (np.isfinite(value) & ~np.isfinite(cast[name])).any():
+            raise InputError(
+                f"input {name}",
+                f"does not fit into {dtype}",
+                got=f"{np.abs(value[np.isfinite(value)]).max():.5g}",
+                expected=f"at most {float(ml_dtypes.finfo(dtype).max):.5g}",  # type: ignore[no-untyped-call]
+                fix="scale the input, or export in another type",
+            )
+        terminal.line(f"note: {name} is cast from {value.dtype.name} to {dtype}")
+    return cast
+
+
 def _tell(
     terminal: Terminal, name: str, got: Mapping[str, np.ndarray[Any, Any]], labels: tuple[str, ...] | None, top: int
 ) -> dict[str, Any]:
     """Prints the classes of a classifier's output, and what any other output looks like; returns the same."""
+    import numpy as np
+
     told: dict[str, Any] = {}
     for output, value in got.items():
         if labels is not None and value.ndim == 2 and value.shape[1] == len(labels):
@@ -165,7 +224,8 @@ def _tell(
         else:
             told[output] = {"shape": list(value.shape), "dtype": value.dtype.name}
             if value.size:
-                told[output] |= {key: float(getattr(value, key)()) for key in ("min", "max", "mean")}
+                wide = value.astype(np.float64) if value.dtype.name in ("float16", "bfloat16") else value
+                told[output] |= {key: float(getattr(wide, key)()) for key in ("min", "max", "mean")}
             terminal.table(name, ("output", *told[output]), [(output, *told[output].values())])
     return told
 

@@ -1,0 +1,272 @@
+"""TensorRT and TensorRT-RTX as a backend: an engine on NumPy arrays, or on PyTorch's CUDA tensors."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from deploynorm.errors import InputError, ModelError
+from deploynorm.inputs import Shape, TensorSpec
+from deploynorm.plugins import TENSORRT_LIBRARY, find_library
+from deploynorm.run.base import Runner, check_feeds, closed_error
+from deploynorm.trt import (
+    Flavour,
+    TensorRT,
+    dtype_name,
+    gpu_here,
+    import_tensorrt,
+    listen,
+    load_library,
+    load_plugin,
+    logger,
+)
+from deploynorm.trt.engine import Engine
+from deploynorm.trt.errors import explain
+from deploynorm.trt.gpu import Gpu
+from deploynorm.trt.output import WaitingOutput
+from deploynorm.trt.profile import Range
+from deploynorm.trt.source import EngineSource
+
+__all__ = ["TensorRTRunner"]
+
+_MOST_GRAPHS: Final = 8
+"""Captured CUDA graphs that a runner keeps: each has a context of its own, with the memory of all its activations."""
+
+
+class TensorRTRunner(Runner):
+    """Runs an engine in one execution context.
+
+    Args:
+        engine: A file that `deploynorm build` has written, any other engine file, the bytes of one, or what
+            deploynorm.build returned.
+        backend: "auto" takes what the manifest beside the file says, else TensorRT where both are installed.
+        device: The GPU.
+        plugins: Plugin libraries instead of ours. By default ours is loaded where it is built.
+        cuda_graphs: Whether each shape is captured at its first call and replayed from then on: less work for the
+            processor at a call, more memory, and one copy of inputs and outputs.
+        trust_engine: Whether an engine with code for the processor inside may run it; see `build(embed_plugin=...)`.
+
+    Raises:
+        BackendError: TensorRT, a GPU or a plugin is missing, or the engine is for another version or GPU.
+        ModelError: The file is not an engine, is damaged, or wants input that lies in the processor's memory.
+        InputError: The engine holds code that it may not run.
+    """
+
+    def __init__(
+        self,
+        engine: str | Path | bytes | Engine,
+        *,
+        backend: Flavour | Literal["auto"] = "auto",
+        device: torch.device | str | int = "cuda",
+        plugins: Sequence[Path] | None = None,
+        cuda_graphs: bool = False,
+        trust_engine: bool = False,
+    ) -> None:
+        source = EngineSource.of(engine)
+        self._where = source.where
+        trt = import_tensorrt(source.backend if backend == "auto" else backend)
+        self._trt = trt
+        source.check_version(trt)
+        self._gpu = Gpu(device)
+        with self._gpu.current(), listen() as heard:
+            source.check_gpu(gpu_here())
+            _load_plugins(trt, plugins, needed=source.needs_plugin)
+            runtime = trt.module.Runtime(logger(trt))
+            runtime.engine_host_code_allowed = trust_engine
+            self._engine: Any = runtime.deserialize_cuda_engine(source.plan)
+            if self._engine is None:
+                raise explain(self._where, trt.name, heard)
+            self._runtime: Any = runtime  # it must outlive its engines
+            self._context = self._new_context()
+        self.name = f"{trt.flavour} ({self._gpu.device})"
+        self.precision = source.half_type
+        inputs, outputs = _tensors(trt, self._engine)
+        self.inputs = tuple(source.named(spec) for spec in inputs)
+        self._outputs = {spec.name: spec for spec in outputs}
+        self.output_names = tuple(self._outputs)
+        self._ranges = {spec.name: self._range(spec.name) for spec in self.inputs}
+        self._cuda_graphs = cuda_graphs
+        self._captured: OrderedDict[tuple[Shape, ...], _Captured] = OrderedDict()
+
+    @property
+    def device(self) -> torch.device:
+        """The GPU that `run` wants its tensors on."""
+        return self._gpu.device
+
+    def infer(self, feeds: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
+        if self._engine is None:
+            raise closed_error("TensorRTRunner.infer")
+        check_feeds("TensorRTRunner.infer", self.inputs, feeds)
+        with self._gpu.current():
+            outputs = self.run({name: self._gpu.upload(array) for name, array in feeds.items()})
+            return {name: self._gpu.download(tensor) for name, tensor in outputs.items()}
+
+    def run(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """As infer, on CUDA tensors, in the order of the caller's current stream and without waiting for it.
+
+        Calls on different streams share the runner's memory: let the later stream wait for the earlier.
+
+        Args:
+            feeds: One tensor for each of `inputs`, on the runner's device. One that is not contiguous is copied.
+
+        Returns:
+            Tensors by output name, that no later call changes.
+
+        Raises:
+            InputError: As infer; or a tensor on another device.
+        """
+        if self._engine is None:
+            raise closed_error("TensorRTRunner.run")
+        self._check(feeds)
+        with self._gpu.current():
+            if self._cuda_graphs:
+                return self._replay(feeds)
+            tensors = {spec.name: self._gpu.dense(feeds[spec.name]) for spec in self.inputs}
+            with listen() as heard:
+                outputs, waiting = self._bind(self._context, tensors, heard)
+                with self._gpu.enqueue([*tensors.values(), *outputs.values()]) as stream:
+                    self._execute(self._context, stream, heard)
+        return {name: waiting[name].take() if name in waiting else outputs[name] for name in self.output_names}
+
+    def close(self) -> None:
+        self._captured.clear()
+        self._context = self._engine = self._runtime = None
+
+    def _check(self, feeds: Mapping[str, Tensor]) -> None:
+        names = [spec.name for spec in self.inputs]
+        if sorted(feeds) != sorted(names):
+            raise InputError("TensorRTRunner.run", "not the engine's inputs", got=list(feeds), expected=names)
+        for spec in self.inputs:
+            tensor, where = feeds[spec.name], f"TensorRTRunner.run, input {spec.name!r}"
+            if tensor.device != self._gpu.device:
+                raise InputError(where, "on another device", got=tensor.device, expected=self._gpu.device)
+            if tensor.dtype != _torch_dtype(where, spec.dtype):
+                raise InputError(where, "has the wrong dtype", got=tensor.dtype, expected=spec.dtype)
+            low, _, high = self._ranges[spec.name]
+            fits = len(low) == tensor.ndim and all(
+                a <= size <= b for a, size, b in zip(low, tensor.shape, high, strict=True)
+            )
+            if not fits:
+                raise InputError(
+                    where,
+                    "is outside the shapes that the engine was built for",
+                    got=tuple(tensor.shape),
+                    expected=f"{low} to {high}" if low != high else low,
+                    fix="feed another shape, or build with other --min-shapes and --max-shapes",
+                )
+
+    def _bind(
+        self, context: Any, tensors: Mapping[str, Tensor], heard: list[Any]
+    ) -> tuple[dict[str, Tensor], dict[str, WaitingOutput]]:
+        """Gives a context its shapes and addresses; outputs whose size is known only in the end wait for it."""
+        for name, tensor in tensors.items():
+            if not context.set_input_shape(name, tuple(tensor.shape)):
+                raise explain(f"{self._where}, input {name!r}", self._trt.name, heard)
+            context.set_tensor_address(name, self._gpu.address(tensor))
+        missing = context.infer_shapes()
+        if missing:
+            raise ModelError(self._where, f"TensorRT cannot tell the output shapes: {missing} are not set")
+        outputs: dict[str, Tensor] = {}
+        waiting: dict[str, WaitingOutput] = {}
+        for name, spec in self._outputs.items():
+            dtype = _torch_dtype(self._where, spec.dtype)
+            shape = tuple(context.get_tensor_shape(name))
+            if min(shape, default=0) < 0:
+                waiting[name] = WaitingOutput(self._gpu, dtype)
+                context.set_output_allocator(name, waiting[name].allocator(self._trt))
+            else:
+                outputs[name] = self._gpu.empty(shape, dtype)
+                context.set_tensor_address(name, self._gpu.address(outputs[name]))
+        return outputs, waiting
+
+    def _execute(self, context: Any, stream: int, heard: list[Any]) -> None:
+        if not context.execute_async_v3(stream):
+            raise explain(self._where, self._trt.name, heard)
+
+    def _replay(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        key = tuple(tuple(feeds[spec.name].shape) for spec in self.inputs)
+        if key not in self._captured:
+            self._captured[key] = self._capture(feeds)
+            if len(self._captured) > _MOST_GRAPHS:
+                self._captured.popitem(last=False)
+        self._captured.move_to_end(key)
+        captured = self._captured[key]
+        for name, tensor in captured.inputs.items():
+            tensor.copy_(feeds[name])
+        captured.replay()
+        return {name: tensor.clone() for name, tensor in captured.outputs.items()}
+
+    def _capture(self, feeds: Mapping[str, Tensor]) -> _Captured:
+        context = self._new_context()  # a graph is good only as long as its context is left alone
+        inputs = {spec.name: feeds[spec.name].clone(memory_format=torch.contiguous_format) for spec in self.inputs}
+        with listen() as heard:
+            outputs, waiting = self._bind(context, inputs, heard)
+            if waiting:
+                raise InputError(
+                    "TensorRTRunner",
+                    "an output's size depends on values, which a CUDA graph cannot hold",
+                    got=list(waiting),
+                    fix="pass cuda_graphs=False",
+                )
+            replay = self._gpu.capture(lambda stream: self._execute(context, stream, heard))
+        return _Captured(context, inputs, outputs, replay)
+
+    def _new_context(self) -> Any:
+        with listen() as heard:
+            context = self._engine.create_execution_context()
+            if context is None:
+                raise explain(self._where, self._trt.name, heard)
+        return context
+
+    def _range(self, name: str) -> Range:
+        low, best, high = self._engine.get_tensor_profile_shape(name, 0)
+        return Range(tuple(low), tuple(best), tuple(high))
+
+
+@dataclass
+class _Captured:
+    """A CUDA graph of one shape, the memory that it reads and writes, and the context that it is a picture of."""
+
+    context: Any
+    inputs: dict[str, Tensor]
+    outputs: dict[str, Tensor]
+    replay: Callable[[], None]
+
+
+def _load_plugins(trt: TensorRT, libraries: Sequence[Path] | None, *, needed: bool) -> None:
+    if libraries is not None:
+        for library in libraries:
+            load_library(trt, Path(library))
+    elif needed or find_library(TENSORRT_LIBRARY) is not None:
+        load_plugin(trt)
+
+
+def _tensors(trt: TensorRT, engine: Any) -> tuple[list[TensorSpec], list[TensorSpec]]:
+    """Inputs and outputs of an engine."""
+    inputs: list[TensorSpec] = []
+    outputs: list[TensorSpec] = []
+    for index in range(engine.num_io_tensors):
+        name = engine.get_tensor_name(index)
+        shape = tuple("?" if size < 0 else int(size) for size in engine.get_tensor_shape(name))
+        spec = TensorSpec(name, shape, dtype_name(engine.get_tensor_dtype(name)))
+        is_input = engine.get_tensor_mode(name) == trt.module.TensorIOMode.INPUT
+        if engine.get_tensor_location(name) != trt.module.TensorLocation.DEVICE:
+            raise ModelError(
+                name, "lies in the processor's memory, which this runner does not serve", fix="export without it"
+            )
+        (inputs if is_input else outputs).append(spec)
+    return inputs, outputs
+
+
+def _torch_dtype(where: str, name: str) -> torch.dtype:
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype):
+        raise ModelError(where, "has a type that PyTorch does not have", got=name)
+    return dtype

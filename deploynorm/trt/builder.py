@@ -1,0 +1,210 @@
+"""One engine from one model: what TensorRT is told, and whether it did that."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from deploynorm import plugins as our_plugins
+from deploynorm.errors import BackendError, ModelError
+from deploynorm.inputs import TensorSpec
+from deploynorm.trt import TensorRT, dtype_name, gpu_here, has_plugin, listen, load_library, load_plugin, logger
+from deploynorm.trt.engine import Engine, FrnRecord
+from deploynorm.trt.errors import explain
+from deploynorm.trt.layers import Layer, layers_of_inspector, layers_of_log, products_in_other_types
+from deploynorm.trt.model import TensorRTModel, Way
+from deploynorm.trt.profile import Range
+
+__all__ = ["HARDWARE_COMPATIBILITY", "Settings", "build_way", "load_plugins"]
+
+HARDWARE_COMPATIBILITY: Final = {"ampere+": "AMPERE_PLUS", "same": "SAME_COMPUTE_CAPABILITY"}
+"""Our words for the GPUs besides its own that an engine of TensorRT runs on, and TensorRT's."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a build was asked for, less the model."""
+
+    ranges: Mapping[str, Range]
+    targets: tuple[str, ...]
+    named_targets: bool
+    tf32: bool
+    plugins: Sequence[Path] | None
+    embed_plugin: bool
+    timing_cache: bytes | None
+    workspace: int | None
+    version_compatible: bool
+    hardware_compatible: str | None
+    optimization_level: int | None
+
+
+def load_plugins(trt: TensorRT, settings: Settings, way: Way) -> tuple[Path, ...]:
+    """The libraries, now in TensorRT's registry."""
+    if settings.plugins is None:
+        if way == "native":
+            return ()
+        load_plugin(trt)
+        library = our_plugins.find_library(our_plugins.TENSORRT_LIBRARY)
+        return () if library is None else (library,)
+    for path in settings.plugins:
+        load_library(trt, Path(path))
+    if way == "plugin" and not has_plugin(trt):
+        raise BackendError("--plugins", "none of them brings our FRN plugin", got=", ".join(map(str, settings.plugins)))
+    return tuple(map(Path, settings.plugins))
+
+
+def build_way(trt: TensorRT, model: TensorRTModel, way: Way, settings: Settings, reason: str) -> Engine:
+    """One engine, whose layers were seen to be what was asked for."""
+    libraries = load_plugins(trt, settings, way)
+    with listen() as heard:
+        try:
+            builder = trt.module.Builder(logger(trt))
+        except (TypeError, RuntimeError) as error:  # which is how it says that there is no driver
+            raise explain("build", trt.name, heard or str(error)) from error
+        network = _parse(trt, builder, model, way)
+        expected = _plugins_in(trt, network)
+        outputs = tuple(_output(network.get_output(index)) for index in range(network.num_outputs))
+        config = _config(trt, builder, model, settings)
+        if settings.embed_plugin and libraries:
+            config.plugins_to_serialize = [str(path) for path in libraries]
+        plan = builder.build_serialized_network(network, config)
+        if plan is None:
+            raise explain(model.where, trt.name, heard)
+        content = bytes(plan)
+        layers = layers_of_log(heard) or _inspect(trt, content)
+        cache = None if settings.timing_cache is None else bytes(config.get_timing_cache().serialize())
+    verified, wrong = products_in_other_types(layers, model.products)
+    if wrong:
+        raise ModelError(
+            model.where,
+            f"{trt.name} built {len(wrong)} of {len(model.products)} products in another type than the graph has",
+            got=", ".join(wrong[:3]),
+            fix="report it: an engine whose type is not what it says would be no good",
+        )
+    taken = [layer for layer in layers if layer.plugin]
+    if way == "plugin" and layers and len(taken) < expected:
+        raise ModelError(
+            model.where,
+            f"{trt.name} did not keep the plugin for every FRN layer",
+            got=len(taken),
+            expected=expected,
+            fix="build with --frn native",
+        )
+    ours = [layer for layer in taken if set(layer.nodes) & set(model.frn)]
+    types = set(model.products.values())
+    return Engine(
+        plan=content,
+        backend=trt.flavour,
+        version=trt.version,
+        compute_capabilities=settings.targets,
+        inputs=model.inputs,
+        ranges=settings.ranges,
+        outputs=outputs,
+        frn=FrnRecord(
+            nodes=len(model.frn),
+            way=way if model.frn else None,
+            plugin_layers=len(ours or taken) if way == "plugin" else 0,
+            reason=reason,
+        ),
+        layers=layers,
+        precision=None if not verified else next(iter(types)) if len(types) == 1 else "mixed",
+        verified_products=verified,
+        products=len(model.products),
+        tf32=settings.tf32,
+        hardware_compatible=settings.hardware_compatible,
+        embedded=tuple(path.name for path in libraries) if settings.embed_plugin else (),
+        timing_cache=cache,
+    )
+
+
+def _parse(trt: TensorRT, builder: Any, model: TensorRTModel, way: Way) -> Any:
+    """The network, with the plugin in it where that is the way."""
+    flags = trt.module.NetworkDefinitionCreationFlag
+    typed = getattr(flags, "STRONGLY_TYPED", None)  # the only kind since TensorRT 11
+    network = builder.create_network(0 if typed is None else 1 << int(typed))
+    parser = trt.module.OnnxParser(network, logger(trt))
+    try:
+        content = model.prepared(way).SerializeToString()
+    except ValueError as error:
+        raise ModelError(model.where, "is past 2 GB in one piece", fix="export it with --external-data") from error
+    read = parser.parse(content) if model.path is None else parser.parse(content, str(model.path))
+    if not read:
+        errors = [parser.get_error(index) for index in range(parser.num_errors)]
+        said = "; ".join(" ".join(f"{e.node_operator()} {e.node_name()}: {e.desc()}".split()) for e in errors)
+        raise explain(model.where, trt.name, said)
+    for index in range(network.num_inputs):
+        if network.get_input(index).is_shape_tensor:
+            raise ModelError(
+                model.where,
+                f"input {network.get_input(index).name!r} holds sizes that other tensors take",
+                fix="export with those sizes fixed, or taken from a tensor's shape",
+            )
+    found = _plugins_in(trt, network)
+    if way == "plugin" and found < len(model.frn):
+        raise ModelError(
+            model.where,
+            f"the parser of {trt.name} did not take the plugin for every FRN layer",
+            got=found,
+            expected=len(model.frn),
+            fix="build with --frn native",
+        )
+    return network
+
+
+def _plugins_in(trt: TensorRT, network: Any) -> int:
+    kinds = [network.get_layer(index).type for index in range(network.num_layers)]
+    return kinds.count(trt.module.LayerType.PLUGIN_V3)
+
+
+def _config(trt: TensorRT, builder: Any, model: TensorRTModel, settings: Settings) -> Any:
+    module = trt.module
+    config = builder.create_builder_config()
+    config.profiling_verbosity = module.ProfilingVerbosity.DETAILED  # or no layer would tell its types
+    if not settings.tf32:
+        config.clear_flag(module.BuilderFlag.TF32)
+    strict_nans = getattr(module.BuilderFlag, "STRICT_NANS", None)  # a NaN that goes in comes out
+    if strict_nans is not None:
+        config.set_flag(strict_nans)
+    if settings.version_compatible:
+        config.set_flag(module.BuilderFlag.VERSION_COMPATIBLE)
+    if settings.hardware_compatible is not None:
+        level = HARDWARE_COMPATIBILITY[settings.hardware_compatible]
+        config.hardware_compatibility_level = getattr(module.HardwareCompatibilityLevel, level)
+    if settings.workspace is not None:
+        config.set_memory_pool_limit(module.MemoryPoolType.WORKSPACE, settings.workspace)
+    if settings.optimization_level is not None:
+        config.builder_optimization_level = settings.optimization_level
+    if settings.timing_cache is not None:
+        # A cache of another GPU or version is of no use, and no fault: TensorRT then begins a new one.
+        config.set_timing_cache(config.create_timing_cache(settings.timing_cache), False)
+    if trt.rtx:
+        names = [f"SM{text.replace('.', '')}" for text in settings.targets] if settings.named_targets else ["CURRENT"]
+        config.num_compute_capabilities = len(names)
+        for index, name in enumerate(names):
+            config.set_compute_capability(getattr(module.ComputeCapability, name), index)
+    free = [spec.name for spec in model.inputs if any(isinstance(size, str) for size in spec.shape)]
+    if free:
+        profile = builder.create_optimization_profile()
+        for name in free:
+            profile.set_shape(name, *settings.ranges[name])
+        config.add_optimization_profile(profile)
+    return config
+
+
+def _output(tensor: Any) -> TensorSpec:
+    return TensorSpec(tensor.name, tuple("?" if size < 0 else int(size) for size in tensor.shape),
+                      dtype_name(tensor.dtype))  # fmt: skip
+
+
+def _inspect(trt: TensorRT, plan: bytes) -> tuple[Layer, ...]:
+    """The layers by TensorRT's inspector, which reads an engine on a GPU; empty where it cannot."""
+    if gpu_here() is None:
+        return ()
+    with listen():
+        engine = trt.module.Runtime(logger(trt)).deserialize_cuda_engine(plan)
+        if engine is None:
+            return ()
+        inspector = engine.create_engine_inspector()
+        return layers_of_inspector(inspector.get_engine_information(trt.module.LayerInformationFormat.JSON))

@@ -1,0 +1,116 @@
+"""What running on a GPU needs of PyTorch: memory, streams and CUDA graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from deploynorm.errors import BackendError
+
+__all__ = ["Gpu"]
+
+_ALIGNMENT = 256  # bytes, of every address that TensorRT is given
+
+
+class Gpu:
+    """One CUDA device, with a stream of its own for callers on the default stream.
+
+    Raises:
+        BackendError: There is no such device, or this PyTorch was built without CUDA.
+    """
+
+    def __init__(self, device: torch.device | str | int = "cuda") -> None:
+        if not torch.cuda.is_available():
+            built = bool(getattr(torch.version, "cuda", None))
+            raise BackendError(
+                "TensorRT",
+                "no CUDA device" if built else "PyTorch, which brings the memory on the GPU, was built without CUDA",
+                got=f"torch {torch.__version__}",
+                fix="install the NVIDIA driver" if built else "install a torch that is built for CUDA",
+            )
+        self.device = torch.device(device) if isinstance(device, str | torch.device) else torch.device("cuda", device)
+        index = torch.cuda.current_device() if str(self.device) == "cuda" else self.device.index
+        if self.device.type != "cuda" or index >= torch.cuda.device_count():
+            raise BackendError(
+                "TensorRT",
+                "no such CUDA device",
+                got=device,
+                expected=f"cuda:0 to cuda:{torch.cuda.device_count() - 1}",
+            )
+        self.device = torch.device("cuda", index)
+        self._side: torch.cuda.Stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+        self._spare = torch.empty(_ALIGNMENT, dtype=torch.uint8, device=self.device)
+
+    @property
+    def name(self) -> str:
+        return torch.cuda.get_device_name(self.device)
+
+    @contextmanager
+    def current(self) -> Iterator[None]:
+        """Makes the device the current one of this thread, as TensorRT wants it."""
+        with torch.cuda.device(self.device):
+            yield
+
+    @contextmanager
+    def enqueue(self, tensors: Sequence[Tensor]) -> Iterator[int]:
+        """The handle of the stream to enqueue on, in the order of the caller's current stream.
+
+        On the default stream TensorRT would wait for the whole device again and again: a side stream takes its place,
+        which waits for it and which it then waits for.
+
+        Args:
+            tensors: What the work reads and writes; their memory is not given away before the work is done.
+        """
+        current = torch.cuda.current_stream(self.device)
+        if current.cuda_stream != torch.cuda.default_stream(self.device).cuda_stream:
+            yield current.cuda_stream
+            return
+        self._side.wait_stream(current)
+        yield self._side.cuda_stream
+        current.wait_stream(self._side)
+        for tensor in tensors:
+            tensor.record_stream(self._side)
+
+    def capture(self, enqueue: Callable[[int], None]) -> Callable[[], None]:
+        """Captures what `enqueue` puts on the stream whose handle it is given, and returns what replays it.
+
+        It is enqueued once before, uncaptured: TensorRT does work then that a graph cannot hold.
+        """
+        self._side.wait_stream(torch.cuda.current_stream(self.device))
+        enqueue(self._side.cuda_stream)
+        self._side.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=self._side):
+            enqueue(self._side.cuda_stream)
+        return graph.replay
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        return torch.empty(tuple(shape), dtype=dtype, device=self.device)
+
+    def address(self, tensor: Tensor) -> int:
+        """Of the tensor, or of spare memory for an empty one, which has none."""
+        return tensor.data_ptr() if tensor.numel() else self._spare.data_ptr()
+
+    @staticmethod
+    def dense(tensor: Tensor) -> Tensor:
+        """The tensor itself where its rows lie one after the other from an aligned address on, else a copy."""
+        tensor = tensor.contiguous()
+        return tensor.clone() if tensor.data_ptr() % _ALIGNMENT else tensor
+
+    def upload(self, array: npt.NDArray[np.generic]) -> Tensor:
+        array = np.array(array, order="C")  # torch refuses negative strides and read-only memory
+        if array.dtype == ml_dtypes.bfloat16:
+            return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16).to(self.device)
+        return torch.from_numpy(array).to(self.device)
+
+    @staticmethod
+    def download(tensor: Tensor) -> npt.NDArray[np.generic]:
+        if tensor.dtype == torch.bfloat16:
+            return np.array(tensor.view(torch.int16).cpu().numpy().view(ml_dtypes.bfloat16))
+        return np.array(tensor.cpu().numpy())

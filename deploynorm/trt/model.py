@@ -1,0 +1,287 @@
+"""An ONNX model as TensorRT is to get it: checked where TensorRT would not look, and sent down one of two ways.
+
+The plugin is taken when the node names it and no function body of the model stands in its way (TensorRT before 10.7
+prefers a body). The body is taken when its name is one that no plugin has. Both are changes of a copy in memory, so
+any exported file serves any TensorRT.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import google.protobuf.message
+import onnx
+import onnx.shape_inference
+
+from deploynorm.contract import DOMAIN, INPUTS, METADATA_CPU, MIN_OPSET, NODE_ATTRIBUTES, OP_TYPE, OUTPUT, PARAMETERS
+from deploynorm.errors import ModelError
+from deploynorm.inputs import TensorSpec
+from deploynorm.lowering import function_proto, register_schema
+
+__all__ = ["BODY", "TensorRTModel", "Way"]
+
+Way = Literal["plugin", "native"]
+"""plugin: our kernel. native: the operator's body in standard operators, which TensorRT fuses as it can."""
+
+BODY = f"{OP_TYPE}Body"
+"""Name of the function body on the native way: TensorRT finds plugins and functions by name."""
+
+_PRODUCTS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+_HALF = (onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16)
+_CHILDREN = (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS)
+
+
+@dataclass(frozen=True)
+class TensorRTModel:
+    """A model that passed the checks.
+
+    Attributes:
+        where: Its file, for messages.
+        proto: As read, the external part of its weights left outside.
+        path: The file, beside which TensorRT looks for external data; None for a model in memory.
+        inputs: Name, shape and dtype of each input.
+        frn: Names of the nodes of our operator, as TensorRT calls them.
+        products: Element type of each convolution and matrix product, by the name of its node.
+        half: Whether one of our nodes works on float16 or bfloat16.
+    """
+
+    where: str
+    proto: onnx.ModelProto
+    path: Path | None
+    inputs: tuple[TensorSpec, ...]
+    frn: tuple[str, ...]
+    products: Mapping[str, str]
+    half: bool
+
+    @classmethod
+    def read(cls, model: str | Path | onnx.ModelProto) -> TensorRTModel:
+        """Reads and checks a model.
+
+        Raises:
+            ModelError: No such file, not ONNX, rewritten for ONNX Runtime; or a node of our operator that is not as
+                the contract has it, a function of its name in another domain, or float64, which TensorRT lacks and
+                takes for float32 without a word.
+        """
+        path = None if isinstance(model, onnx.ModelProto) else Path(model)
+        where = "model (in memory)" if path is None else str(path)
+        proto = model if isinstance(model, onnx.ModelProto) else _load(Path(model))
+        if not proto.graph.node:
+            raise ModelError(where, "an ONNX file without a graph, or cut short", fix="export it again")
+        if any(entry.key == METADATA_CPU for entry in proto.metadata_props):
+            raise ModelError(
+                where, "was rewritten for ONNX Runtime on a processor", fix="build from the file it was made from"
+            )
+        nodes = [node for node in _all_nodes(proto) if _is_frn(node)]
+        for node in nodes:
+            _check_node(where, node)
+        types = _types(proto)
+        _check_types(where, proto, nodes, types)
+        return cls(
+            where,
+            proto,
+            path,
+            tuple(_spec(where, value) for value in _fed(proto.graph)),
+            tuple(map(_name, nodes)),
+            _products(proto, types),
+            any(types[node.input[0]].elem_type in _HALF for node in nodes if node.input[0] in types),
+        )
+
+    def prepared(self, way: Way) -> onnx.ModelProto:
+        """A copy that can only go that way.
+
+        Raises:
+            ModelError: Another function has the operator's name, which is all that TensorRT finds functions by; or
+                the file brings no body, and its opset is too old for ours.
+        """
+        proto = onnx.ModelProto()
+        proto.CopyFrom(self.proto)
+        others = [f for f in proto.functions if (f.domain, f.name) != (DOMAIN, OP_TYPE)]
+        clash = next((f for f in others if f.name in (OP_TYPE, BODY)), None)
+        if clash is not None and self.frn:
+            raise ModelError(
+                self.where,
+                "another local function has the operator's name, and TensorRT finds functions by name alone",
+                got=f"{clash.domain}::{clash.name}",
+                fix="rename that function",
+            )
+        del proto.functions[:]
+        proto.functions.extend(others)
+        for node in _all_nodes(proto):
+            if not _is_frn(node):
+                continue
+            del node.attribute[:]
+            if way == "plugin":
+                node.attribute.extend(onnx.helper.make_attribute(*item) for item in NODE_ATTRIBUTES.items())
+            else:
+                node.op_type = BODY
+        if way == "native" and self.frn:
+            body = proto.functions.add()
+            body.CopyFrom(self._body())
+            body.name = BODY
+        return proto
+
+    def _body(self) -> onnx.FunctionProto:
+        own: onnx.FunctionProto
+        for own in self.proto.functions:
+            if (own.domain, own.name) == (DOMAIN, OP_TYPE):
+                return own
+        opset = _opset(self.proto)
+        if opset < MIN_OPSET:
+            raise ModelError(
+                self.where,
+                "brings no function body, and its opset is too old for ours",
+                got=f"opset {opset}",
+                expected=f"{MIN_OPSET} or later",
+                fix="export it again, or build with --frn plugin",
+            )
+        return function_proto(opset, half=self.half)
+
+
+def _opset(proto: onnx.ModelProto) -> int:
+    return next((entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx")), 0)
+
+
+def _load(path: Path) -> onnx.ModelProto:
+    if not path.is_file():
+        raise ModelError(str(path), "no such file", fix="check the path")
+    try:
+        return onnx.load(path, load_external_data=False)
+    except google.protobuf.message.DecodeError as error:
+        raise ModelError(str(path), "not an ONNX file, or cut short", fix="export it again") from error
+    except OSError as error:
+        raise ModelError(str(path), f"cannot be read: {error.strerror}") from error
+
+
+def _all_nodes(proto: onnx.ModelProto) -> Iterator[onnx.NodeProto]:
+    """Of the graph, its subgraphs, and the functions other than our own body."""
+    yield from _nodes(proto.graph.node)
+    for function in proto.functions:
+        if (function.domain, function.name) != (DOMAIN, OP_TYPE):
+            yield from _nodes(function.node)
+
+
+def _nodes(nodes: Iterator[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
+    for node in nodes:
+        yield node
+        for attribute in node.attribute:
+            if attribute.type in _CHILDREN:
+                for graph in (attribute.g, *attribute.graphs):
+                    yield from _nodes(graph.node)
+
+
+def _is_frn(node: onnx.NodeProto) -> bool:
+    return node.domain == DOMAIN and node.op_type == OP_TYPE
+
+
+def _name(node: onnx.NodeProto) -> str:
+    """As TensorRT calls the node in its layers."""
+    return node.name or f"node_of_{node.output[0]}"
+
+
+def _check_node(where: str, node: onnx.NodeProto) -> None:
+    where = f"{where}, node {_name(node)}"
+    if len(node.input) != len(INPUTS) or not all(node.input) or len(node.output) != 1:
+        raise ModelError(
+            where,
+            f"does not have the inputs of {DOMAIN}::{OP_TYPE}",
+            got=f"{list(node.input)} -> {list(node.output)}",
+            expected=f"{', '.join(INPUTS)} -> {OUTPUT}, none of them left out",
+            fix="export it with deploynorm",
+        )
+    for attribute in node.attribute:
+        if attribute.name not in NODE_ATTRIBUTES:
+            raise ModelError(
+                where,
+                f"has an attribute that {DOMAIN}::{OP_TYPE} does not have",
+                got=attribute.name,
+                expected=f"{INPUTS[-1]} and the other parameters as inputs",
+                fix="export it with deploynorm",
+            )
+        value = attribute.s.decode(errors="replace") or onnx.helper.get_attribute_value(attribute)
+        if value != NODE_ATTRIBUTES[attribute.name]:
+            raise ModelError(
+                where,
+                "names another plugin than ours",
+                got=f"{attribute.name} = {value!r}",
+                expected=NODE_ATTRIBUTES[attribute.name],
+                fix="export it with this version of deploynorm",
+            )
+
+
+def _types(proto: onnx.ModelProto) -> dict[str, onnx.TypeProto.Tensor]:
+    """Element type and shape of each value of the graph, as far as onnx can infer them."""
+    register_schema()
+    opset = _opset(proto)
+    if opset >= MIN_OPSET and not any((f.domain, f.name) == (DOMAIN, OP_TYPE) for f in proto.functions):
+        whole = onnx.ModelProto()
+        whole.CopyFrom(proto)
+        whole.functions.append(function_proto(opset, half=True))  # whose casts fit every type
+        proto = whole
+    try:
+        inferred = onnx.shape_inference.infer_shapes(proto).graph
+    except (onnx.shape_inference.InferenceError, ValueError, RuntimeError):
+        inferred = proto.graph  # TensorRT will say what is wrong with it
+    types = {
+        value.name: value.type.tensor_type
+        for value in (*inferred.value_info, *inferred.input, *inferred.output)
+        if value.type.HasField("tensor_type")
+    }
+    for tensor in inferred.initializer:
+        types[tensor.name] = onnx.helper.make_tensor_type_proto(tensor.data_type, tensor.dims).tensor_type
+    return types
+
+
+def _check_types(
+    where: str, proto: onnx.ModelProto, nodes: list[onnx.NodeProto], types: Mapping[str, onnx.TypeProto.Tensor]
+) -> None:
+    for value in (*_fed(proto.graph), *(x for x in proto.graph.output)):
+        if value.type.tensor_type.elem_type == onnx.TensorProto.DOUBLE:
+            raise ModelError(
+                f"{where}, {value.name}", "TensorRT has no float64", fix="export the network in float32 or float16"
+            )
+    for node in nodes:
+        x = types.get(node.input[0])
+        if x is None or not x.HasField("shape"):
+            continue
+        if len(x.shape.dim) < 2:
+            raise ModelError(
+                f"{where}, node {_name(node)}",
+                f"{INPUTS[0]} has too few axes",
+                got=f"{len(x.shape.dim)}",
+                expected="samples, channels and any number of spatial axes",
+            )
+        channels = x.shape.dim[1].dim_value
+        for parameter, name in zip(PARAMETERS, node.input[1:], strict=True):
+            sizes = [dim.dim_value for dim in types[name].shape.dim] if name in types else [channels]
+            if channels and types.get(name) and types[name].HasField("shape") and sizes not in ([channels], [0]):
+                raise ModelError(
+                    f"{where}, node {_name(node)}",
+                    f"{parameter} does not fit the channels of {INPUTS[0]}",
+                    got=sizes,
+                    expected=[channels],
+                )
+
+
+def _products(proto: onnx.ModelProto, types: Mapping[str, onnx.TypeProto.Tensor]) -> dict[str, str]:
+    found = {}
+    for node in proto.graph.node:
+        known = [types[name].elem_type for name in node.input[:2] if name in types and types[name].elem_type]
+        if node.domain in ("", "ai.onnx") and node.op_type in _PRODUCTS and known:
+            found[_name(node)] = str(onnx.helper.tensor_dtype_to_np_dtype(known[0]).name)
+    return found
+
+
+def _fed(graph: onnx.GraphProto) -> list[onnx.ValueInfoProto]:
+    constants = {tensor.name for tensor in graph.initializer}
+    return [value for value in graph.input if value.name not in constants]
+
+
+def _spec(where: str, value: onnx.ValueInfoProto) -> TensorSpec:
+    tensor = value.type.tensor_type
+    if not tensor.HasField("shape") or tensor.elem_type in (0, onnx.TensorProto.STRING):
+        raise ModelError(where, f"input {value.name!r} is not a numeric tensor of known rank", fix="export it again")
+    sizes = (dim.dim_value if dim.HasField("dim_value") else dim.dim_param or "?" for dim in tensor.shape.dim)
+    return TensorSpec(value.name, tuple(sizes), onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type).name)

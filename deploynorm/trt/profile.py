@@ -1,0 +1,106 @@
+"""Which shapes an engine is built for: the range of every input that has free axes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from deploynorm.errors import InputError
+from deploynorm.inputs import Shape, TensorSpec
+
+__all__ = ["Range", "ranges"]
+
+
+class Range(NamedTuple):
+    """The shapes of one input. An engine takes all from min to max, and is tuned for opt."""
+
+    min: Shape
+    opt: Shape
+    max: Shape
+
+
+def ranges(
+    specs: Sequence[TensorSpec],
+    *,
+    minimum: Mapping[str, Shape],
+    optimum: Mapping[str, Shape],
+    maximum: Mapping[str, Shape],
+) -> dict[str, Range]:
+    """The range of each input, in order.
+
+    Where one of the three is not given: opt is max, else min; max is opt; min is opt with a free batch of 1.
+
+    Args:
+        specs: Inputs of the model.
+        minimum: Smallest shapes by input; "" stands for the only one.
+        optimum: The shapes that are most used.
+        maximum: Largest shapes.
+
+    Raises:
+        InputError: An input with free axes has no range, or its range does not fit or is upside down; two sizes
+            for one name; or a shape for an input that is not there.
+    """
+    given = {"min": minimum, "opt": optimum, "max": maximum}
+    names = [spec.name for spec in specs]
+    for option, shapes in given.items():
+        for name in shapes:
+            if name not in names and not (name == "" and len(names) == 1):
+                told = f"no input is called {name!r}" if name else "a shape without a name, but several inputs"
+                raise InputError(f"--{option}-shapes", told, got=", ".join(map(repr, shapes)), expected=names)
+    found: dict[str, Range] = {}
+    sizes: dict[tuple[str, str], int] = {}
+    for spec in specs:
+        own = {option: shapes.get(spec.name, shapes.get("")) for option, shapes in given.items()}
+        found[spec.name] = _range(spec, own["min"], own["opt"], own["max"])
+        for option, shape in found[spec.name]._asdict().items():
+            _check_fit(spec, option, shape)
+            for symbol, size in zip(spec.shape, shape, strict=True):
+                if symbol in ("", "?") or isinstance(symbol, int):
+                    continue
+                if sizes.setdefault((option, symbol), size) != size:
+                    raise InputError(
+                        f"--{option}-shapes",
+                        f"two sizes for {symbol!r}",
+                        got=f"{sizes[option, symbol]} and {size} of input {spec.name}",
+                        expected="one size for every axis of that name",
+                    )
+        low, best, high = found[spec.name]
+        if not all(a <= b <= c for a, b, c in zip(low, best, high, strict=True)):
+            raise InputError(
+                f"input {spec.name}",
+                "its shapes are not in order",
+                got=f"min {_text(low)}, opt {_text(best)}, max {_text(high)}",
+                expected="min <= opt <= max on every axis",
+            )
+    return found
+
+
+def _range(spec: TensorSpec, low: Shape | None, best: Shape | None, high: Shape | None) -> Range:
+    if all(isinstance(size, int) for size in spec.shape):
+        fixed = tuple(size for size in spec.shape if isinstance(size, int))
+        return Range(low or fixed, best or fixed, high or fixed)
+    best = best or high or low
+    if best is None:
+        example = "x".join(str(size) if isinstance(size, int) else "8" for size in spec.shape)
+        raise InputError(
+            f"input {spec.name}",
+            "some of its axes are free, and no range was given for it",
+            got=_text(spec.shape),
+            fix=f"--min-shapes, --opt-shapes and --max-shapes {spec.name}:{example}; one of them is enough",
+        )
+    batch_of_one = (1, *best[1:]) if isinstance(spec.shape[0], str) else best
+    return Range(low or batch_of_one, best, high or best)
+
+
+def _check_fit(spec: TensorSpec, option: str, shape: Shape) -> None:
+    fits = len(shape) == len(spec.shape) and all(
+        isinstance(want, str) or want == size for want, size in zip(spec.shape, shape, strict=True)
+    )
+    if not fits:
+        raise InputError(
+            f"--{option}-shapes", f"does not fit input {spec.name}", got=_text(shape), expected=_text(spec.shape)
+        )
+
+
+def _text(shape: Sequence[int | str]) -> str:
+    return "x".join(map(str, shape)) or "a scalar"

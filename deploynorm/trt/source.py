@@ -1,0 +1,82 @@
+"""An engine before TensorRT reads it: its bytes, and what its manifest says of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from deploynorm.errors import BackendError, ModelError
+from deploynorm.inputs import TensorSpec
+from deploynorm.trt import FLAVOURS, Flavour, TensorRT
+from deploynorm.trt.engine import Engine, read_manifest
+
+__all__ = ["EngineSource"]
+
+
+@dataclass(frozen=True)
+class EngineSource:
+    """The bytes of an engine, and what is known of it before TensorRT reads them."""
+
+    where: str
+    plan: bytes
+    known: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, engine: str | Path | bytes | Engine) -> EngineSource:
+        if isinstance(engine, Engine):
+            return cls("engine (in memory)", engine.plan, engine.to_dict())
+        if isinstance(engine, bytes):
+            return cls("engine (bytes)", engine, {})
+        path = Path(engine)
+        if not path.is_file():
+            raise ModelError(str(path), "no such file", fix="check the path")
+        if path.suffix == ".onnx":
+            raise ModelError(str(path), "is an ONNX file, and TensorRT runs engines", fix=f"deploynorm build {path}")
+        return cls(str(path), path.read_bytes(), (read_manifest(path) or {}).get("engine", {}))
+
+    @property
+    def backend(self) -> Flavour | Literal["auto"]:
+        told = self.known.get("backend")
+        return next((flavour for flavour in FLAVOURS if flavour == told), "auto")
+
+    @property
+    def needs_plugin(self) -> bool:
+        return self.known.get("frn", {}).get("way") == "plugin" and not self.known.get("embedded_plugins")
+
+    @property
+    def half_type(self) -> str | None:
+        precision = self.known.get("precision")
+        return precision if precision in ("float16", "bfloat16") else None
+
+    def check_version(self, trt: TensorRT) -> None:
+        built = self.known.get("version")
+        if self.known.get("backend") not in (None, trt.flavour) or (
+            built is not None and str(built).partition(".")[0] != trt.version.partition(".")[0]
+        ):
+            raise BackendError(
+                self.where,
+                "was built with another TensorRT",
+                got=f"{self.known.get('backend')} {built}",
+                expected=f"{trt.flavour} {trt.version}, as installed here",
+                fix="build it here: deploynorm build MODEL.onnx",
+            )
+
+    def check_gpu(self, here: str | None) -> None:
+        targets = self.known.get("compute_capabilities") or [here]
+        if here not in targets and not self.known.get("hardware_compatible"):
+            raise BackendError(
+                self.where,
+                "was built for another kind of GPU",
+                got=f"compute capability {', '.join(targets)}",
+                expected=f"{here}, as here",
+                fix=f"deploynorm build MODEL.onnx --compute-capability {here}",
+            )
+
+    def named(self, spec: TensorSpec) -> TensorSpec:
+        """With the names that free axes had in the ONNX graph, where they are known."""
+        for entry in self.known.get("inputs", ()):
+            if entry.get("name") == spec.name and len(entry.get("shape", ())) == len(spec.shape):
+                return TensorSpec(spec.name, tuple(entry["shape"]), spec.dtype)
+        return spec

@@ -1,0 +1,145 @@
+"""Builds with the real TensorRT-RTX, which needs no GPU for it. Each runs in a process of its own: it may abort."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import onnx
+import onnx.helper
+import onnx.numpy_helper
+import pytest
+from graphs import ELEMENT_TYPES
+
+from deploynorm import plugins
+from deploynorm.contract import DOMAIN, INPUTS, OP_TYPE, PARAMETERS, VERSION
+from deploynorm.lowering import function_proto
+
+__all__ = ["OPSET", "Built", "build_for_each", "build_rtx", "conv_frn_conv", "plugin_library"]
+
+OPSET = 20
+
+_PROGRAM = """
+import json, sys
+from pathlib import Path
+from deploynorm.build import build
+from deploynorm.errors import DeployNormError
+
+def told(model, options):
+    if options.get("plugins") is not None:
+        options["plugins"] = list(map(Path, options["plugins"]))
+    try:
+        engine = build(model, backend="tensorrt-rtx", **options)
+    except DeployNormError as error:
+        return {"error": type(error).__name__, "message": str(error)}
+    layers = [
+        {"name": x.name, "kind": x.kind, "plugin": x.plugin, "moves_only": x.moves_only,
+         "inputs": [tensor.dtype for tensor in x.inputs], "outputs": [tensor.dtype for tensor in x.outputs]}
+        for x in engine.layers
+    ]
+    return {"facts": engine.to_dict(), "layers": layers, "size": len(engine.plan), "passes": engine.passes,
+            "moves": engine.moves}
+
+model, builds = json.loads(sys.stdin.read())
+print("TOLD", json.dumps([told(model, options) for options in builds]))
+"""
+
+
+@dataclass(frozen=True)
+class Built:
+    """What a build gave.
+
+    Attributes:
+        facts: Engine.to_dict().
+        layers: As dicts: name, kind, plugin, moves_only, and the dtypes of inputs and outputs.
+        size: Of the plan.
+        passes: Engine.passes.
+        moves: Engine.moves.
+        error: Class of the error, or empty.
+        message: Its text.
+    """
+
+    facts: dict[str, Any]
+    layers: list[dict[str, Any]]
+    size: int
+    passes: int
+    moves: int
+    error: str
+    message: str
+
+    def between_products(self) -> list[dict[str, Any]]:
+        """The layers after the first convolution and before the last, in the engine's order."""
+        products = [i for i, layer in enumerate(self.layers) if layer["kind"] == "correlation"]
+        inner = self.layers[products[0] + 1 : products[-1]]
+        return [layer for layer in inner if layer["kind"] != "correlation" and layer["outputs"]]
+
+
+def build_rtx(model: Path, **options: object) -> Built:
+    """deploynorm.build.build(model, backend="tensorrt-rtx", **options) in a process of its own."""
+    [built] = _in_a_process(model, [options])
+    return built
+
+
+def build_for_each(model: Path, cards: Sequence[str], **options: object) -> list[Built]:
+    """An engine for each compute capability on its own, one after the other in a process of their own."""
+    return _in_a_process(model, [{"compute_capabilities": [card], **options} for card in cards])
+
+
+def _in_a_process(model: Path, builds: Sequence[Mapping[str, object]]) -> list[Built]:
+    told = json.dumps([str(model), builds], default=str)
+    done = subprocess.run([sys.executable, "-c", _PROGRAM], input=told, capture_output=True, text=True)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("TOLD ")]
+    assert done.returncode == 0, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
+    assert len(lines) == 1, f"{done.stdout}\n{done.stderr}"
+    nothing = {"facts": {}, "layers": [], "size": 0, "passes": 0, "moves": 0, "error": "", "message": ""}
+    return [Built(**(nothing | content)) for content in json.loads(lines[0].removeprefix("TOLD "))]
+
+
+def conv_frn_conv(
+    dtype: str, shape: tuple[int | str, ...], *, body: onnx.FunctionProto | None = None, layers: int = 1
+) -> onnx.ModelProto:
+    """Convolutions of `dtype`, in turn with FRN layers whose parameters are float32, over an input `x`."""
+    channels = shape[1]
+    assert isinstance(channels, int)
+    numpy = ml_dtypes.bfloat16 if dtype == "bfloat16" else np.dtype(dtype)
+    rng = np.random.default_rng(0)
+    spatial = len(shape) - 2
+    nodes: list[onnx.NodeProto] = []
+    constants: list[onnx.TensorProto] = []
+    value = "x"
+    for index in range(layers + 1):
+        weight = (0.05 * rng.normal(size=(channels, channels, *(3,) * spatial))).astype(numpy)
+        constants.append(onnx.numpy_helper.from_array(weight, f"weight{index}"))
+        nodes.append(
+            onnx.helper.make_node(
+                "Conv", [value, f"weight{index}"], [f"conv{index}"], f"conv{index}", pads=[1] * 2 * spatial
+            )
+        )
+        value = f"conv{index}"
+        if index < layers:
+            for name, low in zip(PARAMETERS, (0.5, -0.5, -0.25, 1e-6), strict=True):
+                values = np.linspace(low, low + 0.5, channels, dtype=np.float32)
+                constants.append(onnx.numpy_helper.from_array(values, f"{name}{index}"))
+            inputs = [value, *(f"{name}{index}" for name in INPUTS[1:])]
+            nodes.append(onnx.helper.make_node(OP_TYPE, inputs, [f"frn{index}"], f"frn{index}", domain=DOMAIN))
+            value = f"frn{index}"
+    info = onnx.helper.make_tensor_value_info
+    graph = onnx.helper.make_graph(
+        nodes, "net", [info("x", ELEMENT_TYPES[dtype], shape)], [info(value, ELEMENT_TYPES[dtype], shape)], constants
+    )
+    imports = [onnx.helper.make_opsetid("", OPSET), onnx.helper.make_opsetid(DOMAIN, VERSION)]
+    functions = [function_proto(OPSET, half=dtype != "float32")] if body is None else [body]
+    return onnx.helper.make_model(graph, opset_imports=imports, functions=functions, ir_version=10)
+
+
+def plugin_library(request: pytest.FixtureRequest) -> Path:
+    """The plugin library, as the fixture cuda_libraries builds it: asked for by those tests alone that need it."""
+    folder: Path = request.getfixturevalue("cuda_libraries")
+    return folder / plugins.TENSORRT_LIBRARY

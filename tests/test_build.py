@@ -1,0 +1,225 @@
+"""ONNX -> engine: which TensorRT is told what, and what is refused before or after it has seen the model."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+from fake_tensorrt import fake_tensorrt, with_builder
+from rtx_builds import conv_frn_conv
+
+from deploynorm import trt
+from deploynorm.build import build
+from deploynorm.contract import OP_TYPE
+from deploynorm.errors import BackendError, InputError, ModelError
+
+FREE = ("N", 64, "H", "W")
+RANGE = {"min_shapes": {"": (1, 64, 8, 8)}, "opt_shapes": {"": (4, 64, 8, 8)}, "max_shapes": {"": (8, 64, 16, 16)}}
+
+
+@pytest.fixture
+def full(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """full("10.9.0") makes it the TensorRT of this machine, one of Python that builds; with a GPU that is not there."""
+
+    def install(version: str, *, gpu: str | None = "9.0", **facts: Any) -> Any:
+        module = with_builder(fake_tensorrt(version), gpu=gpu is not None, **facts)
+        monkeypatch.setitem(sys.modules, "tensorrt", module)
+        monkeypatch.setattr(trt, "_LOGGERS", {})
+        monkeypatch.setattr(trt, "_LOADED", {})
+        for name in ("deploynorm.build", "deploynorm.trt.builder"):
+            monkeypatch.setattr(importlib.import_module(name), "gpu_here", lambda: gpu)
+        return module
+
+    return install
+
+
+@pytest.fixture
+def library(tmp_path: Path) -> Path:
+    path = tmp_path / "libplugin.so"
+    path.touch()
+    return path
+
+
+NET = conv_frn_conv("float16", (2, 16, 8, 8))
+
+
+@pytest.mark.parametrize("version", ["10.3.0", "10.9.0", "11.4.0"])
+@pytest.mark.parametrize("way", ["native", "plugin"])
+def test_every_version_builds_typed_networks_down_the_way_asked_for(
+    version: str, way: Any, full: Callable[..., Any], library: Path
+) -> None:
+    module = full(version)
+    engine = build(NET, frn=way, plugins=[library])
+    assert (engine.backend, engine.version, engine.compute_capabilities) == ("tensorrt", version, ("9.0",))
+    assert (engine.precision, engine.frn.way) == ("float16", way)
+    assert engine.frn.plugin_layers == (way == "plugin")
+    assert module.seen["strongly typed"] is (True if version.startswith("10") else None)
+    parsed = onnx.load_from_string(module.seen["model"])
+    # Before TensorRT 10.7 a function beats a plugin: on the way of the plugin none is left.
+    assert [function.name for function in parsed.functions] == ([] if way == "plugin" else [f"{OP_TYPE}Body"])
+
+
+def test_options_reach_tensorrt(full: Callable[..., Any], library: Path) -> None:
+    module = full("11.4.0")
+    engine = build(
+        NET,
+        frn="plugin",
+        plugins=[library],
+        embed_plugin=True,
+        timing_cache=b"old ",
+        workspace=2**20,
+        version_compatible=True,
+        hardware_compatible="ampere+",
+        optimization_level=2,
+    )
+    assert engine.timing_cache == b"old and new"
+    assert engine.embedded == (library.name,)
+    config = module.seen["config"]
+    assert config.plugins_to_serialize == [str(library)]
+    assert config.pools == {"WORKSPACE": 2**20}
+    assert config.flags == {"VERSION_COMPATIBLE", "STRICT_NANS"}  # and TF32 is cleared
+    assert (config.hardware_compatibility_level, config.builder_optimization_level) == ("AMPERE_PLUS", 2)
+    assert config.profiling_verbosity == "DETAILED"
+
+
+def test_tf32_is_for_those_who_ask(full: Callable[..., Any]) -> None:
+    module = full("11.4.0")
+    assert build(NET, frn="native", tf32=True).tf32
+    assert "TF32" in module.seen["config"].flags
+    assert module.seen["config"].profiles == []
+
+
+def test_free_axes_get_their_range(full: Callable[..., Any]) -> None:
+    module = full("11.4.0")
+    build(conv_frn_conv("float16", FREE), frn="native", **RANGE)
+    low, best, high = (next(iter(RANGE[f"{key}_shapes"].values())) for key in ("min", "opt", "max"))
+    assert module.seen["config"].profiles == [{"x": (low, best, high)}]
+
+
+def test_an_engine_in_another_type_than_the_graph_is_refused(full: Callable[..., Any]) -> None:
+    full("11.4.0", layer_dtype="Float")
+    with pytest.raises(
+        ModelError, match=r"built 2 of 2 products in another type than the graph has. Got conv0 in float32"
+    ):
+        build(NET, frn="native")
+
+
+def test_an_engine_whose_layers_tell_no_type_is_not_called_by_one(full: Callable[..., Any]) -> None:
+    full("11.4.0", layer_dtype=None)
+    engine = build(NET, frn="native")
+    assert (engine.precision, engine.verified_products, engine.products) == (None, 0, 2)
+
+
+def test_the_inspector_tells_where_the_log_does_not(full: Callable[..., Any]) -> None:
+    full("11.4.0", in_log=False)
+    engine = build(NET, frn="native")
+    assert (engine.precision, engine.verified_products) == ("float16", 2)
+
+
+@pytest.mark.parametrize(("where", "verb"), [("parser", "take"), ("builder", "keep")])
+def test_a_plugin_that_was_not_taken_is_an_error(
+    where: str, verb: str, full: Callable[..., Any], library: Path
+) -> None:
+    full("11.4.0", loses_plugin_in=where)
+    with pytest.raises(ModelError, match=rf"did not {verb} the plugin for every FRN layer. Got 0; expected 1"):
+        build(NET, frn="plugin", plugins=[library])
+
+
+def test_a_library_without_our_plugin_is_told(full: Callable[..., Any], library: Path) -> None:
+    full("11.4.0").registry.brings = {("Other", "1", "")}
+    with pytest.raises(BackendError, match="none of them brings our FRN plugin"):
+        build(NET, frn="plugin", plugins=[library])
+
+
+@pytest.mark.parametrize("faster", ["native", "plugin"])
+def test_auto_keeps_the_faster_on_this_gpu(
+    faster: Any, full: Callable[..., Any], library: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full("11.4.0")
+    times = {"plugin": 2.0, "native": 2.0, faster: 1.5}
+    monkeypatch.setattr("deploynorm.trt.timing.milliseconds", lambda engines: {way: times[way] for way in engines})
+    engine = build(NET, plugins=[library])
+    assert engine.frn.way == faster
+    assert dict(engine.frn.milliseconds) == times
+    assert "the faster on this machine" in engine.frn.reason
+    assert f"{faster} 1.500 ms" in engine.frn.reason
+
+
+@pytest.mark.usefixtures("without_library")
+def test_auto_without_the_plugin_is_native_and_says_why(full: Callable[..., Any]) -> None:
+    full("11.4.0")
+    engine = build(NET)
+    assert engine.frn.way == "native"
+    assert "the plugin is not there" in engine.frn.reason
+    with pytest.raises(BackendError, match="deploynorm plugins build --cuda"):
+        build(NET, frn="plugin")
+
+
+def test_auto_does_not_pass_over_a_library_that_the_user_named(full: Callable[..., Any], library: Path) -> None:
+    module = full("11.4.0")
+    with pytest.raises(BackendError, match=r"none\.so: no such plugin library"):
+        build(NET, plugins=[library.with_name("none.so")])
+    module.registry.brings = {("Other", "1", "")}
+    engine = build(NET, plugins=[library])
+    assert engine.frn.way == "native"
+    assert "none of them brings our FRN plugin" in engine.frn.reason
+
+
+def test_a_model_without_frn_needs_no_way(full: Callable[..., Any]) -> None:
+    full("11.4.0")
+    model = conv_frn_conv("float16", (2, 16, 8, 8), layers=0)
+    engine = build(model)
+    assert (engine.frn.way, engine.frn.nodes) == (None, 0)
+    with pytest.raises(ModelError, match=r"has no node .*, so there is nothing for the plugin"):
+        build(model, frn="plugin")
+
+
+def test_without_a_driver_tensorrt_itself_cannot_build(full: Callable[..., Any]) -> None:
+    full("11.4.0", gpu=None)
+    with pytest.raises(
+        BackendError, match=r"needs an NVIDIA GPU.*Fix: install the driver; TensorRT-RTX alone"
+    ) as caught:
+        build(NET, frn="native")
+    assert caught.value.exit_code == 3
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "another GPU than this": (
+        {"compute_capabilities": ["8.9"]},
+        "the GPU of this machine alone. Got 8.9; expected 9.0",
+    ),
+    "an unknown way": ({"frn": "fast"}, "unknown way for FRN. Got 'fast'"),
+    "an unknown backend": ({"backend": "tensorflow"}, "unknown backend. Got 'tensorflow'"),
+    "an unknown compatibility": ({"hardware_compatible": "all"}, "--hardware-compatible: unknown"),
+    "less than no workspace": ({"workspace": -1}, "--workspace: less than nothing"),
+    "a level out of range": ({"optimization_level": 6}, "--optimization-level: out of range. Got 6; expected 0 to 5"),
+    "a shape for no input": ({"opt_shapes": {"z": (1,)}}, "no input is called 'z'"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_options_that_cannot_be_are_refused(name: str, full: Callable[..., Any]) -> None:
+    full("11.4.0")
+    options, message = REFUSED[name]
+    with pytest.raises(InputError, match=message):
+        build(NET, **options)
+
+
+def test_a_free_input_without_a_range_is_named(full: Callable[..., Any]) -> None:
+    full("11.4.0")
+    with pytest.raises(InputError, match=r"input x: some of its axes are free.*Got Nx64xHxW.*Fix: --min-shapes"):
+        build(conv_frn_conv("float16", FREE))
+
+
+def test_the_model_is_left_as_it_is(full: Callable[..., Any], library: Path) -> None:
+    full("11.4.0")
+    before = NET.SerializeToString()
+    ways: tuple[Any, ...] = ("plugin", "native")
+    for way in ways:
+        build(NET, frn=way, plugins=[library])
+    assert NET.SerializeToString() == before

@@ -1,0 +1,117 @@
+"""Reading TensorRT's lists of layers."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from deploynorm.trt.errors import Message
+from deploynorm.trt.layers import Layer, Tensor, layers_of_inspector, layers_of_log, products_in_other_types, table
+
+# As TensorRT-RTX 1.7 writes them at the end of a build.
+LOG = """Layers:
+Name: __mye45_0_myl0_0, LayerType: shape_call, Inputs: [], Constants: [], Outputs: [], TacticName: , StreamId: 0, Metadata: 
+Name: __myl_Move_myl0_1, LayerType: kgen, Inputs: [ { Name: x, Dimensions: [-1,4,-1,-1], Strides: [-1,-1,-1,1], StrideOrder: [3,2,1,0], Datatype: Half, Format: (Linear) Row major linear format }], Constants: [], Outputs: [ { Name: c0, Dimensions: [-1,4,-1,-1], Strides: [-1,1,-1,4], StrideOrder: [3,0,2,1], Datatype: Half, Format: (NHWC) Channel major format }], TacticName: __myl_Move_0xa7, StreamId: 0, Metadata: 
+Name: conv0_myl0_2, LayerType: correlation, Inputs: [ { Name: c0, Dimensions: [-1,4,-1,-1], Strides: [-1,1,-1,4], StrideOrder: [3,0,2,1], Datatype: Half, Format: (NHWC) Channel major format }], Constants: [ { Name: w, Dimensions: [4,4,3,3], Strides: [9,1,3,1], StrideOrder: [3,0,2,1], Datatype: Half, Format: (NHWC) Channel major format }], Outputs: [ { Name: c1, Dimensions: [-1,4,-1,-1], Strides: [-1,1,-1,4], StrideOrder: [3,0,2,1], Datatype: Half, Format: (NHWC) Channel major format }], TacticName: stub, StreamId: 0, Metadata: [ONNX Layer: conv0]
+Name: frn0_myl0_3, LayerType: custom_layer, Inputs: [ { Name: c1, Dimensions: [-1,4,-1,-1], Strides: [-1,1,-1,4], StrideOrder: [3,0,2,1], Datatype: Half, Format: (NHWC) Channel major format }, { Name: g, Dimensions: [4], Strides: [1], StrideOrder: [0], Datatype: Float, Format: (Linear) Row major linear format }], Constants: [], Outputs: [ { Name: y, Dimensions: [-1,4,-1,-1], Strides: [-1,1,-1,4], StrideOrder: [3,0,2,1], Datatype: BFloat16, Format: (NHWC) Channel major format }], TacticName: , StreamId: 0, Metadata: [ONNX Layer: frn0][ONNX Layer: relu0]
+
+I/O Tensors:
+ Name: x, IOMode: Input, DataType: Half"""  # noqa: E501, W291
+
+# As an inspector of TensorRT 10 gives them.
+INSPECTED = {
+    "Layers": [
+        {
+            "Name": "Reformatting CopyNode for Input Tensor 0 to conv0",
+            "LayerType": "Reformat",
+            "Inputs": [{"Name": "x", "Format/Datatype": "Row major linear FP16 format"}],
+            "Outputs": [{"Name": "c0", "Format/Datatype": "Channel major FP16 format where channel % 8 == 0"}],
+            "Metadata": "",
+        },
+        {
+            "Name": "conv0",
+            "LayerType": "CaskConvolution",
+            "Inputs": [{"Name": "c0", "Format/Datatype": "Half"}],
+            "Outputs": [{"Name": "c1", "Format/Datatype": "N/A due to dynamic shapes"}],
+            "Metadata": "[ONNX Layer: conv0]\x1f[ONNX Layer: relu0]",
+        },
+        {"Name": "frn0", "LayerType": "PluginV3", "Inputs": [], "Outputs": []},
+    ],
+    "Bindings": ["x", "y"],
+}
+
+
+def test_the_log_of_a_build_is_read() -> None:
+    found = layers_of_log([Message("INFO", "Layers"), Message("VERBOSE", LOG)])
+    assert [(layer.name, layer.kind, layer.plugin, layer.moves_only) for layer in found] == [
+        ("__mye45_0_myl0_0", "shape_call", False, False),
+        ("__myl_Move_myl0_1", "kgen", False, True),
+        ("conv0_myl0_2", "correlation", False, False),
+        ("frn0_myl0_3", "custom_layer", True, False),
+    ]
+    assert found[0].outputs == ()
+    assert found[2].inputs == (Tensor("c0", "float16", "(NHWC) Channel major format"),)
+    assert [tensor.dtype for tensor in found[3].inputs] == ["float16", "float32"]
+    assert found[3].dtypes == ("float16", "float32", "bfloat16")
+    assert found[3].nodes == ("frn0", "relu0")
+    assert table(found)[0] == ("shape_call", "-", 1)
+
+
+def test_a_log_without_layers_has_none() -> None:
+    assert layers_of_log([Message("VERBOSE", "Building graph")]) == ()
+
+
+def test_the_inspector_of_an_engine_is_read() -> None:
+    found = layers_of_inspector(json.dumps(INSPECTED))
+    assert [(layer.kind, layer.plugin, layer.moves_only) for layer in found] == [
+        ("Reformat", False, True),
+        ("CaskConvolution", False, False),
+        ("PluginV3", True, False),
+    ]
+    assert [tensor.dtype for layer in found for tensor in (*layer.inputs, *layer.outputs)] == [
+        "float16",
+        "float16",
+        "float16",
+        "",
+    ]
+    assert found[1].nodes == ("conv0", "relu0")
+
+
+@pytest.mark.parametrize("text", ["", "{}", '{"Layers": null}', '{"Layers": ["conv0", "frn0"]}', "[]"])
+def test_an_engine_without_details_tells_nothing(text: str) -> None:
+    assert layers_of_inspector(text) == ()
+
+
+def layer(node: str, dtype: str, name: str = "", kind: str = "correlation") -> Layer:
+    return Layer(name or node, kind, (Tensor("x", dtype, ""),), (Tensor("y", dtype, ""),), (node,))
+
+
+PRODUCTS = {"conv0": "float16", "conv1": "float16"}
+
+COMPARED: dict[str, tuple[list[Layer], tuple[int, list[str]]]] = {
+    "as the graph": ([layer("conv0", "float16"), layer("conv1", "float16")], (2, [])),
+    "one in float32": (
+        [layer("conv0", "float16"), layer("conv1", "float32")],
+        (1, ["conv1 in float32 instead of float16"]),
+    ),
+    "not told": ([layer("conv0", ""), layer("conv1", "")], (0, [])),
+    "another node": ([layer("frn0", "float32")], (0, [])),
+    "two layers of one product": ([layer("conv0", "float16"), layer("conv0", "float16", "part 2")], (1, [])),
+    "a cast before it, made with its padding": (
+        [layer("conv0", "float32", "__myl_CastReplConc_myl0_1", "kgen"), layer("conv0", "float16")],
+        (1, []),
+    ),
+    "a cast before a product in float32": (
+        [layer("conv0", "float16", "__myl_Cast_myl0_1", "kgen"), layer("conv0", "float32")],
+        (0, ["conv0 in float32 instead of float16"]),
+    ),
+    "a product in a generated kernel": ([layer("conv0", "float16", kind="kgen")], (1, [])),
+    "a copy before it": ([layer("conv0", "float32", "__myl_Move_myl0_1"), layer("conv0", "float16")], (1, [])),
+}
+
+
+@pytest.mark.parametrize("name", COMPARED)
+def test_products_are_held_to_the_types_of_the_graph(name: str) -> None:
+    layers, want = COMPARED[name]
+    assert products_in_other_types(layers, PRODUCTS) == want

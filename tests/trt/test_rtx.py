@@ -1,0 +1,315 @@
+"""What the real TensorRT-RTX builds, which needs no GPU for it, and what it refuses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import onnx
+import onnx.parser
+import pytest
+import torch
+from graphs import frn_model
+from rtx_builds import OPSET, build_for_each, build_rtx, conv_frn_conv, plugin_library
+
+from deploynorm import checkpoint, fold
+from deploynorm.contract import DOMAIN, OP_TYPE
+from deploynorm.export import export
+from deploynorm.layers.adopt import adopt
+from deploynorm.lowering import function_proto
+
+REPOSITORY = Path(__file__).parents[2]
+FREE = ("N", 64, "H", "W")
+RANGE = {
+    "min_shapes": {"": (1, 64, 28, 28)},
+    "opt_shapes": {"": (8, 64, 56, 56)},
+    "max_shapes": {"": (8, 64, 112, 112)},
+}
+CARDS = {"float32": ["8.0", "8.6", "8.9", "12.0"], "float16": ["7.5", "8.0", "8.6", "8.9", "12.0"]}
+CARDS["bfloat16"] = CARDS["float32"]
+
+
+@pytest.fixture
+def rtx(require: Callable[[str], None]) -> None:
+    require("trt-rtx")
+
+
+def saved(model: onnx.ModelProto, folder: Path) -> Path:
+    path = folder / "model.onnx"
+    onnx.save(model, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def shipped(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """shipped("float16") is the trained FRN ResNet-20 of this repository, as exported in that type."""
+    folder = tmp_path_factory.mktemp("shipped")
+    example = (torch.zeros(2, 1, 28, 28),)
+    folded, _ = fold(checkpoint.load(REPOSITORY / "models/frn_resnet20_fashion.pt").model, example)
+
+    def path(dtype: str, **options: Any) -> Path:
+        path = folder / f"{dtype}-{'-'.join(options)}.onnx"
+        if not path.exists():
+            export(folded, example, dynamic="all", dtype=getattr(torch, dtype), **options).save(path)
+        return path
+
+    return path
+
+
+SHIPPED_RANGE = {"opt_shapes": {"": (8, 1, 28, 28)}, "max_shapes": {"": (16, 1, 56, 56)}}
+
+
+@pytest.mark.usefixtures("rtx")
+@pytest.mark.parametrize("way", ["native", "plugin"])
+@pytest.mark.parametrize("dtype", CARDS)
+def test_the_shipped_network_is_built_for_every_card(
+    shipped: Callable[..., Path], dtype: str, way: str, request: pytest.FixtureRequest
+) -> None:
+    libraries = [plugin_library(request)] if way == "plugin" else None
+    every = build_for_each(shipped(dtype), CARDS[dtype], frn=way, plugins=libraries, **SHIPPED_RANGE)
+    for card, built in zip(CARDS[dtype], every, strict=True):
+        assert built.error == "", built.message
+        facts = built.facts
+        frn = facts["frn"]
+        assert (frn["nodes"], frn["way"], frn["plugin_layers"]) == (21, way, 21 if way == "plugin" else 0)
+        assert facts["compute_capabilities"] == [card]
+        assert (facts["precision"], facts["verified_products"], facts["products"]) == (dtype, 22, 22)
+        assert facts["inputs"][0]["min"] == [1, 1, 28, 28]
+        assert facts["inputs"][0]["max"] == [16, 1, 56, 56]
+        if way == "native":
+            assert not any(layer["plugin"] for layer in built.layers)
+        elif dtype != "bfloat16":  # for which RTX has no channels-last layout
+            # Into the layout of the convolutions, out of it, and around the last product: none at the plugins.
+            assert built.moves <= 4
+
+
+@pytest.mark.usefixtures("rtx")
+def test_the_shipped_network_in_float32_needs_ampere(shipped: Callable[..., Path]) -> None:
+    built = build_rtx(shipped("float32"), compute_capabilities=["7.5"], frn="native", **SHIPPED_RANGE)
+    assert built.error == "InputError"
+    assert "does not have in this type for GPUs of compute capability 7.5" in built.message
+
+
+@pytest.mark.usefixtures("rtx")
+def test_a_network_of_two_types_is_called_mixed(shipped: Callable[..., Path]) -> None:
+    path = shipped("float16", keep_float32=["fc"], keep_io_types=True)
+    built = build_rtx(path, compute_capabilities=["8.9"], frn="native", **SHIPPED_RANGE)
+    assert built.error == "", built.message
+    assert (built.facts["precision"], built.facts["verified_products"]) == ("mixed", 22)
+    assert built.facts["inputs"][0]["dtype"] == "float32"
+
+
+@pytest.mark.usefixtures("rtx")
+def test_one_engine_serves_several_cards_and_holds_the_plugin(
+    shipped: Callable[..., Path], request: pytest.FixtureRequest
+) -> None:
+    library = plugin_library(request)
+    options: dict[str, Any] = {
+        "compute_capabilities": CARDS["float32"],
+        "frn": "plugin",
+        "plugins": [library],
+        **SHIPPED_RANGE,
+    }
+    lean, whole = (build_rtx(shipped("float32"), embed_plugin=embed, **options) for embed in (False, True))
+    assert lean.facts["embedded_plugins"] == []
+    assert whole.facts["embedded_plugins"] == [library.name]
+    assert whole.size - lean.size >= library.stat().st_size
+
+
+@pytest.mark.usefixtures("rtx")
+@pytest.mark.parametrize("way", ["native", "plugin"])
+@pytest.mark.parametrize("free", [False, True], ids=["fixed", "free"])
+@pytest.mark.parametrize("dtype", CARDS)
+def test_a_typed_graph_gives_an_engine_of_that_type(
+    dtype: str, free: bool, way: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    libraries = [plugin_library(request)] if way == "plugin" else None
+    path = saved(conv_frn_conv(dtype, FREE if free else (8, 64, 28, 28)), tmp_path)
+    built = build_rtx(path, compute_capabilities=CARDS[dtype], frn=way, plugins=libraries, **(RANGE if free else {}))
+    assert built.error == "", built.message
+    assert (built.facts["precision"], built.facts["verified_products"]) == (dtype, 2)
+    assert built.facts["inputs"][0]["dtype"] == built.facts["outputs"][0]["dtype"] == dtype
+    between = built.between_products()
+    if way == "native":
+        assert not any(layer["plugin"] for layer in between)
+        assert len(between) <= 2  # what TensorRT makes of the body: one or two passes
+    elif dtype == "bfloat16":  # for which RTX has no channels-last layout
+        assert [layer["plugin"] for layer in between if not layer["moves_only"]] == [True]
+    else:
+        assert [layer["plugin"] for layer in between] == [True]
+
+
+@pytest.mark.usefixtures("rtx")
+@pytest.mark.parametrize("size", [7, 28, 224])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_no_square_is_kept_in_half_precision(dtype: str, size: int, tmp_path: Path) -> None:
+    """Where FRN takes more than one pass, what lies between them is float32: a square overflows float16 at 256."""
+    path = saved(conv_frn_conv(dtype, (8, 64, size, size)), tmp_path)
+    built = build_rtx(path, compute_capabilities=["8.9"], frn="native")
+    between = built.between_products()
+    kept = [dtype for layer in between[:-1] for dtype in layer["outputs"]]
+    assert set(kept) <= {"float32"}
+    assert len(between) == (1 if size == 28 else 2)
+
+
+TEXTBOOK = f"""
+<opset_import: ["": {OPSET}], domain: "{DOMAIN}">
+{OP_TYPE} (X, gamma, beta, tau, eps) => (Y) {{
+    axes = Constant <value_ints = [2, 3]> ()
+    columns = Constant <value_ints = [1, 2]> ()
+    square = Mul (X, X)
+    mean = ReduceMean (square, axes)
+    wide = Cast <to = 1> (mean)
+    eps_column = Unsqueeze (eps, columns)
+    positive = Add (wide, eps_column)
+    root = Sqrt (positive)
+    gamma_column = Unsqueeze (gamma, columns)
+    factor = Div (gamma_column, root)
+    half_factor = CastLike (factor, X)
+    scaled = Mul (X, half_factor)
+    beta_column = Unsqueeze (beta, columns)
+    half_beta = CastLike (beta_column, X)
+    shifted = Add (scaled, half_beta)
+    tau_column = Unsqueeze (tau, columns)
+    half_tau = CastLike (tau_column, X)
+    Y = Max (shifted, half_tau)
+}}
+"""
+
+
+@pytest.mark.usefixtures("rtx")
+def test_the_textbook_body_is_what_ours_avoids(tmp_path: Path) -> None:
+    """So that the test above can fail: a body of this kind keeps the square in float16, and takes three passes."""
+    body = onnx.parser.parse_function(TEXTBOOK)
+    path = saved(conv_frn_conv("float16", (8, 64, 56, 56), body=body), tmp_path)
+    between = build_rtx(path, compute_capabilities=["8.9"], frn="native").between_products()
+    assert len(between) == 3
+    assert between[0]["outputs"] == ["float16"]
+
+
+@pytest.mark.usefixtures("rtx")
+def test_a_network_of_timm_is_built(timm: ModuleType, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    libraries = [plugin_library(request)]
+    network = adopt(timm.create_model("resnetv2_50d_frn", num_classes=5).eval())
+    export(network, (torch.zeros(2, 3, 64, 64),), dynamic="all").save(tmp_path / "net.onnx")
+    for way, layers in (("plugin", 51), ("native", 0)):
+        built = build_rtx(
+            tmp_path / "net.onnx",
+            compute_capabilities=["8.9"],
+            frn=way,
+            plugins=libraries,
+            opt_shapes={"": (8, 3, 224, 224)},
+        )
+        assert built.error == "", built.message
+        assert built.facts["frn"]["nodes"] == 51
+        assert built.facts["frn"]["plugin_layers"] == layers
+
+
+@pytest.mark.usefixtures("rtx")
+def test_auto_without_a_gpu_counts_and_says_that_nothing_was_timed(
+    shipped: Callable[..., Path], request: pytest.FixtureRequest
+) -> None:
+    libraries = [plugin_library(request)]
+    built = build_rtx(shipped("float32"), compute_capabilities=["8.9"], plugins=libraries, **SHIPPED_RANGE)
+    frn = built.facts["frn"]
+    assert set(frn["layers_that_write"]) == {"plugin", "native"}
+    assert frn["milliseconds"] == {}
+    assert "nothing was timed" in frn["reason"]
+    best = min(("native", "plugin"), key=lambda way: frn["layers_that_write"][way])
+    assert (frn["way"], built.passes) == (best, frn["layers_that_write"][best])
+
+
+@pytest.mark.usefixtures("rtx")
+def test_auto_is_native_where_both_take_as_many_passes(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    libraries = [plugin_library(request)]
+    path = saved(conv_frn_conv("float16", (8, 64, 28, 28)), tmp_path)
+    frn = build_rtx(path, compute_capabilities=["8.9"], plugins=libraries).facts["frn"]
+    assert frn["layers_that_write"]["plugin"] == frn["layers_that_write"]["native"]
+    assert frn["way"] == "native"
+
+
+@pytest.mark.usefixtures("rtx")
+@pytest.mark.parametrize(
+    "shape", [("N", 4), ("N", 4, "L"), ("N", 4, "D", "H", "W")], ids=lambda shape: f"rank {len(shape)}"
+)
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_every_rank_and_empty_shapes_are_built(dtype: str, shape: tuple[int | str, ...], tmp_path: Path) -> None:
+    path = saved(frn_model(dtype, body=function_proto(OPSET, half=dtype == "float16"), shape=shape), tmp_path)
+    built = build_rtx(
+        path,
+        compute_capabilities=["8.9"],
+        frn="native",
+        min_shapes={"X": tuple(0 if isinstance(size, str) else size for size in shape)},
+        opt_shapes={"X": tuple(5 if isinstance(size, str) else size for size in shape)},
+    )
+    assert built.error == "", built.message
+    assert built.facts["precision"] is None  # no convolution and no product tells it
+
+
+@pytest.mark.usefixtures("rtx")
+def test_weights_beside_the_file_are_found(tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    model = conv_frn_conv("float32", (2, 16, 8, 8))
+    onnx.save(model, path, save_as_external_data=True, location="model.onnx.data", size_threshold=0)
+    assert build_rtx(path, compute_capabilities=["8.9"], frn="native").error == ""
+    (tmp_path / "model.onnx.data").unlink()
+    built = build_rtx(path, compute_capabilities=["8.9"], frn="native")
+    assert built.error == "ModelError"
+    assert "its external data cannot be read" in built.message
+
+
+def _nonsense() -> onnx.ModelProto:
+    model = frn_model(body=function_proto(OPSET))
+    model.graph.node[0].op_type, model.graph.node[0].domain = "Nonsense", ""
+    return model
+
+
+RTX_REFUSES: dict[str, tuple[Callable[[], onnx.ModelProto], dict[str, Any], str, str]] = {
+    "bfloat16 on 7.5": (
+        lambda: conv_frn_conv("bfloat16", (2, 16, 8, 8)),
+        {"compute_capabilities": ["7.5", "8.9"]},
+        "InputError",
+        "holds bfloat16, which GPUs of compute capability 7.5 do not have",
+    ),
+    "an operator that is not there": (
+        _nonsense,
+        {"compute_capabilities": ["8.9"], "opt_shapes": {"": (2, 4, 8, 8)}},
+        "ModelError",
+        "holds an operator that TensorRT-RTX 1.7.1.116 does not know. Got Nonsense",
+    ),
+    "a card that is not there": (
+        lambda: conv_frn_conv("float32", (2, 16, 8, 8)),
+        {"compute_capabilities": ["9.0"]},
+        "InputError",
+        "TensorRT-RTX 1.7.1.116 does not build for this. Got 9.0; expected 7.5, 8.0, 8.6, 8.9, 12.0",
+    ),
+    "version compatible": (
+        lambda: conv_frn_conv("float32", (2, 16, 8, 8)),
+        {"compute_capabilities": ["8.9"], "version_compatible": True},
+        "InputError",
+        "--version-compatible: TensorRT-RTX 1.7.1.116 does not have this",
+    ),
+    "a library that is not one": (
+        lambda: conv_frn_conv("float32", (2, 16, 8, 8)),
+        {"compute_capabilities": ["8.9"], "frn": "plugin", "plugins": [__file__]},
+        "BackendError",
+        "does not load this plugin library",
+    ),
+    "a library that is not there": (
+        lambda: conv_frn_conv("float32", (2, 16, 8, 8)),
+        {"compute_capabilities": ["8.9"], "frn": "plugin", "plugins": ["none.so"]},
+        "BackendError",
+        "no such plugin library",
+    ),
+}
+
+
+@pytest.mark.usefixtures("rtx")
+@pytest.mark.parametrize("name", RTX_REFUSES)
+def test_what_tensorrt_rtx_refuses_is_told_in_our_words(name: str, tmp_path: Path) -> None:
+    make, options, kind, message = RTX_REFUSES[name]
+    built = build_rtx(saved(make(), tmp_path), **{"frn": "native", **options})
+    assert built.error == kind, built
+    assert message in built.message

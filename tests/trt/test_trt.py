@@ -1,0 +1,262 @@
+"""Importing TensorRT, hearing what it says, and putting our plugin into it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fake_tensorrt import Severity, fake_tensorrt
+from rtx_builds import plugin_library
+
+from deploynorm import plugins, trt
+from deploynorm.errors import BackendError, InputError
+from deploynorm.trt import TensorRT, has_plugin, import_tensorrt, listen, load_library, load_plugin, logger
+
+
+@pytest.fixture
+def install(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """install(tensorrt="11.4.0") makes that the TensorRT of this machine, and what is not named not installed."""
+
+    def install(**versions: str) -> None:
+        for name in ("tensorrt", "tensorrt_rtx"):
+            module = fake_tensorrt(versions[name], name=name) if name in versions else None
+            monkeypatch.setitem(sys.modules, name, module)
+        monkeypatch.setattr(trt, "_LOGGERS", {})
+        monkeypatch.setattr(trt, "_LOADED", {})
+
+    return install
+
+
+@pytest.fixture
+def fake(install: Callable[..., None]) -> TensorRT:
+    install(tensorrt="11.4.0")
+    return import_tensorrt()
+
+
+def test_tensorrt_is_taken_where_both_are(install: Callable[..., None]) -> None:
+    install(tensorrt="10.9.0", tensorrt_rtx="1.7.1")
+    assert import_tensorrt().name == "TensorRT 10.9.0"
+    assert import_tensorrt("tensorrt-rtx").name == "TensorRT-RTX 1.7.1"
+    install(tensorrt_rtx="1.7.1")
+    assert (import_tensorrt().flavour, import_tensorrt().rtx) == ("tensorrt-rtx", True)
+
+
+def test_what_is_missing_is_told_with_how_to_get_it(install: Callable[..., None]) -> None:
+    install()
+    with pytest.raises(
+        BackendError, match=r"tensorrt: .*tensorrt_rtx: .*Fix: pip install tensorrt or, for RTX cards, pip"
+    ):
+        import_tensorrt()
+    install(tensorrt="11.4.0")
+    with pytest.raises(
+        BackendError, match=r"imported \(tensorrt_rtx: .*\)\. Fix: pip install tensorrt_rtx_cu13\."
+    ) as caught:
+        import_tensorrt("tensorrt-rtx")
+    assert caught.value.exit_code == 3
+
+
+def test_libraries_of_its_own_that_are_missing_are_named(
+    install: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install()
+
+    def broken(name: str) -> None:
+        raise OSError("libnvinfer.so.11: cannot open shared object file")
+
+    monkeypatch.setattr(trt.importlib, "import_module", broken)
+    with pytest.raises(BackendError, match=r"libnvinfer\.so\.11: cannot open shared object file"):
+        import_tensorrt("tensorrt")
+
+
+@pytest.mark.parametrize("version", ["8.6.1", "9.3.0", "12.0.0"])
+def test_versions_that_we_do_not_know_are_refused(version: str, install: Callable[..., None]) -> None:
+    install(tensorrt=version)
+    with pytest.raises(
+        BackendError, match=f"TensorRT {version} is a version that .* not know. Expected tensorrt 10 or 11"
+    ):
+        import_tensorrt()
+
+
+def test_an_unknown_flavour_is_refused() -> None:
+    with pytest.raises(InputError, match="Got 'tensorflow'; expected tensorrt or tensorrt-rtx"):
+        import_tensorrt("tensorflow")
+
+
+def test_what_is_said_goes_to_those_who_listen(fake: TensorRT) -> None:
+    say = logger(fake)
+    assert logger(fake) is say  # TensorRT keeps the first that it is given
+    say.log(Severity.ERROR, "before")
+    with listen() as outer:
+        say.log(Severity.ERROR, "one")
+        with listen() as inner:
+            say.log(Severity.WARNING, "two")
+        say.log(Severity.INFO, "three")
+    say.log(Severity.ERROR, "after")
+    assert outer == [("ERROR", "one"), ("WARNING", "two"), ("INFO", "three")]
+    assert inner == [("WARNING", "two")]
+
+
+@pytest.fixture
+def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    path = tmp_path / plugins.TENSORRT_LIBRARY
+    path.touch()
+    monkeypatch.setattr(plugins, "library_path", lambda name: path)
+    return path
+
+
+def test_the_plugin_is_loaded_once(fake: TensorRT, library: Path) -> None:
+    assert not has_plugin(fake)
+    load_plugin(fake)
+    load_plugin(fake)
+    load_library(fake, library)
+    assert has_plugin(fake)
+    assert fake.module.registry.libraries == [str(library)]
+
+
+def test_a_plugin_that_the_user_has_loaded_is_taken(fake: TensorRT, library: Path) -> None:
+    fake.module.registry.load_library(str(library))
+    load_plugin(fake)
+    assert fake.module.registry.libraries == [str(library)]
+
+
+def test_a_library_without_the_plugin_is_told(fake: TensorRT, library: Path) -> None:
+    fake.module.registry.brings = set()
+    with pytest.raises(BackendError, match=f"{library.name}: does not bring the plugin"):
+        load_plugin(fake)
+
+
+def test_tensorrts_words_come_with_a_refusal(fake: TensorRT, library: Path) -> None:
+    fake.module.Runtime(logger(fake))  # which is when TensorRT gets our logger
+    fake.module.registry.load_library(str(library))
+    with pytest.raises(
+        BackendError, match=r"TensorRT 11\.4\.0 does not load this plugin library. Got .* loaded already"
+    ):
+        load_library(fake, library)
+
+
+@pytest.mark.usefixtures("without_library")
+def test_a_plugin_that_is_not_built_is_told(fake: TensorRT) -> None:
+    with pytest.raises(BackendError, match="deploynorm plugins build --cuda"):
+        load_plugin(fake)
+
+
+def in_a_process(program: str, *folders: Path) -> Any:
+    """What a program prints as JSON in its last line."""
+    path = os.pathsep.join([*map(str, folders), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path}
+    )
+    assert done.returncode == 0, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_the_real_tensorrt_rtx_takes_our_plugin(require: Callable[[str], None], request: pytest.FixtureRequest) -> None:
+    require("trt-rtx")
+    program = f"""
+import json
+from pathlib import Path
+from deploynorm.trt import has_plugin, import_tensorrt, load_library, load_plugin
+trt = import_tensorrt("tensorrt-rtx")
+before = has_plugin(trt)
+for _ in range(2):
+    load_library(trt, Path({str(plugin_library(request))!r}))
+load_plugin(trt)
+print(json.dumps([before, has_plugin(trt)]))
+"""
+    assert in_a_process(program) == [False, True]
+
+
+RUNTIME_NAMES = {
+    "Runtime": ["deserialize_cuda_engine", "engine_host_code_allowed"],
+    "ICudaEngine": [
+        "create_execution_context",
+        "create_engine_inspector",
+        "num_io_tensors",
+        "get_tensor_name",
+        "get_tensor_shape",
+        "get_tensor_dtype",
+        "get_tensor_mode",
+        "get_tensor_location",
+        "get_tensor_profile_shape",
+    ],
+    "IExecutionContext": [
+        "set_input_shape",
+        "set_tensor_address",
+        "set_output_allocator",
+        "infer_shapes",
+        "get_tensor_shape",
+        "execute_async_v3",
+    ],
+    "IPluginRegistry": ["get_creator", "load_library"],
+    "IOutputAllocator": [],
+    "TensorIOMode": ["INPUT"],
+    "TensorLocation": ["DEVICE"],
+    "LayerInformationFormat": ["JSON"],
+    "ILogger": ["log"],
+    "DataType": ["FLOAT", "HALF", "BF16"],
+}
+"""What we call of TensorRT when an engine runs."""
+
+BUILDER_NAMES = {
+    "Builder": [
+        "create_network",
+        "create_builder_config",
+        "create_optimization_profile",
+        "build_serialized_network",
+    ],
+    "OnnxParser": ["parse", "num_errors", "get_error"],
+    "ParserError": ["node_operator", "node_name", "desc"],
+    "INetworkDefinition": ["num_inputs", "get_input", "num_outputs", "get_output", "num_layers", "get_layer"],
+    "ITensor": ["name", "shape", "dtype", "is_shape_tensor"],
+    "IBuilderConfig": [
+        "profiling_verbosity",
+        "set_flag",
+        "clear_flag",
+        "hardware_compatibility_level",
+        "set_memory_pool_limit",
+        "builder_optimization_level",
+        "set_timing_cache",
+        "create_timing_cache",
+        "get_timing_cache",
+        "plugins_to_serialize",
+        "add_optimization_profile",
+    ],
+    "IOptimizationProfile": ["set_shape"],
+    "BuilderFlag": ["TF32", "VERSION_COMPATIBLE"],
+    "HardwareCompatibilityLevel": ["AMPERE_PLUS", "SAME_COMPUTE_CAPABILITY"],
+    "MemoryPoolType": ["WORKSPACE"],
+    "ProfilingVerbosity": ["DETAILED"],
+    "LayerType": ["PLUGIN_V3"],
+    "ITimingCache": ["serialize"],
+    "EngineInspector": ["get_engine_information"],
+}
+"""What we call when one is built."""
+
+MISSING = """
+import json, {module} as trt
+print(json.dumps([f"{{kind}}.{{name}}" for kind, names in {names}.items() for name in ["__doc__", *names]
+                  if not hasattr(getattr(trt, kind, None), name)]))
+"""
+
+
+def test_every_name_that_we_call_is_in_tensorrt_rtx(require: Callable[[str], None]) -> None:
+    require("trt-rtx")
+    names = RUNTIME_NAMES | BUILDER_NAMES
+    assert in_a_process(MISSING.format(module="tensorrt_rtx", names=names)) == []
+
+
+def test_every_name_that_running_needs_is_in_tensorrt_10_and_11(require: Callable[[str], None]) -> None:
+    """In their lean runtimes, which are what registries have; nobody there has the builder."""
+    require("trt-lean")
+    versions = set()
+    for folder in map(Path, os.environ["TENSORRT_LEAN_DIRS"].split(os.pathsep)):
+        program = MISSING.format(module="tensorrt_lean_bindings", names=RUNTIME_NAMES)
+        assert in_a_process(program, folder) == []
+        versions.add(in_a_process("import tensorrt_lean_bindings as t; print(t.__version__.split('.')[0])", folder))
+    assert versions == {10, 11}
