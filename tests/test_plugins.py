@@ -173,9 +173,7 @@ def test_an_installation_without_a_compiler_configures_and_builds_nothing(tmp_pa
 
 def test_without_nvcc_a_build_with_cuda_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("CUDACXX", str(tmp_path / "nvcc"))
-    with pytest.raises(
-        BackendError, match=r"no CUDA compiler .* Got CUDACXX=.*Fix: pip install 'deploynorm"
-    ):
+    with pytest.raises(BackendError, match=r"no CUDA compiler .* Got CUDACXX=.*Fix: pip install 'deploynorm"):
         plugins.find_cuda()
     monkeypatch.delenv("CUDACXX")
     monkeypatch.setattr(plugin_tools, "find_program", lambda name: None)

@@ -66,6 +66,18 @@ def test_rewrite_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, r
     assert (tmp_path / "frn.here.onnx").exists()
 
 
+def test_build_commands_run(tmp_path: Path, require: Callable[[str], None]) -> None:
+    """In processes of their own, as TensorRT may end one."""
+    require("trt-rtx")
+    (tmp_path / "models").symlink_to(ROOT / "models")
+    for command in _marked("command: build").splitlines():
+        words = [sys.executable, "-m", "deploynorm.cli", *_verb(command)]
+        done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    assert (tmp_path / "frn16.engine").stat().st_size > 100_000
+    assert (tmp_path / "frn16.engine.json").exists()
+
+
 def test_python_blocks_run_one_after_the_other(tmp_path: Path, require: Callable[[str], None]) -> None:
     require("ort")
     require("native")

@@ -15,7 +15,7 @@ from tolerances import OP_FLOAT16, OP_FLOAT32
 
 from deploynorm import ort, plugins, reference
 from deploynorm.contract import INPUTS
-from deploynorm.doctor.elf import Elf
+from deploynorm.doctor.elf import read_library
 
 GPUS = {
     "Turing": (7, 5),
@@ -41,21 +41,21 @@ NEEDED = {"libc.so.6", "ld-linux-x86-64.so.2", "ld-linux-aarch64.so.1", "libdl.s
 
 @pytest.mark.parametrize("name", EXPORTED)
 def test_a_library_offers_its_entry_points_and_nothing_else(name: str, cuda_libraries: Path) -> None:
-    assert Elf(cuda_libraries / name).exported == EXPORTED[name]
+    assert set(read_library(cuda_libraries / name).exports) == EXPORTED[name]
 
 
 @pytest.mark.parametrize("name", EXPORTED)
 def test_a_library_needs_nothing_of_cuda_or_tensorrt(name: str, cuda_libraries: Path) -> None:
     """No libcudart, libcuda or libnvinfer: they load on a machine without a GPU, and beside any version of those."""
     allowed = NEEDED | ({"libstdc++.so.6", "libm.so.6", "libgcc_s.so.1"} if name == plugins.TENSORRT_LIBRARY else set())
-    assert Elf(cuda_libraries / name).needed <= allowed
+    assert set(read_library(cuda_libraries / name).needed) <= allowed
 
 
 @pytest.mark.parametrize("gpu", GPUS)
 @pytest.mark.parametrize("name", [plugins.ORT_LIBRARY, plugins.TENSORRT_LIBRARY])
 def test_there_is_code_for(gpu: str, name: str, cuda_libraries: Path) -> None:
-    code = Elf(cuda_libraries / name).code
-    assert any(each.serves(GPUS[gpu]) for each in code), ", ".join(map(str, code))
+    code = read_library(cuda_libraries / name).code
+    assert any(each.runs_on(GPUS[gpu]) for each in code), ", ".join(each.name for each in code)
 
 
 def test_the_cpu_kernel_is_in_it_and_right(cuda_libraries: Path) -> None:

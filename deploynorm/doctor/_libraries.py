@@ -1,0 +1,67 @@
+"""Findings about our own libraries."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from deploynorm.doctor.facts import Examination, Library
+from deploynorm.doctor.finding import BUILD, BUILD_CUDA, Finding, missing_exports
+from deploynorm.plugins import ORT_LIBRARY, TENSORRT_LIBRARY
+
+__all__ = ["libraries"]
+
+
+def libraries(facts: Examination) -> Iterator[Finding]:
+    for library in facts.libraries:
+        rebuild = _rebuild(library)
+        missing = missing_exports(library)
+        if library.machine and facts.machine and library.machine != facts.machine:
+            yield Finding(
+                "broken",
+                "library-machine",
+                f"{library.path} is for {library.machine}, and this Python is for {facts.machine}",
+                rebuild,
+            )
+        elif not library.machine:
+            yield Finding("broken", "library-unreadable", f"{library.path}: {library.problem}", rebuild)
+        elif missing:
+            yield Finding(
+                "broken",
+                "library-not-ours",
+                f"{library.path} does not export {' and '.join(missing)}: it is not our {library.name}",
+                rebuild,
+            )
+        elif library.problem is not None:
+            yield Finding(
+                "broken", "library-does-not-load", f"{library.path} cannot be loaded: {library.problem}", rebuild
+            )
+        if library.outdated:
+            yield Finding(
+                "note",
+                "library-stale",
+                f"{library.path} was installed before the sources in this clone were last changed",
+                rebuild,
+            )
+    missing_ones = [name for name in (ORT_LIBRARY, TENSORRT_LIBRARY) if facts.library(name) is None]
+    brings = {
+        ORT_LIBRARY: "the fused FRN kernel for onnxruntime; without it FRN runs as several operators, slower",
+        TENSORRT_LIBRARY: "FRN in TensorRT as one plugin; without it TensorRT builds the operator's body",
+    }
+    for name in missing_ones:
+        needs = []
+        if facts.compiler is None:
+            needs.append("install g++ or clang++, pip install cmake ninja")
+        if name == TENSORRT_LIBRARY and facts.nvcc is None:
+            needs.append("pip install 'deploynorm[cuda]'")
+        stale = "; what was built here is of other sources and is not used" if facts.stale else ""
+        yield Finding(
+            "note",
+            "library-missing",
+            f"{name} is not built: it brings {brings[name]}{stale}",
+            ", then ".join([*needs, BUILD[name]]),
+        )
+
+
+def _rebuild(library: Library) -> str:
+    """A new build, with CUDA where there was some."""
+    return BUILD_CUDA if library.code else BUILD[library.name]

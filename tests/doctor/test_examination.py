@@ -1,0 +1,310 @@
+"""The facts of this machine, and of installations put together here that are broken as users' are."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from deploynorm import plugins
+from deploynorm.doctor import Examination, Finding, diagnose, examine
+from deploynorm.doctor import examination as examination_module
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="ELF")
+
+WORKING = """
+__version__ = "{version}"
+get_available_providers = lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"]
+class SessionOptions:
+    def register_custom_ops_library(self, path): {registration}
+"""
+
+
+@pytest.fixture
+def site_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder that stands before all others from which Python imports, here and in the processes of the probes."""
+    folder = tmp_path / "site-packages"
+    folder.mkdir()
+    for name in ("onnxruntime", "torch"):  # other tests have imported them, which is where Python looks first
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.syspath_prepend(folder)
+    return folder
+
+
+def add_metadata(folder: Path, name: str, version: str) -> None:
+    """What pip leaves of a package beside its files."""
+    info = folder / f"{name.replace('-', '_')}-{version}.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+
+
+def add_onnxruntime(folder: Path, version: str = "1.32.0", *, registration: str = "pass") -> None:
+    (folder / "onnxruntime").mkdir()
+    text = WORKING.format(version=version, registration=registration)
+    (folder / "onnxruntime" / "__init__.py").write_text(text)
+
+
+@pytest.fixture
+def built_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder for what was built on this machine of the sources that the package brings."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = plugins._cache_of_these_sources() / "key"
+    folder.mkdir(parents=True)
+    return folder
+
+
+def broken(examination: Examination) -> dict[str, Finding]:
+    return {finding.name: finding for finding in diagnose(examination) if finding.level == "broken"}
+
+
+def test_this_machine_as_it_is(require: Callable[[str], None]) -> None:
+    require("ort")
+    require("native")
+    found = examine()
+    for name in ("torch", "onnx", "numpy", "onnxruntime"):
+        assert name not in found.packages or found.packages[name] == importlib.metadata.version(name)
+    assert {"torch", "onnx", "numpy"} <= set(found.packages)
+    assert sys.executable in found.python
+    assert found.onnxruntime is not None
+    assert found.onnxruntime.takes_library is True
+    assert "CPUExecutionProvider" in found.onnxruntime.providers
+    library = found.library(plugins.ORT_LIBRARY)
+    assert library is not None
+    assert (library.path, library.problem) == (str(plugins.library_path()), None)
+    assert library.size_bytes == plugins.library_path().stat().st_size
+    assert json.loads(json.dumps(dataclasses.asdict(found)))["packages"] == found.packages
+
+
+def test_it_is_the_cuda_that_torch_tells() -> None:
+    import torch
+
+    assert examine().torch_cuda == torch.version.cuda
+
+
+@pytest.mark.parametrize(
+    ("line", "cuda"),
+    [
+        ("cuda: Optional[str] = '13.0'", "13.0"),
+        ('cuda = "12.8"', "12.8"),
+        ("cuda: Optional[str] = None", None),
+        ("cuda_archs = '8.0'", None),
+    ],
+)
+def test_the_cuda_of_a_torch_that_is_not_imported(line: str, cuda: str | None, site_packages: Path) -> None:
+    (site_packages / "torch").mkdir()
+    (site_packages / "torch" / "__init__.py").write_text("raise ImportError('too slow')")
+    (site_packages / "torch" / "version.py").write_text(f"__version__ = '9.9'\n{line}\nhip = None\n")
+    assert examination_module._torch_cuda() == cuda
+
+
+def test_two_onnxruntimes_in_one_folder(site_packages: Path) -> None:
+    add_onnxruntime(site_packages)
+    add_metadata(site_packages, "onnxruntime", "1.32.0")
+    add_metadata(site_packages, "onnxruntime-gpu", "1.31.1")
+    add_metadata(site_packages, "onnxruntime-extensions", "0.15.2")
+    found = examine()
+    assert found.onnxruntime is not None
+    assert found.onnxruntime.packages == ("onnxruntime", "onnxruntime-gpu")
+    assert set(broken(found)) == {"onnxruntime-twice"}
+
+
+def test_two_onnxruntimes_in_two_folders_of_which_python_sees_one(site_packages: Path, tmp_path: Path) -> None:
+    add_onnxruntime(site_packages)
+    add_metadata(site_packages, "onnxruntime-gpu", "1.31.1")
+    other = tmp_path / "other"
+    other.mkdir()
+    add_metadata(other, "onnxruntime", "1.32.0")
+    sys.path.insert(1, str(other))  # which the fixture's monkeypatch takes back
+    found = examine()
+    assert found.packages["onnxruntime"] == "1.32.0"
+    assert found.onnxruntime is not None
+    assert found.onnxruntime.packages == ("onnxruntime-gpu",)
+    assert "onnxruntime-twice" not in broken(found)
+
+
+def test_what_is_left_where_one_of_two_onnxruntimes_was_removed(site_packages: Path) -> None:
+    (site_packages / "onnxruntime" / "capi").mkdir(parents=True)
+    add_metadata(site_packages, "onnxruntime", "1.32.0")
+    (site_packages / "onnxruntime" / "__init__.py").write_text("")
+    found = broken(examine())
+    assert set(found) == {"onnxruntime-import"}
+    assert "has no attribute" in found["onnxruntime-import"].problem
+
+
+def test_onnxruntime_built_for_numpy_1(site_packages: Path) -> None:
+    (site_packages / "onnxruntime").mkdir()
+    (site_packages / "onnxruntime" / "__init__.py").write_text("raise ImportError('_ARRAY_API not found')")
+    add_metadata(site_packages, "onnxruntime", "1.18.1")
+    add_metadata(site_packages, "numpy", "2.4.0")
+    found = broken(examine())
+    assert set(found) == {"onnxruntime-numpy"}
+    assert "1.18.1" in found["onnxruntime-numpy"].problem
+
+
+def test_an_onnxruntime_that_is_too_old(site_packages: Path) -> None:
+    add_onnxruntime(site_packages, "1.17.3", registration='raise RuntimeError("needs onnxruntime 1.18")')
+    add_metadata(site_packages, "onnxruntime", "1.17.3")
+    assert set(broken(examine())) == {"onnxruntime-old"}
+
+
+def test_tensorrt_of_another_major_version_than_the_provider_opens(
+    site_packages: Path, compile_library: Callable[..., Path]
+) -> None:
+    """A provider library that is linked as onnxruntime-gpu's is."""
+    add_onnxruntime(site_packages)
+    capi = site_packages / "onnxruntime" / "capi"
+    infer = compile_library("libnvinfer.so.10", "int infer;", "-Wl,-soname,libnvinfer.so.10")
+    shared = compile_library(
+        "libonnxruntime_providers_shared.so", "int host;", "-Wl,-soname,libonnxruntime_providers_shared.so", folder=capi
+    )
+    linked = ("-Wl,--no-as-needed", str(infer), str(shared))
+    compile_library("libonnxruntime_providers_tensorrt.so", "int provider;", *linked, folder=capi)
+    add_metadata(site_packages, "onnxruntime-gpu", "1.31.1")
+    add_metadata(site_packages, "tensorrt", "11.4.0.106")
+    found = examine()
+    (provider,) = (each for each in found.providers if each.name == "tensorrt")
+    assert provider.needed[0] == "libnvinfer.so.10"
+    assert provider.missing["libnvinfer.so.10"] is None
+    assert "libonnxruntime_providers_shared.so" not in provider.needed, "it lies beside the provider"
+    assert broken(found)["tensorrt-major"].problem.startswith("TensorRT 11.4.0.106 is installed")
+
+    by_pip = site_packages / "tensorrt_libs"
+    by_pip.mkdir()
+    shutil.move(infer, by_pip)
+    (provider,) = (each for each in examine().providers if each.name == "tensorrt")
+    assert provider.missing["libnvinfer.so.10"] == str(by_pip)
+
+
+@pytest.mark.usefixtures("without_library")
+def test_a_machine_without_our_libraries(site_packages: Path) -> None:
+    add_onnxruntime(site_packages)
+    found = examine()
+    assert found.libraries == ()
+    assert found.onnxruntime is not None
+    assert found.onnxruntime.takes_library is None
+    assert "library-missing" in {finding.name for finding in diagnose(found)}
+
+
+def test_a_library_whose_entry_point_has_another_name(built_here: Path, require: Callable[[str], None]) -> None:
+    require("native")
+    require("ort")
+    content = plugins.library_path().read_bytes()
+    assert b"RegisterCustomOps\0" in content
+    (built_here / plugins.ORT_LIBRARY).write_bytes(content.replace(b"RegisterCustomOps\0", b"RegisterCustomOpz\0"))
+    found = examine()
+    assert found.onnxruntime is not None
+    assert found.onnxruntime.takes_library is False
+    assert "RegisterCustomOps" in str(found.onnxruntime.library_problem)
+    assert set(broken(found)) == {"library-not-ours"}
+
+
+def test_a_library_that_was_cut_short(built_here: Path, require: Callable[[str], None]) -> None:
+    require("native")
+    content = plugins.library_path().read_bytes()
+    (built_here / plugins.ORT_LIBRARY).write_bytes(content[: len(content) // 2])
+    found = examine()
+    assert found.onnxruntime is None or found.onnxruntime.takes_library is None, "who opens it dies of it"
+    assert set(broken(found)) == {"library-unreadable"}
+
+
+def test_a_library_of_which_onnxruntime_dies(
+    site_packages: Path, built_here: Path, compile_library: Callable[..., Path]
+) -> None:
+    add_onnxruntime(site_packages, registration="import ctypes; ctypes.CDLL(path).RegisterCustomOps()")
+    source = "#include <stdlib.h>\nint RegisterCustomOps(void) { abort(); }"
+    compile_library(plugins.ORT_LIBRARY, source, folder=built_here)
+    found = examine()
+    assert found.onnxruntime is not None
+    assert (found.onnxruntime.version, found.onnxruntime.problem) == ("1.32.0", None)
+    assert set(broken(found)) == {"onnxruntime-library"}
+    assert "SIGABRT" in broken(found)["onnxruntime-library"].problem
+
+
+def test_a_library_that_needs_what_is_not_there(built_here: Path, compile_library: Callable[..., Path]) -> None:
+    infer = compile_library("libnvinfer.so.8", "int infer;", "-Wl,-soname,libnvinfer.so.8")
+    source = "int getCreators(void) { return 0; } int setLoggerFinder(void) { return 0; }"
+    compile_library(plugins.TENSORRT_LIBRARY, source, "-Wl,--no-as-needed", str(infer), folder=built_here)
+    infer.unlink()
+    found = examine()
+    library = found.library(plugins.TENSORRT_LIBRARY)
+    assert library is not None
+    assert "libnvinfer.so.8" in library.needed
+    assert "libnvinfer.so.8" in broken(found)["library-does-not-load"].problem
+
+
+def test_all_three_libraries_as_they_are_built(
+    built_here: Path, cuda_libraries: Path, require: Callable[[str], None]
+) -> None:
+    require("ort")
+    for library in cuda_libraries.glob("*.so"):
+        shutil.copy2(library, built_here)
+    found = examine()
+    assert [library.name for library in found.libraries] == [
+        plugins.ORT_LIBRARY,
+        plugins.TENSORRT_LIBRARY,
+        plugins.TENSORRT_REGISTER_LIBRARY,
+    ]
+    operators, plugin, register = found.libraries
+    for library in found.libraries:
+        assert (library.origin, library.problem, library.outdated) == ("built here", None, False)
+        assert not [name for name in library.needed if "nv" in name or "cuda" in name or "onnxruntime" in name]
+    assert set(plugin.exports) == {"getCreators", "setLoggerFinder"}
+    assert {code.name for code in plugin.code} >= {"sm_75", "sm_80", "sm_90", "compute_90"}
+    assert operators.code == plugin.code
+    assert register.code == ()
+    assert not {name for name in broken(found) if name.startswith("library")}
+
+
+def test_libraries_of_other_sources_are_named(built_here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (built_here / plugins.ORT_LIBRARY).write_bytes(b"")
+    assert examination_module._stale() == ()
+    monkeypatch.setattr(plugins, "_source_digest", lambda: "other sources")
+    assert examination_module._stale() == (str(built_here.parent),)
+
+
+def test_an_installed_library_that_is_older_than_the_sources_of_the_clone(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    sources, library = tmp_path / "plugins", tmp_path / plugins.ORT_LIBRARY
+    (sources / "kernels").mkdir(parents=True)
+    (sources / "kernels" / "frn.cu").write_text("")
+    library.write_bytes(b"")
+    built = tmp_path / "cache" / plugins.ORT_LIBRARY
+    built.parent.mkdir()
+    built.write_bytes(b"")
+    monkeypatch.setattr(plugins, "source_folder", lambda: sources)
+    monkeypatch.setattr(plugins, "_cache_of_these_sources", lambda: built.parent)
+    for age, outdated in ((-10, False), (10, True)):
+        changed = library.stat().st_mtime + age
+        os.utime(sources / "kernels" / "frn.cu", (changed, changed))
+        assert examination_module._library(plugins.ORT_LIBRARY, library).outdated is outdated
+        assert not examination_module._library(plugins.ORT_LIBRARY, built).outdated, "its key is that of these sources"
+    # Where pip has installed the sources too, their times are those of the installation.
+    monkeypatch.setattr(plugins, "__file__", str(sources / "__init__.py"))
+    assert not examination_module._library(plugins.ORT_LIBRARY, library).outdated
+
+
+def test_remains_of_an_installation_that_was_cut_short(site_packages: Path) -> None:
+    expected = examination_module._packages()
+    for name in ("~orch-2.13.0.dist-info", "torch-1.0.dist-info", "numpy-.dist-info", "-.dist-info"):
+        (site_packages / name).mkdir()
+    (site_packages / "numpy-.dist-info" / "METADATA").write_bytes(b"\xff\xfe")
+    assert examination_module._packages() == expected
+
+
+def test_no_framework_is_imported_in_this_process() -> None:
+    heavy = ("torch", "onnxruntime", "onnx", "numpy", "tensorrt", "tensorrt_rtx", "tensorrt_lean", "rich")
+    program = (
+        "import sys; from deploynorm.doctor import diagnose, examine; diagnose(examine())\n"
+        f"found = {set(heavy)!r} & set(sys.modules); assert not found, found"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
