@@ -9,6 +9,8 @@ For people with their own ONNX Runtime code:
 
 from __future__ import annotations
 
+import contextlib
+import io
 import mmap
 import re
 import warnings
@@ -114,6 +116,8 @@ def session(
             RuntimeWarning,
             stacklevel=2,
         )
+    if any(name != PROVIDERS["cpu"][0] for name, _ in wanted):
+        _open_cuda(ort)
     source = model if isinstance(model, bytes) else str(model)
     try:
         # Its fallback would run another provider than the one asked for, and tell that on stdout alone.
@@ -149,6 +153,16 @@ def _missing_kernels(providers: set[str]) -> str | None:
     if cuda in providers and not cuda_variants(library):
         return f"the operator library has no CUDA kernels. Fix: deploynorm plugins build{flag}"
     return None
+
+
+def _open_cuda(ort: Any) -> None:
+    """Opens the CUDA and cuDNN that pip has put where the system does not look; ONNX Runtime 1.21 and later can.
+
+    What it misses it would print; a provider that does not start then is told by `session`.
+    """
+    if hasattr(ort, "preload_dlls"):
+        with contextlib.redirect_stdout(io.StringIO()):
+            ort.preload_dlls()
 
 
 def quiet_options() -> onnxruntime.SessionOptions:

@@ -132,6 +132,25 @@ def test_the_library_is_for_sessions_on_devices_that_it_has_kernels_for(
     assert (options in ort._REGISTERED) == registered
 
 
+def test_cuda_that_pip_has_brought_is_opened_for_sessions_on_a_device_alone(
+    native: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    calls = []
+
+    def preload() -> None:
+        calls.append(None)
+        print("libcublas is missing")
+
+    monkeypatch.setattr(native, "preload_dlls", preload)
+    ort.session(content(body=True))
+    assert not calls
+    monkeypatch.setattr(native, "get_available_providers", lambda: [full for full, _ in ort.PROVIDERS.values()])
+    with pytest.raises(ModelError, match="not in available provider names"):
+        ort.session(content(body=True), providers=["tensorrt"])
+    assert len(calls) == 1
+    assert "libcublas" not in capsys.readouterr().out
+
+
 @pytest.mark.usefixtures("onnxruntime", "without_library")
 @pytest.mark.parametrize("form", ["file", "bytes"])
 def test_without_the_library_the_body_runs_and_it_is_said(form: str, tmp_path: Path) -> None:

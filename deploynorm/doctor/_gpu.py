@@ -116,12 +116,12 @@ def cuda_libraries(facts: Examination) -> Iterator[Finding]:
         )
     elif elsewhere:
         yield Finding(
-            "broken",
+            "note",
             "cuda-libraries",
-            f"onnxruntime's CUDA provider does not find {', '.join(elsewhere)}, which pip has put where the system "
-            "does not look",
-            f"export LD_LIBRARY_PATH={':'.join(sorted(set(elsewhere.values())))}; in your own code, "
-            "onnxruntime.preload_dlls() before the first session",
+            f"onnxruntime's CUDA provider does not find {', '.join(elsewhere)} by itself, since pip has put them where "
+            "the system does not look; deploynorm.ort.session sees to it",
+            "in your own code, onnxruntime.preload_dlls() before the first session, or export "
+            f"LD_LIBRARY_PATH={':'.join(sorted(set(elsewhere.values())))}",
         )
 
 

@@ -215,16 +215,6 @@ BROKEN = [
         {"cuda-libraries": (r"cannot start: libcublas\.so\.13 not found", r"onnxruntime-gpu\[cuda,cudnn\]")},
     ),
     Case(
-        "CUDA libraries lie where pip has put them",
-        gpu(providers=providers({"libcublas.so.13": "/v/nvidia/cu13/lib", "libcudnn.so.9": "/v/nvidia/cudnn/lib"})),
-        {
-            "cuda-libraries": (
-                r"does not find libcublas\.so\.13, libcudnn\.so\.9",
-                "LD_LIBRARY_PATH=/v/nvidia/cu13/lib:/v/nvidia/cudnn/lib;",
-            )
-        },
-    ),
-    Case(
         "a driver for CUDA 12 and a torch for CUDA 13",
         gpu(driver=CUDA_12, providers=(), libraries=MADE_FOR_CUDA_12, tensorrt=GPU_MACHINE.tensorrt),
         {
@@ -299,6 +289,16 @@ NOTES = [
         "a clone that was changed after its installation",
         gpu(libraries=libraries(origin="installed", outdated=True)),
         {"library-stale": ("installed before the sources in this clone", "plugins build --cuda")},
+    ),
+    Case(
+        "CUDA libraries lie where pip has put them",
+        gpu(providers=providers({"libcublas.so.13": "/v/nvidia/cu13/lib", "libcudnn.so.9": "/v/nvidia/cudnn/lib"})),
+        {
+            "cuda-libraries": (
+                r"does not find libcublas\.so\.13, libcudnn\.so\.9",
+                "LD_LIBRARY_PATH=/v/nvidia/cu13/lib:/v/nvidia/cudnn/lib$",
+            )
+        },
     ),
     Case(
         "a GPU for which there is PTX alone",
