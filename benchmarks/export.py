@@ -19,19 +19,9 @@ from pathlib import Path
 import machine
 import onnx
 import torch
+from networks import timm_resnet
 
 from deploynorm.export import export
-
-
-def build() -> torch.nn.Module:
-    try:
-        import timm
-    except RuntimeError:  # PyPI's torchvision beside a CPU torch lacks two operators that it describes
-        library = torch.library.Library("torchvision", "FRAGMENT")
-        for operator in ("nms", "qnms"):
-            library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        import timm
-    return timm.create_model("resnetv2_50d_frn").eval()
 
 
 def ours(network: torch.nn.Module, x: torch.Tensor, path: Path) -> None:
@@ -50,7 +40,7 @@ def main() -> None:
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     about = machine.describe("torch", "onnx", "onnxscript", "timm")
-    network, x = build(), torch.randn(2, 3, 224, 224)
+    network, x = timm_resnet(), torch.randn(2, 3, 224, 224)
     ways: dict[str, Callable[..., None]] = {"deploynorm": ours, "torch.onnx.export": plain}
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     nodes: dict[str, int] = {}

@@ -15,7 +15,7 @@ from deploynorm.layers import FRN2d
 from deploynorm.lowering import Lowering
 from deploynorm.models import frn_resnet, mabn_resnet
 
-__all__ = ["NETWORKS", "export_network"]
+__all__ = ["NETWORKS", "export_network", "timm_resnet"]
 
 
 def _conv_norm(
@@ -77,6 +77,19 @@ NETWORKS: dict[str, tuple[dict[str, Callable[[], nn.Module]], int]] = {
     "MobileNetV2": ({"frn": partial(mobilenet_v2, "frn"), "bn": partial(mobilenet_v2, "bn")}, 224),
 }
 """Name -> the network by normalization, and the height and width of its images."""
+
+
+def timm_resnet() -> nn.Module:
+    """timm's resnetv2_50d_frn, with random weights."""
+    try:
+        import timm
+    except RuntimeError:  # PyPI's torchvision beside a CPU torch lacks two operators that it describes
+        library = torch.library.Library("torchvision", "FRAGMENT")
+        for operator in ("nms", "qnms"):
+            library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        import timm
+    network: nn.Module = timm.create_model("resnetv2_50d_frn").eval()
+    return network
 
 
 def export_network(network: str, norm: str, path: Path, lowering: Lowering = "custom") -> None:

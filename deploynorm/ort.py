@@ -105,17 +105,12 @@ def session(
     wanted = [_provider(name, ort) for name in providers]
     if options is None:
         options = quiet_options()
+    missing: str | None = None
     if plugins is not None:
         for library in plugins:
             _register_library(options, Path(library))
     elif (missing := _missing_kernels({name for name, _ in wanted})) is None:
         register(options)
-    elif missing and _mentions_operator(model):
-        warnings.warn(
-            f"deploynorm: FRN layers run as several operators each, which is slower: {missing}",
-            RuntimeWarning,
-            stacklevel=2,
-        )
     if any(name != PROVIDERS["cpu"][0] for name, _ in wanted):
         _open_cuda(ort)
     source = model if isinstance(model, bytes) else str(model)
@@ -131,7 +126,13 @@ def session(
             f"the provider {lost[0]!r} failed to start, and ONNX Runtime would have used another",
             got=opened.get_providers(),
             expected=[name for name, _ in wanted],
-            fix="install the driver, CUDA, cuDNN and TensorRT that this onnxruntime was built for",
+            fix="run deploynorm doctor: it tells what of driver, CUDA, cuDNN and TensorRT this onnxruntime misses",
+        )
+    if missing and _mentions_operator(model):
+        warnings.warn(
+            f"deploynorm: FRN layers run as several operators each, which is slower: {missing}",
+            RuntimeWarning,
+            stacklevel=2,
         )
     rewritten_for = opened.get_modelmeta().custom_metadata_map.get(METADATA_CPU)
     if rewritten_for is not None:

@@ -177,7 +177,7 @@ def test_rewrite_must_be_named(exported: Path, deploynorm: Callable) -> None:
 
 
 def test_library_that_is_not_built(exported: Path, deploynorm: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("deploynorm.plugins.find_library", lambda: None)
+    monkeypatch.setattr("deploynorm.plugins.find_library", lambda name: None)
     result = deploynorm("rewrite", exported, "--optimize-for-cpu")
     assert result.code == 3
     assert "deploynorm plugins build" in result.err
