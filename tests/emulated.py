@@ -41,6 +41,14 @@ def build_kernels(folder: Path, source: Path | None = None) -> Path:
     return _compile(folder / "libemulated.so", *_emulation(), "-x", "c++", source, *_CHECKS)
 
 
+def compile_for_the_cpu(target: Path, *words: str | Path) -> Path:
+    """A program of these sources in CUDA C++, with checks."""
+    command = [*_emulation(), "-x", "c++", *words, *_CHECKS, "-o", target]
+    done = subprocess.run([str(word) for word in command], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return target
+
+
 def build_plugin(folder: Path, headers: Path) -> Path:
     """The plugin as it is, over the kernels in the emulation, with checks."""
     sources = [source_folder() / name for name in ("kernels/frn.cu", "tensorrt/frn_plugin.cpp")]

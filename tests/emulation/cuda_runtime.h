@@ -55,11 +55,12 @@ inline void forget_shared_memory() {
 }  // namespace emulation
 
 inline dim3 blockIdx, blockDim, gridDim;
-inline struct {
+struct ThreadIndex {
   struct {
     operator unsigned() const { return emulation::this_thread(); }
   } x;
-} threadIdx;
+};
+inline ThreadIndex threadIdx;
 
 inline void __syncthreads() { emulation::wait_for_block(); }
 inline void __syncwarp(unsigned = 0xffffffffu) { emulation::wait_for_warp(); }
