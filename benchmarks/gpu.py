@@ -1,9 +1,10 @@
 """FRN + TLU on a GPU: our CUDA kernels against everything that a user could have instead.
 
-    python benchmarks/gpu.py --out benchmarks/results/gpu.json
+    PYTHONPATH=. python benchmarks/gpu.py --out benchmarks/results/gpu.json
 
-Needs torch with CUDA, nvcc and CMake, and nothing of TensorRT: it builds the operator library for the GPU that is
-there. For ResNet-50's shapes at batch 1, 8 and 64, in both layouts and three types, these take turns:
+Needs torch with CUDA, nvcc and CMake, and nothing of TensorRT, nor deploynorm to be installed: it builds the operator
+library for the GPU that is there. For ResNet-50's shapes at batch 1, 8 and 64, in both layouts and three types, these
+take turns:
 
     copy                   y.copy_(x), which is what has to move: one read, one write
     ours                   the variant that the library chooses; with --variants each of them beside it

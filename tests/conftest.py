@@ -10,14 +10,16 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import pytest
 import torch
 
 from deploynorm import plugins
 from deploynorm.errors import BackendError
-from deploynorm.models.data import ImageData, load_fashion_mnist
+
+if TYPE_CHECKING:
+    from deploynorm.models.data import ImageData
 
 OPTIONAL = {
     "ort": ("onnxruntime", "pip install 'deploynorm[cpu]'"),
@@ -118,6 +120,8 @@ def without_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 @pytest.fixture(scope="session")
 def fashion_mnist() -> ImageData:
     """The real Fashion-MNIST. Skips the test where it is missing, or fails it where DEPLOYNORM_REQUIRE names data."""
+    from deploynorm.models.data import load_fashion_mnist  # there only once installed, and tests/gpu runs without
+
     try:
         return load_fashion_mnist()
     except BackendError as error:

@@ -21,7 +21,16 @@ def _compile(target: Path, *words: str | Path) -> Path:
 
 def _emulation(headers: Path | None = None) -> list[str | Path]:
     """A compiler, and its options for CUDA on the CPU."""
-    options = ["-std=c++20", "-O2", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror"]
+    options = [
+        "-std=c++20",
+        "-O2",
+        "-fno-strict-aliasing",
+        "-fPIC",
+        "-fvisibility=hidden",
+        "-Wall",
+        "-Wextra",
+        "-Werror",
+    ]
     folders = [f"-I{Path(__file__).parent / 'emulation'}", *([] if headers is None else ["-isystem", str(headers)])]
     return [find_tools().compiler, *options, "-Wno-unknown-pragmas", *folders]
 
