@@ -164,7 +164,7 @@ def _choose(both: Mapping[Way, Engine]) -> Engine:
     passes = {way: engine.passes for way, engine in both.items()}
     times: dict[Way, float] = {}
     if gpu_here() in both["native"].compute_capabilities:
-        from deploynorm.trt.timing import milliseconds
+        from deploynorm.run.timing import milliseconds
 
         times = milliseconds(both)
         best = min(times, key=lambda way: times[way])

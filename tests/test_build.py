@@ -142,7 +142,7 @@ def test_auto_keeps_the_faster_on_this_gpu(
 ) -> None:
     full("11.4.0")
     times = {"plugin": 2.0, "native": 2.0, faster: 1.5}
-    monkeypatch.setattr("deploynorm.trt.timing.milliseconds", lambda engines: {way: times[way] for way in engines})
+    monkeypatch.setattr("deploynorm.run.timing.milliseconds", lambda engines: {way: times[way] for way in engines})
     engine = build(NET, plugins=[library])
     assert engine.frn.way == faster
     assert dict(engine.frn.milliseconds) == times

@@ -19,9 +19,9 @@ from deploynorm.lowering import function_proto
 from deploynorm.reference import filter_response_norm
 from deploynorm.run import available
 from deploynorm.run.tensorrt import TensorRTRunner
+from deploynorm.run.timing import milliseconds
 from deploynorm.trt.engine import Engine
 from deploynorm.trt.gpu import Gpu
-from deploynorm.trt.timing import milliseconds
 
 TOLERANCE = {"float32": OP_FLOAT32, "float16": OP_FLOAT16, "bfloat16": OP_BFLOAT16}
 SHAPES = [(1, CHANNELS, 1, 1), (2, CHANNELS, 7, 7), (3, CHANNELS, 33, 65), (8, CHANNELS, 64, 64)]

@@ -18,9 +18,9 @@ from fake_tensorrt import ALIGNMENT, FakeGpu, fake_tensorrt, plan
 from deploynorm import run, trt
 from deploynorm.errors import BackendError, DeployNormError, InputError, ModelError
 from deploynorm.inputs import TensorSpec
-from deploynorm.run import tensorrt
+from deploynorm.run import tensorrt, timing
 from deploynorm.run.tensorrt import TensorRTRunner
-from deploynorm.trt import gpu, timing
+from deploynorm.trt import gpu
 from deploynorm.trt.engine import Engine, FrnRecord, manifest_path
 from deploynorm.trt.profile import Range
 
