@@ -33,6 +33,24 @@ struct Problem {
   int column_bits;                   // a row of a strip is 2^column_bits packs; 0 in NCHW
 };
 
+// A division of 64 bits takes a device some hundred instructions, which stand before the first load: few need them.
+struct Divided {
+  int64_t quotient, remainder;
+
+  __device__ __forceinline__ Divided(int64_t value, int64_t by) {
+    if (by == 1) {
+      quotient = value;
+      remainder = 0;
+    } else if (((value | by) >> 32) == 0) {
+      quotient = static_cast<uint32_t>(value) / static_cast<uint32_t>(by);
+      remainder = static_cast<uint32_t>(value) % static_cast<uint32_t>(by);
+    } else {
+      quotient = value / by;
+      remainder = value % by;
+    }
+  }
+};
+
 // The part of a tile that one thread walks over.
 template <typename Storage, int kLanes, bool kChannelsLast>
 struct Walk {
@@ -57,9 +75,9 @@ struct Walk {
   int64_t edge;  // its offset from x
 
   __device__ Walk(const Problem<Storage>& problem, int64_t tile) {
-    const int64_t strip = tile % problem.strips;
-    chunk = tile / problem.strips % problem.chunks;
-    const int64_t group = tile / problem.strips / problem.chunks;
+    const Divided by_strips(tile, problem.strips), by_chunks(by_strips.quotient, problem.chunks);
+    const int64_t strip = by_strips.remainder, group = by_chunks.quotient;
+    chunk = by_chunks.remainder;
     column_bits = problem.column_bits;
     column = threadIdx.x & ((1 << column_bits) - 1);
     row = threadIdx.x >> column_bits;
@@ -80,7 +98,7 @@ struct Walk {
       inside = channel < problem.pitch;
       first_statistic = group * problem.chunks * problem.pitch + first_channel;
     } else {
-      first_channel = group % problem.channels;
+      first_channel = Divided(group, problem.channels).remainder;
       const int64_t start = group * problem.spatial;
       x = problem.x + start;
       y = problem.y + start;
@@ -102,7 +120,7 @@ struct Walk {
       x += head;
       y += head;
     }
-    const int64_t share = (rows + problem.chunks - 1) / problem.chunks;
+    const int64_t share = Divided(rows + problem.chunks - 1, problem.chunks).quotient;
     begin = chunk * share;
     if (begin > rows) begin = rows;
     end = begin + share < rows ? begin + share : rows;
@@ -366,7 +384,7 @@ __global__ void __launch_bounds__(kPackedThreads)
       }
       for (int distance = lanes / 2; distance > 0; distance /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, distance);
       if (plane >= count) continue;
-      const int64_t channel = (first + plane) % problem.channels;
+      const int64_t channel = Divided(first + plane, problem.channels).remainder;
       const A scale = problem.gamma[channel] / sqrt(sum / static_cast<A>(length) + problem.eps[channel]);
       const A beta = problem.beta[channel], tau = problem.tau[channel];
 #pragma unroll 4
