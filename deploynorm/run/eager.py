@@ -8,13 +8,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import ml_dtypes
-import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree
 
+from deploynorm.arrays import to_array, to_tensor
 from deploynorm.errors import BackendError, DeployNormError, InputError, ModelError
 from deploynorm.inputs import TensorSpec
 from deploynorm.run.base import Runner, check_feeds, closed_error
@@ -97,12 +96,7 @@ class EagerRunner(Runner):
         self._network = None
 
     def _argument(self, value: npt.NDArray[Any]) -> Tensor:
-        # A copy: the network may work in place, and torch refuses negative strides and read-only memory.
-        array = np.array(value, order="C")
-        if array.dtype == ml_dtypes.bfloat16:
-            tensor = torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
-        else:
-            tensor = torch.from_numpy(array)
+        tensor = to_tensor(value)  # a copy: the network may work in place
         return tensor.to(self._device, self._dtype if tensor.is_floating_point() else None)
 
 
@@ -130,12 +124,7 @@ def _to_array(value: object) -> npt.NDArray[Any]:
             got=type(value).__name__,
             expected="tensors in tuples, lists or dicts",
         )
-    if value.dtype == torch.bfloat16:
-        array: npt.NDArray[Any] = value.view(torch.int16).numpy(force=True).view(ml_dtypes.bfloat16)
-    else:
-        array = value.numpy(force=True)
-    # An output may be a view of a parameter, a buffer or an input.
-    return np.array(array, order="C")
+    return to_array(value)
 
 
 @contextmanager

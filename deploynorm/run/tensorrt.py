@@ -12,6 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from deploynorm.arrays import to_array
 from deploynorm.errors import InputError, ModelError
 from deploynorm.inputs import Shape, TensorSpec
 from deploynorm.plugins import TENSORRT_LIBRARY, find_library
@@ -106,7 +107,7 @@ class TensorRTRunner(Runner):
         check_feeds("TensorRTRunner.infer", self.inputs, feeds)
         with self._gpu.current():
             outputs = self.run({name: self._gpu.upload(array) for name, array in feeds.items()})
-            return {name: self._gpu.download(tensor) for name, tensor in outputs.items()}
+            return {name: to_array(tensor) for name, tensor in outputs.items()}
 
     def run(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """As infer, on CUDA tensors, in the order of the caller's current stream and without waiting for it.

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
-import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from deploynorm.arrays import to_tensor
 from deploynorm.errors import BackendError
 
 __all__ = ["Gpu"]
@@ -104,13 +104,4 @@ class Gpu:
         return tensor.clone() if tensor.data_ptr() % _ALIGNMENT else tensor
 
     def upload(self, array: npt.NDArray[np.generic]) -> Tensor:
-        array = np.array(array, order="C")  # torch refuses negative strides and read-only memory
-        if array.dtype == ml_dtypes.bfloat16:
-            return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16).to(self.device)
-        return torch.from_numpy(array).to(self.device)
-
-    @staticmethod
-    def download(tensor: Tensor) -> npt.NDArray[np.generic]:
-        if tensor.dtype == torch.bfloat16:
-            return np.array(tensor.view(torch.int16).cpu().numpy().view(ml_dtypes.bfloat16))
-        return np.array(tensor.cpu().numpy())
+        return to_tensor(array).to(self.device)
