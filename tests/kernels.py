@@ -21,6 +21,7 @@ from typing import Any, Literal
 import ml_dtypes
 import numpy as np
 import numpy.typing as npt
+from frn_gradient import Gradients
 
 Array = npt.NDArray[Any]
 Into = Literal["y", "x", "residual"]
@@ -56,6 +57,18 @@ class Call(ctypes.Structure):
         ("beta", ctypes.c_void_p),
         ("tau", ctypes.c_void_p),
         ("eps", ctypes.c_void_p),
+        ("rstd", ctypes.c_void_p),
+    )
+
+
+class BackwardCall(ctypes.Structure):
+    """struct deploynorm_frn_backward."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("samples", "channels", "spatial", "lanes")),
+        ("type", ctypes.c_int32),
+        *((name, ctypes.c_void_p) for name in ("dy", "x", "rstd", "gamma", "beta", "tau")),
+        *((name, ctypes.c_void_p) for name in ("dx", "dgamma", "dbeta", "dtau", "deps")),
     )
 
 
@@ -186,6 +199,12 @@ class Kernel:
         self._frn = self._library.deploynorm_frn_cpu
         self._frn.restype = ctypes.c_int
         self._frn.argtypes = (ctypes.POINTER(Call), ctypes.c_void_p, ctypes.c_void_p, ctypes.c_char_p)
+        if hasattr(self._library, "deploynorm_frn_backward_cpu"):  # the library for training has it
+            self._workspace = self._library.deploynorm_frn_backward_cpu_workspace
+            self._workspace.restype = ctypes.c_size_t
+            self._backward = self._library.deploynorm_frn_backward_cpu
+            pointer = ctypes.c_void_p
+            self._backward.argtypes = (ctypes.POINTER(BackwardCall), pointer, pointer, pointer, ctypes.c_char_p)
         self.variants = list(self._names(names()))
 
     @staticmethod
@@ -201,6 +220,81 @@ class Kernel:
         result: int = self._frn(ctypes.byref(call), function, None, None if variant is None else variant.encode())
         return result
 
+    def call_backward(
+        self,
+        call: BackwardCall,
+        workspace: int,
+        *,
+        variant: str | None = None,
+        parallel_for: ParallelFor | None = None,
+    ) -> int:
+        """As it stands in frn.h; nothing is checked."""
+        function = None if parallel_for is None else ctypes.cast(parallel_for.function, ctypes.c_void_p)
+        name = None if variant is None else variant.encode()
+        result: int = self._backward(ctypes.byref(call), workspace, function, None, name)
+        return result
+
+    def workspace_bytes(self, call: BackwardCall) -> int:
+        return int(self._workspace(ctypes.byref(call)))
+
+    def backward(
+        self,
+        dy: Array,
+        x: Array,
+        rstd: Array,
+        gamma: Array,
+        beta: Array,
+        tau: Array,
+        *,
+        lanes: int = 1,
+        in_place: bool = False,
+        variant: str | None = None,
+        parallel_for: ParallelFor | None = None,
+        shift: int = 0,
+    ) -> Gradients:
+        """The gradients; those of the parameters without what fills a block up.
+
+        Args:
+            dy: (N, C, D1..Dk), as is x.
+            x: See above.
+            rstd: (N, C).
+            gamma: (C,), as are beta and tau.
+            beta: See above.
+            tau: See above.
+            lanes: Channels side by side; C is filled up to a multiple of it.
+            in_place: Whether dx is written over dy.
+            variant: None leaves it to the library.
+            parallel_for: None is the kernel's own loop.
+            shift: Elements by which every tensor stands off its alignment.
+        """
+        padded = pad_channels(x, lanes)
+        shape, channels = padded.shape, padded.shape[1]
+        read = {
+            "dy": Guarded(to_lanes(pad_channels(dy, lanes), lanes), shift),
+            "x": Guarded(to_lanes(padded, lanes), shift),
+            "rstd": Guarded(pad_channels(rstd, lanes, 1.0), shift),
+        }
+        read |= {
+            name: Guarded(pad_channels(parameter, lanes, 1.0), shift)
+            for name, parameter in (("gamma", gamma), ("beta", beta), ("tau", tau))
+        }
+        written = {"dx": read.pop("dy")} if in_place else {"dx": Guarded(np.full_like(read["x"].content, -7), shift)}
+        written |= {
+            name: Guarded(np.full(channels, -7, gamma.dtype), shift) for name in ("dgamma", "dbeta", "dtau", "deps")
+        }
+        pointers = {name: tensor.pointer for name, tensor in (read | written).items()}
+        call = BackwardCall(
+            shape[0], channels, prod(shape[2:]), lanes, TYPES[x.dtype], **({"dy": pointers["dx"]} | pointers)
+        )
+        scratch = Guarded(np.full(self.workspace_bytes(call), 0xFF, np.uint8))
+        assert self.call_backward(call, scratch.pointer, variant=variant, parallel_for=parallel_for) == 0
+        scratch.check("workspace", written=True)
+        for name, tensor in (read | written).items():
+            tensor.check(name, written=name in written)
+        dx = from_lanes(written["dx"].read(), shape)[:, : x.shape[1]]
+        parameters = (written[name].read()[: x.shape[1]] for name in ("dgamma", "dbeta", "dtau", "deps"))
+        return Gradients(np.ascontiguousarray(dx), *parameters)
+
     def __call__(
         self,
         x: Array,
@@ -215,6 +309,7 @@ class Kernel:
         variant: str | None = None,
         parallel_for: ParallelFor | None = None,
         shift: int = 0,
+        rstd: Array | None = None,
     ) -> Array:
         """y, of x's shape and type.
 
@@ -230,6 +325,7 @@ class Kernel:
             variant: None leaves it to the library.
             parallel_for: None is the kernel's own loop.
             shift: Elements by which every tensor stands off its alignment.
+            rstd: (N, C), written into where it is given.
         """
         padded = pad_channels(x, lanes)
         # A channel that is only there to fill a block counts for nothing, whatever its parameters.
@@ -243,12 +339,16 @@ class Kernel:
         tensors |= {
             name: Guarded(p, shift) for name, p in zip(("gamma", "beta", "tau", "eps"), parameters, strict=True)
         }
+        if rstd is not None:
+            tensors["rstd"] = Guarded(np.full(shape[:2], -7, gamma.dtype), shift)
         sizes = (shape[0], shape[1], prod(shape[2:]), lanes)
         pointers = {name: tensor.pointer for name, tensor in tensors.items()}
         call = Call(*sizes, TYPES[x.dtype], **({"y": pointers[into]} | pointers))
         assert self.call(call, variant=variant, parallel_for=parallel_for) == 0
         for name, tensor in tensors.items():
-            tensor.check(name, written=name == into)
+            tensor.check(name, written=name in (into, "rstd"))
+        if rstd is not None:
+            rstd[...] = tensors["rstd"].read()[:, : x.shape[1]]
         y = from_lanes(tensors[into].read(), shape)
         return np.ascontiguousarray(y[:, : x.shape[1]])
 

@@ -1,6 +1,6 @@
-"""Build, find or describe the native libraries: operators for ONNX Runtime, the plugin for TensorRT.
+"""Build, find or describe the native libraries: operators for ONNX Runtime, kernels for training, plugin for TensorRT.
 
-`build` compiles the operator library for this machine, and with --cuda its CUDA kernels and the TensorRT plugin too;
+`build` compiles the first two for this machine, and with --cuda its CUDA kernels and the TensorRT plugin too;
 `path` prints where a library is, for your own code; and `info` tells what is there, of what this processor and the
 library make use, the compilers, and whether onnxruntime takes it.
 """
@@ -15,7 +15,8 @@ from deploynorm.errors import BackendError, InputError
 
 __all__ = ["add_arguments", "run"]
 
-_LIBRARIES = ("onnxruntime", "tensorrt", "tensorrt-register")
+_LIBRARIES = ("onnxruntime", "torch", "tensorrt", "tensorrt-register")
+"""Names of plugins.LIBRARIES here, which is not imported before it is needed."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,8 +58,7 @@ def run(arguments: argparse.Namespace) -> int:
             terminal.line(f"built {path}")
         terminal.write_json(arguments.json, {"library": str(library), "libraries": built})
     elif arguments.action == "path":
-        names = (plugins.ORT_LIBRARY, plugins.TENSORRT_LIBRARY, plugins.TENSORRT_REGISTER_LIBRARY)
-        library = plugins.library_path(names[_LIBRARIES.index(arguments.library)])
+        library = plugins.library_path(plugins.LIBRARIES[_LIBRARIES.index(arguments.library)])
         terminal.line(str(library))
         terminal.write_json(arguments.json, {"library": str(library)})
     else:
@@ -76,6 +76,8 @@ def _facts() -> dict[str, Any]:
     if library is not None:
         facts["processor runs"] = ", ".join(plugins.cpu_variants(library))
         facts["CUDA kernels"] = ", ".join(plugins.cuda_variants(library)) or "none: run deploynorm plugins build --cuda"
+    training = plugins.find_library(plugins.TORCH_LIBRARY)
+    facts["for training"] = "none: run deploynorm plugins build" if training is None else str(training)
     plugin = plugins.find_library(plugins.TENSORRT_LIBRARY)
     facts["TensorRT plugin"] = "none: run deploynorm plugins build --cuda" if plugin is None else str(plugin)
     try:

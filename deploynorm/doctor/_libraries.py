@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from deploynorm.doctor.facts import Examination, Library
 from deploynorm.doctor.finding import BUILD, BUILD_CUDA, Finding, missing_exports
-from deploynorm.plugins import ORT_LIBRARY, TENSORRT_LIBRARY
+from deploynorm.plugins import ORT_LIBRARY, TENSORRT_LIBRARY, TORCH_LIBRARY
 
 __all__ = ["libraries"]
 
@@ -42,9 +42,10 @@ def libraries(facts: Examination) -> Iterator[Finding]:
                 f"{library.path} was installed before the sources in this clone were last changed",
                 rebuild,
             )
-    missing_ones = [name for name in (ORT_LIBRARY, TENSORRT_LIBRARY) if facts.library(name) is None]
+    missing_ones = [name for name in (ORT_LIBRARY, TORCH_LIBRARY, TENSORRT_LIBRARY) if facts.library(name) is None]
     brings = {
         ORT_LIBRARY: "the fused FRN kernel for onnxruntime; without it FRN runs as several operators, slower",
+        TORCH_LIBRARY: "FRN's kernels for training; without it the layers run in plain PyTorch, slower",
         TENSORRT_LIBRARY: "FRN in TensorRT as one plugin; without it TensorRT builds the operator's body",
     }
     for name in missing_ones:

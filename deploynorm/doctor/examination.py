@@ -36,7 +36,6 @@ _ONNXRUNTIMES: Final = re.compile(
 _TENSORRTS: Final = (("tensorrt",), ("tensorrt_lean", "tensorrt_lean_bindings"), ("tensorrt_rtx",))
 """Modules; of each group the first that is there. The lean bindings also come without the module that wraps them."""
 
-_LIBRARIES: Final = (plugins.ORT_LIBRARY, plugins.TENSORRT_LIBRARY, plugins.TENSORRT_REGISTER_LIBRARY)
 
 _CUDNN: Final = "libcudnn.so.9"
 """onnxruntime-gpu opens it only when a convolution is run, and then cannot do without."""
@@ -57,7 +56,7 @@ def examine() -> Examination:
     with ThreadPoolExecutor() as pool:
         driver = pool.submit(probes.ask, probes.devices)
         missing = pool.submit(probes.ask, probes.open_libraries, all_needed)
-        found = {name: path for name in _LIBRARIES if (path := plugins.find_library(name)) is not None}
+        found = {name: path for name in plugins.LIBRARIES if (path := plugins.find_library(name)) is not None}
         libraries = tuple(pool.map(_library, found.keys(), found.values()))
         # A library that cannot even be opened would end the processes of those who are to take it.
         usable = {library.name: library.path for library in libraries if library.problem is None}
@@ -222,5 +221,5 @@ def _newest(folder: Path) -> float:
 
 def _stale() -> tuple[str, ...]:
     current = plugins._cache_of_these_sources()
-    others = {path.parents[1] for name in _LIBRARIES for path in current.parent.glob(f"*/*/{name}")} - {current}
+    others = {path.parents[1] for name in plugins.LIBRARIES for path in current.parent.glob(f"*/*/{name}")} - {current}
     return tuple(sorted(map(str, others)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Final, Literal, NamedTuple
 
 from deploynorm.doctor.facts import Examination, Library
-from deploynorm.plugins import ORT_LIBRARY, TENSORRT_LIBRARY, TENSORRT_REGISTER_LIBRARY
+from deploynorm.plugins import ORT_LIBRARY, TENSORRT_LIBRARY, TENSORRT_REGISTER_LIBRARY, TORCH_LIBRARY
 
 __all__ = ["BUILD", "BUILD_CUDA", "DRIVERS", "Finding", "dotted", "missing_exports", "sound"]
 
@@ -23,6 +23,7 @@ class Finding(NamedTuple):
 
 BUILD: Final = {
     ORT_LIBRARY: "deploynorm plugins build",
+    TORCH_LIBRARY: "deploynorm plugins build",
     TENSORRT_LIBRARY: "deploynorm plugins build --cuda",
     TENSORRT_REGISTER_LIBRARY: "deploynorm plugins build --cuda",
 }
@@ -35,6 +36,7 @@ DRIVERS: Final = {11: "450.80", 12: "525.60", 13: "580.65"}
 
 _EXPORTS: Final = {
     ORT_LIBRARY: ("RegisterCustomOps",),
+    TORCH_LIBRARY: ("deploynorm_frn_cpu", "deploynorm_frn_backward_cpu"),
     TENSORRT_LIBRARY: ("getCreators", "setLoggerFinder"),
     TENSORRT_REGISTER_LIBRARY: (),
 }

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from deploynorm.errors import InputError
 from deploynorm.layers import functional
 from deploynorm.layers._checks import check_input, check_positive
+from deploynorm.layers._plain import cast, compute_dtype
 from deploynorm.layers._precision import FullPrecisionBuffers
-from deploynorm.layers.functional import cast, compute_dtype
 
 __all__ = ["FRN1d", "FRN2d", "FRN3d"]
 

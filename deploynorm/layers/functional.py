@@ -1,34 +1,20 @@
-"""The layers as pure tensor functions, and FRN as the operator that exporters see."""
+"""The layers as pure tensor functions."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._C._functorch import peek_interpreter_stack
+from torch.autograd import forward_ad
 
-from deploynorm.contract import DOMAIN, INPUTS, TORCH_OP
-from deploynorm.errors import InputError
+from deploynorm.layers import _native, ops
+from deploynorm.layers._plain import cast, composed, compute_dtype, per_channel
 
-__all__ = ["center_weight", "filter_response_norm", "normalize_by_second_moment", "tlu"]
-
-
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The type in which statistics of `dtype` tensors are taken: float32, or float64 for float64."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """tensor.to(dtype) that leaves no trace in an exported graph where there is nothing to convert."""
-    return tensor if tensor.dtype == dtype else tensor.to(dtype)
-
-
-def per_channel(parameter: Tensor, x: Tensor) -> Tensor:
-    """Views a (C,) or () parameter so that it broadcasts over x (N, C, ...), in x's compute type."""
-    return cast(parameter, compute_dtype(x.dtype)).reshape((1, -1) + (1,) * (x.dim() - 2))
+__all__ = ["center_weight", "compute_dtype", "filter_response_norm", "normalize_by_second_moment", "tlu"]
 
 
 def filter_response_norm(x: Tensor, weight: Tensor, bias: Tensor, tau: Tensor | None, eps: float | Tensor) -> Tensor:
@@ -51,8 +37,11 @@ def filter_response_norm(x: Tensor, weight: Tensor, bias: Tensor, tau: Tensor | 
     Source: Singh & Krishnan, arXiv:1911.09737, eq. 1 to 3. Their eq. 7 lacks a factor 1/N; autograd has it.
     """
     if torch.compiler.is_exporting():
-        return _exported(x, weight, bias, tau, eps)
-    return _composed(x, weight, bias, tau, eps)
+        y: Tensor = ops.filter_response_norm(x, *_operands(x, weight, bias, tau, eps))
+        return y
+    if _composed_is_better(x):
+        return composed(x, weight, bias, tau, eps)
+    return ops.frn(x, *_operands(x, weight, bias, tau, eps))
 
 
 def tlu(x: Tensor, tau: Tensor) -> Tensor:
@@ -63,12 +52,34 @@ def tlu(x: Tensor, tau: Tensor) -> Tensor:
         tau: (C,).
 
     Returns:
-        Tensor of x's shape and dtype. At a tie the gradient goes to x; a NaN in x stays NaN.
+        Tensor of x's shape and dtype; a NaN in x stays NaN.
 
-    Source: Singh & Krishnan, arXiv:1911.09737, eq. 3 and 4.
+    Numerics: the backward pass keeps the output, which the next layer keeps anyway, and not x. So at a tie the gradient
+        goes to tau, where eq. 4 has it go to x: that of a ReLU is zero there too.
+    Source: Singh & Krishnan, arXiv:1911.09737, eq. 3.
     """
-    # clamp, not maximum: maximum splits the gradient at a tie in two, where eq. 4 gives all of it to x.
-    return torch.clamp(x, min=cast(per_channel(tau, x), x.dtype))
+    bound = cast(per_channel(tau, x), x.dtype)
+    if torch.compiler.is_exporting():
+        return torch.clamp(x, min=bound)
+    if torch.compiler.is_compiling() or _transformed():
+        return torch.where(x <= bound, bound, x)
+    y: Tensor = _TLU.apply(x, bound)  # type: ignore[no-untyped-call]
+    return y
+
+
+class _TLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bound: Tensor) -> Tensor:
+        y = torch.clamp(x, min=bound)
+        ctx.save_for_backward(y, bound)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
+        y, bound = ctx.saved_tensors
+        # The difference of two numbers is zero only if they are equal, also where it is subnormal.
+        dx = torch.ops.aten.threshold_backward.default(dy, y - bound, 0)
+        return dx, dy.sum_to_size(bound.shape) - dx.sum_to_size(bound.shape)
 
 
 def normalize_by_second_moment(
@@ -126,22 +137,22 @@ def center_weight(weight: Tensor, *, groups: int = 1, transposed: bool = False) 
     return cast(centred, weight.dtype)
 
 
-def _composed(x: Tensor, weight: Tensor, bias: Tensor, tau: Tensor | None, eps: float | Tensor) -> Tensor:
-    v = cast(x, compute_dtype(x.dtype))
-    spatial = tuple(range(2, x.dim()))
-    square = v.square()
-    # Not mean(): over maps of no size it is 0/0, and that reaches the gradients of the parameters.
-    nu2 = square.sum(spatial, keepdim=True) / max(math.prod(x.shape[2:]), 1) if spatial else square
-    epsilon = per_channel(eps, x) if isinstance(eps, Tensor) else eps
-    # gamma times the inverse root first: one multiplication fewer for every element of x.
-    y = v * (per_channel(weight, x) * torch.rsqrt(nu2 + epsilon)) + per_channel(bias, x)
-    if tau is not None:
-        y = tlu(y, tau)
-    return cast(y, x.dtype)
+def _composed_is_better(x: Tensor) -> bool:
+    """Where PyTorch has to see through the operator: to transform it, or to fuse it for want of a kernel of ours."""
+    if torch.compiler.is_compiling():
+        return not _native.available(x.device)
+    return _transformed()
 
 
-def _exported(x: Tensor, weight: Tensor, bias: Tensor, tau: Tensor | None, eps: float | Tensor) -> Tensor:
-    """The same as one call of the operator, with its five tensors as contract.py names them."""
+def _transformed() -> bool:
+    """Whether torch.func or forward-mode differentiation is at work, which look into what a function is made of."""
+    return peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+
+
+def _operands(
+    x: Tensor, weight: Tensor, bias: Tensor, tau: Tensor | None, eps: float | Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """gamma, beta, tau and eps of contract.py: tensors (C,) in x's compute type."""
     dtype = compute_dtype(x.dtype)
     channels = weight.shape[0]
     if tau is None:
@@ -150,42 +161,4 @@ def _exported(x: Tensor, weight: Tensor, bias: Tensor, tau: Tensor | None, eps: 
         eps = torch.full((channels,), eps, dtype=dtype, device=x.device)
     if eps.dim() == 0:
         eps = eps.expand(channels)
-    y: Tensor = frn_op(x, *(cast(p, dtype) for p in (weight, bias, tau, eps)))
-    return y
-
-
-@torch.library.custom_op(f"{DOMAIN}::{TORCH_OP}", mutates_args=())
-def frn_op(x: Tensor, gamma: Tensor, beta: Tensor, tau: Tensor, eps: Tensor) -> Tensor:
-    """`filter_response_norm` as an operator of its own, so that a traced graph holds one node for it."""
-    _check_operands(x, gamma, beta, tau, eps)
-    # contiguous: an operator's output must have the strides that its fake kernel promises.
-    return _composed(x, gamma, beta, tau, eps).contiguous()
-
-
-@frn_op.register_fake
-def _(x: Tensor, gamma: Tensor, beta: Tensor, tau: Tensor, eps: Tensor) -> Tensor:
-    _check_operands(x, gamma, beta, tau, eps)
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
-def _check_operands(x: Tensor, *parameters: Tensor) -> None:
-    if x.dim() < 2 or any(parameter.shape != x.shape[1:2] for parameter in parameters):
-        raise InputError(
-            f"{DOMAIN}::{TORCH_OP}",
-            "shapes do not fit",
-            got=", ".join(f"{name} {tuple(t.shape)}" for name, t in zip(INPUTS, (x, *parameters), strict=True)),
-            expected="X (N, C, ...) and (C,) for the others",
-        )
-
-
-def _save_inputs(ctx: Any, inputs: Sequence[Tensor], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
-
-
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    with torch.enable_grad():
-        inputs = [t.detach().requires_grad_() for t in ctx.saved_tensors]
-        return torch.autograd.grad(_composed(*inputs), inputs, grad)
-
-
-frn_op.register_autograd(_backward, setup_context=_save_inputs)
+    return cast(weight, dtype), cast(bias, dtype), cast(tau, dtype), cast(eps, dtype)

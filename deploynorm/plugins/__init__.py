@@ -25,7 +25,9 @@ from deploynorm.files import staging
 from deploynorm.plugins.tools import CudaTools, Tools, find_cuda, find_program, find_tools, run, tensorrt_headers
 
 __all__ = [
+    "LIBRARIES",
     "ORT_LIBRARY",
+    "TORCH_LIBRARY",
     "TENSORRT_LIBRARY",
     "TENSORRT_REGISTER_LIBRARY",
     "build",
@@ -39,7 +41,10 @@ __all__ = [
 ]
 
 ORT_LIBRARY: Final = "libdeploynorm_ort.so"
-"""The operators for ONNX Runtime and the C interface of the kernels; built with CUDA, for its CUDA provider too."""
+"""The operators for ONNX Runtime; built with CUDA, for its CUDA provider too."""
+
+TORCH_LIBRARY: Final = "libdeploynorm_torch.so"
+"""The kernels for training, behind `deploynorm.layers`; built with CUDA, for GPUs too."""
 
 TENSORRT_LIBRARY: Final = "libdeploynorm_trt.so"
 """The TensorRT plugin, for hosts that load plugin libraries."""
@@ -47,8 +52,11 @@ TENSORRT_LIBRARY: Final = "libdeploynorm_trt.so"
 TENSORRT_REGISTER_LIBRARY: Final = "libdeploynorm_trt_register.so"
 """Registers the plugin that lies beside it, for hosts that only open a library."""
 
+LIBRARIES: Final = (ORT_LIBRARY, TORCH_LIBRARY, TENSORRT_LIBRARY, TENSORRT_REGISTER_LIBRARY)
+
 _REMEDIES: Final = {
     ORT_LIBRARY: "install a C++ compiler (g++ or clang++) and run: deploynorm plugins build",
+    TORCH_LIBRARY: "install a C++ compiler (g++ or clang++) and run: deploynorm plugins build",
     TENSORRT_LIBRARY: "pip install 'deploynorm[build,cuda]', then: deploynorm plugins build --cuda",
     TENSORRT_REGISTER_LIBRARY: "pip install 'deploynorm[build,cuda]', then: deploynorm plugins build --cuda",
 }

@@ -83,14 +83,16 @@ DEPLOYNORM_INLINE void map_plane(const Map<Element, kResidual> map, const typena
   if (first > 0) map_run<Element, kResidual>(map, x, residual, y, first);
 }
 
-// kVectors vectors of lanes, from lane `first` on, in each of `rows` rows.
+// kVectors vectors of lanes, from lane `first` on, in rows `begin` to `begin + rows`, which are `stride` elements
+// apart.
 template <typename Element, int kVectors, bool kResidual>
 void map_lanes(const Affine<typename Element::Arithmetic>& affine, int first, const typename Element::Storage* x,
-               const typename Element::Storage* residual, typename Element::Storage* y, int64_t rows, int64_t stride) {
+               const typename Element::Storage* residual, typename Element::Storage* y, int64_t begin, int64_t rows,
+               int64_t stride) {
   constexpr int kLanes = Element::kLanes;
   Map<Element, kResidual> maps[kVectors];
   for (int v = 0; v < kVectors; ++v) maps[v] = map_of_lanes<Element, kResidual>(affine, first + v * kLanes);
-  for (int64_t row = 0; row < rows; ++row) {
+  for (int64_t row = begin; row < begin + rows; ++row) {
     for (int v = 0; v < kVectors; ++v) {
       const int64_t i = row * stride + first + v * kLanes;
       Element::store(maps[v].at(x, residual, i), y + i);

@@ -38,6 +38,13 @@ inline Vector unaligned(const Scalar* from) {
   return vector;
 }
 
+// to[0] to to[lanes - 1] += vector.
+template <typename Vector, typename Scalar>
+inline void add_to(Scalar* to, Vector vector) {
+  const Vector sum = unaligned<Vector>(to) + vector;
+  __builtin_memcpy(to, &sum, sizeof sum);
+}
+
 constexpr int kFloatLanes = kVectorBytes / 4;
 using FloatVector = VectorOf<float, kFloatLanes>::Type;
 using BitsVector = VectorOf<uint32_t, kFloatLanes>::Type;

@@ -47,6 +47,34 @@ struct deploynorm_frn {
   const void* beta;
   const void* tau;  // minus infinity for no threshold
   const void* eps;  // effective, greater than 0
+  void* rstd;       // samples * channels: 1 / sqrt(mean(x^2) + eps), for the backward pass; null for none
+};
+
+// The gradients of a call without a residual. At a tie y == tau the gradient goes to y. With g = dy where y >= tau (or
+// y is NaN) and 0 elsewhere, and sums over the spatial positions:
+//
+//     dx = gamma * rstd * g - x * gamma * rstd^3 * mean(g * x)
+//     dgamma = sum(rstd * sum(g * x))   deps = sum(-gamma * rstd^3 * sum(g * x) / 2)   over the samples
+//     dbeta = sum(sum(g))               dtau = sum(sum(dy - g))
+//
+// Sizes, type and layout as above. Source: arXiv:1911.09737, eq. 4 to 7; eq. 7 lacks a factor 1 / spatial.
+struct deploynorm_frn_backward {
+  int64_t samples;
+  int64_t channels;
+  int64_t spatial;
+  int64_t lanes;
+  int32_t type;
+  const void* dy;  // samples * channels * spatial elements
+  const void* x;
+  const void* rstd;   // as the forward pass gave it
+  const void* gamma;  // channels elements, as are the next two
+  const void* beta;
+  const void* tau;
+  void* dx;      // like x; may be dy itself
+  void* dgamma;  // channels elements, as are the next three; in the type of the parameters
+  void* dbeta;
+  void* dtau;
+  void* deps;
 };
 
 // The host's threads: runs task(data, 0) to task(data, count - 1), in any order and at once, and returns when all
@@ -62,6 +90,13 @@ DEPLOYNORM_API const char* const* deploynorm_cpu_variants(void);
 // Returns 0; 1 for a type or variant that is not there, with y untouched.
 DEPLOYNORM_API int deploynorm_frn_cpu(const struct deploynorm_frn* call, deploynorm_parallel_for parallel_for,
                                       void* host, const char* variant);
+
+// Bytes of scratch memory, aligned to 8, that the backward pass wants; never null where it is called.
+DEPLOYNORM_API size_t deploynorm_frn_backward_cpu_workspace(const struct deploynorm_frn_backward* call);
+
+// Computes dx and the gradients of the parameters, as above.
+DEPLOYNORM_API int deploynorm_frn_backward_cpu(const struct deploynorm_frn_backward* call, void* workspace,
+                                               deploynorm_parallel_for parallel_for, void* host, const char* variant);
 
 // ---- The same on a device. Only a library that was built with CUDA has these.
 
@@ -81,6 +116,14 @@ DEPLOYNORM_API const char* const* deploynorm_cuda_variants(void);
 // not take these sizes, with nothing enqueued; else what CUDA says of the launch.
 DEPLOYNORM_API int deploynorm_frn_cuda(const struct deploynorm_frn* call, void* workspace, void* stream,
                                        const char* variant);
+
+// Bytes of scratch memory, aligned to 16, that the backward pass wants; never null where it is called.
+DEPLOYNORM_API size_t deploynorm_frn_backward_cuda_workspace(const struct deploynorm_frn_backward* call);
+
+// Enqueues the backward pass, as above. Deterministic: the sums over samples are taken in a fixed order.
+//   variant: "registers", "two_passes" or "split", or null for what suits the sizes and the device.
+DEPLOYNORM_API int deploynorm_frn_backward_cuda(const struct deploynorm_frn_backward* call, void* workspace,
+                                                void* stream, const char* variant);
 
 #ifdef __cplusplus
 }

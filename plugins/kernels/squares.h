@@ -73,48 +73,46 @@ double squares_of_plane(const typename Element::Storage* x, int64_t count) {
   return sum;
 }
 
-// Of each of kVectors vectors of lanes, over `rows` rows that lie `stride` elements apart; added to sums.
+// Of each of kVectors vectors of lanes, over a tile's rows, which lie `stride` elements apart; added to sums.
 template <typename Element, int kVectors>
-void add_squares_of_lanes(const typename Element::Storage* x, int64_t rows, int64_t stride, double* sums) {
+void add_squares_of_lanes(const typename Element::Storage* x, int64_t rows, int64_t stride,
+                          typename Element::Arithmetic* sums) {
   using Vector = typename Element::Vector;
   constexpr int kLanes = Element::kLanes;
   constexpr int kRows = kVectors >= 4 ? 1 : 4 / kVectors;
-  while (rows > 0) {
-    const int64_t block = smaller(rows, kBlock / kBlockWidth);
-    Vector partial[kRows][kVectors] = {};
-    int64_t row = 0;
-    for (; row + kRows <= block; row += kRows) {
-      for (int r = 0; r < kRows; ++r) {
-        for (int v = 0; v < kVectors; ++v) {
-          const Vector value = Element::load(x + (row + r) * stride + v * kLanes);
-          partial[r][v] += value * value;
-        }
-      }
-    }
-    for (; row < block; ++row) {
+  Vector partial[kRows][kVectors] = {};
+  int64_t row = 0;
+  for (; row + kRows <= rows; row += kRows) {
+    for (int r = 0; r < kRows; ++r) {
       for (int v = 0; v < kVectors; ++v) {
-        const Vector value = Element::load(x + row * stride + v * kLanes);
-        partial[0][v] += value * value;
+        const Vector value = Element::load(x + (row + r) * stride + v * kLanes);
+        partial[r][v] += value * value;
       }
     }
+  }
+  for (; row < rows; ++row) {
     for (int v = 0; v < kVectors; ++v) {
-      Vector total = partial[0][v];
-      for (int r = 1; r < kRows; ++r) total += partial[r][v];
-      for (int lane = 0; lane < kLanes; ++lane) sums[v * kLanes + lane] += total[lane];
+      const Vector value = Element::load(x + row * stride + v * kLanes);
+      partial[0][v] += value * value;
     }
-    x += block * stride;
-    rows -= block;
+  }
+  for (int v = 0; v < kVectors; ++v) {
+    Vector total = partial[0][v];
+    for (int r = 1; r < kRows; ++r) total += partial[r][v];
+    add_to(sums + v * kLanes, total);
   }
 }
 
 // The same for fewer lanes than a vector has.
 template <typename Element>
 void add_squares_of_some_lanes(const typename Element::Storage* x, int64_t rows, int64_t stride, int lanes,
-                               double* sums) {
+                               typename Element::Arithmetic* sums) {
+  typename Element::Vector total = {};
   for (int64_t row = 0; row < rows; ++row) {
     const typename Element::Vector value = load_some<Element>(x + row * stride, lanes);
-    for (int lane = 0; lane < lanes; ++lane) sums[lane] += value[lane] * value[lane];
+    total += value * value;
   }
+  for (int lane = 0; lane < lanes; ++lane) sums[lane] += total[lane];
 }
 
 }  // namespace

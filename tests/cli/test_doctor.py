@@ -33,6 +33,7 @@ FACTS = Examination(
         Library(name, f"/c/{name}", 2**20, "built here", "x86-64", ("libc.so.6",), exports, code)
         for name, exports, code in [
             (plugins.ORT_LIBRARY, ("RegisterCustomOps",), (CudaCode("sm", (9, 0)),)),
+            (plugins.TORCH_LIBRARY, ("deploynorm_frn_cpu", "deploynorm_frn_backward_cpu"), (CudaCode("sm", (9, 0)),)),
             (plugins.TENSORRT_LIBRARY, ("getCreators", "setLoggerFinder"), (CudaCode("compute", (9, 0), 13),)),
         ]
     ),
@@ -108,7 +109,7 @@ def test_json_has_every_fact_and_finding(facts: Examination, ok: bool, machine: 
     assert content["facts"]["driver"]["gpus"] == [
         {"name": "NVIDIA H100", "capability": [9, 0], "memory_bytes": 80 * 2**30}
     ]
-    assert content["facts"]["libraries"][1]["code"] == [{"kind": "compute", "capability": [9, 0], "cuda": 13}]
+    assert content["facts"]["libraries"][2]["code"] == [{"kind": "compute", "capability": [9, 0], "cuda": 13}]
     assert set(content["facts"]) == set(Examination.__dataclass_fields__)
 
 
@@ -138,6 +139,6 @@ def test_this_machine(deploynorm: Callable, tmp_path: Path) -> None:
     assert sys.executable in told.out
     assert [each["name"] for each in content["facts"]["libraries"]] == [
         name
-        for name in (plugins.ORT_LIBRARY, plugins.TENSORRT_LIBRARY, plugins.TENSORRT_REGISTER_LIBRARY)
+        for name in plugins.LIBRARIES
         if plugins.find_library(name)
     ]

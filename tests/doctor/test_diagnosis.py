@@ -12,12 +12,15 @@ from deploynorm.doctor import Examination, diagnose
 from deploynorm.doctor import diagnosis as diagnosis_module
 from deploynorm.doctor.elf import CudaCode
 from deploynorm.doctor.facts import Driver, Gpu, Library, OnnxRuntime, Provider, TensorRT
-from deploynorm.plugins import ORT_LIBRARY, TENSORRT_LIBRARY, TENSORRT_REGISTER_LIBRARY
+from deploynorm.plugins import ORT_LIBRARY, TENSORRT_LIBRARY, TENSORRT_REGISTER_LIBRARY, TORCH_LIBRARY
 
 FATBIN = tuple(CudaCode("sm", each) for each in [(7, 5), (8, 0), (9, 0), (10, 0), (12, 0)])
 FATBIN += (CudaCode("compute", (9, 0), 13),)
 
 ORT = Library(ORT_LIBRARY, "/c/ort.so", 1, "built here", "x86-64", ("libc.so.6",), ("RegisterCustomOps",), FATBIN)
+TRAINING = replace(
+    ORT, name=TORCH_LIBRARY, path="/c/torch.so", exports=("deploynorm_frn_cpu", "deploynorm_frn_backward_cpu")
+)
 PLUGIN = replace(ORT, name=TENSORRT_LIBRARY, path="/c/trt.so", exports=("getCreators", "setLoggerFinder"))
 REGISTER = replace(ORT, name=TENSORRT_REGISTER_LIBRARY, path="/c/register.so", exports=(), code=())
 
@@ -38,7 +41,7 @@ GPU_MACHINE = Examination(
     nvcc_release=(13, 0),
     driver=Driver("580.95.05", (13, 0), (H100,)),
     machine="x86-64",
-    libraries=(ORT, PLUGIN, REGISTER),
+    libraries=(ORT, TRAINING, PLUGIN, REGISTER),
 )
 """One on which everything is there and works."""
 
@@ -47,7 +50,7 @@ CPU_MACHINE = Examination(
     onnxruntime=OnnxRuntime("1.32.0", ("onnxruntime",), ("CPUExecutionProvider",), takes_library=True),
     compiler="g++ 14",
     machine="x86-64",
-    libraries=(replace(ORT, code=()),),
+    libraries=(replace(ORT, code=()), replace(TRAINING, code=())),
 )
 """One without a GPU, as `pip install 'deploynorm[cpu]'` leaves it."""
 
@@ -68,7 +71,7 @@ def packages(**versions: str) -> dict[str, str]:
 
 def libraries(**changes: object) -> tuple[Library, ...]:
     """Ours, with the operator library changed."""
-    return (replace(ORT, **changes), PLUGIN, REGISTER)  # type: ignore[arg-type]
+    return (replace(ORT, **changes), TRAINING, PLUGIN, REGISTER)  # type: ignore[arg-type]
 
 
 def providers(missing: dict[str, str | None], trt_missing: dict[str, str | None] | None = None) -> tuple[Provider, ...]:
@@ -78,7 +81,8 @@ def providers(missing: dict[str, str | None], trt_missing: dict[str, str | None]
 RTX_4090 = Gpu("GeForce RTX 4090", (8, 9), 24 * 2**30)
 SM_90 = CudaCode("sm", (9, 0))
 CUDA_12 = Driver("550.54", (12, 4), (H100,))
-MADE_FOR_CUDA_12 = libraries(code=(SM_90, CudaCode("compute", (9, 0), 12)))[:1]
+_CODE_12 = (SM_90, CudaCode("compute", (9, 0), 12))
+MADE_FOR_CUDA_12 = (replace(ORT, code=_CODE_12), replace(TRAINING, code=_CODE_12))
 
 
 class Case(NamedTuple):
@@ -144,7 +148,7 @@ BROKEN = [
     Case(
         "a plugin without what TensorRT looks for",
         gpu(
-            libraries=(ORT, replace(PLUGIN, exports=("getPluginCreators",)), REGISTER),
+            libraries=(ORT, TRAINING, replace(PLUGIN, exports=("getPluginCreators",)), REGISTER),
             tensorrt=(TensorRT("tensorrt", "10.14.1", takes_plugin=False, plugin_problem="no getCreators"),),
         ),
         {"library-not-ours": ("does not export getCreators and setLoggerFinder", "plugins build --cuda")},
@@ -199,7 +203,7 @@ BROKEN = [
     Case(
         "a GPU older than all code of ours",
         gpu(
-            libraries=(ORT,),
+            libraries=(ORT, replace(TRAINING, code=())),
             tensorrt=(),
             driver=replace(GPU_MACHINE.driver, gpus=(Gpu("NVIDIA V100", (7, 0), 16 * 2**30),)),
         ),
@@ -277,7 +281,7 @@ NOTES = [
     ),
     Case(
         "libraries of other sources",
-        gpu(libraries=(ORT, REGISTER), stale=("/c/other",), tensorrt=(TensorRT("tensorrt", "10.14.1"),)),
+        gpu(libraries=(ORT, TRAINING, REGISTER), stale=("/c/other",), tensorrt=(TensorRT("tensorrt", "10.14.1"),)),
         {
             "library-missing": (
                 "libdeploynorm_trt.so is not built: .* of other sources",

@@ -240,25 +240,21 @@ def test_a_library_that_needs_what_is_not_there(built_here: Path, compile_librar
     assert "libnvinfer.so.8" in broken(found)["library-does-not-load"].problem
 
 
-def test_all_three_libraries_as_they_are_built(
+def test_all_libraries_as_they_are_built(
     built_here: Path, cuda_libraries: Path, require: Callable[[str], None]
 ) -> None:
     require("ort")
     for library in cuda_libraries.glob("*.so"):
         shutil.copy2(library, built_here)
     found = examine()
-    assert [library.name for library in found.libraries] == [
-        plugins.ORT_LIBRARY,
-        plugins.TENSORRT_LIBRARY,
-        plugins.TENSORRT_REGISTER_LIBRARY,
-    ]
-    operators, plugin, register = found.libraries
+    assert tuple(library.name for library in found.libraries) == plugins.LIBRARIES
+    operators, training, plugin, register = found.libraries
     for library in found.libraries:
         assert (library.origin, library.problem, library.outdated) == ("built here", None, False)
         assert not [name for name in library.needed if "nv" in name or "cuda" in name or "onnxruntime" in name]
     assert set(plugin.exports) == {"getCreators", "setLoggerFinder"}
     assert {code.name for code in plugin.code} >= {"sm_75", "sm_80", "sm_90", "compute_90"}
-    assert operators.code == plugin.code
+    assert operators.code == training.code == plugin.code
     assert register.code == ()
     assert not {name for name in broken(found) if name.startswith("library")}
 

@@ -12,7 +12,7 @@ from cases import CASES, NormCase, make_inputs, to_float64, to_torch
 from tolerances import EXACT
 
 from deploynorm import reference
-from deploynorm.layers import TLU
+from deploynorm.layers import TLU, functional
 
 NAMES = ("plain", "n_c", "1d_sliced", "3d_channels_last", "no_samples", "no_rows", "nan", "inf", "no_tlu", "huge")
 
@@ -36,14 +36,37 @@ def test_threshold_starts_at_zero_so_that_the_layer_is_a_relu() -> None:
     torch.testing.assert_close(TLU(3)(x), torch.relu(x), **EXACT.kwargs())
 
 
-def test_gradient_goes_to_the_larger_and_at_a_tie_to_x_alone() -> None:
-    layer = TLU(3, dtype=torch.float64)
-    x = torch.tensor([[-1.0, 0.0, 1.0], [0.0, -1.0, 0.0]], dtype=torch.float64, requires_grad=True)
-    layer(x).backward(torch.full_like(x, 2.0))
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_gradient_goes_to_the_larger_and_at_a_tie_to_the_threshold_alone(dtype: torch.dtype, compiled: bool) -> None:
+    layer = TLU(3, dtype=dtype)
+    tiny = torch.finfo(dtype).smallest_normal
+    x = torch.tensor([[-1.0, 0.0, tiny], [0.0, -tiny, torch.nan]], dtype=dtype, requires_grad=True)
+    (torch.compile(layer, backend="aot_eager") if compiled else layer)(x).backward(torch.full_like(x, 2.0))
     assert x.grad is not None
-    assert x.grad.tolist() == [[0, 2, 2], [2, 0, 2]]
+    assert x.grad.tolist() == [[0, 0, 2], [0, 0, 2]]
     assert layer.tau.grad is not None
-    assert layer.tau.grad.tolist() == [2, 2, 0]
+    assert layer.tau.grad.tolist() == [4, 4, 0]
+
+
+def test_nothing_is_kept_but_the_output() -> None:
+    kept: set[int] = set()
+    layer = TLU(3)
+    x = torch.randn(2, 3, 8, 8, requires_grad=True) * 1
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.add(t.data_ptr()) or t, lambda t: t):
+        y = layer(x)
+    assert y.data_ptr() in kept
+    assert x.data_ptr() not in kept
+
+
+def test_a_gradient_can_be_differentiated_and_transformed() -> None:
+    tau = torch.tensor([0.1, -0.2, 5.0], dtype=torch.float64, requires_grad=True)
+    x = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(functional.tlu, (x, tau))
+    torch.testing.assert_close(
+        torch.func.grad(lambda t: functional.tlu(x.detach(), t).sum())(tau.detach()),
+        torch.autograd.grad(functional.tlu(x.detach(), tau).sum(), tau)[0],
+    )
 
 
 def test_gradient_of_both_inputs_is_the_numerical_one() -> None:

@@ -2,6 +2,7 @@
 
 python sanitized.py LIBRARY cases FILE.npz       every call of the file, in memory that ends with the tensor
 python sanitized.py LIBRARY fuzz SEED COUNT      calls of any size, type and layout
+python sanitized.py LIBRARY gradients SEED COUNT   the same of the backward pass, which the library for training has
 python sanitized.py LIBRARY past_the_end         a mistake of the caller, which the sanitizers have to find
 python sanitized.py LIBRARY misaligned           another
 """
@@ -13,7 +14,18 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from kernels import TYPES, Array, Call, Kernel, ParallelFor, exact_memory, from_lanes, pad_channels, to_lanes
+from kernels import (
+    TYPES,
+    Array,
+    BackwardCall,
+    Call,
+    Kernel,
+    ParallelFor,
+    exact_memory,
+    from_lanes,
+    pad_channels,
+    to_lanes,
+)
 
 DTYPES = {np.dtype(dtype).name: np.dtype(dtype) for dtype in TYPES}
 
@@ -56,14 +68,44 @@ def cases(kernel: Kernel, path: Path) -> int:
     return count
 
 
+def any_shape(rng: np.random.Generator) -> list[int]:
+    shape = [*rng.integers(0, 4, 1), *rng.integers(1, 80, 1), *rng.integers(1, 40, rng.integers(0, 4))]
+    if rng.random() < 0.05:
+        shape = [1, int(rng.integers(1, 4)), int(rng.integers(30_000, 90_000))]
+    while np.prod(shape) > 300_000:
+        shape[int(np.argmax(shape))] //= 2
+    return shape
+
+
+def gradients(kernel: Kernel, seed: int, count: int) -> int:
+    rng = np.random.default_rng(seed)
+    for _ in range(count):
+        shape = any_shape(rng)
+        dtype = list(DTYPES.values())[rng.integers(4)]
+        wide = np.float64 if dtype == np.float64 else np.float32
+        lanes = [1, shape[1], 8, int(rng.integers(1, 70))][rng.integers(4)]
+        raw = [rng.integers(0, 256, int(np.prod(shape)) * dtype.itemsize, dtype=np.uint8) for _ in range(2)]
+        dy, x = (to_lanes(pad_channels(r.view(dtype).reshape(shape), lanes), lanes) for r in raw)
+        channels = x.shape[1] * lanes
+        parameters = [rng.normal(size=channels).astype(wide) for _ in range(3)]
+        rstd = (10 ** rng.uniform(-3, 3, (shape[0], channels))).astype(wide)
+        written = [np.zeros_like(x), *(np.zeros(channels, wide) for _ in range(4))]
+        call = BackwardCall(shape[0], channels, x.shape[2], lanes, TYPES[dtype])
+        scratch = np.zeros(kernel.workspace_bytes(call), np.uint8)
+        with exact_memory(dy, x, rstd, *parameters, *written, scratch) as pointers:
+            call = BackwardCall(shape[0], channels, x.shape[2], lanes, TYPES[dtype], *pointers[:-1])
+            if rng.random() < 0.5:
+                call.dx = call.dy
+            variant = kernel.variants[rng.integers(len(kernel.variants))]
+            host = ParallelFor.threads(3) if rng.random() < 0.3 else None
+            assert kernel.call_backward(call, pointers[-1], variant=variant, parallel_for=host) == 0
+    return count
+
+
 def fuzz(kernel: Kernel, seed: int, count: int) -> int:
     rng = np.random.default_rng(seed)
     for _ in range(count):
-        shape = [*rng.integers(0, 4, 1), *rng.integers(1, 80, 1), *rng.integers(1, 40, rng.integers(0, 4))]
-        if rng.random() < 0.05:
-            shape = [1, int(rng.integers(1, 4)), int(rng.integers(30_000, 90_000))]
-        while np.prod(shape) > 300_000:
-            shape[int(np.argmax(shape))] //= 2
+        shape = any_shape(rng)
         dtype = list(DTYPES.values())[rng.integers(4)]
         wide = np.float64 if dtype == np.float64 else np.float32
         raw = [rng.integers(0, 256, int(np.prod(shape)) * dtype.itemsize, dtype=np.uint8) for _ in range(2)]
@@ -94,6 +136,8 @@ def main(library: str, what: str, *arguments: str) -> None:
         print(cases(kernel, Path(arguments[0])), "calls")
     elif what == "fuzz":
         print(fuzz(kernel, int(arguments[0]), int(arguments[1])), "calls")
+    elif what == "gradients":
+        print(gradients(kernel, int(arguments[0]), int(arguments[1])), "calls")
     elif what == "past_the_end":
         mistake(kernel, positions=6, offset=0)
     else:

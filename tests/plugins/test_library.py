@@ -12,11 +12,22 @@ from pathlib import Path
 
 import pytest
 
-from deploynorm.plugins import find_tools
+from deploynorm.plugins import ORT_LIBRARY, TORCH_LIBRARY, find_tools, library_path
 
 SOURCES = Path(__file__).parents[2] / "plugins"
 
-EXPORTED = {"RegisterCustomOps", "deploynorm_cpu_variants", "deploynorm_frn_cpu"}
+FORWARD = {"deploynorm_cpu_variants", "deploynorm_frn_cpu"}
+
+EXPORTED = {
+    ORT_LIBRARY: FORWARD | {"RegisterCustomOps"},
+    TORCH_LIBRARY: FORWARD
+    | {
+        "deploynorm_frn_backward_cpu",
+        "deploynorm_frn_backward_cpu_workspace",
+        "deploynorm_openmp_parallel_for",
+    },
+}
+"""Of each library, as it is built without CUDA."""
 
 reads_elf = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the library is no ELF file here")
 
@@ -76,9 +87,10 @@ class Elf:
                 at += following
 
 
-@pytest.fixture(scope="session")
-def elf(library: Path) -> Elf:
-    return Elf(library)
+@pytest.fixture(scope="session", params=EXPORTED)
+def elf(request: pytest.FixtureRequest, require: Callable[[str], None]) -> Elf:
+    require("native")
+    return Elf(library_path(request.param))
 
 
 @reads_elf
@@ -113,7 +125,7 @@ def test_the_library_runs_on_the_oldest_linux_that_python_wheels_are_for(elf: El
 
 @reads_elf
 def test_the_library_exports_its_entry_points_and_nothing_else(elf: Elf) -> None:
-    assert elf.exported - {"_init", "_fini"} == EXPORTED
+    assert elf.exported - {"_init", "_fini"} == EXPORTED[elf.path.name]
 
 
 @reads_elf
@@ -145,6 +157,11 @@ def test_the_host_includes_no_header_of_onnx_runtime() -> None:
     for path in files:
         foreign = includes(path) - own - {"stddef.h", "stdint.h", "stdio.h", "stdlib.h"}
         assert not foreign, f"{path.name} includes {foreign}"
+
+
+def test_the_host_for_training_includes_no_header_of_pytorch() -> None:
+    for path in (SOURCES / "torch").iterdir():
+        assert includes(path) <= {"openmp.h", "../kernels/frn.h"}, path.name
 
 
 @pytest.mark.parametrize("language", [("c", "c99"), ("c++", "c++11"), ("c++", "c++20")], ids=lambda each: each[1])

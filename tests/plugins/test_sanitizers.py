@@ -16,7 +16,7 @@ from graphs import frn_model
 from kernels import Kernel
 
 from deploynorm.contract import DTYPES, INPUTS
-from deploynorm.plugins import build, find_tools
+from deploynorm.plugins import TORCH_LIBRARY, build, find_tools
 
 TESTS = Path(__file__).parents[1]
 
@@ -25,7 +25,7 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 
 @pytest.fixture(scope="session")
 def sanitized(require: Callable[[str], None], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The library, built with sanitizers."""
+    """The libraries, built with sanitizers: the path of the operators', beside which the other lies."""
     require("compiler")
     return build(tmp_path_factory.mktemp("sanitized"), sanitize="address,undefined")
 
@@ -83,6 +83,13 @@ def test_every_case_in_every_layout_is_clean(dtype: str, calls: Run, kernel: Ker
 @pytest.mark.parametrize("seed", ["0", "1"])
 def test_calls_of_any_size_type_and_layout_are_clean(seed: str, calls: Run) -> None:
     done = calls("fuzz", seed, "1000")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "1000 calls\n"
+
+
+def test_gradients_of_any_size_type_and_layout_are_clean(run: Run, sanitized: Path) -> None:
+    program, library = Path(__file__).with_name("sanitized.py"), sanitized.with_name(TORCH_LIBRARY)
+    done = run(str(program), str(library), "gradients", "0", "1000")
     assert done.returncode == 0, done.stderr
     assert done.stdout == "1000 calls\n"
 

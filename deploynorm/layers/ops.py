@@ -1,0 +1,151 @@
+"""Filter response normalization as operators of torch.library.
+
+    frn_forward(x, gamma, beta, tau, eps) -> (y, rstd)        frn_backward(dy, x, rstd, gamma, beta, tau) -> gradients
+        what training runs: on the native kernels where they are built, else in plain PyTorch
+    filter_response_norm(x, gamma, beta, tau, eps) -> y
+        what exporters see: the operator of deploynorm/contract.py
+
+x is (N, C, ...); the parameters are (C,), in x's compute type (float32, or float64 for float64); rstd is (N, C). y and
+the gradient of x have the layout of x where this is dense, be it (N, C, ...) or (N, ..., C), else they are contiguous.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deploynorm.contract import DOMAIN, INPUTS, TORCH_OP
+from deploynorm.errors import InputError
+from deploynorm.layers import _native, _plain
+
+__all__ = ["filter_response_norm", "frn"]
+
+_FORWARD = f"{DOMAIN}::frn_forward"
+_BACKWARD = f"{DOMAIN}::frn_backward"
+
+torch.library.define(_FORWARD, "(Tensor x, Tensor gamma, Tensor beta, Tensor tau, Tensor eps) -> (Tensor, Tensor)")
+torch.library.define(
+    _BACKWARD,
+    "(Tensor dy, Tensor x, Tensor rstd, Tensor gamma, Tensor beta, Tensor tau)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+
+
+def _forward(x: Tensor, gamma: Tensor, beta: Tensor, tau: Tensor, eps: Tensor) -> tuple[Tensor, Tensor]:
+    _check_operands(x, gamma, beta, tau, eps)
+    if _native.available(x.device):
+        return _native.forward(x, gamma, beta, tau, eps)
+    return _plain.forward(x, gamma, beta, tau, eps)
+
+
+torch.library.impl(_FORWARD, "default", _forward)
+
+
+def _forward_shapes(x: Tensor, gamma: Tensor, beta: Tensor, tau: Tensor, eps: Tensor) -> tuple[Tensor, Tensor]:
+    _check_operands(x, gamma, beta, tau, eps)
+    return torch.empty_like(_plain.dense(x)), gamma.new_empty(x.shape[:2])
+
+
+torch.library.register_fake(_FORWARD, _forward_shapes)
+
+
+def _backward(
+    dy: Tensor, x: Tensor, rstd: Tensor, gamma: Tensor, beta: Tensor, tau: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    if _native.available(x.device):
+        return _native.backward(dy, x, rstd, gamma, beta, tau)
+    return _plain.backward(dy, x, rstd, gamma, beta, tau)
+
+
+torch.library.impl(_BACKWARD, "default", _backward)
+
+
+def _backward_shapes(
+    dy: Tensor, x: Tensor, rstd: Tensor, gamma: Tensor, beta: Tensor, tau: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    dgamma, dbeta, dtau, deps = (torch.empty_like(gamma) for _ in range(4))
+    return torch.empty_like(_plain.dense(x)), dgamma, dbeta, dtau, deps
+
+
+torch.library.register_fake(_BACKWARD, _backward_shapes)
+
+
+def _gradients(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    *inputs, rstd = ctx.saved_tensors
+    if torch.is_grad_enabled():  # create_graph=True: the gradient is to be differentiated itself
+        aliases = [t.view_as(t) for t in inputs]
+        return torch.autograd.grad(_plain.composed(*aliases), aliases, dy, create_graph=True)
+    x, gamma, beta, tau, _eps = inputs
+    gradients: tuple[Tensor, ...] = torch.ops.deploynorm.frn_backward.default(dy, x, rstd, gamma, beta, tau)
+    return gradients
+
+
+def _save(ctx: Any, inputs: Sequence[Tensor], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs, output[1])
+    ctx.mark_non_differentiable(output[1])
+
+
+torch.library.register_autograd(_FORWARD, _gradients, setup_context=_save)
+
+
+class _FRN(torch.autograd.Function):
+    """What register_autograd has made of frn_forward, in half of the time: 60 microseconds a call less (torch 2.13)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gamma: Tensor, beta: Tensor, tau: Tensor, eps: Tensor) -> Tensor:
+        y: Tensor
+        y, rstd = torch.ops.deploynorm.frn_forward.default(x, gamma, beta, tau, eps)
+        ctx.save_for_backward(x, gamma, beta, tau, eps, rstd)
+        return y
+
+    backward = staticmethod(_gradients)
+
+
+def frn(x: Tensor, gamma: Tensor, beta: Tensor, tau: Tensor, eps: Tensor) -> Tensor:
+    """y, with a backward pass for which x and one number a plane are kept."""
+    y: Tensor
+    if torch.compiler.is_compiling():
+        y = torch.ops.deploynorm.frn_forward.default(x, gamma, beta, tau, eps)[0]
+    else:
+        y = _FRN.apply(x, gamma, beta, tau, eps)  # type: ignore[no-untyped-call]
+    return y
+
+
+@torch.library.custom_op(f"{DOMAIN}::{TORCH_OP}", mutates_args=())
+def filter_response_norm(x: Tensor, gamma: Tensor, beta: Tensor, tau: Tensor, eps: Tensor) -> Tensor:
+    """The operator that exporters see, so that a traced graph holds one node for it."""
+    # contiguous: an operator's output must have the strides that its fake kernel promises.
+    return _forward(x, gamma, beta, tau, eps)[0].contiguous()
+
+
+@filter_response_norm.register_fake
+def _(x: Tensor, gamma: Tensor, beta: Tensor, tau: Tensor, eps: Tensor) -> Tensor:
+    _check_operands(x, gamma, beta, tau, eps)
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _save_inputs(ctx: Any, inputs: Sequence[Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _gradients_from_inputs(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    with torch.enable_grad():
+        inputs = [t.detach().requires_grad_() for t in ctx.saved_tensors]
+        return torch.autograd.grad(_plain.composed(*inputs), inputs, grad)
+
+
+filter_response_norm.register_autograd(_gradients_from_inputs, setup_context=_save_inputs)
+
+
+def _check_operands(x: Tensor, *parameters: Tensor) -> None:
+    channels = x.shape[1:2]
+    if x.dim() < 2 or any(parameter.shape != channels for parameter in parameters):
+        raise InputError(
+            f"{DOMAIN}::{TORCH_OP}",
+            "shapes do not fit",
+            got=", ".join(f"{name} {tuple(t.shape)}" for name, t in zip(INPUTS, (x, *parameters), strict=True)),
+            expected="X (N, C, ...) and (C,) for the others",
+        )
