@@ -1,8 +1,12 @@
-"""Eager PyTorch layers: the first stage, where a network is trained."""
+"""Eager PyTorch layers: the first stage, where a network is trained. And what a training does with them."""
 
 from deploynorm.layers.cenconv import CenConv1d, CenConv2d, CenConv3d, CenConvTranspose2d
+from deploynorm.layers.freeze import freeze_mabn, unfreeze_mabn
 from deploynorm.layers.frn import FRN1d, FRN2d, FRN3d
+from deploynorm.layers.loss_scale import track_loss_scale
 from deploynorm.layers.mabn import MABN1d, MABN2d, MABN3d
+from deploynorm.layers.recalibrate import recalibrate
+from deploynorm.layers.swap import swap
 from deploynorm.layers.tlu import TLU
 
 __all__ = [
@@ -17,4 +21,9 @@ __all__ = [
     "CenConv2d",
     "CenConv3d",
     "CenConvTranspose2d",
+    "swap",
+    "track_loss_scale",
+    "freeze_mabn",
+    "unfreeze_mabn",
+    "recalibrate",
 ]

@@ -1,87 +1,122 @@
-"""How MABN measures a batch, remembers it, and shares it between processes."""
+"""How MABN measures a batch, remembers it, and shares it between processes.
+
+A row (C + 1) holds one iteration: for each channel the sum over the samples of the mean over a sample's positions,
+and last the number of samples. So rows of several processes or iterations add up to the row of all of them. A
+history (K, C + 1) holds rows, newest first, and zeros where there is none yet.
+"""
 
 from __future__ import annotations
+
+import math
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["held", "moving_average", "nearest", "over_all_ranks", "recomputing", "remember", "second_moment_sum"]
+from deploynorm.layers import functional
+from deploynorm.layers._plain import cast, per_channel
+
+__all__ = [
+    "average",
+    "channel_sums",
+    "layout",
+    "normalized",
+    "over_all_ranks",
+    "processes",
+    "row",
+    "second_moment_sum",
+    "shifted",
+]
 
 
 def second_moment_sum(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Sum of x**2 for each channel of x (N, C, ...), in dtype and without a copy of x in that type."""
-    spatial = tuple(range(2, x.dim()))
+    slow = x.device.type == "cpu" and layout(x) != torch.contiguous_format and not torch.compiler.is_compiling()
+    if x.dim() == 2 or slow:
+        # The norm below is slow where channels stand last in memory on a CPU. In pieces, which stay in its cache.
+        channels = x.shape[1]
+        positions = x.movedim(1, -1).reshape(-1, channels)
+        pieces = torch.split(positions, max(_CACHED // channels, 1)) if slow else (positions,)
+        return torch.stack([piece.to(dtype).square().sum(0) for piece in pieces]).sum(0)
     # Plane by plane and then over the batch: torch sums one long run of float32 squares to four digits only.
-    norms = torch.linalg.vector_norm(x, 2, spatial, dtype=dtype) if spatial else x.to(dtype)
+    norms: Tensor = torch.linalg.vector_norm(x, 2, tuple(range(2, x.dim())), dtype=dtype)
     return norms.square().sum(0)
 
 
-def moving_average(values: Tensor, samples: Tensor, value: Tensor, count: Tensor, window: int, keep: Tensor) -> Tensor:
-    """Appends one iteration's statistic to its history and averages the newest iterations.
-
-    The average runs over the newest iterations that fit whole into `window` samples, the current one always
-    among them, each weighted by its samples. With a constant batch size N that is the paper's simple moving
-    average over window/N iterations.
-
-    Args:
-        values: (K, C), oldest first; changed in place.
-        samples: (K,), the samples behind each row, 0 for a row not yet used; changed in place.
-        value: (C,), the statistic of the current iteration.
-        count: (), its samples.
-        window: Samples to average over.
-        keep: (), bool: False leaves the history as it was.
-    """
-    new_values = torch.cat([values[1:], value[None]])
-    new_samples = torch.cat([samples[1:], count[None]])
-    values.copy_(torch.where(keep, new_values, values))
-    samples.copy_(torch.where(keep, new_samples, samples))
-    newer = new_samples.flip(0).cumsum(0).flip(0)
-    weights = torch.where(newer <= window, new_samples, 0.0)
-    weights[-1] = count
-    # A row that weighs nothing may still hold what 0 * inf would spread, so it is masked and not only scaled.
-    total = (torch.where(weights[:, None] > 0, new_values, 0.0) * weights[:, None]).sum(0)
-    return total / weights.sum().clamp(min=1)
+_CACHED = 1 << 19
+"""Numbers whose squares fit into a CPU's cache."""
 
 
-def over_all_ranks(value: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
-    """The statistic and samples of one iteration over every process of the default group.
-
-    A process without samples takes part with a count of 0: the others would wait for it for ever.
-    """
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return value, count
-    packed = torch.cat([value * count, count[None]])
-    dist.all_reduce(packed)
-    return packed[:-1] / packed[-1].clamp(min=1), packed[-1]
+def layout(x: Tensor) -> torch.memory_format:
+    """The memory format of x: channels last or, for whatever is not that, contiguous."""
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
+    if last is not None and not x.is_contiguous() and x.is_contiguous(memory_format=last):
+        return last
+    return torch.contiguous_format
 
 
-def held(value: Tensor) -> Tensor:
-    """value, as something that a compiled step keeps for its backward pass and never computes a second time.
-
-    torch.compile may save a buffer in the place of what was computed from it, and compute that again in the
-    backward pass, by when the step has changed the buffer (seen in torch 2.13). It does not do so past a
-    reduction to less than a quarter, so there is one here.
-    """
+def normalized(x: Tensor, second_moment: Tensor, scale: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    """scale * x / sqrt(second_moment + eps) + bias, for each channel, in x's type."""
     if not torch.compiler.is_compiling():
-        return value
-    return value.expand(5, *value.shape).amax(0)
+        return functional.normalize_by_second_moment(x, second_moment, scale, bias, eps)
+    # Not as batch normalization with mean 0: inductor takes `x - 0` for x, and marks x as what that was marked, so that
+    # under activation checkpointing it is to be computed a second time, and compilation fails (torch 2.13).
+    y = x * per_channel(scale * torch.rsqrt(second_moment + eps), x)
+    return cast(y if bias is None else y + per_channel(bias, x), x.dtype)
 
 
-def recomputing() -> bool:
-    """Whether this forward pass runs inside a backward pass: activation checkpointing runs it a second time."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+def channel_sums(grad: Tensor, x: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums of grad * x * inverse and of grad for each channel, in one pass over the two and in inverse's type.
 
-
-def remember(steps: Tensor, *rows: Tensor) -> None:
-    """Appends (rows, C) to steps (K, rows, C), oldest first, in place."""
-    steps.copy_(torch.cat([steps[1:], torch.stack([row.expand(steps.shape[2]) for row in rows])[None]]))
-
-
-def nearest(steps: Tensor, key: Tensor) -> Tensor:
-    """The step (rows, C) whose first row is nearest to key (C,): the same one, if the same numbers made it.
-
-    The nearest and not the equal one, because an index is found without making the host wait for the device.
+    These are the gradients of batch normalization's weight and bias where the mean is 0 and 1/deviation is inverse.
     """
-    distance = (steps[:, 0] - key).abs().nan_to_num(torch.inf).sum(1)
-    return steps[distance.argmin()]
+    if torch.compiler.is_compiling():  # which fuses it, and would not see through a mean of 0; see normalized
+        positions = (0, *range(2, x.dim()))
+        return (grad.to(inverse.dtype) * x).sum(positions) * inverse, grad.sum(positions, dtype=inverse.dtype)
+    zero = torch.zeros_like(inverse)
+    if x.numel() == 0:  # where torch's kernel divides by zero, and the process ends
+        return zero, zero
+    _, products, sums = torch.ops.aten.native_batch_norm_backward.default(
+        grad, x, inverse, None, None, zero, inverse, True, 0.0, [False, True, True]
+    )
+    return products, sums
+
+
+def row(sums: Tensor, x: Tensor) -> Tensor:
+    """The row of an iteration with input x, whose values for each channel sum up to sums (C,)."""
+    samples = x.shape[0] if x.numel() else 0
+    return torch.cat([sums / max(math.prod(x.shape[2:]), 1), sums.new_full((1,), samples)])
+
+
+def shifted(history: Tensor, row: Tensor) -> Tensor:
+    """The history (K, C + 1) with one more iteration, and without its oldest."""
+    return torch.cat([row[None], history[:-1]])
+
+
+def average(history: Tensor, window: Tensor) -> Tensor:
+    """The average (C,) over the newest iterations of a history that fit whole into `window` samples.
+
+    The current one is always among them, and each is weighted by its samples. With a constant batch size N that is
+    the paper's simple moving average over window/N iterations. window is (); 0 for the current iteration alone.
+    """
+    # In integers: of floating point, CUDA has no cumulative sum that is the same in every run.
+    recent = torch.cumsum(history[:, -1], 0, dtype=torch.int64) <= window
+    recent[:1].fill_(True)
+    total = (history * recent[:, None]).sum(0)
+    return total[:-1] / total[-1]
+
+
+def processes(group: dist.ProcessGroup | None) -> int:
+    """The number of processes in a group, None being the default one; 1 where there is none."""
+    return dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
+
+
+def over_all_ranks(row: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """The row of one iteration over every process of the group.
+
+    A process without samples takes part with zeros: the others would wait for it for ever.
+    """
+    if processes(group) > 1:
+        row = row.clone()
+        dist.all_reduce(row, group=group)
+    return row

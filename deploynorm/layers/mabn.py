@@ -2,24 +2,38 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from typing import Any, ClassVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
+from torch._C._functorch import peek_interpreter_stack
+from torch.autograd import forward_ad
 
 from deploynorm.errors import InputError
+from deploynorm.layers import _mabn_checkpoints as checkpoints
 from deploynorm.layers import _statistics as statistics
 from deploynorm.layers import functional
 from deploynorm.layers._checks import check_input, check_positive
+from deploynorm.layers._plain import compute_dtype, per_channel
 from deploynorm.layers._precision import FullPrecisionBuffers
-from deploynorm.layers.functional import compute_dtype
+from deploynorm.layers._recomputation import Used, may_run_again, note, recalled, recomputing, settled
 
 __all__ = ["MABN1d", "MABN2d", "MABN3d"]
 
-_REMEMBERED_STEPS = 8
+_REMEMBERED_PASSES = 16
 """Forward passes of one layer that activation checkpointing can come back to: uses before the backward pass."""
+
+_FIXED = "put the layer in evaluation mode or freeze it (freeze_mabn): then it is an affine map with all derivatives"
+
+
+def _transformed() -> bool:
+    """Whether torch.func or forward mode differentiates: then statistics cannot be changed in place."""
+    if torch.compiler.is_compiling():
+        return False
+    return peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
 class _MABNFunction(torch.autograd.Function):
@@ -33,68 +47,69 @@ class _MABNFunction(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        weight: Tensor,
-        bias: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
         second_moment: Tensor,
         r: Tensor,
-        warm: Tensor,
+        window: Tensor,
+        kept: Tensor,
+        recent_gz: Tensor,
         layer: _MABN,
     ) -> Tensor:
-        ctx.save_for_backward(x, weight, second_moment, r, warm)
-        # The history itself is not saved for backward: it changes there, also for a second use of the layer.
+        ctx.save_for_backward(x, weight, second_moment, r, window, kept)
+        # Not saved for backward, for it changes there, also for a second use of the layer. Nor looked up in the layer
+        # then: torch.func.functional_call has put the layer's own tensor back.
+        ctx.recent_gz = recent_gz
         ctx.layer = layer
-        scale = weight.to(r.dtype) * r
-        return functional.normalize_by_second_moment(x, second_moment, scale, bias, layer.eps)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        scale = r if weight is None else weight.to(r.dtype) * r
+        return statistics.normalized(x, second_moment, scale, bias, layer.eps)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, second_moment, r, warm = ctx.saved_tensors
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            problem = "the gradient of a training step has no derivative"
+            raise InputError(type(ctx.layer).__name__, problem, got="create_graph=True", fix=_FIXED)
+        x, weight, second_moment, r, window, kept = ctx.saved_tensors
         layer: _MABN = ctx.layer
         dtype = compute_dtype(x.dtype)
-        reduced = (0, *range(2, x.dim()))
+        # One layout for both: sums over two layouts are slow, and the gradient goes on in the one that x came in.
+        grad_y = grad_y.contiguous(memory_format=statistics.layout(x))
         inverse = torch.rsqrt(second_moment + layer.eps).to(dtype)
-        grad = grad_y.to(dtype)
-        z_grad_y = (grad * x.to(dtype)).sum(reduced) * inverse
-        scale = weight.to(dtype) * r.to(dtype)
+        z_grad_y, grad_bias = statistics.channel_sums(grad_y, x, inverse)
+        r = r.to(dtype)
+        scale = r if weight is None else weight.to(dtype) * r
 
-        psi = scale * z_grad_y / _positions(x)
-        psi = layer._average_psi(psi, x, second_moment, warm).to(dtype)
-        grad_x = grad * functional.per_channel(scale * inverse, x)
-        grad_x = grad_x - x.to(dtype) * functional.per_channel(psi * inverse.square(), x)
-        return (
-            grad_x.to(x.dtype),
-            (z_grad_y * r.to(dtype)).to(weight.dtype),
-            grad.sum(reduced).to(weight.dtype),
-            None,
-            None,
-            None,
-            None,
-        )
+        psi = layer._average_psi(scale * z_grad_y, x, ctx.recent_gz, window, kept).to(dtype)
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = grad_y * per_channel(scale * inverse, x)
+            grad_x = grad_x.addcmul_(x, per_channel(psi * inverse.square(), x), value=-1).to(x.dtype)
+        grad_weight = None if weight is None else (z_grad_y * r).to(weight.dtype)
+        return grad_x, grad_weight, grad_bias.to(ctx.bias_dtype) if ctx.bias_dtype else None, *(None,) * 6
 
 
-def _positions(x: Tensor) -> int:
-    """Values behind one channel's statistic; 1 and not 0 for an empty batch, whose sums are 0."""
-    return max(x.numel() // x.shape[1], 1)
-
-
-def _samples(x: Tensor) -> int:
-    return x.shape[0] if x.numel() else 0
+def _unsaved(running_var: Tensor) -> dict[str, Tensor]:
+    """The buffers of a layer that are not in its state_dict: what tells of batches, and what recognises them again."""
+    channels = len(running_var)
+    count = torch.zeros((), dtype=torch.int64, device=running_var.device)
+    ring = running_var.new_zeros(_REMEMBERED_PASSES, 3 * channels + 3)
+    return {"skipped_batches": count, "recent_passes": ring, "passes": count.clone()}
 
 
 class _MABN(FullPrecisionBuffers):
     """What MABN1d, MABN2d and MABN3d share; they differ in the rank of their input alone."""
 
     _ranks: ClassVar[tuple[int, ...]]
+    _version = 2
 
     running_var: Tensor
     num_batches_tracked: Tensor
     recent_x2: Tensor
-    recent_x2_samples: Tensor
     recent_gz: Tensor
-    recent_gz_samples: Tensor
     skipped_batches: Tensor
-    recent_steps: Tensor
+    recent_passes: Tensor
+    passes: Tensor
 
     def __init__(
         self,
@@ -107,6 +122,7 @@ class _MABN(FullPrecisionBuffers):
         renorm_start: int = 1000,
         max_renorm: float = 5.0,
         affine: bool = True,
+        process_group: dist.ProcessGroup | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -127,6 +143,10 @@ class _MABN(FullPrecisionBuffers):
         self.renorm_start = renorm_start
         self.max_renorm = max_renorm
         self.affine = affine
+        self.process_group = process_group
+        self.frozen = False
+        self._fixed_parameters: tuple[str, ...] = ()
+        self._loss_scale: Tensor | None = None
         if affine:
             self.weight = nn.Parameter(torch.empty(num_features, device=device, dtype=dtype))
             self.bias = nn.Parameter(torch.empty(num_features, device=device, dtype=dtype))
@@ -134,29 +154,25 @@ class _MABN(FullPrecisionBuffers):
             self.register_parameter("weight", None)
             self.register_parameter("bias", None)
         full = compute_dtype(dtype or torch.get_default_dtype())
-        history = (moving_batch_size, num_features)
 
-        def buffer(name: str, *shape: int, dtype: torch.dtype = full, persistent: bool = True) -> None:
-            self.register_buffer(name, torch.empty(shape, device=device, dtype=dtype), persistent)
+        def buffer(name: str, *shape: int, dtype: torch.dtype = full) -> None:
+            self.register_buffer(name, torch.empty(shape, device=device, dtype=dtype))
 
         buffer("running_var", num_features)
         buffer("num_batches_tracked", dtype=torch.int64)
-        buffer("recent_x2", *history)
-        buffer("recent_x2_samples", moving_batch_size)
-        buffer("recent_gz", *history)
-        buffer("recent_gz_samples", moving_batch_size)
-        buffer("skipped_batches", dtype=torch.int64, persistent=False)
-        buffer("recent_steps", _REMEMBERED_STEPS, 4, num_features, persistent=False)
+        buffer("recent_x2", moving_batch_size, num_features + 1)
+        buffer("recent_gz", moving_batch_size, num_features + 1)
+        for unsaved, value in _unsaved(self.running_var).items():
+            self.register_buffer(unsaved, value, persistent=False)
         self.reset_parameters()
 
     def reset_running_stats(self) -> None:
         """Forgets every statistic: the next training step is the first, warm-up included."""
         self.running_var.fill_(1)
-        self.recent_steps.fill_(torch.inf)
-        self.num_batches_tracked.zero_()
-        self.skipped_batches.zero_()
-        for history in (self.recent_x2, self.recent_x2_samples, self.recent_gz, self.recent_gz_samples):
+        for history in (self.recent_x2, self.recent_gz, self.recent_passes):
             history.zero_()
+        for count in (self.num_batches_tracked, self.skipped_batches, self.passes):
+            count.zero_()
 
     def reset_parameters(self) -> None:
         """Sets weight 1, bias 0 and forgets the statistics."""
@@ -167,69 +183,83 @@ class _MABN(FullPrecisionBuffers):
 
     def forward(self, x: Tensor) -> Tensor:
         check_input(type(self).__name__, x, self.num_features, self._ranks)
-        if not self.training:
+        if not self.training or self.frozen:
             return functional.normalize_by_second_moment(x, self.running_var, self.weight, self.bias, self.eps)
+        if _transformed():
+            problem = "it cannot train under a transform of torch.func or in forward mode"
+            raise InputError(type(self).__name__, problem, fix=_FIXED)
         if x.numel() == 0:
             warnings.warn(
                 f"{type(self).__name__}: an empty batch of shape {tuple(x.shape)} added nothing to the statistics",
                 stacklevel=2,
             )
+        again = may_run_again()
         with torch.no_grad():
-            second_moment, r, warm = self._step(x)
-        weight = self.weight if self.affine else torch.ones_like(self.running_var)
-        bias = self.bias if self.affine else torch.zeros_like(self.running_var)
-        y: Tensor = _MABNFunction.apply(x, weight, bias, second_moment, r, warm, self)  # type: ignore[no-untyped-call]
+            used = self._step(x, again)
+        y: Tensor = _MABNFunction.apply(  # type: ignore[no-untyped-call]
+            x, self.weight, self.bias, *used, self.recent_gz, self
+        )
         return y
 
-    def _step(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """chi^2 of Algorithm 1, the renorm factor r, and whether this step is in the warm-up."""
-        current = statistics.second_moment_sum(x, self.running_var.dtype) / _positions(x)
-        if statistics.recomputing():
-            _, second_moment, r, warm = statistics.nearest(self.recent_steps, current)
-            return second_moment, r, warm.bool().all()
-        second_moment, r, warm = (statistics.held(t) for t in self._update_statistics(current, _samples(x)))
-        statistics.remember(self.recent_steps, current, second_moment, r, warm)
-        return second_moment, r, warm
+    def _step(self, x: Tensor, again: bool) -> Used:
+        """Measures the batch, and moves the statistics on unless it was measured before; again: it may come again."""
+        dtype = self.running_var.dtype
+        row = statistics.row(statistics.second_moment_sum(x, torch.promote_types(x.dtype, dtype)).to(dtype), x)
+        row = statistics.over_all_ranks(row, self.process_group)
+        if recomputing():
+            return recalled(row, self.recent_passes, self.passes)
 
-    def _update_statistics(self, current: Tensor, samples: int) -> tuple[Tensor, Tensor, Tensor]:
-        current, count = statistics.over_all_ranks(current, current.new_full((), samples))
-        finite = torch.isfinite(current).all()
-        keep = finite & (count > 0)
-
-        first = self.num_batches_tracked == 0
-        self.num_batches_tracked.add_(keep)
-        self.skipped_batches.add_(~finite)
-        warm = self.num_batches_tracked <= self.warmup
-        average = statistics.moving_average(
-            self.recent_x2, self.recent_x2_samples, current, count, self.moving_batch_size, keep
-        )
-        second_moment = torch.where(warm, current, average)
-
+        largest = row.amax()  # no value is negative, and the number of samples is among them
+        finite = largest < torch.inf
+        kept = finite & (largest > 0)
+        iteration = self.num_batches_tracked + kept
+        window = (iteration > self.warmup) * self.moving_batch_size
+        history = statistics.shifted(self.recent_x2, row)
+        # A batch that is left out is normalised by what evaluation uses.
+        second_moment = torch.where(kept, statistics.average(history, window), self.running_var)
         r = ((second_moment + self.eps) / (self.running_var + self.eps)).sqrt()
         r = r.clamp(1 / self.max_renorm, self.max_renorm)
-        renorm = self.num_batches_tracked > max(self.warmup, self.renorm_start)
-        r = torch.where(renorm, r, 1.0)
+        r = torch.where(iteration > max(self.warmup, self.renorm_start), r, 1.0)
+        used = Used(second_moment, r, window, kept)
 
-        moved = torch.lerp(self.running_var, second_moment, self.momentum)
+        first_run = None
+        if torch.compiler.is_compiling():
+            used, first_run = settled(row, used, self.recent_passes, self.passes)
+            kept, finite = kept & first_run, finite | ~first_run
+            second_moment = torch.where(first_run, second_moment, self.running_var)
+        if again:
+            note(row, used, self.recent_passes, self.passes, first_run)
+
+        moved = self.running_var.lerp(second_moment, self.momentum)
         # The first batch sets the average: started from 1 it would be far off for hundreds of steps.
-        moved = torch.where(first, second_moment, moved)
-        self.running_var.copy_(torch.where(keep, moved, self.running_var))
-        return second_moment, r, warm
+        self.running_var.copy_(torch.where(self.num_batches_tracked == 0, second_moment, moved))
+        self.num_batches_tracked.add_(kept)
+        self.skipped_batches.add_(~finite)
+        self.recent_x2.copy_(torch.where(kept, history, self.recent_x2))
+        return used
 
-    def _average_psi(self, psi: Tensor, x: Tensor, second_moment: Tensor, warm: Tensor) -> Tensor:
-        """The moving average of psi = E[g * z]; psi itself in the warm-up."""
-        psi, count = statistics.over_all_ranks(psi, psi.new_full((), _samples(x)))
+    def _average_psi(self, z_grad_z: Tensor, x: Tensor, history: Tensor, window: Tensor, kept: Tensor) -> Tensor:
+        """The moving average of psi = E[g * z]; psi itself in the warm-up.
+
+        The history is kept in units of the loss over all processes, whose gradient is the mean of theirs, and before
+        the loss scale: so it outlasts a change of either. The average is returned in the units of z_grad_z.
+        """
+        units = self._units(x.device)
+        row = statistics.row((z_grad_z if units is None else z_grad_z / units).to(history.dtype), x)
+        row = statistics.over_all_ranks(row, self.process_group)
         # Of a batch that the forward pass left out, the gradient is left out as well.
-        finite = torch.isfinite(psi).all() & torch.isfinite(second_moment).all()
-        average = statistics.moving_average(
-            self.recent_gz,
-            self.recent_gz_samples,
-            psi.to(self.recent_gz.dtype),
-            count.to(self.recent_gz.dtype),
-            self.moving_batch_size,
-            finite & (count > 0),
-        )
-        return torch.where(warm, psi, average.to(psi.dtype))
+        kept = kept & (torch.linalg.vector_norm(row, torch.inf) < torch.inf)
+        newest = statistics.shifted(history, row)
+        history.copy_(torch.where(kept, newest, history))
+        psi = torch.where(kept, statistics.average(newest, window), 0.0)
+        return psi if units is None else psi * units
+
+    def _units(self, device: torch.device) -> int | Tensor | None:
+        """The gradient of this process's scaled loss, in units of that of the loss over all processes; None for 1."""
+        processes = statistics.processes(self.process_group)
+        if self._loss_scale is not None:
+            return self._loss_scale.to(device, non_blocking=True) * processes
+        return processes if processes > 1 else None
 
     def train(self, mode: bool = True) -> _MABN:
         # Told here and not in the step: reading the counter makes the host wait for the device.
@@ -245,10 +275,32 @@ class _MABN(FullPrecisionBuffers):
         super().train(mode)
         return self
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A process group and a scaler's tensor belong to this process.
+        return {**self.__dict__, "process_group": None, "_loss_scale": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        upgraded = checkpoints.upgraded_pickle(state, _unsaved(state["_buffers"]["running_var"]))
+        super().__setstate__(upgraded)  # type: ignore[no-untyped-call]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _MABN:
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        twin.process_group, twin._loss_scale = self.process_group, self._loss_scale
+        return twin
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        checkpoints.fit(state_dict, prefix, self)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if self.passes.is_meta and not self.running_var.is_meta:  # loaded with assign=True
+            self._buffers.update(_unsaved(self.running_var))
+
     def extra_repr(self) -> str:
         return (
             f"{self.num_features}, eps={self.eps}, momentum={self.momentum}, "
             f"moving_batch_size={self.moving_batch_size}, warmup={self.warmup}, affine={self.affine}"
+            + (", frozen=True" if self.frozen else "")
         )
 
 
@@ -268,11 +320,18 @@ class MABN1d(_MABN):
     y = weight * x / sqrt(R + eps) + bias, which `deploynorm.fold` writes into the convolution before.
 
     R is the buffer `running_var`, named as in the authors' code; it is a second moment and not a variance.
-    Statistics are float32 (float64 for float64) whatever the layer is cast to. Under torch.distributed they are
-    those of all processes. A batch that is empty or not finite leaves them alone; the layer warns of it, for
-    values that are not finite when it is next put in evaluation mode, because reading the counter earlier would
-    make the host wait for the device. Under activation checkpointing a batch counts once. psi is kept in units of
-    the loss: a new loss scale (GradScaler) disturbs the gradients until the window has passed.
+    Statistics are float32 (float64 for float64) whatever the layer is cast to. A batch that is empty or not finite
+    leaves them alone; the layer warns of it, for values that are not finite when it is next put in evaluation mode,
+    because reading the counter earlier would make the host wait for the device.
+
+    - torch.distributed: statistics, backward ones too, are those of all processes of the group. So each has to make the
+      same forward and backward passes, if with empty batches. Any process's checkpoint is that of all.
+    - GradScaler: call `track_loss_scale` once, or psi jumps with the scale.
+    - Activation checkpointing, compiled too: a batch counts once. A layer may be used up to 16 times before backward.
+    - Gradients: a backward pass moves psi, so one backward pass for each forward pass. There are no second
+      derivatives, and no transforms of torch.func, in training; in evaluation and frozen there are.
+    - Fine-tuning: `freeze_mabn`. Other data or few steps: `recalibrate`.
+    - Resuming with another moving_batch_size keeps the newest iterations; with another batch size, all.
 
     Args:
         num_features: C.
@@ -284,6 +343,7 @@ class MABN1d(_MABN):
         renorm_start: Iterations before r is used (the authors use 1000).
         max_renorm: Bound of r.
         affine: False leaves weight and bias out.
+        process_group: Processes that share statistics; None for all. A group of one for none.
 
     Raises:
         InputError: Wrong rank, number of channels or dtype of the input; an argument out of its range.

@@ -1,0 +1,124 @@
+"""How MABN counts a batch once where activation checkpointing runs its forward pass a second time.
+
+A forward pass that may run again notes in a ring what it normalised by. One that runs inside a backward pass is such a
+second run: it looks up there what the first one used, and moves no statistic.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from deploynorm.contract import DOMAIN
+
+__all__ = ["Used", "may_run_again", "note", "recalled", "recomputing", "settled"]
+
+_SETTLED = f"{DOMAIN}::mabn_settled"
+
+
+class Used(NamedTuple):
+    """What a forward pass normalises by."""
+
+    second_moment: Tensor
+    """(C,), the chi^2 of Algorithm 1."""
+    r: Tensor
+    """(C,), the renorm factor."""
+    window: Tensor
+    """(), samples that its moving averages cover; 0 in the warm-up."""
+    kept: Tensor
+    """(), bool: the batch enters the statistics."""
+
+    def packed(self) -> Tensor:
+        """As one tensor (2 C + 2)."""
+        dtype = self.second_moment.dtype
+        return torch.cat([self.second_moment, self.r, torch.stack([self.window.to(dtype), self.kept.to(dtype)])])
+
+    @staticmethod
+    def unpacked(packed: Tensor) -> Used:
+        channels = (len(packed) - 2) // 2
+        second_moment, r, others = torch.split(packed, [channels, channels, 2])
+        return Used(second_moment, r, others[0].to(torch.int64), others[1] > 0)
+
+
+def recomputing() -> bool:
+    """Whether this forward pass runs inside a backward pass. Compiled code finds out when it runs: see settled."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def may_run_again() -> bool:
+    """Whether this forward pass may be one that keeps nothing for its backward pass, and is run again there.
+
+    Such a one has its gradients off, or puts hooks where tensors are saved.
+    """
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return True
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+
+
+def note(row: Tensor, used: Used, ring: Tensor, passes: Tensor, first_run: Tensor | None = None) -> None:
+    """Puts a pass into the ring, and counts it.
+
+    Args:
+        row: (C + 1), of the batch: what the pass is found again by.
+        used: What it normalises by.
+        ring: (K, 3 C + 3), a row and what was used for each of the last passes; changed in place.
+        passes: (), int64, how many there were; changed in place.
+        first_run: (), bool; False leaves both as they were.
+    """
+    place = (passes % len(ring)).reshape(1)
+    entry = torch.cat([row, used.packed()])
+    ring.index_copy_(0, place, entry[None] if first_run is None else torch.where(first_run, entry, ring[place]))
+    passes.add_(1 if first_run is None else first_run)
+
+
+def recalled(row: Tensor, ring: Tensor, passes: Tensor) -> Used:
+    """What the pass used whose row is nearest: the same, if the same numbers made it; of equals the newest.
+
+    The nearest and not the equal one, because an index is found without making the host wait for the device. Compiled
+    code may have summed in another order, so rows count as equal that differ by rounding.
+    """
+    distance = (ring[:, : len(row)] - row).abs().sum(1).nan_to_num(torch.inf, posinf=torch.inf)
+    rounding = row.sum().nan_to_num(0.0, 0.0) * torch.finfo(row.dtype).eps * 64
+    age = torch.remainder(passes - 1 - torch.arange(len(ring), device=ring.device), len(ring))
+    place = torch.where(distance <= distance.amin() + rounding, age, len(ring)).argmin(keepdim=True)
+    # Not ring[place[0]]: an index of no dimensions is read by the host.
+    return Used.unpacked(ring.index_select(0, place)[0, len(row) :])
+
+
+def settled(row: Tensor, used: Used, ring: Tensor, passes: Tensor) -> tuple[Used, Tensor]:
+    """For compiled code: what this pass is to normalise by, and whether it is the first run and moves the statistics.
+
+    It is an operator. So it is decided when the code runs and not when it is compiled; and the compiler, which may
+    compute anything a second time in the backward pass, when the statistics have moved on, can either keep what comes
+    out of it or come here again.
+
+    Returns:
+        used or, in a second run, what the first one used; (), bool.
+    """
+    packed, first_run = torch.ops.deploynorm.mabn_settled.default(row, used.packed(), ring, passes)
+    return Used.unpacked(packed), first_run
+
+
+torch.library.define(
+    _SETTLED,
+    "(Tensor row, Tensor used, Tensor ring, Tensor passes) -> (Tensor, Tensor)",
+    tags=(torch.Tag.cudagraph_unsafe,),  # a replayed graph would repeat what was decided when it was recorded
+)
+
+
+def _settled(row: Tensor, used: Tensor, ring: Tensor, passes: Tensor) -> tuple[Tensor, Tensor]:
+    # clone: an operator returns none of its inputs.
+    packed = recalled(row, ring, passes).packed() if recomputing() else used.clone()
+    return packed, torch.full((), not recomputing(), device=row.device)
+
+
+torch.library.impl(_SETTLED, "default", _settled)
+
+
+def _shapes(row: Tensor, used: Tensor, ring: Tensor, passes: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(used), row.new_empty((), dtype=torch.bool)
+
+
+torch.library.register_fake(_SETTLED, _shapes)

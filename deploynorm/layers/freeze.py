@@ -1,0 +1,93 @@
+"""Freezing MABN for fine-tuning, as detectors freeze batch normalization."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from deploynorm.errors import InputError
+from deploynorm.layers.mabn import _MABN
+
+__all__ = ["freeze_mabn", "unfreeze_mabn"]
+
+
+def freeze_mabn(model: nn.Module, within: str | Sequence[str] = (), *, affine: bool = True) -> list[str]:
+    """Fixes MABN layers as they stand: in training mode too they compute what they compute in evaluation.
+
+        y = weight * x / sqrt(running_var + eps) + bias
+
+    The gradient of x is that of this expression. Statistics stay as they are, whatever `train()` and `eval()` are
+    called with; loading a state_dict replaces them, and the layer stays frozen. copy.deepcopy and pickles keep it
+    frozen, a state_dict does not tell of it. Folding and export see no difference. `recalibrate` leaves it alone.
+
+    Freeze before you make the optimiser, or leave parameters without gradient to it: an optimiser with momentum
+    moves a parameter for as long as it has a gradient.
+
+    Args:
+        model: Changed in place.
+        within: Names of submodules, as in model.named_modules(), to freeze the MABN in; by default the whole model.
+        affine: Whether weight and bias are fixed too. False leaves them as they are: trained, if they were.
+
+    Returns:
+        The names of the layers that are frozen now.
+
+    Raises:
+        InputError: A name in `within` is no submodule, or there is no MABN where it says.
+    """
+    layers = _layers("freeze_mabn", model, within)
+    for layer in layers.values():
+        _unfreeze(layer)
+        layer.frozen = True
+        if affine:
+            trained = [name for name, parameter in layer.named_parameters() if parameter.requires_grad]
+            layer._fixed_parameters = tuple(trained)
+            for name in trained:
+                layer.get_parameter(name).requires_grad_(False).grad = None
+    return list(layers)
+
+
+def unfreeze_mabn(model: nn.Module, within: str | Sequence[str] = ()) -> list[str]:
+    """Undoes `freeze_mabn`: statistics move again, and the parameters that it fixed are trained again.
+
+    Args:
+        model: Changed in place. Layers that are not frozen are left alone.
+        within: As for `freeze_mabn`.
+
+    Returns:
+        The names of the layers that were frozen.
+
+    Raises:
+        InputError: A name in `within` is no submodule, or there is no MABN where it says.
+    """
+    layers = {name: layer for name, layer in _layers("unfreeze_mabn", model, within).items() if layer.frozen}
+    for layer in layers.values():
+        _unfreeze(layer)
+    return list(layers)
+
+
+def _unfreeze(layer: _MABN) -> None:
+    layer.frozen = False
+    for name in layer._fixed_parameters:
+        layer.get_parameter(name).requires_grad_(True)
+    layer._fixed_parameters = ()
+
+
+def _layers(where: str, model: nn.Module, within: str | Sequence[str]) -> dict[str, _MABN]:
+    modules = dict(model.named_modules(remove_duplicate=False))
+    found: dict[str, _MABN] = {}
+    for part in [within] if isinstance(within, str) else within or [""]:
+        if part not in modules:
+            raise InputError(
+                where, "no such submodule", got=repr(part), expected="a name that model.named_modules() gives"
+            )
+        prefix = f"{part}." if part else ""
+        inside = {
+            name: module
+            for name, module in modules.items()
+            if isinstance(module, _MABN) and (name == part or name.startswith(prefix))
+        }
+        if not inside:
+            raise InputError(where, "there is no MABN", got=repr(part) if part else type(model).__name__)
+        found |= inside
+    return found

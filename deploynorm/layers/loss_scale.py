@@ -1,0 +1,63 @@
+"""Gradient scaling, for layers that remember gradients."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from deploynorm.errors import BackendError, InputError
+from deploynorm.layers.mabn import _MABN
+
+__all__ = ["track_loss_scale"]
+
+
+def track_loss_scale(model: nn.Module, scaler: torch.amp.GradScaler | None) -> None:
+    """Tells every MABN in a model which scaler multiplies its loss; call it once, before training.
+
+        scaler = torch.amp.GradScaler()
+        track_loss_scale(model, scaler)
+
+    MABN remembers psi, a mean of gradients, over several iterations. The scaler changes its scale between them, and
+    psi of a step before would be too large or too small by the same factor: after each change, until the window has
+    passed, the gradients of x would lack part of what MABN takes from them, or lose too much. Told of the scaler, MABN
+    divides psi by the scale when it stores it, and multiplies by the one in use when it reads it. The checkpoint holds
+    psi of the unscaled loss, so a run may go on with another scale or with none.
+
+    It reads the scaler's own tensor, which stays on the device: the host waits for nothing, and a compiled step has no
+    break. A copy of the model made by copy.deepcopy follows the same scaler; one loaded from a file follows none.
+
+    Args:
+        model: On the device on which it is trained: the scaler makes its tensor there if it has none yet.
+        scaler: The loss is scaled by it in every training step of the model. None, or a scaler that is not enabled:
+            the loss is not scaled.
+
+    Raises:
+        InputError: The model has no MABN, or stands on another kind of device than the scaler.
+        BackendError: This version of PyTorch keeps the scale in another place.
+    """
+    layers = [layer for layer in model.modules() if isinstance(layer, _MABN)]
+    if not layers:
+        raise InputError("track_loss_scale", "the model has no MABN", got=type(model).__name__)
+    scale = None if scaler is None or not scaler.is_enabled() else _scale_of(scaler, layers[0].running_var.device)
+    for layer in layers:
+        layer._loss_scale = scale
+
+
+def _scale_of(scaler: torch.amp.GradScaler, device: torch.device) -> Tensor:
+    kind = getattr(scaler, "_device", device.type)
+    if kind != device.type:
+        raise InputError(
+            "track_loss_scale",
+            "the model is not where the scaler works",
+            got=f"a model on {device}",
+            expected=kind,
+            fix="move the model to its device first",
+        )
+    # A scaler makes its tensor with the first value that it scales, and changes it in place from then on.
+    scaler.scale(torch.zeros((), device=device))
+    scale = getattr(scaler, "_scale", None)
+    if not isinstance(scale, Tensor):
+        raise BackendError(
+            "track_loss_scale", f"PyTorch {torch.__version__} has no GradScaler._scale", fix="use another version"
+        )
+    return scale

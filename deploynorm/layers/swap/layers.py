@@ -1,0 +1,147 @@
+"""Recognises the layers that a swap takes, and builds the layers that take their place."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections import OrderedDict
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from deploynorm.layers.cenconv import CenConv1d, CenConv2d, CenConv3d, CenConvTranspose2d
+from deploynorm.layers.frn import FRN1d, FRN2d, FRN3d
+from deploynorm.layers.mabn import MABN1d, MABN2d, MABN3d
+
+__all__ = [
+    "CENTRED",
+    "FRN",
+    "MABN",
+    "BatchNorm",
+    "Memo",
+    "carried_over",
+    "centred",
+    "centred_kind",
+    "has_hooks",
+    "has_own_activation",
+    "is_norm",
+    "like",
+    "rank_of",
+    "why_not_swapped",
+]
+
+BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.SyncBatchNorm
+Memo = dict[int, Any]
+"""What copy.deepcopy has copied so far, by the id of the original."""
+
+FRN: dict[int, type[FRN1d | FRN2d | FRN3d]] = {1: FRN1d, 2: FRN2d, 3: FRN3d}
+MABN: dict[int, type[MABN1d | MABN2d | MABN3d]] = {1: MABN1d, 2: MABN2d, 3: MABN3d}
+"""Layers by the number of spatial axes."""
+
+CENTRED: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Conv1d: CenConv1d,
+    nn.Conv2d: CenConv2d,
+    nn.Conv3d: CenConv3d,
+    nn.ConvTranspose2d: CenConvTranspose2d,
+}
+
+_BATCH_NORMS: dict[type[nn.Module], int | None] = {
+    nn.BatchNorm1d: 1,
+    nn.BatchNorm2d: 2,
+    nn.BatchNorm3d: 3,
+    nn.SyncBatchNorm: None,  # takes any
+}
+_OTHER_NORMS = (nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, nn.LocalResponseNorm, nn.modules.instancenorm._InstanceNorm)
+_TIMM = "timm.layers.norm_act"
+
+
+def is_norm(layer: nn.Module) -> bool:
+    """Whether the report should name the layer: one of torch's normalizations, or a BatchNorm of any other make."""
+    known = isinstance(layer, (nn.modules.batchnorm._BatchNorm, *_OTHER_NORMS))
+    return known or {"running_mean", "running_var"} <= layer._buffers.keys()
+
+
+def why_not_swapped(norm: nn.Module) -> str:
+    """Why a normalization stays what it is, whatever stands around it; nothing where it can be swapped."""
+    name = type(norm).__name__
+    if isinstance(norm, _OTHER_NORMS):
+        return "it is no batch normalization"
+    if not isinstance(norm, nn.modules.batchnorm._BatchNorm):
+        return "it is frozen: a constant affine" if "weight" in norm._buffers else f"a {name} is none of torch.nn's"
+    if has_hooks(norm):
+        return "it has hooks"
+    if parametrize.is_parametrized(norm):
+        return "its parameters are parametrized"
+    if not has_own_activation(norm) and _stock_kind(norm) is None:
+        return f"a {name} with a forward of its own"
+    return ""
+
+
+def has_own_activation(norm: nn.Module) -> bool:
+    """Whether it is one of timm's layers that hold `drop` and `act` and call them behind a plain batch normalization.
+
+    Only the classes themselves are known, by identity: a subclass may compute something else.
+    """
+    timm = sys.modules.get(_TIMM)
+    return timm is not None and type(norm) in (timm.BatchNormAct2d, timm.SyncBatchNormAct)
+
+
+def rank_of(norm: nn.Module) -> int | None:
+    """The number of spatial axes that the normalization's class says, or None where it takes any."""
+    kind = nn.BatchNorm2d if has_own_activation(norm) else _stock_kind(norm)
+    return None if kind is None else _BATCH_NORMS[kind]
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether code of the user's runs around the module's forward or backward pass."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+def like(norm: BatchNorm, model: nn.Module) -> dict[str, Any]:
+    """Device and dtype of a normalization, as arguments of the layer that takes its place."""
+    own = (getattr(norm, name) for name in ("weight", "running_var"))
+    floating = (tensor for tensor in (*own, *model.parameters()) if tensor is not None and tensor.is_floating_point())
+    tensor = next(floating, torch.empty(()))
+    return {"device": tensor.device, "dtype": tensor.dtype}
+
+
+def carried_over(norm: BatchNorm, new: nn.Module, memo: Memo) -> nn.Module:
+    """The new layer with gamma, beta and mode of the normalization, and with timm's `drop` and `act` behind it."""
+    for name in ("weight", "bias"):
+        parameter = getattr(norm, name)
+        if parameter is not None:
+            setattr(new, name, copy.deepcopy(parameter, memo))
+    if has_own_activation(norm):
+        behind = {name: copy.deepcopy(getattr(norm, name), memo) for name in ("drop", "act") if hasattr(norm, name)}
+        behind = {name: layer for name, layer in behind.items() if not isinstance(layer, nn.Identity)}
+        if behind:
+            new = nn.Sequential(OrderedDict(norm=new, **behind))
+    return new.train(norm.training)
+
+
+def centred_kind(conv: nn.Module) -> type[nn.Module] | None:
+    """The CenConv class that computes what the layer does, but for the centring; None where there is none."""
+    for plain, kind in CENTRED.items():
+        own = ("forward", "_conv_forward")
+        if isinstance(conv, plain) and all(getattr(type(conv), n, None) is getattr(plain, n, None) for n in own):
+            return kind
+    return None
+
+
+def centred(conv: nn.modules.conv._ConvNd, memo: Memo) -> nn.Module:
+    """The CenConv layer of the same arguments and weights."""
+    kind = centred_kind(conv)
+    assert kind is not None
+    new = kind.__new__(kind)
+    # Every argument of a convolution is an attribute, so the new layer is this one in all but class.
+    new.__dict__.update(copy.deepcopy(conv.__dict__, memo))
+    return new
+
+
+def _stock_kind(norm: nn.Module) -> type[nn.Module] | None:
+    kinds = (kind for kind in _BATCH_NORMS if isinstance(norm, kind) and type(norm).forward is kind.forward)
+    return next(kinds, None)

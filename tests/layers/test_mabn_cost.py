@@ -1,0 +1,133 @@
+"""What a training step of MABN keeps in memory and asks of the device; how long it takes is in benchmarks/."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from mabn_steps import C, trained_affine
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+from deploynorm.layers import CenConv2d, MABN2d
+
+SHAPE = (2, C, 16, 16)
+STEPS = {"in_the_warm_up": 0, "after_it": 6}
+
+
+def layer_after(steps: int, **settings: Any) -> MABN2d:
+    layer = trained_affine(MABN2d(C, warmup=3, renorm_start=4, **settings))
+    for _ in range(steps):
+        layer(torch.randn(SHAPE, dtype=layer.weight.dtype)).sum().backward()
+    return layer
+
+
+def saved_by(function: Any, x: Tensor) -> list[Tensor]:
+    saved: list[Tensor] = []
+
+    def keep(t: Tensor) -> Tensor:
+        saved.append(t)
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        y = function(x)
+    y.sum().backward()
+    return list({t.data_ptr(): t for t in saved}.values())
+
+
+@pytest.mark.filterwarnings("ignore:<class .torch.autograd.function.Function.> should not be instantiated")  # by dynamo
+@pytest.mark.parametrize("steps", STEPS.values(), ids=STEPS)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_the_input_alone_is_kept_for_backward_and_some_numbers_a_channel(
+    steps: int, layout: torch.memory_format, dtype: torch.dtype, compiled: bool
+) -> None:
+    layer = layer_after(steps, dtype=dtype)
+    torch.compiler.reset()
+    function = torch.compile(layer, fullgraph=True, backend="aot_eager") if compiled else layer
+    x = torch.randn(SHAPE, dtype=dtype).to(memory_format=layout).requires_grad_()
+    large = [t for t in saved_by(function, x) if t.numel() >= x.numel() / 4]
+    assert [t.data_ptr() for t in large] == [x.data_ptr()]
+
+
+HOST_READS = (
+    "aten._local_scalar_dense",
+    "aten.item",
+    "aten.is_nonzero",
+    "aten.nonzero",
+    "aten.equal",
+    "aten.masked_select",
+    "aten.unique",
+    "aten._unique2",
+    "aten._to_copy_device",
+)
+"""Operators whose result the host waits for, on a GPU."""
+
+
+class Operators(TorchDispatchMode):
+    """Notes each operator that runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = str(function).rsplit(".", 1)[0]
+        if name == "aten._to_copy" and "device" in (kwargs or {}):
+            name = "aten._to_copy_device"
+        if name in ("aten.index", "aten.index_put_") and any(
+            index is not None and (index.dtype == torch.bool or index.dim() == 0) for index in args[1]
+        ):
+            name = "aten.nonzero"
+        self.names.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+def test_operators_that_read_from_the_device_are_seen() -> None:
+    x = torch.arange(4.0)
+    with Operators() as operators:
+        float(x[0]), bool(x.all()), x[x > 1], x[torch.tensor(2)], torch.equal(x, x), x.nonzero()
+    assert operators.names.count("aten._local_scalar_dense") >= 2
+    assert {"aten.nonzero", "aten.equal"} <= set(operators.names)
+
+
+@pytest.mark.parametrize("steps", STEPS.values(), ids=STEPS)
+@pytest.mark.parametrize("again", [None, False, True], ids=["plain", "non_reentrant", "reentrant"])
+def test_no_operator_of_a_step_makes_the_host_wait(steps: int, again: bool | None) -> None:
+    layer = layer_after(steps)
+    net = nn.Sequential(CenConv2d(C, C, 1), layer, nn.ReLU())
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(torch.zeros(()))
+    layer._loss_scale = scaler._scale
+    with Operators() as operators:
+        for x in (torch.randn(SHAPE), torch.full(SHAPE, torch.inf)):
+            x.requires_grad_()
+            y = net(x) if again is None else checkpoint(net, x, use_reentrant=again)
+            y.sum().backward()
+    assert not set(operators.names) & set(HOST_READS)
+    assert operators.names.count("aten.native_batch_norm_backward") == 2
+
+
+@pytest.mark.parametrize("steps", STEPS.values(), ids=STEPS)
+def test_a_step_makes_two_tensors_of_the_size_of_its_input(steps: int) -> None:
+    """y and the gradient of x: each other pass over x, and each copy of it, would show here."""
+    layer = layer_after(steps)
+    x, dy = torch.randn(SHAPE, requires_grad=True), torch.randn(SHAPE)
+
+    class Sizes(Operators):
+        made = 0
+
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = function(*args, **(kwargs or {}))
+            inputs = {t.data_ptr() for t in args if isinstance(t, Tensor)}
+            for t in result if isinstance(result, tuple) else (result,):
+                if isinstance(t, Tensor) and t.numel() >= x.numel() and t.data_ptr() not in inputs:
+                    Sizes.made += 1
+            return result
+
+    with Sizes():
+        torch.autograd.grad(layer(x), x, dy)
+    assert Sizes.made == 2

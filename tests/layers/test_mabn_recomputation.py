@@ -1,0 +1,221 @@
+"""MABN where its forward pass runs a second time, or was compiled."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from mabn_steps import SHORT, C, batches, run_step, trained_affine
+from tolerances import EXACT, FLOAT64
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils.checkpoint import checkpoint, checkpoint_sequential
+
+from deploynorm.layers import CenConv2d, MABN2d
+
+REENTRANT = pytest.mark.parametrize("reentrant", [False, True], ids=["non_reentrant", "reentrant"])
+COMPILED = pytest.mark.filterwarnings(
+    "ignore:<class .torch.autograd.function.Function.> should not be instantiated",  # by dynamo
+    "ignore:.torch.jit.script_method. is deprecated",  # by inductor
+)
+Map = Callable[[Tensor], Tensor]
+
+
+def new_layer(**settings: object) -> MABN2d:
+    return trained_affine(MABN2d(C, **{**SHORT, **settings}))
+
+
+def new_net() -> nn.Sequential:
+    """Convolutions and MABN, the second MABN used twice, and dropout, whose random numbers come back as well."""
+    torch.manual_seed(0)
+    norm = new_layer()
+    convs = [CenConv2d(C, C, 3, padding=1, dtype=torch.float64) for _ in range(3)]
+    start = convs[0], new_layer(), nn.ReLU(), nn.Dropout(0.2)
+    return nn.Sequential(*start, convs[1], norm, nn.Tanh(), convs[2], norm)
+
+
+def small_net() -> nn.Sequential:
+    """A convolution, and MABN used twice."""
+    torch.manual_seed(0)
+    norm = new_layer()
+    return nn.Sequential(norm, CenConv2d(C, C, 1, dtype=torch.float64), nn.Tanh(), norm)
+
+
+def assert_trains_as(net: nn.Module, call: Map, sizes: range = range(2, 4)) -> None:
+    """Outputs, gradients and statistics of `call`, which runs net in a way of its own, are those of a plain run."""
+    plain = copy.deepcopy(net)
+    for step, (x, dy) in enumerate(batches(16, (4, 4), sizes)):
+        results = []
+        for module, function in ((plain, plain), (net, call)):
+            torch.manual_seed(step)
+            module.zero_grad()
+            leaf = x.clone().requires_grad_()
+            y = function(leaf)
+            y.backward(dy.to(y.dtype))
+            results.append((y.detach(), leaf.grad, *(p.grad for p in module.parameters())))
+        for got, want in zip(results[1], results[0], strict=True):
+            torch.testing.assert_close(got, want, **FLOAT64.kwargs())
+        for name, value in plain.state_dict().items():
+            torch.testing.assert_close(
+                net.state_dict()[name],
+                value,
+                **FLOAT64.kwargs(),
+                msg=lambda text, name=name: f"{name}: {text}",
+            )
+
+
+@REENTRANT
+def test_activation_checkpointing_counts_a_batch_once(reentrant: bool) -> None:
+    net = new_net()
+    assert_trains_as(net, lambda x: checkpoint(net, x, use_reentrant=reentrant))
+    assert net[1].num_batches_tracked == 16
+    assert net[5].num_batches_tracked == 32
+
+
+@REENTRANT
+@pytest.mark.parametrize("segments", [2, 4])
+def test_checkpoint_sequential_counts_a_batch_once(segments: int, reentrant: bool) -> None:
+    net = new_net()
+    assert_trains_as(net, lambda x: checkpoint_sequential(list(net), segments, x, use_reentrant=reentrant))
+    assert net[5].num_batches_tracked == 32
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")  # the inner one, in its first run
+@REENTRANT
+def test_checkpointing_inside_checkpointing_counts_a_batch_once(reentrant: bool) -> None:
+    net = new_net()
+
+    def inner(x: Tensor) -> Tensor:
+        return checkpoint(net[4:], checkpoint(net[:4], x, use_reentrant=reentrant), use_reentrant=reentrant)
+
+    assert_trains_as(net, lambda x: checkpoint(inner, x, use_reentrant=reentrant))
+
+
+@REENTRANT
+def test_a_layer_that_makes_its_own_input_is_recomputed_in_the_order_of_backward(reentrant: bool) -> None:
+    layer = new_layer()
+
+    def call(x: Tensor) -> Tensor:
+        for _ in range(5):
+            x = checkpoint(layer, x, use_reentrant=reentrant).tanh()
+        return x
+
+    plain = copy.deepcopy(layer)
+    for x, dy in batches(12, (4, 4), range(2, 4)):
+        leaf, expected = x.clone().requires_grad_(), x.clone().requires_grad_()
+        call(leaf).backward(dy)
+        y = expected
+        for _ in range(5):
+            y = plain(y).tanh()
+        y.backward(dy)
+        torch.testing.assert_close(leaf.grad, expected.grad, **FLOAT64.kwargs())
+        torch.testing.assert_close(layer.weight.grad, plain.weight.grad, **FLOAT64.kwargs())
+    for name, value in plain.state_dict().items():
+        torch.testing.assert_close(layer.state_dict()[name], value, **FLOAT64.kwargs(), msg=name)
+
+
+@REENTRANT
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_checkpointing_under_autocast_is_that_without_checkpointing(dtype: torch.dtype, reentrant: bool) -> None:
+    net = new_net().float()
+    plain = copy.deepcopy(net)
+    for step, (x, _) in enumerate(batches(16, (4, 4), range(2, 4), scaled=False)):
+        results = []
+        for module in (plain, net):
+            torch.manual_seed(step)
+            module.zero_grad()
+            leaf = x.float().requires_grad_()
+            with torch.autocast("cpu", dtype=dtype):
+                y = module(leaf) if module is plain else checkpoint(module, leaf, use_reentrant=reentrant)
+            y.float().sin().sum().backward()
+            results.append((y, leaf.grad, *(p.grad for p in module.parameters())))
+        for got, want in zip(*results, strict=True):
+            torch.testing.assert_close(got, want, **EXACT.kwargs())
+    assert all(torch.equal(value, plain.state_dict()[name]) for name, value in net.state_dict().items())
+
+
+@REENTRANT
+def test_the_same_batch_again_and_again_finds_its_own_step(reentrant: bool) -> None:
+    layer, plain = new_layer(), new_layer()
+    x, dy = next(batches(1, (4, 4), range(3, 4)))
+    for _ in range(40):
+        leaf = x.clone().requires_grad_()
+        (dx,) = torch.autograd.grad(checkpoint(layer, leaf, use_reentrant=False), leaf, dy)
+        torch.testing.assert_close(dx, run_step(plain, x, dy)[1], **EXACT.kwargs())
+
+
+def test_checkpointing_finds_the_right_step_again_beside_zeros_and_nan() -> None:
+    layer, checkpointed = (trained_affine(MABN2d(C, **SHORT)) for _ in range(2))
+    data = list(batches(14, (3, 3), range(2, 3)))
+    for zeros in (1, 9):
+        data[zeros] = (torch.zeros_like(data[zeros][0]), data[zeros][1])
+    data[10] = (data[10][0] * math.nan, data[10][1])
+    for step, (x, dy) in enumerate(data):
+        expected = run_step(layer, x, dy)
+        leaf = x.clone().requires_grad_()
+        y = checkpoint(checkpointed, leaf, use_reentrant=False)
+        (dx,) = torch.autograd.grad(y, leaf, dy)
+        if step != 10:
+            torch.testing.assert_close(dx, expected[1], **EXACT.kwargs())
+
+
+@COMPILED
+def test_a_compiled_network_trains_as_an_eager_one() -> None:
+    net = small_net()
+    torch.compiler.reset()
+    assert_trains_as(net, torch.compile(net, fullgraph=True, backend="aot_eager"))
+
+
+@COMPILED
+def test_a_compiled_network_takes_batches_of_any_size_without_being_compiled_again() -> None:
+    net = small_net()
+    torch.compiler.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(net, fullgraph=True, dynamic=True, backend=counter)
+    plain, compilations = copy.deepcopy(net), set()
+    for n, height, width in ((2, 4, 5), (3, 5, 4), (2, 7, 9), (8, 4, 6), (5, 6, 6), (2, 4, 4)):
+        x = torch.randn(n, C, height, width, dtype=torch.float64)
+        leaf, expected = x.clone().requires_grad_(), x.clone().requires_grad_()
+        compiled(leaf).sin().sum().backward()
+        plain(expected).sin().sum().backward()
+        torch.testing.assert_close(leaf.grad, expected.grad, **FLOAT64.kwargs())
+        compilations.add(counter.frame_count)
+    torch.testing.assert_close(net[0].running_var, plain[0].running_var, **FLOAT64.kwargs())
+    assert len(compilations) == 1, "all of them in the first step"
+
+
+def compile_of_checkpoint(net: nn.Module, backend: str) -> Map:
+    def call(x: Tensor) -> Tensor:
+        return checkpoint(net, x, use_reentrant=False)
+
+    return torch.compile(call, fullgraph=True, backend=backend)
+
+
+def checkpoint_of_compile(net: nn.Module, backend: str) -> Map:
+    compiled = torch.compile(net, fullgraph=True, backend=backend)
+    return lambda x: checkpoint(compiled, x, use_reentrant=False)
+
+
+@COMPILED
+@pytest.mark.parametrize("call", [compile_of_checkpoint, checkpoint_of_compile])
+def test_a_compiled_network_with_checkpointing_counts_a_batch_once(call: Callable[[nn.Module, str], Map]) -> None:
+    net = small_net()
+    torch.compiler.reset()
+    assert_trains_as(net, call(net, "aot_eager"))
+    assert net[0].num_batches_tracked == 32
+
+
+@COMPILED
+def test_inductor_compiles_checkpointing_as_well(require: Callable[[str], None]) -> None:
+    require("compiler")
+    net = small_net()
+    torch.compiler.reset()
+    assert_trains_as(net, compile_of_checkpoint(net, "inductor"), sizes=range(2, 3))
+
+
+def test_the_operator_keeps_the_contract_of_torch_library() -> None:
+    row, used, ring = torch.rand(C + 1), torch.rand(2 * C + 2), torch.rand(4, 3 * C + 3)
+    torch.library.opcheck(torch.ops.deploynorm.mabn_settled.default, (row, used, ring, torch.tensor(6)))

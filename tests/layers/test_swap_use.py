@@ -1,0 +1,350 @@
+"""What is done with a swapped network, what swap refuses, and what its report tells."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any, Literal
+
+import pytest
+import torch
+import torch.nn.functional as F
+from swap_networks import Forward, FrozenBatchNorm2d, Residual, chain, conv, with_hook
+from tolerances import EXACT, OP_FLOAT32
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+
+import deploynorm
+from deploynorm.errors import InputError, ModelError
+from deploynorm.layers import CenConv2d, FRN2d, MABN2d
+from deploynorm.layers.swap import swap
+from deploynorm.run.eager import EagerRunner
+from deploynorm.run.reference import ReferenceRunner
+
+X = torch.randn(4, 3, 8, 6, generator=torch.Generator().manual_seed(0))
+BOTH = pytest.mark.parametrize("norm", ["frn", "mabn"])
+
+Norm = Literal["frn", "mabn"]
+
+
+class Classifier(nn.Sequential):
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        stem = (conv(bias=False), nn.BatchNorm2d(4), nn.ReLU(inplace=True))
+        block = Residual(own_relus=True)
+        block.conv1, block.shortcut[0] = conv(4, 4), conv(4, 4, 1)
+        super().__init__(*stem, block, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5))
+
+
+# Using the network
+
+
+@BOTH
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
+def test_training_lowers_the_loss_and_moves_every_parameter(norm: Norm, layout: torch.memory_format) -> None:
+    network = swap(Classifier().train(), (X,), norm=norm).model.to(memory_format=layout)
+    assert network.training
+    before = {name: parameter.detach().clone() for name, parameter in network.named_parameters()}
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.05, momentum=0.9)
+    losses = []
+    for _ in range(20):
+        optimizer.zero_grad()
+        loss = F.cross_entropy(network(X.to(memory_format=layout)), torch.arange(4))
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.8 * losses[0]
+    assert not [name for name, parameter in network.named_parameters() if torch.equal(parameter, before[name])]
+    assert ("0.tau" in before, "1.tau" in before) == (False, norm == "frn")
+
+
+def trained(network: nn.Module) -> nn.Module:
+    """With thresholds and statistics as training leaves them."""
+    torch.manual_seed(1)
+    for layer in network.modules():
+        if getattr(layer, "tau", None) is not None:
+            nn.init.normal_(layer.tau, std=0.3)
+    with torch.no_grad():
+        for _ in range(3):
+            network.train()(torch.randn_like(X))
+    return network.eval()
+
+
+@BOTH
+def test_it_exports_to_the_same_numbers(norm: Norm) -> None:
+    network = trained(swap(Classifier(), (X,), norm=norm).model)
+    folded = deploynorm.fold(network, (X,)).model
+    exported = deploynorm.export(folded, (X,), dynamic="all")
+    operators = [node.op_type for node in exported.to_proto().graph.node]
+    frns = 4 if norm == "frn" else 0
+    assert operators.count("FilterResponseNormalization") == frns
+    assert operators.count("Conv") == 4
+    assert operators.count("Relu") == (1 if norm == "frn" else 3)  # the one behind the addition
+    assert not {"BatchNormalization", "Mul", "Sub"} & set(operators)
+    samples = deploynorm.sample_inputs(exported.inputs, seed=0, base={exported.inputs[0].name: tuple(X.shape)})
+    with ReferenceRunner(exported.to_proto()) as candidate:
+        truth = EagerRunner(network, exported.inputs, dtype=torch.float64)
+        deploynorm.check(candidate, truth, samples).raise_if_broken()
+
+
+def test_mabn_folds_away() -> None:
+    network = trained(swap(Classifier(), (X,), norm="mabn").model)
+    folded, report = deploynorm.fold(network, (X,))
+    assert {change.outcome for change in report.changes} == {"folded"}
+    assert not [layer for layer in folded.modules() if isinstance(layer, (MABN2d, CenConv2d, nn.BatchNorm2d))]
+    torch.testing.assert_close(folded(X), network(X), **OP_FLOAT32.kwargs())
+
+
+@BOTH
+def test_it_pickles_and_swaps_again_to_nothing(norm: Norm) -> None:
+    network = trained(swap(Classifier(), (X,), norm=norm).model)
+    again = pickle.loads(pickle.dumps(network))
+    torch.testing.assert_close(again(X), network(X), **EXACT.kwargs())
+    with pytest.raises(ModelError, match="has no batch normalization"):
+        swap(network, (X,), norm=norm)
+
+
+# Weights
+
+
+@BOTH
+def test_keep_carries_every_weight_over(norm: Norm) -> None:
+    network = Classifier()
+    for parameter in network.parameters():
+        nn.init.normal_(parameter)
+    network[1].weight.requires_grad_(False)
+    network[3].bn1.eval()
+    given = dict(network.named_parameters())
+    swapped = swap(network, (X,), norm=norm).model
+    found = dict(swapped.named_parameters())
+    assert {name for name in found if not name.endswith("tau")} == set(given)
+    for name, parameter in given.items():
+        assert found[name] is not parameter
+        assert found[name].requires_grad == parameter.requires_grad
+        torch.testing.assert_close(found[name], parameter, **EXACT.kwargs())
+    assert [swapped.training, swapped[1].training, swapped[3].bn1.training] == [True, True, False]
+
+
+@BOTH
+def test_reset_draws_every_weight_anew(norm: Norm) -> None:
+    network = Classifier()
+    for parameter in network.parameters():
+        nn.init.constant_(parameter, 7)
+    found = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        found.append(swap(network, (X,), norm=norm, weights="reset").model.state_dict())
+    assert not [name for name, value in found[0].items() if (value == 7).any()]
+    assert all((found[0][f"{path}.weight"] == 1).all() for path in ("1", "3.bn1"))
+    torch.testing.assert_close(found[0], found[1], **EXACT.kwargs())
+    assert not torch.equal(found[0]["0.weight"], found[2]["0.weight"])
+    assert all((parameter == 7).all() for parameter in network.parameters())
+
+
+def test_reset_names_what_no_layer_knows_how_to_draw() -> None:
+    network = nn.Sequential(conv(), nn.BatchNorm2d(4), parametrizations.weight_norm(conv(4)))
+    network.scale = nn.Parameter(torch.ones(4))
+    notes = swap(network, (X,), norm="frn", weights="reset").report.notes
+    assert notes == ("not reset, because no reset_parameters of a layer draws them: scale, 2.bias, "
+                     "2.parametrizations.weight.original0, 2.parametrizations.weight.original1",)  # fmt: skip
+
+
+def test_shared_layers_and_parameters_stay_shared() -> None:
+    network = Forward(lambda m, x: m.d(m.e(m.r(m.b(m.c(x))))), **dict(zip("cbr", chain(nn.ReLU())(), strict=True)))
+    network.d, network.e = conv(4), conv(4)
+    network.d.weight = network.e.weight
+    network.again, network.listed = network.b, [network.b, network.r]
+    swapped = swap(network, (X,), norm="frn").model
+    assert swapped.again is swapped.b is swapped.listed[0]
+    assert type(swapped.listed[1]) is nn.Identity
+    assert swapped.d.weight is swapped.e.weight is not network.d.weight
+
+
+@BOTH
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_dtype_is_that_of_the_network(norm: Norm, dtype: torch.dtype) -> None:
+    network = Classifier().to(dtype)
+    network[1] = nn.BatchNorm2d(4, affine=False).to(dtype)
+    swapped = swap(network, (X.to(dtype),), norm=norm).model
+    assert {parameter.dtype for parameter in swapped.parameters()} == {dtype}
+    assert swapped(X.to(dtype)).dtype == dtype
+
+
+# timm's layers
+
+
+def timm_network(timm: ModuleType, **options: Any) -> nn.Module:
+    return nn.Sequential(conv(), timm.layers.BatchNormAct2d(4, **options), conv(4))
+
+
+@pytest.mark.parametrize(
+    ("options", "frn", "mabn"),
+    [
+        ({}, "FRN2d with TLU", ["norm", "act"]),
+        ({"inplace": False}, "FRN2d with TLU", ["norm", "act"]),
+        ({"act_layer": nn.SiLU}, "FRN2d", ["norm", "act"]),
+        ({"apply_act": False}, "FRN2d", []),
+    ],
+    ids=["relu", "out_of_place", "silu", "no_activation"],
+)
+def test_batch_norm_act_of_timm(timm: ModuleType, options: dict[str, Any], frn: str, mabn: list[str]) -> None:
+    network = timm_network(timm, **options)
+    nn.init.normal_(network[1].weight)
+    nn.init.normal_(network[1].bias)
+    swapped, report = swap(network, (X,), norm="frn")
+    assert {change.layer: change.became for change in report.changes if "Norm" in change.kind} == {"1": frn}
+    plain = FRN2d(4, tlu=False)
+    plain.load_state_dict({name: getattr(network[1], name) for name in ("weight", "bias")})
+    naive = nn.Sequential(network[0], plain, copy.deepcopy(network[1].act), network[2])
+    torch.testing.assert_close(swapped(X), naive(X), **EXACT.kwargs())
+    if "with TLU" in frn:
+        assert isinstance(swapped[1], FRN2d)
+
+    layer = swap(network, (X,), norm="mabn").model[1]
+    assert [name for name, _ in layer.named_children()] == mabn
+    assert isinstance(layer.norm if mabn else layer, MABN2d)
+
+
+def test_dropout_inside_timm_s_layer_stays_between(timm: ModuleType) -> None:
+    network = timm_network(timm, drop_layer=nn.Dropout2d)
+    network[1].drop.p = 0.25
+    swapped, report = swap(network, (X,), norm="frn")
+    assert [type(layer) for layer in swapped[1]] == [FRN2d, nn.Dropout2d, nn.ReLU]
+    assert "it reads feature_dropout" in str(report.changes)
+
+
+def test_subclass_of_timm_s_layer_is_refused(timm: ModuleType) -> None:
+    class Doubled(timm.layers.BatchNormAct2d):  # type: ignore[misc, name-defined]
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    network = nn.Sequential(conv(), Doubled(4), nn.BatchNorm2d(4))
+    swapped, report = swap(network, (X,), norm="frn")
+    assert type(swapped[1]) is Doubled
+    assert report.with_outcome("left")[0].detail == "a Doubled with a forward of its own"
+
+
+# Refusals
+
+
+class Lazy(nn.Sequential):
+    def __init__(self) -> None:
+        super().__init__(conv(), nn.LazyBatchNorm2d())
+
+
+def scripted() -> nn.Module:
+    with pytest.warns(DeprecationWarning, match="jit"):
+        return torch.jit.script(chain()())
+
+
+def not_copyable() -> nn.Module:
+    network = chain()()
+    network.held = (item for item in ())
+    return network
+
+
+ARGUMENTS = [
+    ({"norm": "bn"}, "unknown norm. Got 'bn'; expected 'frn' or 'mabn'"),
+    ({"norm": "FRN"}, "unknown norm"),
+    ({"norm": "frn", "thresholds": "some"}, "unknown thresholds. Got 'some'; expected 'own' or 'all' or 'none'"),
+    ({"norm": "frn", "weights": "copy"}, "unknown weights. Got 'copy'; expected 'keep' or 'reset'"),
+    ({"norm": "mabn", "thresholds": "all"}, "thresholds are FRN's"),
+    ({"norm": "frn", "momentum": 0.1}, "FRN2d does not take these options"),
+    ({"norm": "mabn", "learned_eps": "layer"}, "MABN2d does not take these options"),
+    ({"norm": "frn", "tlu": False}, "tlu of a layer follows from the network"),
+    ({"norm": "mabn", "num_features": 4}, "num_features of a layer follows from the network"),
+    ({"norm": "frn", "eps": -1.0}, "eps"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "told"), ARGUMENTS, ids=[told[:30] for _, told in ARGUMENTS])
+def test_wrong_argument_is_refused(arguments: dict[str, Any], told: str) -> None:
+    with pytest.raises(InputError) as caught:
+        swap(chain()(), (X,), **arguments)
+    assert told in str(caught.value)
+
+
+def test_norm_must_be_named() -> None:
+    with pytest.raises(TypeError, match="norm"):
+        swap(chain()(), (X,))  # type: ignore[call-arg]
+
+
+NETWORKS: list[tuple[Callable[[], nn.Module], tuple[Any, ...], type[Exception], str]] = [
+    (lambda: nn.Sequential(conv(), nn.ReLU()), (X,), ModelError, "Got no normalization at all"),
+    (lambda: nn.Sequential(conv(), nn.GroupNorm(2, 4)), (X,), ModelError, "Got 1 GroupNorm"),
+    (lambda: nn.Sequential(conv(), FrozenBatchNorm2d(4)), (X,), ModelError, "Got 1 FrozenBatchNorm2d"),
+    (Lazy, (X,), ModelError, "run it once"),
+    (scripted, (X,), ModelError, "compiled or scripted"),
+    (lambda: torch.compile(chain()(), backend="eager"), (X,), ModelError, "swap first, compile afterwards"),
+    (not_copyable, (X,), ModelError, "cannot be copied"),
+    (chain(), ([1, 2],), InputError, "example input 0 is not a tensor"),
+    (chain(), (X[:, :2],), ModelError, "does not run on the example inputs"),
+    (chain(), (), ModelError, "does not run on the example inputs"),
+    (chain(), (X, X), ModelError, "inputs of shape (4, 3, 8, 6), (4, 3, 8, 6)"),
+    (lambda: Forward(lambda m, x: 1 / 0, b=nn.BatchNorm2d(4)), (X,), ModelError, "ZeroDivisionError"),
+]
+
+
+@pytest.mark.parametrize(("build", "inputs", "kind", "told"), NETWORKS, ids=[told[:25] for *_, told in NETWORKS])
+def test_network_that_cannot_be_swapped_is_refused(
+    build: Callable[[], nn.Module], inputs: tuple[Any, ...], kind: type[Exception], told: str
+) -> None:
+    with pytest.raises(kind) as caught:
+        swap(build(), inputs, norm="frn")
+    assert told in str(caught.value)
+
+
+def fails_in_training(m: Any, x: Tensor) -> Tensor:
+    if m.training:
+        raise ValueError("no targets")
+    return m.r(m.b(m.c(x)))
+
+
+@BOTH
+def test_network_that_does_not_run_in_training_mode_is_swapped_without_proof(norm: Norm) -> None:
+    network = Forward(fails_in_training, **dict(zip("cbr", chain(nn.ReLU())(), strict=True)))
+    swapped, report = swap(network, (X,), norm=norm)
+    assert [type(layer).__name__ for layer in swapped.children()] == ["Conv2d", f"{norm.upper()}2d", "ReLU"]
+    assert "it does not run in training mode (ValueError: no targets)" in report.notes[0]
+
+
+# The report
+
+
+def test_report_reads_and_serialises() -> None:
+    network = nn.Sequential(conv(), nn.BatchNorm2d(4), nn.ReLU(), conv(4), nn.BatchNorm2d(4), Residual())
+    network[5].conv1, network[5].shortcut[0] = conv(4), conv(4, 4, 1)
+    with_hook(network, "4")
+    report = swap(network, (X,), norm="frn").report
+    assert json.loads(json.dumps(report.to_dict()))["changes"][0] == {
+        "layer": "1", "kind": "BatchNorm2d", "outcome": "absorbed", "became": "FRN2d with TLU", "detail": "takes in 2",
+    }  # fmt: skip
+    assert report.found == {"BatchNorm2d": 5, "ReLU": 2}
+    lines = [" ".join(line.split()) for line in str(report).splitlines() if line]
+    assert lines == [
+        "class became outcome count",
+        "BatchNorm2d FRN2d with TLU absorbed 1",
+        "BatchNorm2d - left 1",
+        "BatchNorm2d FRN2d partly 1",
+        "BatchNorm2d FRN2d swapped 2",
+        "ReLU Identity absorbed 1",
+        "ReLU - left 1",
+        "layer class became outcome why",
+        "4 BatchNorm2d - left it has hooks",
+        "5.bn1 BatchNorm2d FRN2d partly the ReLU behind it stays: it is called 2 times, and once it reads add",
+        "5.relu ReLU - left it is called 2 times, and once it reads add",
+        "note: FRN layers that learn no threshold, because what stands behind them had to stay: 1; "
+        "give each normalization an nn.ReLU of its own to have it taken in",
+    ]
+
+
+def test_like_layers_share_a_row_of_the_report() -> None:
+    network = nn.Sequential(
+        *(layer for _ in range(3) for layer in (conv(3, 3), nn.BatchNorm2d(3), nn.Dropout(), nn.ReLU()))
+    )
+    text = str(swap(network, (X,), norm="frn").report)
+    assert "3 and 2 more" in text
+    assert text.count("it reads dropout") == 1
