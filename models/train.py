@@ -1,20 +1,23 @@
 """Trains a reference network and writes a checkpoint that `deploynorm export` takes.
 
     python -m deploynorm.models.train --norm frn --data digits
-    torchrun --nproc-per-node 2 -m deploynorm.models.train --norm mabn --data fashion-mnist --compile
+    torchrun --nproc-per-node 2 -m deploynorm.models.train --norm mabn --data fashion-mnist --amp bf16 --compile
+    python -m deploynorm.models.train --help
 
 SGD with Nesterov momentum, a learning rate that climbs from 0 and falls along two cosines (FRN needs the climb:
 arXiv:1911.09737, section 4.1), weight decay on the weights of convolutions and of the classifier alone. The output
-folder receives last.pt (after each epoch, for --resume), log.csv, curve.png, and at the end model.pt.
+folder receives last.pt and log.csv after each epoch, events for TensorBoard, and at the end curve.png and model.pt.
 
-The learning rate is a function of the step, and all randomness one of seed, epoch and process. So an epoch can be
-repeated from the weights and the optimiser's state alone, and --resume gives, on a CPU, the weights to the bit.
+The learning rate is a function of the step, and all randomness one of seed, epoch, step and process. So weights,
+averages and the optimiser's state are all that a step depends on: Ctrl-C saves them after the step that it finds, and
+the same command with --resume goes on from there and gives, on a CPU, the weights of a run never stopped, to the bit.
+
+To train something else, start with a copy of this file: `Training.step` and `Training.train_epoch` are the loop.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import importlib.util
 import math
 import os
@@ -22,243 +25,238 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from deploynorm import checkpoint
-from deploynorm.errors import BackendError, DeployNormError, InputError, ModelError
-from deploynorm.files import staging
+from deploynorm.errors import BackendError, DeployNormError, ModelError
 from deploynorm.inputs import ImageSpec
+from deploynorm.layers import track_loss_scale
 
 from . import data, frn_resnet, mabn_resnet
+from .batches import Batches, random_seed
+from .training.compilation import compiled
+from .training.last import load_last, save_last
+from .training.logs import Log, draw_curve
+from .training.optimization import averaged, lr_factor, parameter_groups
+from .training.options import RECIPE, build_parser
+from .training.precision import autocast, check_amp
+from .training.processes import StopSignal, join, over_processes
 
 __all__ = ["lr_factor", "main", "parameter_groups"]
 
-RECIPE = "norm data epochs batch_size lr warmup_epochs weight_decay label_smoothing shift seed processes"
-"""The options that decide the weights; the others decide where they go and how fast."""
+LOG_STEPS = 50
+"""Steps between two looks at the loss. A look makes the host wait for the device, so it is not taken every step."""
 
 
-def at_least(minimum: int) -> Callable[[str], int]:
-    """An argparse type."""
+@dataclass
+class EpochSoFar:
+    """What has been done of the epoch that is not whole yet; the same in every process."""
 
-    def integer(text: str) -> int:
-        if int(text) < minimum:
-            raise argparse.ArgumentTypeError(f"got {text}, expected {minimum} or more")
-        return int(text)
-
-    return integer
-
-
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="deploynorm.models.train", description="Train a ResNet-20.")
-    add = parser.add_argument
-    add("--norm", choices=["frn", "mabn", "bn", "gn"], required=True)
-    add("--data", default="fashion-mnist", help="fashion-mnist, digits, or a folder with Fashion-MNIST")
-    add("-o", "--output", type=Path, help="folder for what is written (default: runs/NORM_resnet20_DATA)")
-    add("--epochs", type=at_least(1), default=10)
-    add("--batch-size", type=at_least(1), default=128, help="images of one step, all processes together")
-    add("--lr", type=float, default=0.1, help="peak learning rate")
-    add("--warmup-epochs", type=float, default=1.0)
-    add("--weight-decay", type=float, default=5e-4)
-    add("--label-smoothing", type=float, default=0.0)
-    add("--shift", type=at_least(0), help="pixels of random shift (default: an eighth of the height)")
-    add("--seed", type=at_least(0), default=0)
-    add("--threads", type=at_least(1), help="CPU threads of each process")
-    add("--compile", action="store_true", help="torch.compile the training step's network")
-    add("--resume", action="store_true", help="continue from last.pt in the output folder")
-    return parser
-
-
-def lr_factor(step: int, warmup: int, total: int) -> float:
-    """Learning rate of a step as a part of its peak: a cosine from 0 to 1 over `warmup` steps, then one to 0."""
-    if step < warmup:
-        return 0.5 - 0.5 * math.cos(math.pi * (step + 1) / (warmup + 1))
-    return 0.5 + 0.5 * math.cos(math.pi * (step - warmup) / (total - warmup))
-
-
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Parameters in two groups, with and without weight decay.
-
-    Only the weights of convolutions and linear layers decay. Norm parameters, tau, eps_l and biases, all of one axis
-    or none, do not: shrinking them changes what the network can express and regularises nothing.
-    """
-    parameters = list(model.parameters())
-    return [
-        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
-    ]
-
-
-def random_stream(seed: int, epoch: int, stream: int) -> torch.Generator:
-    """One generator for each triple."""
-    return torch.Generator().manual_seed(int(np.random.SeedSequence((seed, epoch, stream)).generate_state(1)[0]))
+    step: int = 0
+    loss_sum: float = 0.0
+    seconds: float = 0.0
 
 
 class Training:
     """One run: the network, its optimiser, the data, and what has been reached so far."""
 
-    def __init__(self, options: argparse.Namespace, command: str) -> None:
-        self.options, self.command = options, command
+    def __init__(self, options: argparse.Namespace, command: str, device: torch.device) -> None:
+        self.options, self.command, self.device = options, command, device
         self.rank, self.processes = int(os.environ.get("RANK", "0")), int(options.processes)
-        self.images = data.load(options.data)
-        if options.shift is None:
-            options.shift = self.images.train_images.shape[2] // 8
-        self.steps: int = len(self.images.train_images) // options.batch_size
-        if self.steps == 0 or options.batch_size % self.processes:
-            raise InputError(
-                "--batch-size",
-                "it must divide among the processes and not exceed the data",
-                got=options.batch_size,
-                expected=f"a multiple of {self.processes}, at most {len(self.images.train_images)}",
-            )
-        self.device = torch.device("cpu")
-        if torch.cuda.is_available():
-            self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        check_amp(device, options.amp)
 
-        self.kwargs: dict[str, Any] = {
-            "num_classes": len(self.images.labels),
-            "in_channels": self.images.train_images.shape[1],
-        }
+        images = data.load(options.data)
+        if options.shift is None:
+            options.shift = images.train_images.shape[2] // 8
+        self.batches = Batches(images, options, self.rank, self.processes, device)
         torch.manual_seed(options.seed)
-        if options.norm == "frn":
-            self.factory = f"{frn_resnet.__name__}:resnet20"
-            self.model: nn.Module = frn_resnet.resnet20(**self.kwargs)
-        else:
-            self.factory = f"{mabn_resnet.__name__}:resnet20"
-            self.kwargs["norm"] = options.norm
-            self.model = mabn_resnet.resnet20(**self.kwargs)
-        self.model.to(self.device)
+        self.factory, self.kwargs, self.model = build_network(options.norm, images)
+        self.model.to(device)
+        if options.channels_last:
+            self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         groups = parameter_groups(self.model, options.weight_decay)
         self.optimizer = torch.optim.SGD(groups, lr=options.lr, momentum=0.9, nesterov=True)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=options.amp == "fp16")
+        if options.norm == "mabn":
+            track_loss_scale(self.model, self.scaler)
+        self.averaged = averaged(self.model, options.ema) if options.ema else None
         self.history: list[dict[str, float]] = []
+        self.epoch = EpochSoFar()
         if options.resume:
-            self.load_last()
+            self.resume()
 
-        self.step_model: Callable[[Tensor], Tensor] = self.model
-        if self.processes > 1:
-            self.step_model = DistributedDataParallel(self.model)
+        self.distributed = DistributedDataParallel(self.model) if self.processes > 1 else None
+        self.step_model: Callable[[Tensor], Tensor] = self.distributed or self.model
         if options.compile:
-            self.step_model = torch.compile(self.step_model)
-        self.mean, self.std = (
-            torch.tensor(values, device=self.device).view(1, -1, 1, 1)
-            for values in (self.images.mean(), self.images.std())
-        )
+            self.step_model = compiled(self.distributed or self.model)
 
-    def to_input(self, images: Tensor) -> Tensor:
-        """uint8 images as the network takes them."""
-        return (images.to(self.device) / 255 - self.mean) / self.std
-
-    def train_epoch(self, epoch: int, progress: Progress) -> float:
-        """Trains on every image once, but for the rest that fills no batch; returns the mean loss."""
+    def run(self, stop: StopSignal, log: Log) -> None:
+        """Trains the epochs that are left, up to a signal; the first process writes the results."""
         options = self.options
-        task = progress.add_task(f"epoch {epoch + 1}/{options.epochs}", total=self.steps)
-        order = torch.randperm(len(self.images.train_images), generator=random_stream(options.seed, epoch, 0))
-        stream = random_stream(options.seed, epoch, self.rank + 1)
-        warmup, total = round(options.warmup_epochs * self.steps), options.epochs * self.steps
-        loss_sum = torch.zeros((), device=self.device)
+        for epoch in range(len(self.history), options.epochs):
+            self.train_epoch(epoch, stop, log)
+            if stop.agreed:
+                break
+            start = time.perf_counter()
+            accuracy = self.evaluate()
+            row = {
+                "epoch": epoch + 1,
+                "step": (epoch + 1) * self.batches.steps,
+                "lr": self.optimizer.param_groups[0]["lr"],
+                "train_loss": self.epoch.loss_sum / (self.processes * self.batches.steps),
+                "test_accuracy": accuracy,
+                "images_per_second": self.batches.steps * options.batch_size / self.epoch.seconds,
+                "loss_scale": self.scaler.get_scale(),
+                "seconds": self.epoch.seconds + time.perf_counter() - start,
+            }
+            self.history.append(row)
+            self.epoch = EpochSoFar()
+            log.epoch(self.history, options.epochs)
+            self.save()
+        if stop.agreed:
+            self.save()
+        elif self.rank == 0:
+            self.write_results()
+
+    def train_epoch(self, epoch: int, stop: StopSignal, log: Log) -> None:
+        """The steps of an epoch that are left: every image once, but for the rest that fills no batch."""
+        options, steps = self.options, self.batches.steps
+        first, warmup, total = epoch * steps, round(options.warmup_epochs * steps), options.epochs * steps
+        order = self.batches.order(epoch)
+        losses: list[Tensor] = []
+        self.looked = time.perf_counter()
         self.model.train()
-        for step in range(self.steps):
-            batch = order[step * options.batch_size :][: options.batch_size][self.rank :: self.processes]
+        for step in stop.until(log.track(range(self.epoch.step, steps), f"epoch {epoch + 1}/{options.epochs}")):
             for group in self.optimizer.param_groups:
-                group["lr"] = options.lr * lr_factor(epoch * self.steps + step, warmup, total)
-            images = data.augment(self.images.train_images[batch], options.shift, self.images.mirror, stream)
-            logits = self.step_model(self.to_input(images))
-            classes = self.images.train_classes[batch].to(self.device)
-            loss = F.cross_entropy(logits, classes, label_smoothing=options.label_smoothing)
-            self.optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
-            self.optimizer.step()
+                group["lr"] = options.lr * lr_factor(first + step, warmup, total)
+            torch.manual_seed(random_seed(options.seed, epoch, step, self.rank))
+            images, classes = self.batches.training(order, step)
+            losses.append(self.step(images, classes))
+            self.epoch.step = step + 1
+            if self.epoch.step % LOG_STEPS == 0:
+                self.look(losses, first + self.epoch.step, log)
+        self.look(losses, first + self.epoch.step, log)
+
+    def step(self, images: Tensor, classes: Tensor) -> Tensor:
+        """One step of the optimiser on this process's images; returns their mean loss.
+
+        With --accumulate the images pass through the network in parts, whose gradients add up. FRN and GN make of
+        that the step of the whole batch. BN and MABN take each part for a batch, as they must: the rest of the
+        batch is not there yet.
+        """
+        parts = self.options.accumulate
+        loss_sum = torch.zeros((), device=self.device)
+        self.optimizer.zero_grad()
+        for part, (some, their_classes) in enumerate(zip(images.chunk(parts), classes.chunk(parts), strict=True)):
+            # Processes share their gradients once a step: in the backward pass of its last part.
+            alone = self.distributed.no_sync() if self.distributed and part + 1 < parts else nullcontext()
+            with alone:
+                with autocast(self.device, self.options.amp):
+                    logits = self.step_model(self.batches.to_input(some))
+                    smoothing = self.options.label_smoothing
+                    loss = F.cross_entropy(logits, their_classes.to(self.device), label_smoothing=smoothing) / parts
+                self.scaler.scale(loss).backward()
             loss_sum += loss.detach()
-            progress.advance(task)
-        progress.remove_task(task)
-        return self.over_ranks(loss_sum) / (self.processes * self.steps)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if self.averaged is not None:
+            self.averaged.update_parameters(self.model)
+        return loss_sum
+
+    def look(self, losses: list[Tensor], step: int, log: Log) -> None:
+        """Takes the losses since the last look to the host, for the logs, and empties the list."""
+        if not losses:
+            return
+        steps, loss = len(losses), over_processes(torch.stack(losses).double().sum())
+        losses.clear()
+        if not math.isfinite(loss):
+            raise ModelError("train", f"the loss is not finite by step {step}", fix="lower --lr")
+        now = time.perf_counter()
+        seconds, self.looked = now - self.looked, now
+        self.epoch.loss_sum += loss
+        self.epoch.seconds += seconds
+        values = {
+            "train/loss": loss / (self.processes * steps),
+            "train/lr": self.optimizer.param_groups[0]["lr"],
+            "train/images_per_second": steps * self.options.batch_size / seconds,
+            "train/loss_scale": self.scaler.get_scale(),
+        }
+        log.scalars(step, values)
+
+    @property
+    def result(self) -> nn.Module:
+        """The network that is evaluated and written: the average of --ema, or the one that the optimiser moves."""
+        return self.model if self.averaged is None else self.averaged.module
 
     @torch.no_grad()
     def evaluate(self) -> float:
-        """The part of the test images that the plain network, in evaluation mode, puts in their class."""
+        """The part of the test images that the result, in evaluation mode and float32, puts in their class."""
         if self.processes > 1:
             # The forward pass shares them out too, but before BN's move with the batch of each process.
-            for buffer in self.model.buffers():
+            for buffer in self.result.buffers():
                 dist.broadcast(buffer, 0)
-        self.model.eval()
+        self.result.eval()
         correct = torch.zeros((), dtype=torch.int64, device=self.device)
-        mine = slice(self.rank, None, self.processes)
-        images, classes = self.images.test_images[mine], self.images.test_classes[mine]
-        for start in range(0, len(images), 256):
-            predicted = self.model(self.to_input(images[start : start + 256])).argmax(1)
-            correct += (predicted == classes[start : start + 256].to(self.device)).sum()
-        return self.over_ranks(correct) / len(self.images.test_images)
+        for images, classes in self.batches.test():
+            predicted = self.result(self.batches.to_input(images)).argmax(1)
+            correct += (predicted == classes.to(self.device)).sum()
+        return over_processes(correct) / len(self.batches.images.test_images)
 
-    def over_ranks(self, value: Tensor) -> float:
-        """Sum over the processes."""
-        if self.processes > 1:
-            dist.all_reduce(value)
-        return float(value)
+    def recipe(self) -> dict[str, Any]:
+        return {name: getattr(self.options, name) for name in RECIPE}
 
-    def run(self) -> None:
-        """Trains the epochs that are left; the first process writes the results."""
-        console = Console(stderr=True)
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(
-            *columns,
-            console=console,
-            disable=self.rank > 0 or not console.is_terminal,
-            redirect_stdout=sys.stdout.isatty(),
-        ) as progress:
-            for epoch in range(len(self.history), self.options.epochs):
-                start = time.perf_counter()
-                loss = self.train_epoch(epoch, progress)
-                if not math.isfinite(loss):
-                    raise ModelError("train", f"the loss of epoch {epoch + 1} is not finite", fix="lower --lr")
-                row = {"epoch": epoch + 1, "train_loss": loss, "test_accuracy": self.evaluate()}
-                self.history.append(row | {"seconds": time.perf_counter() - start})
-                if self.rank == 0:
-                    self.write_epoch()
+    def save(self) -> None:
+        """Writes last.pt."""
         if self.rank == 0:
-            self.write_results()
+            save_last(
+                self.options.output / "last.pt",
+                {
+                    "recipe": self.recipe(),
+                    "command": self.command,
+                    "history": self.history,
+                    "epoch": asdict(self.epoch),
+                    "model": self.model.state_dict(),
+                    "optimizer": self.optimizer.state_dict(),
+                    "scaler": self.scaler.state_dict(),
+                    "averaged": None if self.averaged is None else self.averaged.state_dict(),
+                },
+            )
 
-    def write_epoch(self) -> None:
-        """Writes last.pt and log.csv, and prints a line."""
-        output, row = self.options.output, self.history[-1]
-        output.mkdir(parents=True, exist_ok=True)
-        with staging(output / "last.pt") as folder:
-            torch.save(self.last(), folder / "last.pt")
-        with (output / "log.csv").open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(row), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows({name: f"{value:.6g}" for name, value in row.items()} for row in self.history)
-        print(
-            f"epoch {row['epoch']}/{self.options.epochs}  train loss {row['train_loss']:.4f}  "
-            f"test accuracy {row['test_accuracy']:.2%}  {row['seconds']:.0f} s",
-            flush=True,
-        )
+    def resume(self) -> None:
+        """Takes up the run that left last.pt."""
+        last = load_last(self.options.output / "last.pt", self.recipe(), self.device)
+        self.command, self.history, self.epoch = last["command"], last["history"], EpochSoFar(**last["epoch"])
+        self.model.load_state_dict(last["model"])
+        self.optimizer.load_state_dict(last["optimizer"])
+        self.scaler.load_state_dict(last["scaler"])
+        if self.averaged is not None:
+            self.averaged.load_state_dict(last["averaged"])
 
     def write_results(self) -> None:
         """Writes curve.png and model.pt."""
-        output = self.options.output
-        draw_curve(
-            self.history, f"ResNet-20 with {self.options.norm.upper()} on {self.images.name}", output / "curve.png"
-        )
-        channels, height, width = self.images.train_images.shape[1:]
+        output, images = self.options.output, self.batches.images
+        title = f"ResNet-20 with {self.options.norm.upper()} on {images.name}"
+        draw_curve(self.history, title, output / "curve.png")
+        channels, height, width = images.train_images.shape[1:]
         checkpoint.save(
             output / "model.pt",
             factory=self.factory,
             kwargs=self.kwargs,
-            model=self.model,
-            image=ImageSpec((channels, height, width), tuple(self.images.mean()), tuple(self.images.std())),
-            labels=self.images.labels,
+            model=self.result,
+            image=ImageSpec((channels, height, width), tuple(images.mean()), tuple(images.std())),
+            labels=images.labels,
             training={
                 "command": self.command,
-                "dataset": self.images.name,
+                "dataset": images.name,
                 "accuracy": self.history[-1]["test_accuracy"],
                 "epochs": self.options.epochs,
                 "seed": self.options.seed,
@@ -267,56 +265,21 @@ class Training:
         )
         print(output / "model.pt")
 
-    def last(self) -> dict[str, Any]:
-        """What --resume needs."""
-        return {
-            "recipe": {name: getattr(self.options, name) for name in RECIPE.split()},
-            "command": self.command,
-            "history": self.history,
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-        }
 
-    def load_last(self) -> None:
-        """Takes up the run that left last.pt."""
-        path = self.options.output / "last.pt"
-        if not path.is_file():
-            raise InputError("--resume", f"no {path}", fix="give the -o/--output of the run to continue")
-        last = torch.load(path, map_location=self.device, weights_only=True)
-        for name, value in last["recipe"].items():
-            if value != getattr(self.options, name):
-                raise InputError(
-                    "--resume", f"the run in {path} had another {name}", got=getattr(self.options, name), expected=value
-                )
-        self.model.load_state_dict(last["model"])
-        self.optimizer.load_state_dict(last["optimizer"])
-        self.history, self.command = last["history"], last["command"]
-
-
-def draw_curve(history: Sequence[dict[str, float]], title: str, path: Path) -> None:
-    """Draws training loss and test accuracy by epoch."""
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
-    figure = Figure(figsize=(7.2, 3.0), layout="constrained")
-    accuracies = [100 * row["test_accuracy"] for row in history]
-    figure.suptitle(f"{title}: {accuracies[-1]:.2f} % of the test images in the end", fontsize=11)
-    epochs = [row["epoch"] for row in history]
-    left, right = figure.subplots(1, 2)
-    left.plot(epochs, [row["train_loss"] for row in history], "o-", color="C0", markersize=3)
-    left.set(ylabel="training loss", ylim=(0, None))
-    right.plot(epochs, accuracies, "o-", color="C1", markersize=3)
-    right.set(ylabel="test accuracy, %")
-    for axes in (left, right):
-        axes.set_xlabel("epoch")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150)
+def build_network(norm: str, images: data.ImageData) -> tuple[str, dict[str, Any], nn.Module]:
+    """The network, and by which factory and arguments a checkpoint tells how to make it again."""
+    kwargs: dict[str, Any] = {"num_classes": len(images.labels), "in_channels": images.train_images.shape[1]}
+    if norm == "frn":
+        return f"{frn_resnet.__name__}:resnet20", kwargs, frn_resnet.resnet20(**kwargs)
+    kwargs["norm"] = norm
+    return f"{mabn_resnet.__name__}:resnet20", kwargs, mabn_resnet.resnet20(**kwargs)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line and returns its exit code: 0 done, 2 bad argument, 3 missing package, 130 Ctrl-C."""
+    """Runs the command line and returns its exit code.
+
+    0 done, 2 bad argument, 3 missing package, 128 and the signal's number stopped: 130 by Ctrl-C, 143 by SIGTERM.
+    """
     arguments = sys.argv[1:] if argv is None else list(argv)
     options = build_parser().parse_args(arguments)
     options.processes = int(os.environ.get("WORLD_SIZE", "1"))
@@ -329,19 +292,32 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise BackendError("train", "matplotlib is missing", fix="pip install 'deploynorm[train]'")
         if options.threads is not None:
             torch.set_num_threads(options.threads)
-        if options.processes > 1:
-            dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-        Training(options, command).run()
+        device = join(options.processes)
+        with StopSignal() as stop:
+            training = Training(options, command, device)
+            step = len(training.history) * training.batches.steps + training.epoch.step
+            active = training.rank == 0
+            with Log(options.output, active=active, tensorboard=options.tensorboard, step=step) as log:
+                training.run(stop, log)
     except DeployNormError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        print("interrupted: --resume continues from the last whole epoch", file=sys.stderr)
+        print("interrupted: --resume continues from what was saved last", file=sys.stderr)
         return 130
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-    return 0
+    if not stop.agreed:
+        return 0
+    if active:
+        epoch, done = len(training.history) + 1, training.epoch.step
+        print(
+            f"stopped after step {done} of {training.batches.steps} of epoch {epoch}: "
+            "the same command with --resume goes on from there",
+            file=sys.stderr,
+        )
+    return 128 + stop.agreed
 
 
 if __name__ == "__main__":

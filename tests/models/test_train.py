@@ -1,39 +1,22 @@
-"""The training recipe: what it computes, what it writes, and that stopping it costs nothing."""
+"""The training recipe: what it computes and what it writes."""
 
 from __future__ import annotations
 
-import csv
 import importlib
-import io
 import math
 import re
-import subprocess
 import sys
 
 import pytest
 import torch
-from tolerances import EXACT, FLOAT64
+from tolerances import EXACT
 from torch import nn
+from train_runs import FILES, load, read_log, run
 
 from deploynorm.models import data, frn_resnet, mabn_resnet, train
+from deploynorm.models.training import options as training_options
 
 NORMS = ["frn", "mabn", "bn", "gn"]
-FILES = ["curve.png", "last.pt", "log.csv", "model.pt"]
-
-
-def run(norm, output, *arguments):
-    return train.main(
-        ["--norm", norm, "--data", "digits", "--threads", "1", "--batch-size", "32", "-o", str(output), *arguments]
-    )
-
-
-def load(path):
-    return torch.load(path, weights_only=True)
-
-
-def read_log(folder):
-    with (folder / "log.csv").open() as file:
-        return list(csv.DictReader(file))
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +27,7 @@ def trained(tmp_path_factory):
     def folder(norm):
         if norm not in folders:
             folders[norm] = tmp_path_factory.mktemp(norm)
-            assert run(norm, folders[norm], "--epochs", "8", "--lr", "0.2", "--shift", "0") == 0
+            assert run(norm, folders[norm], "--epochs", "4", "--lr", "0.2", "--shift", "0") == 0
         return folders[norm]
 
     return folder
@@ -83,7 +66,7 @@ def test_the_checkpoint_says_how_it_was_made_and_what_it_takes(trained):
     assert checkpoint["input"]["std"] == pytest.approx([data.load("digits").std()[0]])
     training = checkpoint["training"]
     assert training["command"].startswith("python -m deploynorm.models.train --norm mabn --data digits ")
-    assert (training["dataset"], training["epochs"], training["seed"]) == ("digits", 8, 0)
+    assert (training["dataset"], training["epochs"], training["seed"]) == ("digits", 4, 0)
     assert type(training["torch"]) is str
     assert {t.device.type for t in checkpoint["state_dict"].values()} == {"cpu"}
     assert path.stat().st_size < 2_000_000
@@ -92,7 +75,11 @@ def test_the_checkpoint_says_how_it_was_made_and_what_it_takes(trained):
 def test_the_log_has_a_row_for_each_epoch_and_the_curve_is_a_png(trained):
     folder = trained("frn")
     rows = read_log(folder)
-    assert [int(row["epoch"]) for row in rows] == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert [int(row["epoch"]) for row in rows] == [1, 2, 3, 4]
+    assert [int(row["step"]) for row in rows] == [44, 88, 132, 176]
+    assert [float(row["lr"]) for row in rows] == sorted((float(row["lr"]) for row in rows), reverse=True)
+    assert {row["loss_scale"] for row in rows} == {"1"}
+    assert all(float(row["images_per_second"]) > 0 for row in rows)
     assert float(rows[-1]["train_loss"]) < float(rows[0]["train_loss"])
     accuracy = load(folder / "model.pt")["training"]["accuracy"]
     assert float(rows[-1]["test_accuracy"]) == pytest.approx(accuracy, abs=1e-6)
@@ -100,41 +87,11 @@ def test_the_log_has_a_row_for_each_epoch_and_the_curve_is_a_png(trained):
     assert sorted(path.name for path in folder.iterdir()) == FILES
 
 
-def stop_in_epoch(monkeypatch, number):
-    """Makes Ctrl-C arrive at the end of the training steps of that epoch, counted from 1."""
-    evaluate, calls = train.Training.evaluate, []
-
-    def interrupted(self):
-        calls.append(None)
-        if len(calls) == number:
-            raise KeyboardInterrupt
-        return evaluate(self)
-
-    monkeypatch.setattr(train.Training, "evaluate", interrupted)
-
-
-@pytest.mark.parametrize("norm", ["frn", "mabn"])
-def test_a_stopped_and_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(tmp_path, monkeypatch, norm):
-    assert run(norm, tmp_path / "whole", "--epochs", "2") == 0
-    with monkeypatch.context() as patch:
-        stop_in_epoch(patch, 2)
-        assert run(norm, tmp_path / "stopped", "--epochs", "2") == 130
-    assert not (tmp_path / "stopped" / "model.pt").exists()
-    assert [row["epoch"] for row in load(tmp_path / "stopped" / "last.pt")["history"]] == [1]
-    assert run(norm, tmp_path / "stopped", "--epochs", "2", "--resume") == 0
-
-    whole, resumed = load(tmp_path / "whole" / "model.pt"), load(tmp_path / "stopped" / "model.pt")
-    torch.testing.assert_close(resumed["state_dict"], whole["state_dict"], **EXACT.kwargs())
-    assert resumed["training"]["accuracy"] == whole["training"]["accuracy"]
-    # The command is that of the run, which --resume does not change.
-    assert "--resume" not in resumed["training"]["command"]
-
-
 @pytest.mark.parametrize("norm", ["mabn", "bn"])
 def test_evaluation_leaves_the_statistics_alone(norm):
-    options = train.build_parser().parse_args(["--norm", norm, "--data", "digits"])
+    options = training_options.build_parser().parse_args(["--norm", norm, "--data", "digits"])
     options.processes = 1
-    training = train.Training(options, "")
+    training = train.Training(options, "", torch.device("cpu"))
     before = {name: tensor.clone() for name, tensor in training.model.state_dict().items()}
     training.evaluate()
     torch.testing.assert_close(training.model.state_dict(), before, **EXACT.kwargs())
@@ -147,30 +104,17 @@ def test_another_seed_gives_other_weights(tmp_path):
     assert not torch.equal(first, second)
 
 
-def test_ctrl_c_in_the_first_epoch_leaves_no_checkpoint(tmp_path, monkeypatch, capsys):
-    stop_in_epoch(monkeypatch, 1)
-    assert run("bn", tmp_path / "run", "--epochs", "1") == 130
-    assert not (tmp_path / "run").exists()
-    assert "interrupted" in capsys.readouterr().err
-
-
-def test_resuming_a_finished_run_writes_its_results_again(trained):
-    path = trained("bn") / "model.pt"
-    before = path.read_bytes()
-    path.unlink()
-    assert run("bn", trained("bn"), "--epochs", "8", "--lr", "0.2", "--shift", "0", "--resume") == 0
-    torch.testing.assert_close(load(path)["state_dict"], load(io.BytesIO(before))["state_dict"], **EXACT.kwargs())
-
-
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
         (["--resume"], 2, "no .*last.pt.*-o/--output"),
         (["--data", "cifar"], 2, "no such data set"),
         (["--batch-size", "100000"], 2, "--batch-size.*at most 1433"),
-        (["--lr", "1e30", "--epochs", "1"], 2, "loss of epoch 1 is not finite.*lower --lr"),
+        (["--batch-size", "30", "--accumulate", "4"], 2, r"--accumulate.*Got 30; expected a multiple of 1 \* 4"),
+        (["--lr", "1e30", "--epochs", "1"], 2, "loss is not finite by step 44.*lower --lr"),
+        (["-o", "/dev/null/run"], 2, "output /dev/null/run.*no folder can be made there"),
     ],
-    ids=["nothing to resume", "unknown data", "batch past the data", "diverged"],
+    ids=["nothing to resume", "unknown data", "batch past the data", "uneven parts", "diverged", "no folder"],
 )
 def test_a_foreseen_fault_is_one_line_and_an_exit_code(tmp_path, capsys, arguments, code, message):
     assert run("frn", tmp_path / "run", *arguments) == code
@@ -180,9 +124,24 @@ def test_a_foreseen_fault_is_one_line_and_an_exit_code(tmp_path, capsys, argumen
     assert re.search(message, error)
 
 
-def test_resume_refuses_another_recipe(trained, capsys):
-    assert run("frn", trained("frn"), "--resume", "--epochs", "9", "--lr", "0.2", "--shift", "0") == 2
-    assert "had another epochs. Got 9; expected 8" in capsys.readouterr().err
+def test_a_loss_that_is_not_finite_ends_a_long_epoch_early(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train, "LOG_STEPS", 2)
+    assert run("bn", tmp_path / "run", "--lr", "1e30") == 2
+    step = int(re.search(r"the loss is not finite by step (\d+)", capsys.readouterr().err)[1])
+    assert step < 20
+    assert not (tmp_path / "run" / "last.pt").exists()
+
+
+def test_every_option_has_a_line_of_help(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        train.main(["--help"])
+    text = capsys.readouterr().out
+    options = [action for action in training_options.build_parser()._actions if action.dest != "help"]
+    assert len(options) > 15
+    for action in options:
+        assert action.help, action.dest
+        assert "\n" not in action.help
+        assert all(name in text for name in action.option_strings)
 
 
 def test_without_matplotlib_no_training_starts(tmp_path, monkeypatch, capsys):
@@ -191,7 +150,30 @@ def test_without_matplotlib_no_training_starts(tmp_path, monkeypatch, capsys):
     assert "pip install 'deploynorm[train]'" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("argument", ["--epochs=0", "--batch-size=0", "--threads=0", "--shift=-1", "--norm=ln"])
+@pytest.mark.parametrize(
+    "argument",
+    [
+        *(
+            "--epochs=0",
+            "--batch-size=0",
+            "--threads=0",
+            "--shift=-1",
+            "--seed=-1",
+            "--accumulate=0",
+            "--accumulate=two",
+        ),
+        *(
+            "--lr=0",
+            "--lr=nan",
+            "--lr=inf",
+            "--warmup-epochs=-1",
+            "--weight-decay=-1",
+            "--label-smoothing=1.1",
+            "--ema=1",
+        ),
+        *("--norm=ln", "--amp=f8"),
+    ],
+)
 def test_an_argument_out_of_range_is_a_usage_error(argument, capsys):
     with pytest.raises(SystemExit, match="2"):
         train.main(["--norm", "frn", argument])
@@ -227,36 +209,3 @@ def test_the_learning_rate_climbs_from_near_0_to_the_peak_and_falls_to_near_0():
     assert train.lr_factor(0, 0, 50) == 1
     assert train.lr_factor(30, 10, 50) == pytest.approx(0.5)
     assert all(math.isfinite(train.lr_factor(step, 60, 50)) for step in range(50))
-
-
-def test_two_processes_take_the_step_that_one_does(tmp_path):
-    # MABN: its statistics have to be those of both processes, and its gradients the mean of theirs. One step, and of
-    # float64, because at this learning rate a few steps make anything of a difference in the last bit.
-    arguments = ["--data", "digits", "--norm", "mabn", "--epochs", "1", "--batch-size", "1024", "--shift", "0"]
-    arguments += ["--threads", "1"]
-    torch.set_default_dtype(torch.float64)
-    try:
-        assert train.main([*arguments, "-o", str(tmp_path / "one")]) == 0
-    finally:
-        torch.set_default_dtype(torch.float32)
-
-    script = tmp_path / "float64.py"
-    script.write_text(
-        "import runpy, torch\n"
-        "torch.set_default_dtype(torch.float64)\n"
-        "runpy.run_module('deploynorm.models.train', run_name='__main__')\n"
-    )
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*launcher, str(script), *arguments, "-o", str(tmp_path / "two")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("epoch 1/1") == done.stdout.count("model.pt") == 1
-    assert sorted(path.name for path in (tmp_path / "two").iterdir()) == FILES
-
-    one, two = load(tmp_path / "one" / "model.pt"), load(tmp_path / "two" / "model.pt")
-    assert two["training"]["command"].startswith("torchrun --nproc-per-node 2 -m deploynorm.models.train ")
-    assert read_log(tmp_path / "two")[0]["train_loss"] == read_log(tmp_path / "one")[0]["train_loss"]
-    for name, tensor in one["state_dict"].items():
-        # The gradients behind recent_gz are those of each process's own mean loss: larger by the processes.
-        got = two["state_dict"][name] / 2 if name.endswith(".recent_gz") else two["state_dict"][name]
-        torch.testing.assert_close(got, tensor, **FLOAT64.kwargs(), msg=lambda text, name=name: f"{name}: {text}")

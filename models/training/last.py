@@ -1,0 +1,46 @@
+"""last.pt: all that a stopped run needs in order to go on as if it had not been stopped."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+
+from deploynorm.errors import InputError
+from deploynorm.files import staging
+
+__all__ = ["load_last", "save_last"]
+
+PARTS = {"recipe", "command", "history", "epoch", "model", "optimizer", "scaler", "averaged"}
+
+
+def save_last(path: Path, parts: Mapping[str, Any]) -> None:
+    """Writes last.pt whole or not at all."""
+    assert set(parts) == PARTS
+    with staging(path) as folder:
+        torch.save(dict(parts), folder / path.name)
+
+
+def load_last(path: Path, recipe: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """Reads last.pt.
+
+    Raises:
+        InputError: There is none, it is damaged or of another version of this recipe, or its run had another recipe.
+    """
+    if not path.is_file():
+        raise InputError("--resume", f"no {path}", fix="give the -o/--output of the run to continue")
+    try:
+        parts = torch.load(path, map_location=device, weights_only=True)
+    except (OSError, RuntimeError, EOFError, UnpicklingError) as error:
+        raise InputError("--resume", f"{path} is damaged ({type(error).__name__})", fix="start anew") from error
+    if not isinstance(parts, dict) or set(parts) != PARTS or set(parts["recipe"]) != set(recipe):
+        raise InputError("--resume", f"{path} was not written by this version of the recipe", fix="start anew")
+    for name, value in parts["recipe"].items():
+        if value != recipe[name]:
+            raise InputError(
+                "--resume", f"the run in {path} had another {name}", got=str(recipe[name]), expected=str(value)
+            )
+    return parts

@@ -1,0 +1,94 @@
+"""Short runs of the training recipe, as its tests make them."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tolerances import EXACT
+from torch import Tensor, nn
+
+from deploynorm.layers import MABN2d
+from deploynorm.models import data, frn_resnet, mabn_resnet, train
+
+FILES = ["curve.png", "last.pt", "log.csv", "model.pt"]
+"""What a run without TensorBoard leaves."""
+
+
+def run(norm: str, output: Path, *arguments: str) -> int:
+    """Trains on the digits and returns the exit code."""
+    common = ["--norm", norm, "--data", "digits", "--threads", "1", "--batch-size", "32", "--no-tensorboard"]
+    return train.main([*common, "-o", str(output), *arguments])
+
+
+def few_digits(patch: pytest.MonkeyPatch, train_images: int = 96, test_images: int = 20) -> None:
+    """Makes the recipe's digits so few that an epoch takes a fraction of a second: 3 steps of 32."""
+    digits = data.load_digits()
+    few = digits._replace(
+        train_images=digits.train_images[:train_images],
+        train_classes=digits.train_classes[:train_images],
+        test_images=digits.test_images[:test_images],
+        test_classes=digits.test_classes[:test_images],
+    )
+    patch.setattr(data, "load", lambda source: few)
+
+
+def few_layers(patch: pytest.MonkeyPatch) -> None:
+    """Leaves one block of three in each stage of ResNet-20."""
+    for module in (frn_resnet, mabn_resnet):
+
+        class Shallow(module.ResNet):
+            def __init__(self, block: type[nn.Module], depths: object, *rest: object) -> None:
+                super().__init__(block, (1, 1, 1), *rest)
+
+        patch.setattr(module, "ResNet", Shallow)
+
+
+def short_warmup(patch: pytest.MonkeyPatch) -> None:
+    """Lets MABN's moving averages and its factor r take part in runs of a few steps."""
+    patch.setattr(mabn_resnet, "MABN2d", partial(MABN2d, warmup=1, renorm_start=3))
+
+
+def during_step(patch: pytest.MonkeyPatch, number: int, action: Callable[[], None]) -> None:
+    """Calls action in the middle of that step of the run, counted from 1."""
+    step, calls = train.Training.step, []
+
+    def counted(self: train.Training, images: Tensor, classes: Tensor) -> Tensor:
+        calls.append(None)
+        if len(calls) == number:
+            action()
+        return step(self, images, classes)
+
+    patch.setattr(train.Training, "step", counted)
+
+
+def load(path: Path) -> dict[str, Any]:
+    content: dict[str, Any] = torch.load(path, weights_only=True)
+    return content
+
+
+def read_log(folder: Path) -> list[dict[str, str]]:
+    with (folder / "log.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def timeless_log(folder: Path) -> list[dict[str, str]]:
+    """What of the log has to be the same each time."""
+    return [{k: v for k, v in row.items() if k not in ("seconds", "images_per_second")} for row in read_log(folder)]
+
+
+def assert_same_run(got: Path, want: Path) -> None:
+    """Weights and statistics, the averages of --ema, what the optimiser and the loss scaler keep, and the log."""
+    for name in ("model.pt", "last.pt"):
+        got_parts, want_parts = load(got / name), load(want / name)
+        for part in ("state_dict", "model", "averaged", "scaler", "epoch"):
+            torch.testing.assert_close(got_parts.get(part), want_parts.get(part), **EXACT.kwargs())
+    momenta = [load(folder / "last.pt")["optimizer"]["state"] for folder in (got, want)]
+    torch.testing.assert_close(*momenta, **EXACT.kwargs())
+    assert load(got / "model.pt")["training"]["accuracy"] == load(want / "model.pt")["training"]["accuracy"]
+    assert timeless_log(got) == timeless_log(want)
