@@ -16,6 +16,8 @@ take turns:
 Every way is captured in a CUDA graph that calls it on one set of tensors after the other, as many as do not fit into
 the second-level cache together where the shape is large enough, so that a call finds its input in memory. A figure is
 the median over rounds in which all ways of a row take turns, timed by events. All are checked against float64 first.
+
+gpu_training.py is a second section of the same file: the two passes of a layer in training.
 """
 
 from __future__ import annotations
@@ -24,20 +26,22 @@ import argparse
 import ctypes
 import json
 import math
-import statistics
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import gpu_training
 import machine
 import torch
 import torch.nn.functional as F
+from gpu_timing import measure, sets_past_the_cache
 from torch import Tensor
 
 from deploynorm import plugins
 from deploynorm.errors import BackendError
+from deploynorm.layers import _native
 
 SHAPES = ((64, 112, 112), (64, 56, 56), (256, 56, 56), (128, 28, 28), (512, 28, 28), (256, 14, 14), (1024, 14, 14),
           (512, 7, 7), (2048, 7, 7))  # fmt: skip
@@ -57,7 +61,7 @@ class Call(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("samples", "channels", "spatial", "lanes")),
         ("type", ctypes.c_int32),
-        *((name, ctypes.c_void_p) for name in ("x", "y", "residual", "gamma", "beta", "tau", "eps")),
+        *((name, ctypes.c_void_p) for name in ("x", "y", "residual", "gamma", "beta", "tau", "eps", "rstd")),
     )
 
 
@@ -151,40 +155,6 @@ def check_ways(ways: Mapping[str, Way], x: Tensor, parameters: list[Tensor]) -> 
     return errors
 
 
-def capture(way: Way, sets: list[tuple[Tensor, Tensor]], calls: int) -> torch.cuda.CUDAGraph:
-    """A graph of `calls` calls, on the sets of tensors in turn."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for x, y in sets[:2]:
-            way(x, y)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for index in range(calls):
-            way(*sets[index % len(sets)])
-    return graph
-
-
-def measure(ways: Mapping[str, Way], sets: list[tuple[Tensor, Tensor]], rounds: int) -> dict[str, float]:
-    """The median time of a call of each way, in microseconds."""
-    moved = 2 * sets[0][0].numel() * sets[0][0].element_size()
-    calls = max(len(sets), min(64, math.ceil(2e9 / max(moved, 1e6) / 20)))
-    graphs = {name: capture(way, sets, calls) for name, way in ways.items()}
-    times: dict[str, list[float]] = {name: [] for name in ways}
-    order = list(ways)
-    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    for turn in range(rounds + 1):
-        for name in order[turn % len(order) :] + order[: turn % len(order)]:
-            begin.record()
-            graphs[name].replay()
-            end.record()
-            end.synchronize()
-            if turn > 0:  # the first warms up
-                times[name].append(1e3 * begin.elapsed_time(end) / calls)
-    return {name: statistics.median(values) for name, values in times.items()}
-
-
 def make_parameters(channels: int, device: str) -> list[Tensor]:
     """gamma, beta, tau and eps; one eps for all, since rms_norm has no more."""
     generator = torch.Generator(device).manual_seed(0)
@@ -201,13 +171,14 @@ def row(kernel: Kernel, shape: tuple[int, ...], layout: str, dtype: str, options
 
     first = tensor()
     size = 2 * first.numel() * first.element_size()
-    cache = torch.cuda.get_device_properties(0).L2_cache_size
     sets = [(first, torch.empty_like(first))]
-    sets += [(tensor(), torch.empty_like(first)) for _ in range(min(63, math.ceil(3 * cache / size)))]
+    sets += [(tensor(), torch.empty_like(first)) for _ in range(sets_past_the_cache(size) - 1)]
     parameters = make_parameters(shape[1], "cuda")
     ways = make_ways(kernel, first, parameters, options.variants, not options.no_compile)
     errors = check_ways(ways, first, parameters)
-    times = measure(ways, sets, options.rounds)
+    calls = {name: lambda given, way=way: way(*given) for name, way in ways.items()}
+    times = measure(calls, sets, size, options.rounds)
+    cache = torch.cuda.get_device_properties(0).L2_cache_size
     return {
         "shape": list(shape),
         "layout": layout,
@@ -236,7 +207,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=21)
     parser.add_argument("--variants", action="store_true", help="time each variant of our kernels too")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out, which takes longest")
-    parser.add_argument("--batches", type=int, nargs="+", default=BATCHES)
+    parser.add_argument("--sections", choices=("inference", "training"), nargs="+", default=["inference", "training"])
+    parser.add_argument(
+        "--batches", type=int, nargs="+", help=f"by default {BATCHES}, in training {gpu_training.BATCHES}"
+    )
     parser.add_argument("--dtypes", choices=DTYPES, nargs="+", default=list(DTYPES))
     parser.add_argument("--layouts", choices=("nchw", "nhwc"), nargs="+", default=["nchw", "nhwc"])
     options = parser.parse_args()
@@ -244,28 +218,49 @@ def main() -> None:
         sys.exit("benchmarks/gpu.py: torch finds no CUDA device")
     torch.backends.cudnn.benchmark = True
     properties = torch.cuda.get_device_properties(0)
-    architecture = f"{properties.major}{properties.minor}"
-    results: list[dict[str, Any]] = []
+    results: dict[str, Any] = {"device": describe(properties), "machine": machine.describe("torch")}
     with tempfile.TemporaryDirectory() as folder:
         try:
+            architecture = f"{properties.major}{properties.minor}"
             library = plugins.build(Path(folder), cuda=True, tensorrt=False, architectures=[architecture])
         except BackendError as error:
             sys.exit(f"benchmarks/gpu.py: {error}")
-        kernel = Kernel(library)
-        for batch in options.batches:
-            for shape in SHAPES:
-                for layout in options.layouts:
-                    for dtype in options.dtypes:
+        # A machine may be lent for less time than this takes: what there is is written after each row.
+        if "training" in options.sections:
+            _native.LIBRARY = _native._Library(library.with_name(plugins.TORCH_LIBRARY))
+            results["training"] = []
+            for shape, layout, dtype in rows(gpu_training, options):
+                how = {"rounds": options.rounds, "compiled": not options.no_compile}
+                results["training"].append(gpu_training.row(shape, layout, dtype, **how))
+                print(gpu_training.show(results["training"][-1]), flush=True)
+                options.out.write_text(json.dumps(results, indent=1))
+            torch._dynamo.reset()
+            results["training_host_microseconds"] = gpu_training.host_times(options.rounds, not options.no_compile)
+            options.out.write_text(json.dumps(results, indent=1))
+        if "inference" in options.sections:
+            kernel = Kernel(library)
+            results["rows"] = []
+            for shape, layout, dtype in rows(sys.modules[__name__], options):
+                with torch.no_grad():
+                    results["rows"].append(row(kernel, shape, layout, dtype, options))
+                print(show(results["rows"][-1]), flush=True)
+                options.out.write_text(json.dumps(results, indent=1))
+
+
+def rows(section: Any, options: argparse.Namespace) -> Iterator[tuple[tuple[int, ...], str, str]]:
+    """Shape, layout and dtype of each row of a section, with nothing left over from the one before."""
+    for batch in options.batches or section.BATCHES:
+        for shape in section.SHAPES:
+            for layout in options.layouts:
+                for dtype in options.dtypes:
+                    if dtype in section.DTYPES:
                         torch._dynamo.reset()
-                        with torch.no_grad():
-                            results.append(row(kernel, (batch, *shape), layout, dtype, options))
                         torch.cuda.empty_cache()
-                        print(show(results[-1]), flush=True)
-                        write(options.out, properties, results)  # a machine may be lent for less than this takes
+                        yield (batch, *shape), layout, dtype
 
 
-def write(out: Path, properties: Any, results: list[dict[str, Any]]) -> None:
-    device = {
+def describe(properties: Any) -> dict[str, object]:
+    return {
         "name": properties.name,
         "compute_capability": f"{properties.major}.{properties.minor}",
         "multiprocessors": properties.multi_processor_count,
@@ -274,7 +269,6 @@ def write(out: Path, properties: Any, results: list[dict[str, Any]]) -> None:
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),
     }
-    out.write_text(json.dumps({"device": device, "machine": machine.describe("torch"), "rows": results}, indent=1))
 
 
 if __name__ == "__main__":

@@ -2,15 +2,18 @@
 
 kernel = CudaKernel(library, "cuda")            # or emulated.build_kernels(folder), "cpu"
 y = kernel(x, gamma, beta, tau, eps, layout="nhwc", variant="registers")      # x is (N, C, D1..Dk); so is y
+dx, dgamma, dbeta, dtau, deps = kernel.backward(dy, x, rstd, gamma, beta, tau, layout="nhwc")
 
-Every call lays x out as the kernel takes it, between guard bytes that it looks at afterwards, and sees to it that the
-kernel has left its inputs alone. What a call leaves unwritten in y is found: y begins as NaN.
+Every call lays its tensors out as the kernel takes them, between guard bytes that it looks at afterwards, and sees to
+it that the kernel has left its inputs alone. What a call leaves unwritten is found: outputs begin as NaN.
 """
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping
+import itertools
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
 from math import prod
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +22,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from cases import NormCase, make_inputs, tolerance, want
+from frn_gradient import Gradients, away_from_ties, check_gradients, gradients, sizes
 from kernels import TYPES, Call, from_lanes, to_lanes
+from tolerances import Tolerance
 
 from deploynorm.contract import INPUTS
 
@@ -28,6 +33,7 @@ Array = npt.NDArray[Any]
 Layout = Literal["nchw", "nhwc", "nhwc8"]
 
 LAYOUTS: tuple[Layout, ...] = ("nchw", "nhwc", "nhwc8")
+BACKWARD_LAYOUTS: tuple[Layout, ...] = ("nchw", "nhwc")
 VARIANTS = ("packed", "registers", "two_passes", "split")
 
 # Where the kernels' code turns: a plane or row beside a multiple of a pack, a warp, a block, and what a block holds.
@@ -39,6 +45,39 @@ GUARD = 256
 
 INVALID_VALUE = 1
 """cudaErrorInvalidValue."""
+
+
+RSTD = {
+    "float32": Tolerance(1e-6, 0.0, "some 10 roundings by 2^-24, and a random walk's where many squares are added"),
+    "float64": Tolerance(4e-15, 0.0, "the same in float64"),
+}
+"""1 / sqrt(mean(x^2) + eps), by the type of the parameters."""
+
+SUMMED = {
+    "float32": Tolerance(1e-6, 1e-37, "relative to the terms' sizes: some 10 roundings by 2^-24, and a random walk's"),
+    "float64": Tolerance(4e-15, 0.0, "the same in float64"),
+}
+ROUNDED = {
+    "float32": Tolerance(0.0, 0.0, "computed in it"),
+    "float64": Tolerance(0.0, 0.0, "computed in it"),
+    "float16": Tolerance(2.0**-11, 2.0**-25, "one rounding to float16, whose smallest number is 2^-24"),
+    "bfloat16": Tolerance(2.0**-8, 2.0**-134, "one rounding to bfloat16"),
+}
+"""Of gradients: what their sums may be off by, by the type of the parameters, and the rounding of dx, by that of x."""
+
+
+class BackwardCall(ctypes.Structure):
+    """struct deploynorm_frn_backward."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("samples", "channels", "spatial", "lanes")),
+        ("type", ctypes.c_int32),
+        *((name, ctypes.c_void_p) for name in ("dy", "x", "rstd", "gamma", "beta", "tau")),
+        *((name, ctypes.c_void_p) for name in ("dx", "dgamma", "dbeta", "dtau", "deps")),
+    )
+
+
+_PASS = {Call: "frn", BackwardCall: "frn_backward"}
 
 
 class Guarded:
@@ -94,35 +133,50 @@ def from_layout(y: Array, layout: Layout, shape: tuple[int, ...]) -> Array:
 
 
 class CudaKernel:
-    """The library's kernels.
-
-    Attributes:
-        variants: All that there are.
-    """
+    """The library's kernels."""
 
     def __init__(self, library: Path, device: Literal["cpu", "cuda"]) -> None:
         self.device = device
         self._library = ctypes.CDLL(str(library))
+
+    @property
+    def variants(self) -> list[str]:
+        """All that there are."""
         names = self._library.deploynorm_cuda_variants
         names.restype = ctypes.POINTER(ctypes.c_char_p)
         found = names()
-        self.variants: list[str] = []
-        while found[len(self.variants)] is not None:
-            self.variants.append(found[len(self.variants)].decode())
-        self._frn = self._library.deploynorm_frn_cuda
-        self._frn.restype = ctypes.c_int
-        self._frn.argtypes = (ctypes.POINTER(Call), ctypes.c_void_p, ctypes.c_void_p, ctypes.c_char_p)
-        self._workspace = self._library.deploynorm_frn_cuda_workspace
-        self._workspace.restype = ctypes.c_size_t
-        self._workspace.argtypes = (ctypes.POINTER(Call),)
+        return [name.decode() for name in itertools.takewhile(lambda name: name is not None, found)]
 
-    def workspace_bytes(self, call: Call) -> int:
-        return int(self._workspace(ctypes.byref(call)))
+    def workspace_bytes(self, call: Call | BackwardCall) -> int:
+        function = getattr(self._library, f"deploynorm_{_PASS[type(call)]}_cuda_workspace")
+        function.restype = ctypes.c_size_t
+        return int(function(ctypes.byref(call)))
 
-    def call(self, call: Call, *, workspace: int | None = None, stream: int = 0, variant: str | None = None) -> int:
+    def call(
+        self,
+        call: Call | BackwardCall,
+        *,
+        workspace: int | None = None,
+        stream: int = 0,
+        variant: str | None = None,
+    ) -> int:
         """As it stands in frn.h; nothing is checked."""
-        name = None if variant is None else variant.encode()
-        return int(self._frn(ctypes.byref(call), workspace, stream, name))
+        function = getattr(self._library, f"deploynorm_{_PASS[type(call)]}_cuda")
+        function.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_char_p)
+        return int(function(ctypes.byref(call), workspace, stream, None if variant is None else variant.encode()))
+
+    def _run(self, call: Call | BackwardCall, workspace: bool, variant: str | None) -> bool:
+        """Whether the variant takes these sizes."""
+        scratch = Guarded(np.full(self.workspace_bytes(call), 0xFF, np.uint8), self.device)
+        pointer = scratch.pointer if workspace else None  # where no bytes are asked for, to what nobody may write
+        code = self.call(call, workspace=pointer, variant=variant)
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+        scratch.read()
+        if variant is not None and code == INVALID_VALUE:
+            return False
+        assert code == 0, f"CUDA error {code}"
+        return True
 
     def __call__(
         self,
@@ -134,6 +188,7 @@ class CudaKernel:
         *,
         layout: Layout = "nchw",
         in_place: bool = False,
+        rstd: Array | None = None,
         variant: str | None = None,
         workspace: bool = True,
         shifts: tuple[int, int] = (0, 0),
@@ -148,6 +203,7 @@ class CudaKernel:
             eps: See above.
             layout: Of x and y in memory.
             in_place: Whether y is written over x.
+            rstd: Written over with 1 / sqrt(mean(x^2) + eps), (N, C), for the backward pass.
             variant: None leaves it to the library.
             workspace: Whether the scratch memory is there that the library asks for.
             shifts: Elements by which x and y stand off the alignment of their allocations.
@@ -156,47 +212,182 @@ class CudaKernel:
         size = laid.itemsize
         source = Guarded(laid, self.device, shifts[0] * size)
         target = source if in_place else Guarded(np.full_like(laid, np.nan), self.device, shifts[1] * size)
+        statistics = None if rstd is None else Guarded(np.full_like(rstd, np.nan), self.device)
         parameters: Mapping[str, Guarded] = {
             name: Guarded(values, self.device)
             for name, values in (("gamma", gamma), ("beta", beta), ("tau", tau), ("eps", eps))
         }
         call = Call(
-            x.shape[0],
-            x.shape[1],
-            prod(x.shape[2:]),
-            1 if layout == "nchw" else laid.shape[3],
-            TYPES[x.dtype],
+            *_sizes(x, laid, layout),
             x=source.pointer,
             y=target.pointer,
+            rstd=None if statistics is None else statistics.pointer,
             **{name: guarded.pointer for name, guarded in parameters.items()},
         )
-        scratch = Guarded(np.full(self.workspace_bytes(call), 0xFF, np.uint8), self.device)
-        pointer = scratch.pointer if workspace else None  # where no bytes are asked for, to what nobody may write
-        code = self.call(call, workspace=pointer, variant=variant)
-        if self.device == "cuda":
-            torch.cuda.synchronize()
-        if variant is not None and code == INVALID_VALUE:
+        if not self._run(call, workspace, variant):
             target.check_unchanged("y, of a call that was refused,")
             return None
-        assert code == 0, f"CUDA error {code}"
         for name, guarded in parameters.items():
             guarded.check_unchanged(name)
         if not in_place:
             source.check_unchanged("x")
-        scratch.read()
+        if statistics is not None and rstd is not None:
+            rstd[...] = statistics.read()
         return from_layout(target.read(), layout, x.shape)
+
+    def backward(
+        self,
+        dy: Array,
+        x: Array,
+        rstd: Array,
+        gamma: Array,
+        beta: Array,
+        tau: Array,
+        *,
+        layout: Layout = "nchw",
+        in_place: bool = False,
+        variant: str | None = None,
+        shifts: tuple[int, int, int] = (0, 0, 0),
+    ) -> Gradients | None:
+        """The gradients; None where the variant does not take these sizes.
+
+        Args:
+            dy: (N, C, D1..Dk), as is x.
+            x: See above.
+            rstd: (N, C).
+            gamma: (C,), as are beta and tau.
+            beta: See above.
+            tau: See above.
+            layout: Of dy, x and dx in memory.
+            in_place: Whether dx is written over dy.
+            variant: None leaves it to the library.
+            shifts: Elements by which dy, x and dx stand off the alignment of their allocations.
+        """
+        tensors = [to_layout(dy, layout), to_layout(x, layout)]
+        tensors.append(np.full_like(tensors[0], np.nan))
+        names = ("dy", "x", "dx")
+        given = {
+            name: Guarded(tensor, self.device, shift * tensor.itemsize)
+            for name, tensor, shift in zip(names, tensors, shifts, strict=True)
+        }
+        given |= {
+            name: Guarded(each, self.device)
+            for name, each in (("rstd", rstd), ("gamma", gamma), ("beta", beta), ("tau", tau))
+        }
+        given |= {name: Guarded(np.full_like(gamma, np.nan), self.device) for name in Gradients._fields[1:]}
+        pointers = {name: guarded.pointer for name, guarded in given.items()}
+        if in_place:
+            pointers["dx"] = pointers["dy"]
+        taken = self._run(BackwardCall(*_sizes(x, tensors[1], layout), **pointers), True, variant)
+        written = ({"dy" if in_place else "dx", *Gradients._fields[1:]}) if taken else set()
+        for name, guarded in given.items():
+            if name not in written:
+                guarded.check_unchanged(name)
+        if not taken:
+            return None
+        dx = from_layout(given["dy" if in_place else "dx"].read(), layout, x.shape)
+        return Gradients(dx, *(given[name].read() for name in Gradients._fields[1:]))
+
+
+def _sizes(x: Array, laid: Array, layout: Layout) -> tuple[int, int, int, int, int]:
+    """samples, channels, spatial, lanes and type of x, which is laid out like this."""
+    lanes = 1 if layout == "nchw" else laid.shape[3]
+    return x.shape[0], x.shape[1], prod(x.shape[2:]), lanes, TYPES[x.dtype]
 
 
 def sized(dtype: str, samples: int, channels: int, spatial: int) -> NormCase:
     return NormCase(f"sized_{samples}x{channels}x{spatial}", (samples, channels, spatial), dtype, eps="per_channel")
 
 
-def check(kernel: CudaKernel, case: NormCase, **how: object) -> bool:
-    """Whether the variant takes these sizes; the numbers must be right if it does."""
+def make_rstd(case: NormCase) -> Array:
+    """What the forward pass gives to the backward pass, from float64."""
+    x, *_, eps = make_inputs(case).values()
+    wide = x.astype(np.float64).reshape(*x.shape[:2], prod(x.shape[2:]))
+    with np.errstate(over="ignore", invalid="ignore"):
+        rstd: Array = (1 / np.sqrt((wide * wide).sum(axis=2) / max(1, wide.shape[2]) + eps)).astype(eps.dtype)
+    return rstd
+
+
+def variants_to_check(case: NormCase) -> Sequence[str]:
+    """All; in the emulation, where a large plane takes seconds, of such a one in a single type."""
+    return VARIANTS if prod(case.shape) < 10**5 or case.dtype == "float32" else ()
+
+
+def check(kernel: CudaKernel, case: NormCase, *, statistics: bool = True, **how: object) -> bool:
+    """Whether the variant takes these sizes; the numbers must be right if it does.
+
+    Args:
+        kernel: What is checked.
+        case: The inputs.
+        statistics: Whether rstd is asked for, and checked too.
+        how: As CudaKernel takes it.
+    """
     inputs = make_inputs(case)
-    y = kernel(*(inputs[name] for name in INPUTS), **how)  # type: ignore[arg-type]
+    expected = make_rstd(case)
+    rstd = np.empty_like(expected) if statistics else None
+    y = kernel(*(inputs[name] for name in INPUTS), rstd=rstd, **how)  # type: ignore[arg-type]
     if y is None:
         return False
     assert y.dtype == inputs[INPUTS[0]].dtype
     np.testing.assert_allclose(y.astype(np.float64), want(case), **tolerance(case).kwargs())
+    if rstd is not None and y.size:
+        np.testing.assert_allclose(rstd, expected, **RSTD[expected.dtype.name].kwargs())
     return True
+
+
+def make_dy(case: NormCase) -> Array:
+    """A gradient by the output that does not depend on how y is rounded."""
+    x, *parameters = make_inputs(case).values()
+    dy = np.random.default_rng(1).standard_normal(x.shape).astype(x.dtype)
+    return away_from_ties(dy, x, *parameters)
+
+
+def check_backward(kernel: CudaKernel, case: NormCase, variants: Sequence[str | None] = (None,), **how: object) -> int:
+    """How many of the variants take these sizes; the gradients must be right of all that do."""
+    x, gamma, beta, tau, eps = make_inputs(case).values()
+    dy, rstd = make_dy(case), make_rstd(case)
+    expected = (dy, x, gamma, beta, tau, eps)
+    right, size = gradients(*expected), sizes(*expected)
+    taken = 0
+    for variant in variants:
+        got = kernel.backward(dy, x, rstd, gamma, beta, tau, variant=variant, **how)  # type: ignore[arg-type]
+        if got is not None:
+            taken += 1
+            check_gradients(got, right, size, SUMMED[gamma.dtype.name], ROUNDED[case.dtype])
+    return taken
+
+
+def normalised(x: Array, scale: Array, beta: Array) -> Array:
+    """scale * x + beta, (N, C, L) and (N, C) and (C,), by one rounding to the type of scale."""
+    terms = zip(x.reshape(-1, x.shape[2]).tolist(), scale.reshape(-1).tolist(), beta.tolist() * x.shape[0], strict=True)
+    rows = [[float(Fraction(v) * Fraction(s) + Fraction(b)) for v in row] for row, s, b in terms]
+    return np.array(rows).reshape(x.shape).astype(scale.dtype)
+
+
+def check_one_rounding(kernel: CudaKernel, dtype: str, **how: object) -> bool:
+    """Whether the variant takes these sizes; y must be what check_ties takes it for, to the bit, if it does."""
+    x, gamma, beta, tau, eps = make_inputs(NormCase("one_rounding", (2, 64, 49), dtype, tlu=False)).values()
+    rstd = np.empty(x.shape[:2], gamma.dtype)
+    y = kernel(x, gamma, beta, tau, eps, rstd=rstd, **how)  # type: ignore[arg-type]
+    if y is not None:
+        np.testing.assert_array_equal(y, normalised(x, gamma * rstd, beta).astype(x.dtype))
+    return y is not None
+
+
+def check_ties(kernel: CudaKernel, dtype: str, variants: Sequence[str | None] = (None,), **how: object) -> None:
+    """The backward pass has each element on the side of its threshold on which the forward pass had it, to the bit.
+
+    Each channel's threshold is the y of one of its elements, which gets the gradient then. All of dy is 1, so that the
+    gradients by beta and tau are counts.
+    """
+    case = NormCase("ties", (1, 64, 49), dtype)
+    x, gamma, beta, *_ = make_inputs(case).values()
+    rstd = make_rstd(case)
+    y = normalised(x, gamma * rstd, beta)[0]
+    tau = y[np.arange(64), np.random.default_rng(0).integers(0, 49, 64)]
+    reached = (y >= tau[:, None]).sum(axis=1)
+    for variant in variants:
+        got = kernel.backward(np.ones_like(x), x, rstd, gamma, beta, tau, variant=variant, **how)  # type: ignore[arg-type]
+        if got is not None:
+            np.testing.assert_array_equal(got.dbeta, reached, err_msg=f"{variant}")
+            np.testing.assert_array_equal(got.dtau, 49 - reached, err_msg=f"{variant}")

@@ -37,10 +37,30 @@ __device__ __forceinline__ void narrow(double value, double* to) { *to = value; 
 __device__ __forceinline__ void narrow(float value, __half* to) { *to = __float2half_rn(value); }
 __device__ __forceinline__ void narrow(float value, __nv_bfloat16* to) { *to = __float2bfloat16_rn(value); }
 
+// Two values by one instruction, the first in the lower half.
+template <typename Storage>
+__device__ __forceinline__ uint32_t narrow_pair(float low, float high) {
+  uint32_t bits;
+  if constexpr (std::is_same_v<Storage, __half>) {
+    const __half2 pair = __floats2half2_rn(low, high);
+    memcpy(&bits, &pair, sizeof bits);
+  } else {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+    memcpy(&bits, &pair, sizeof bits);
+  }
+  return bits;
+}
+
+// x normalised. Both passes compute it by this one rounding, from a scale that is one product of gamma and rstd: so the
+// backward pass finds each element on the side of its threshold on which the forward pass had it.
+__device__ __forceinline__ float normalised(float x, float scale, float beta) { return fmaf(x, scale, beta); }
+__device__ __forceinline__ double normalised(double x, double scale, double beta) { return fma(x, scale, beta); }
+
 // Neighbouring elements, read or written by one instruction where there are as many as 16 bytes hold. 16-bit elements
 // stay two to a register: alone, each would take a whole one.
 template <typename Storage, int kCount>
 struct Pack {
+  using Element = Storage;
   static constexpr int kElements = kCount;
   static constexpr bool kWhole = kCount * sizeof(Storage) == kPackBytes;
   static_assert(kWhole || kCount == 1, "16 bytes, or one element");
@@ -55,7 +75,16 @@ struct Pack {
     return pack;
   }
 
-  __device__ __forceinline__ void store(Storage* to) const { copy(reinterpret_cast<const Storage*>(words), to); }
+  // To global memory. The function is one instruction; of an assignment the compiler may make four of 4 bytes.
+  __device__ __forceinline__ void store(Storage* to) const {
+    if constexpr (kWhole) {
+      uint4 all;
+      memcpy(&all, words, sizeof all);
+      __stwb(reinterpret_cast<uint4*>(to), all);
+    } else {
+      *to = words[0];
+    }
+  }
 
   // Both begin at 16 bytes, where there are as many, or are in registers.
   static __device__ __forceinline__ void copy(const Storage* from, Storage* to) {
@@ -77,16 +106,26 @@ struct Pack {
     }
   }
 
-  __device__ __forceinline__ void set(int lane, Arithmetic<Storage> value) {
+  // Makes of each lane work(lane, what is in it).
+  template <typename Work>
+  __device__ __forceinline__ void transform(Work work) {
     if constexpr (kPairs) {
-      Storage element;
-      uint16_t bits;
-      narrow(value, &element);
-      memcpy(&bits, &element, sizeof bits);
-      const int shift = lane % 2 * 16;
-      words[lane / 2] = (words[lane / 2] & ~(0xffffu << shift)) | static_cast<uint32_t>(bits) << shift;
+#pragma unroll
+      for (int lane = 0; lane < kElements; lane += 2) {
+        words[lane / 2] = narrow_pair<Storage>(work(lane, get(lane)), work(lane + 1, get(lane + 1)));
+      }
     } else {
-      narrow(value, &words[lane]);
+#pragma unroll
+      for (int lane = 0; lane < kElements; ++lane) narrow(work(lane, get(lane)), &words[lane]);
+    }
+  }
+
+  // Makes a lane zero.
+  __device__ __forceinline__ void clear(int lane) {
+    if constexpr (kPairs) {
+      words[lane / 2] &= ~(0xffffu << (lane % 2 * 16));
+    } else {
+      narrow(Arithmetic<Storage>(0), &words[lane]);
     }
   }
 };

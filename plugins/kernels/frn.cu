@@ -15,74 +15,12 @@
 // two_passes  both    a group, read twice                it is larger, and there are groups for all multiprocessors
 // split       both    a part of a group, two launches    it is larger, there are few, and there is a workspace
 
-#include <string.h>
-
 #include "frn.cuh"
 #include "frn.h"
+#include "launch.cuh"
 
 namespace deploynorm {
 namespace {
-
-constexpr const char* kPacked = "packed";
-constexpr const char* kRegisters = "registers";
-constexpr const char* kTwoPasses = "two_passes";
-constexpr const char* kSplit = "split";
-constexpr const char* kVariants[] = {kPacked, kRegisters, kTwoPasses, kSplit, nullptr};
-
-constexpr int64_t kSmallPlane = 4096;       // bytes; at least four of them are packed
-constexpr int64_t kBlocksWanted = 1024;     // of a split: some for each multiprocessor of the largest devices
-constexpr int64_t kRowsOfAChunk = 64;       // at least, for each thread's worth of columns
-constexpr int64_t kWorthSplitting = 65536;  // bytes of a group
-
-int64_t divided_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
-
-// The power of two that is count or the next above.
-int bits_for(int64_t count) {
-  int bits = 0;
-  while ((int64_t{1} << bits) < count) ++bits;
-  return bits;
-}
-
-struct Device {
-  int multiprocessors = 0;
-  int max_grid = 0;
-
-  cudaError_t read() {
-    int device = 0;
-    if (const cudaError_t error = cudaGetDevice(&device)) return error;
-    if (const cudaError_t error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device)) {
-      return error;
-    }
-    return cudaDeviceGetAttribute(&max_grid, cudaDevAttrMaxGridDimX, device);
-  }
-};
-
-// A call with its sizes in the kernels' terms, and how it is cut.
-struct Plan {
-  const char* variant = nullptr;  // null: none takes these sizes
-  bool channels_last = false;
-  int pack = 1;  // elements of an access
-  int threads = 0;
-  int held = 0;  // packs that a thread holds, for registers
-  int column_bits = 0;
-  int64_t strips = 1;
-  int64_t groups = 0;
-  int64_t chunks = 1;
-};
-
-// Threads in whole warps.
-int whole_warps(int64_t threads, int most) {
-  return static_cast<int>(smaller(divided_up(larger(threads, 1), kWarp) * kWarp, most));
-}
-
-// How many planes, end to end, make up whole packs.
-int64_t planes_of_whole_packs(int64_t spatial, int64_t pack) {
-  int64_t count = 1;
-  while (count * spatial % pack != 0) count *= 2;
-  return count;
-}
 
 // For each capacity that registers is compiled for, whether `packs` of a group fit into a block's.
 bool hold(int64_t packs, int most_threads, int most_held, Plan* plan) {
@@ -99,18 +37,17 @@ void plan_planes(const deploynorm_frn& call, const Device& device, int64_t bytes
                  const char* wanted, Plan* plan) {
   const int64_t plane_bytes = call.spatial * bytes_of_one;
   const int whole = static_cast<int>(kPackBytes / bytes_of_one);
-  const bool fits_packed =
-      plane_bytes <= kSmallPlane && planes_of_whole_packs(call.spatial, whole) * plane_bytes <= kPackedBytes;
+  const bool fits_packed = fit_packed(call.spatial, bytes_of_one);
   plan->groups = call.samples * call.channels;
   // Packs begin at 16 bytes: of two tensors that stand off those differently, elements are read one by one.
   plan->pack = aligned ? whole : 1;
   const int64_t packs = divided_up(call.spatial, whole);
   const bool fits_registers = aligned && hold(packs, kMaxThreads, 8, plan);
-  const bool few = plan->groups < device.multiprocessors;
-  const char* best = fits_packed                                          ? kPacked
-                     : workspace && few && plane_bytes >= kWorthSplitting ? kSplit
-                     : fits_registers                                     ? kRegisters
-                                                                          : kTwoPasses;
+  const bool few = plan->groups < device.multiprocessors && plane_bytes >= kWorthSplitting;
+  const char* best = fits_packed && (!fits_registers || better_packed(call.spatial, whole)) ? kPacked
+                     : fits_registers                                                       ? kRegisters
+                     : workspace && few                                                     ? kSplit
+                                                                                            : kTwoPasses;
   const char* variant = wanted == nullptr ? best : wanted;
   if (variant == kPacked && !fits_packed) return;
   if (variant == kRegisters && !fits_registers) return;
@@ -118,10 +55,11 @@ void plan_planes(const deploynorm_frn& call, const Device& device, int64_t bytes
   plan->variant = variant;
   if (variant == kRegisters) {
     plan->threads = whole_warps(divided_up(packs, plan->held), kMaxThreads);
+    plan->teams = find_team(call.spatial, whole, &plan->team_bits);
   } else if (variant == kTwoPasses) {
     plan->threads = whole_warps(divided_up(call.spatial / plan->pack, kUnroll), kMaxThreads);
   } else if (variant == kSplit) {
-    plan->threads = 256;
+    plan->threads = kSplitThreads;
     const int64_t most = divided_up(call.spatial / plan->pack, int64_t{plan->threads} * kUnroll);
     plan->chunks = larger(1, smaller(divided_up(kBlocksWanted, plan->groups), most));
   }
@@ -160,20 +98,10 @@ void plan_strips(const deploynorm_frn& call, const Device& device, int64_t bytes
   } else if (variant == kTwoPasses) {
     plan->threads = whole_warps(divided_up(call.spatial, kUnroll) * width, kMaxStripThreads);
   } else {
-    plan->threads = 256;
+    plan->threads = kSplitThreads;
     const int64_t most = divided_up(call.spatial, larger(kRowsOfAChunk, kUnroll * plan->threads / width));
     plan->chunks = larger(1, smaller(divided_up(kBlocksWanted, plan->groups), most));
   }
-}
-
-template <typename... Parameters, typename... Arguments>
-cudaError_t launch(const Device& device, int64_t blocks, int threads, cudaStream_t stream,
-                   void (*kernel)(Parameters...), Arguments&&... arguments) {
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(smaller(blocks, device.max_grid)), 1, 1);
-  config.blockDim = dim3(static_cast<unsigned>(threads), 1, 1);
-  config.stream = stream;
-  return cudaLaunchKernelEx(&config, kernel, arguments...);
 }
 
 template <typename Storage, int kLanes, bool kChannelsLast>
@@ -189,6 +117,9 @@ cudaError_t launch_groups(const Plan& plan, const Device& device, const Problem<
     if (error != cudaSuccess) return error;
     return launch(device, problem.tiles, plan.threads, stream, frn_from_partial_sums<Storage, kLanes, kChannelsLast>,
                   problem);
+  }
+  if constexpr (!kChannelsLast && kLanes > 1) {
+    if (plan.teams) return launch_teams(plan, device, stream, frn_by_teams<Storage, kLanes>, problem);
   }
   // Planes are held in whole packs alone, strips in single elements too.
   if constexpr (kChannelsLast || kLanes > 1) {
@@ -211,20 +142,11 @@ cudaError_t launch_groups(const Plan& plan, const Device& device, const Problem<
 template <typename Storage>
 cudaError_t launch_packed(const Plan& plan, const Device& device, Problem<Storage> problem, cudaStream_t stream) {
   constexpr int kWhole = kPackElements<Storage>;
-  const int64_t capacity = kPackedBytes / sizeof(Storage) / problem.spatial;
-  // So many planes that the next tile begins at 16 bytes, and so few that every multiprocessor has some.
-  const int64_t multiple = planes_of_whole_packs(problem.spatial, kWhole);
-  const int64_t share = divided_up(plan.groups, int64_t{2} * device.multiprocessors);
-  int64_t count = smaller(capacity, share) / multiple * multiple;
-  if (count < multiple) count = multiple;
-  problem.tiles = divided_up(plan.groups, count);
-  // As many threads a plane as leave none of a block idle.
-  const int64_t most = smaller(larger(kPackedThreads / count, 1), smaller(problem.spatial, kWarp));
-  int team_bits = bits_for(most);
-  if ((int64_t{1} << team_bits) > most) --team_bits;
+  const PackedTiles packed(plan.groups, problem.spatial, kPackedBytes / sizeof(Storage), kWhole, device);
+  problem.tiles = packed.tiles;
   auto* kernel = plan.pack > 1 ? frn_packed<Storage, kWhole> : frn_packed<Storage, 1>;
-  return launch(device, problem.tiles, kPackedThreads, stream, kernel, problem, plan.groups, static_cast<int>(count),
-                team_bits);
+  return launch(device, problem.tiles, kPackedThreads, stream, kernel, problem, plan.groups, packed.planes,
+                packed.team_bits);
 }
 
 template <typename Storage>
@@ -243,20 +165,15 @@ cudaError_t run(const deploynorm_frn& call, void* workspace, cudaStream_t stream
 
   using A = Arithmetic<Storage>;
   Problem<Storage> problem = {};
+  static_cast<Cut&>(problem) = plan.cut(call.channels, call.spatial, call.lanes);
   problem.x = static_cast<const Storage*>(call.x);
   problem.y = static_cast<Storage*>(call.y);
   problem.gamma = static_cast<const A*>(call.gamma);
   problem.beta = static_cast<const A*>(call.beta);
   problem.tau = static_cast<const A*>(call.tau);
   problem.eps = static_cast<const A*>(call.eps);
+  problem.rstd = static_cast<A*>(call.rstd);
   problem.partials = static_cast<A*>(workspace);
-  problem.channels = call.channels;
-  problem.spatial = call.spatial;
-  problem.pitch = call.lanes;
-  problem.tiles = plan.groups * plan.chunks;
-  problem.chunks = plan.chunks;
-  problem.strips = static_cast<int>(plan.strips);
-  problem.column_bits = plan.column_bits;
   if (plan.variant == kPacked) {
     if (!whole) plan.pack = 1;
     return launch_packed(plan, device, problem, stream);
@@ -268,20 +185,6 @@ cudaError_t run(const deploynorm_frn& call, void* workspace, cudaStream_t stream
   }
   return plan.pack > 1 ? launch_groups<Storage, kWhole, false>(plan, device, problem, stream)
                        : launch_groups<Storage, 1, false>(plan, device, problem, stream);
-}
-
-int64_t bytes_of(int32_t type) {
-  switch (type) {
-    case DEPLOYNORM_FLOAT32:
-      return 4;
-    case DEPLOYNORM_FLOAT64:
-      return 8;
-    case DEPLOYNORM_FLOAT16:
-    case DEPLOYNORM_BFLOAT16:
-      return 2;
-    default:
-      return 0;
-  }
 }
 
 }  // namespace
@@ -305,11 +208,8 @@ size_t deploynorm_frn_cuda_workspace(const struct deploynorm_frn* call) {
 int deploynorm_frn_cuda(const struct deploynorm_frn* call, void* workspace, void* stream, const char* variant) {
   using namespace deploynorm;
   const char* wanted = nullptr;
-  for (const char* const* name = kVariants; variant != nullptr && *name != nullptr; ++name) {
-    if (strcmp(variant, *name) == 0) wanted = *name;
-  }
   const bool layout = call->lanes == 1 || call->lanes >= call->channels;
-  if ((variant != nullptr && wanted == nullptr) || !layout || call->residual != nullptr || bytes_of(call->type) == 0) {
+  if (!find_variant(variant, &wanted) || !layout || call->residual != nullptr || bytes_of(call->type) == 0) {
     return cudaErrorInvalidValue;
   }
   if (call->samples <= 0 || call->channels <= 0 || call->spatial <= 0) return cudaSuccess;

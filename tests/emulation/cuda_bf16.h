@@ -25,4 +25,12 @@ inline __nv_bfloat16 __float2bfloat16_rn(float value) {
   return {static_cast<unsigned short>(rounded >> 16)};
 }
 
+struct __nv_bfloat162 {
+  __nv_bfloat16 x, y;
+};
+
+inline __nv_bfloat162 __floats2bfloat162_rn(float x, float y) {
+  return {__float2bfloat16_rn(x), __float2bfloat16_rn(y)};
+}
+
 #endif  // DEPLOYNORM_EMULATION_CUDA_BF16_H_

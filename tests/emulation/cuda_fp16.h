@@ -22,4 +22,10 @@ inline __half __float2half_rn(float value) {
   return half;
 }
 
+struct __half2 {
+  __half x, y;
+};
+
+inline __half2 __floats2half2_rn(float x, float y) { return {__float2half_rn(x), __float2half_rn(y)}; }
+
 #endif  // DEPLOYNORM_EMULATION_CUDA_FP16_H_

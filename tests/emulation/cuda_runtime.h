@@ -26,6 +26,8 @@ struct uint4 {
   uint32_t x, y, z, w;
 } __align__(16);
 
+inline void __stwb(uint4* to, uint4 value) { *to = value; }
+
 struct dim3 {
   unsigned x, y, z;
   constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}

@@ -11,6 +11,7 @@ import torch
 from cuda_kernels import CudaKernel
 
 from deploynorm import plugins
+from deploynorm.layers import _native
 
 # Without a GPU nothing here is collected (tests/conftest.py says so at the top of a run), unless one is required.
 if not torch.cuda.is_available() and "gpu" not in os.environ.get("DEPLOYNORM_REQUIRE", "").split(","):
@@ -34,5 +35,18 @@ def library(architecture: str, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 @pytest.fixture(scope="session")
-def kernel(library: Path) -> CudaKernel:
-    return CudaKernel(library, "cuda")
+def training_library(library: Path) -> Path:
+    """The kernels for training, which are those of both passes."""
+    return library.with_name(plugins.TORCH_LIBRARY)
+
+
+@pytest.fixture(scope="session")
+def kernel(training_library: Path) -> CudaKernel:
+    return CudaKernel(training_library, "cuda")
+
+
+@pytest.fixture
+def native(training_library: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The layers run on the library that was built for this test run."""
+    monkeypatch.setattr(_native, "LIBRARY", _native._Library(training_library))
+    assert _native.available(torch.device("cuda"))

@@ -1,6 +1,6 @@
-// Runs every variant of the CUDA kernel in every layout and type on sizes around its turns, and stops at the first
-// error of CUDA. What it computes is checked elsewhere: this is for compute-sanitizer to look at, and it also compiles
-// for the emulation.
+// Runs every variant of the CUDA kernels, forward and backward, in every layout and type on sizes around their turns,
+// and stops at the first error of CUDA. What it computes is checked elsewhere: this is for compute-sanitizer to look
+// at, and it also compiles for the emulation.
 
 #include <cuda_runtime.h>
 #include <stdio.h>
@@ -24,39 +24,67 @@ void* device_bytes(size_t bytes, int value) {
   return memory;
 }
 
-int runs = 0;
+int runs = 0, backward_runs = 0;
+
+// Whether the variant takes these sizes.
+bool finish(int error, const char* variant) {
+  if (error == cudaErrorInvalidValue) return false;
+  check(error, variant);
+  check(cudaDeviceSynchronize(), variant);
+  return true;
+}
 
 void run(int64_t samples, int64_t channels, int64_t spatial, int64_t lanes, int type, const char* variant) {
   const size_t sizes[] = {4, 8, 2, 2};
-  const size_t elements = static_cast<size_t>(samples * spatial * (lanes == 1 ? channels : lanes));
+  const size_t elements = static_cast<size_t>(samples * spatial * (lanes == 1 ? channels : lanes)) * sizes[type];
   const size_t parameter = static_cast<size_t>(channels) * (type == DEPLOYNORM_FLOAT64 ? 8 : 4);
+  void *given[6], *written[6];
+  for (void*& each : given) each = device_bytes(&each < given + 2 ? elements : parameter, 0x3c);  // small and positive
+  for (void*& each : written) each = device_bytes(&each < written + 2 ? elements : parameter, 0xff);
+  void* const rstd = device_bytes(static_cast<size_t>(samples) * parameter, 0xff);
+
   deploynorm_frn call = {};
   call.samples = samples;
   call.channels = channels;
   call.spatial = spatial;
   call.lanes = lanes;
   call.type = type;
-  void* const x = device_bytes(elements * sizes[type], 0x3c);  // small positive numbers in every type
-  void* const y = device_bytes(elements * sizes[type], 0xff);
-  void* parameters[4];
-  for (void*& each : parameters) each = device_bytes(parameter, 0x3c);
-  call.x = x;
-  call.y = y;
-  call.gamma = parameters[0];
-  call.beta = parameters[1];
-  call.tau = parameters[2];
-  call.eps = parameters[3];
+  call.x = given[0];
+  call.y = written[0];
+  call.gamma = given[2];
+  call.beta = given[3];
+  call.tau = given[4];
+  call.eps = given[5];
+  call.rstd = rstd;
   const size_t bytes = deploynorm_frn_cuda_workspace(&call);
   void* const workspace = bytes == 0 ? nullptr : device_bytes(bytes, 0xff);
-  const int error = deploynorm_frn_cuda(&call, workspace, nullptr, variant);
-  if (error != cudaErrorInvalidValue) {
-    check(error, variant);
-    check(cudaDeviceSynchronize(), variant);
-    ++runs;
-  }
-  for (void* each : {x, y, parameters[0], parameters[1], parameters[2], parameters[3], workspace}) {
-    check(cudaFree(each), "cudaFree");
-  }
+  const bool taken = finish(deploynorm_frn_cuda(&call, workspace, nullptr, variant), variant);
+  runs += taken;
+  if (!taken) finish(deploynorm_frn_cuda(&call, workspace, nullptr, nullptr), "forward");  // rstd is wanted below
+
+  deploynorm_frn_backward back = {};
+  back.samples = samples;
+  back.channels = channels;
+  back.spatial = spatial;
+  back.lanes = lanes;
+  back.type = type;
+  back.dy = given[1];
+  back.x = given[0];
+  back.rstd = rstd;
+  back.gamma = given[2];
+  back.beta = given[3];
+  back.tau = given[4];
+  back.dx = written[1];
+  back.dgamma = written[2];
+  back.dbeta = written[3];
+  back.dtau = written[4];
+  back.deps = written[5];
+  void* const sums = device_bytes(deploynorm_frn_backward_cuda_workspace(&back), 0xff);
+  backward_runs += finish(deploynorm_frn_backward_cuda(&back, sums, nullptr, variant), variant);
+
+  for (void* each : given) check(cudaFree(each), "cudaFree");
+  for (void* each : written) check(cudaFree(each), "cudaFree");
+  for (void* each : {rstd, workspace, sums}) check(cudaFree(each), "cudaFree");
 }
 
 }  // namespace
@@ -73,6 +101,6 @@ int main() {
     }
     run(1, 2, 40000, 1, DEPLOYNORM_FLOAT16, *variant);
   }
-  printf("%d runs\n", runs);
-  return runs > 200 ? 0 : 1;
+  printf("%d runs forward, %d backward\n", runs, backward_runs);
+  return runs > 200 && backward_runs > 150 ? 0 : 1;
 }

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 from cases import CASES, NormCase
-from cuda_kernels import CHANNELS, LAYOUTS, SPATIAL, VARIANTS, CudaKernel, Layout, check, sized
+from cuda_kernels import CHANNELS, LAYOUTS, SPATIAL, VARIANTS, CudaKernel, Layout, check, check_one_rounding, sized
+from emulated import KERNEL_SOURCES
 from kernels import Call
 from tolerances import OP_FLOAT16
 
@@ -26,8 +27,14 @@ from deploynorm.layers.functional import filter_response_norm
 def test_numbers(case: NormCase, layout: Layout, kernel: CudaKernel) -> None:
     for variant in (None, *VARIANTS):
         check(kernel, case, layout=layout, variant=variant)
-    assert check(kernel, case, layout=layout, in_place=True)
-    assert check(kernel, case, layout=layout, workspace=False)
+    assert check(kernel, case, layout=layout, statistics=False, in_place=True)
+    assert check(kernel, case, layout=layout, statistics=False, workspace=False)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_y_is_rounded_once_behind_its_scale(dtype: str, kernel: CudaKernel) -> None:
+    for layout, variant in itertools.product(LAYOUTS, VARIANTS):
+        check_one_rounding(kernel, dtype, layout=layout, variant=variant)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -158,9 +165,9 @@ def test_compute_sanitizer_finds_nothing(
     if not os.access(sanitizer, os.X_OK):
         pytest.skip("compute-sanitizer is not installed")
     program = tmp_path / "every_variant"
-    sources = [str(Path(__file__).parent / "every_variant.cu"), str(plugins.source_folder() / "kernels" / "frn.cu")]
-    options = ["-std=c++17", "-O2", "-lineinfo", f"-arch=sm_{architecture}"]
-    options += ["-I", str(plugins.source_folder() / "kernels")]
+    kernels = plugins.source_folder() / "kernels"
+    sources = [str(Path(__file__).parent / "every_variant.cu"), *(str(kernels / name) for name in KERNEL_SOURCES)]
+    options = ["-std=c++17", "-O2", "-lineinfo", f"-arch=sm_{architecture}", "-I", str(kernels)]
     subprocess.run([str(plugins.find_cuda().nvcc), *options, *sources, "-o", str(program)], check=True)
     plain = subprocess.run([str(program)], capture_output=True, text=True)
     assert plain.returncode == 0, plain.stdout + plain.stderr

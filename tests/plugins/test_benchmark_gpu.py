@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
-from emulated import build_kernels
+from kernels import Call
 
 from deploynorm import plugins
 
@@ -32,11 +31,9 @@ def benchmark() -> ModuleType:
 
 
 @pytest.fixture(scope="module")
-def kernel(benchmark: ModuleType, require: Callable[[str], None], tmp_path_factory: pytest.TempPathFactory) -> object:
-    require("compiler")
-    library = build_kernels(tmp_path_factory.mktemp("emulated"))
-    assert plugins.cuda_variants(library)
-    return benchmark.Kernel(library)
+def kernel(benchmark: ModuleType, emulated_library: Path) -> object:
+    assert plugins.cuda_variants(emulated_library)
+    return benchmark.Kernel(emulated_library)
 
 
 @pytest.mark.parametrize("layout", ["nchw", "nhwc"])
@@ -59,6 +56,53 @@ def test_a_wrong_way_is_found(benchmark: ModuleType) -> None:
         benchmark.check_ways({"broken": lambda x, y: y.copy_(x)}, x, parameters)
     with pytest.raises(SystemExit, match="lazy is wrong"):
         benchmark.check_ways({"lazy": lambda x, y: None}, x, parameters)
+
+
+def test_its_structure_is_that_of_the_kernel(benchmark: ModuleType) -> None:
+    assert benchmark.Call._fields_ == Call._fields_
+
+
+@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_all_steps_of_training_compute_the_same(benchmark: ModuleType, dtype: str, layout: str) -> None:
+    training = benchmark.gpu_training
+    form = torch.channels_last if layout == "nhwc" else torch.contiguous_format
+    x, dy = (torch.randn(2, 16, 20, 20).to(training.DTYPES[dtype]).contiguous(memory_format=form) for _ in range(2))
+    x.requires_grad_()
+    steps = training.make_steps(x, False)
+    assert set(steps) == {"ours", "composition", "batch_norm, relu", "relu"}
+    for step in steps.values():
+        y, dx, *_ = step((x, dy))
+        assert y.shape == dx.shape == x.shape
+    errors = training.check_steps(steps, (x, dy))
+    assert set(errors) == {"ours", "composition"}
+    assert max(errors.values()) > 0
+
+
+def test_ours_keeps_half_of_what_batch_normalisation_keeps(benchmark: ModuleType) -> None:
+    training = benchmark.gpu_training
+    x = torch.randn(2, 16, 20, 20).requires_grad_()
+    kept = {name: training.saved_bytes(step, x) for name, step in training.make_steps(x, False).items()}
+    assert x.nbytes <= kept["ours"] < 1.02 * x.nbytes
+    assert 2 * x.nbytes <= kept["batch_norm, relu"] < 2.02 * x.nbytes
+    assert kept["composition"] > 2 * x.nbytes
+    assert kept["relu"] == x.nbytes
+
+
+@pytest.mark.parametrize("name", ["y", "dx", "dgamma", "dbeta", "dtau"])
+def test_a_wrong_step_is_found(benchmark: ModuleType, name: str) -> None:
+    training = benchmark.gpu_training
+    x, dy = torch.randn(2, 2, 16, 20, 20).unbind()
+    x.requires_grad_()
+    steps = training.make_steps(x, False)
+
+    def broken(given: tuple[torch.Tensor, torch.Tensor]) -> list[torch.Tensor]:
+        results = list(steps["ours"](given))
+        results[("y", "dx", "dgamma", "dbeta", "dtau").index(name)] *= 1.01
+        return results
+
+    with pytest.raises(SystemExit, match=r"broken is wrong for .* in training"):
+        training.check_steps(steps | {"broken": broken}, (x, dy))
 
 
 def test_without_a_gpu_it_says_so(benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

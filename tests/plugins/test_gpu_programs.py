@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from emulated import build_host, compile_for_the_cpu
+from emulated import KERNEL_SOURCES, build_host, compile_for_the_cpu
 
 from deploynorm import plugins
 
@@ -24,10 +24,11 @@ def nvcc(require: Callable[[str], None]) -> str:
 
 def test_every_variant_runs_on_the_emulation(require: Callable[[str], None], tmp_path: Path) -> None:
     require("compiler")
-    program = compile_for_the_cpu(tmp_path / "every_variant", EVERY_VARIANT, KERNELS / "frn.cu", f"-I{KERNELS}")
+    kernels = [KERNELS / name for name in KERNEL_SOURCES]
+    program = compile_for_the_cpu(tmp_path / "every_variant", EVERY_VARIANT, *kernels, f"-I{KERNELS}")
     done = subprocess.run([str(program)], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.endswith(" runs\n")
+    assert done.stdout.endswith(" backward\n")
 
 
 def test_every_variant_compiles_for_a_gpu(nvcc: str, tmp_path: Path) -> None:
