@@ -138,7 +138,5 @@ def test_this_machine(deploynorm: Callable, tmp_path: Path) -> None:
     assert content["ok"] is ("broken" not in levels)
     assert sys.executable in told.out
     assert [each["name"] for each in content["facts"]["libraries"]] == [
-        name
-        for name in plugins.LIBRARIES
-        if plugins.find_library(name)
+        name for name in plugins.LIBRARIES if plugins.find_library(name)
     ]
