@@ -205,7 +205,7 @@ def _reasons(network: nn.Module, to_frn: SwapReport, to_mabn: SwapReport) -> lis
     kinds = {path: type(layer).__name__ for path, layer in network.named_modules()}
     told: Counter[str] = Counter()
     for change in to_frn.with_outcome("partly"):
-        told[change.detail.replace("the ReLU behind it stays", "ReLU")] += 1
+        told[change.detail.replace("the ReLU behind it stays", "ReLU").partition("; maps of one value")[0]] += 1
     for change in to_mabn.changes:
         if change.became.startswith("MABN") and change.outcome == "partly":
             sources = change.detail.partition(": it ")[2].partition(", which")[0]

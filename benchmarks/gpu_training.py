@@ -85,7 +85,14 @@ def make_steps(x: Tensor, compiled: bool) -> dict[str, Step]:
     if compiled:
         for name, layer in (("composition", formula), ("batch_norm, relu", batch_norm)):
             fused: Callable[[Tensor], Tensor] = torch.compile(layer, fullgraph=True, dynamic=False)
-            steps[f"{name}, compiled"] = Step(fused, steps[name].parameters)
+            step = Step(fused, steps[name].parameters)
+            try:
+                step((x, torch.ones_like(x)))
+            except RuntimeError as error:  # inductor has shapes that it cannot compile (torch 2.11)
+                reason = str(error).strip().partition("\n")[0]
+                print(f"{name} cannot be compiled for {tuple(x.shape)} {x.dtype}: {reason}")
+                continue
+            steps[f"{name}, compiled"] = step
     return steps
 
 

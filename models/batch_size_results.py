@@ -119,6 +119,10 @@ def spread(rows: Sequence[Row], column: str, seeds: int) -> str:
     return text if len(values) == seeds else f"{text}, {len(values)} of {seeds} seeds"
 
 
+def mean_loss(rows: Sequence[Row]) -> str:
+    return f"{statistics.fmean(float(row['train_loss']) for row in rows):.3f}" if rows else ""
+
+
 def table(rows: Sequence[Row]) -> str:
     """The rows of a study as Markdown: the lines of a table alone."""
     seeds = len({row["seed"] for row in rows})
@@ -133,8 +137,7 @@ def table(rows: Sequence[Row]) -> str:
                 parts = [select(rows, norm=norm, norm_batch=batch, groups=groups) for groups in GROUPS]
                 if any(row[column] for part in parts for row in part):
                     accuracies = [spread(part, column, seeds) for part in parts]
-                    losses = [f"{statistics.fmean(float(row['train_loss']) for row in part):.3f}" for part in parts]
-                    lines.append(f"| {' | '.join([title, batch, *accuracies, *losses])} |")
+                    lines.append(f"| {' | '.join([title, batch, *accuracies, *map(mean_loss, parts)])} |")
     return "\n".join(lines) + "\n"
 
 

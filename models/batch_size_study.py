@@ -83,7 +83,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--epochs", type=at_least(1), default=5, help="times that every image is seen (default: 5)")
     add("--lr", type=number("above 0", lambda x: x > 0), default=0.1, help="peak learning rate (default: 0.1)")
     add("--depth", type=at_least(1), default=1, help="blocks of each of the three stages (default: 1)")
-    add("--width", type=at_least(2), default=16, help="channels of the first stage (default: 16)")
+    add("--width", type=int, choices=[8, 16, 32, 64], default=16, help="channels of the first stage (default: 16)")
 
     add = parser.add_argument_group("how it is computed").add_argument
     add("--threads", type=at_least(1), default=1, help="CPU threads of each run (default: 1)")
@@ -182,7 +182,10 @@ def about(settings: Settings, rows: Sequence[Row]) -> str:
 def study(options: argparse.Namespace) -> None:
     """Makes the runs that are missing, and writes what all runs say."""
     images = data.load(options.data)
-    pool = options.pool or (2 if max(images.train_images.shape[2:]) > 16 else 1)
+    sides = images.train_images.shape[2:]
+    pool = options.pool or (2 if max(sides) > 16 else 1)
+    if pool > min(sides):
+        raise InputError("--pool", "it is larger than the images", got=pool, expected=f"at most {min(sides)}")
     count = min(options.images, len(images.train_images))
     settings = Settings(images.name, count, pool, options.epochs, options.lr, options.depth, options.width)
     output: Path = options.output

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.swa_utils import update_bn
 
 from . import frn_resnet, mabn_resnet
 from .data import ImageData
@@ -209,5 +210,5 @@ def with_population_statistics(model: nn.Module, data: Pixels) -> nn.Module:
     for module in model.modules():
         if isinstance(module, GroupedBatchNorm2d):
             module.group = 500
-    torch.optim.swa_utils.update_bn(torch.split(data.train_images[:4000], 500), model)
+    update_bn(torch.split(data.train_images[:4000], 500), model)
     return model

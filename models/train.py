@@ -10,7 +10,8 @@ folder receives last.pt and log.csv after each epoch, events for TensorBoard, an
 
 The learning rate is a function of the step, and all randomness one of seed, epoch, step and process. So weights,
 averages and the optimiser's state are all that a step depends on: Ctrl-C saves them after the step that it finds, and
-the same command with --resume goes on from there and gives, on a CPU, the weights of a run never stopped, to the bit.
+the same command with --resume goes on from there and gives, on a CPU, the weights of a run never stopped, to the bit
+(DistributedDataParallel adds up the gradients of more than two processes in another order in the first step).
 
 To train something else, start with a copy of this file: `Training.step` and `Training.train_epoch` are the loop.
 """

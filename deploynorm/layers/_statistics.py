@@ -100,9 +100,9 @@ def average(history: Tensor, window: Tensor) -> Tensor:
     the paper's simple moving average over window/N iterations. window is (); 0 for the current iteration alone.
     """
     # In integers: of floating point, CUDA has no cumulative sum that is the same in every run.
-    recent = torch.cumsum(history[:, -1], 0, dtype=torch.int64) <= window
+    recent = torch.cumsum(history[:, -1:], 0, dtype=torch.int64) <= window
     recent[:1].fill_(True)
-    total = (history * recent[:, None]).sum(0)
+    total = (history * recent).sum(0)
     return total[:-1] / total[-1]
 
 

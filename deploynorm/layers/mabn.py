@@ -203,8 +203,8 @@ class _MABN(FullPrecisionBuffers):
 
     def _step(self, x: Tensor, again: bool) -> Used:
         """Measures the batch, and moves the statistics on unless it was measured before; again: it may come again."""
-        dtype = self.running_var.dtype
-        row = statistics.row(statistics.second_moment_sum(x, torch.promote_types(x.dtype, dtype)).to(dtype), x)
+        R, tracked = self.running_var, self.num_batches_tracked
+        row = statistics.row(statistics.second_moment_sum(x, torch.promote_types(x.dtype, R.dtype)).to(R.dtype), x)
         row = statistics.over_all_ranks(row, self.process_group)
         if recomputing():
             return recalled(row, self.recent_passes, self.passes)
@@ -212,30 +212,28 @@ class _MABN(FullPrecisionBuffers):
         largest = row.amax()  # no value is negative, and the number of samples is among them
         finite = largest < torch.inf
         kept = finite & (largest > 0)
-        iteration = self.num_batches_tracked + kept
+        iteration = tracked + kept
         window = (iteration > self.warmup) * self.moving_batch_size
         history = statistics.shifted(self.recent_x2, row)
         # A batch that is left out is normalised by what evaluation uses.
-        second_moment = torch.where(kept, statistics.average(history, window), self.running_var)
-        r = ((second_moment + self.eps) / (self.running_var + self.eps)).sqrt()
-        r = r.clamp(1 / self.max_renorm, self.max_renorm)
-        r = torch.where(iteration > max(self.warmup, self.renorm_start), r, 1.0)
+        second_moment = torch.where(kept, statistics.average(history, window), R)
+        r = ((second_moment + self.eps) / (R + self.eps)).sqrt_().clamp_(1 / self.max_renorm, self.max_renorm)
+        r.masked_fill_(iteration <= max(self.warmup, self.renorm_start), 1)
         used = Used(second_moment, r, window, kept)
 
         first_run = None
         if torch.compiler.is_compiling():
             used, first_run = settled(row, used, self.recent_passes, self.passes)
             kept, finite = kept & first_run, finite | ~first_run
-            second_moment = torch.where(first_run, second_moment, self.running_var)
+            second_moment = torch.where(first_run, second_moment, R)
         if again:
             note(row, used, self.recent_passes, self.passes, first_run)
 
-        moved = self.running_var.lerp(second_moment, self.momentum)
         # The first batch sets the average: started from 1 it would be far off for hundreds of steps.
-        self.running_var.copy_(torch.where(self.num_batches_tracked == 0, second_moment, moved))
-        self.num_batches_tracked.add_(kept)
+        torch.where(tracked == 0, second_moment, R.lerp(second_moment, self.momentum), out=R)
+        torch.where(kept, history, self.recent_x2, out=self.recent_x2)
+        tracked.add_(kept)
         self.skipped_batches.add_(~finite)
-        self.recent_x2.copy_(torch.where(kept, history, self.recent_x2))
         return used
 
     def _average_psi(self, z_grad_z: Tensor, x: Tensor, history: Tensor, window: Tensor, kept: Tensor) -> Tensor:
@@ -250,7 +248,7 @@ class _MABN(FullPrecisionBuffers):
         # Of a batch that the forward pass left out, the gradient is left out as well.
         kept = kept & (torch.linalg.vector_norm(row, torch.inf) < torch.inf)
         newest = statistics.shifted(history, row)
-        history.copy_(torch.where(kept, newest, history))
+        torch.where(kept, newest, history, out=history)
         psi = torch.where(kept, statistics.average(newest, window), 0.0)
         return psi if units is None else psi * units
 

@@ -23,7 +23,6 @@ __all__ = [
     "Memo",
     "carried_over",
     "centred",
-    "centred_kind",
     "has_hooks",
     "has_own_activation",
     "is_norm",
@@ -123,19 +122,9 @@ def carried_over(norm: BatchNorm, new: nn.Module, memo: Memo) -> nn.Module:
     return new.train(norm.training)
 
 
-def centred_kind(conv: nn.Module) -> type[nn.Module] | None:
-    """The CenConv class that computes what the layer does, but for the centring; None where there is none."""
-    for plain, kind in CENTRED.items():
-        own = ("forward", "_conv_forward")
-        if isinstance(conv, plain) and all(getattr(type(conv), n, None) is getattr(plain, n, None) for n in own):
-            return kind
-    return None
-
-
 def centred(conv: nn.modules.conv._ConvNd, memo: Memo) -> nn.Module:
     """The CenConv layer of the same arguments and weights."""
-    kind = centred_kind(conv)
-    assert kind is not None
+    kind = CENTRED[type(conv)]
     new = kind.__new__(kind)
     # Every argument of a convolution is an attribute, so the new layer is this one in all but class.
     new.__dict__.update(copy.deepcopy(conv.__dict__, memo))

@@ -17,7 +17,6 @@ from deploynorm.layers.swap.layers import (
     Memo,
     carried_over,
     centred,
-    centred_kind,
     has_hooks,
     like,
 )
@@ -86,9 +85,7 @@ def plan_mabn(network: Network) -> Iterator[Plan]:
 
 def _plan_conv(conv: nn.Module, path: str, detail: str) -> Plan:
     assert isinstance(conv, nn.modules.conv._ConvNd)
-    kind = centred_kind(conv)
-    assert kind is not None
-    change = Change(path, type(conv).__name__, "swapped", kind.__name__, detail)
+    change = Change(path, type(conv).__name__, "swapped", CENTRED[type(conv)].__name__, detail)
     return Plan(change, lambda memo: centred(conv, memo))
 
 
@@ -169,9 +166,9 @@ def _unfit(conv: nn.Module, seen: nn.Module, traces: Iterable[Trace]) -> str:
         return "it has hooks"
     if parametrize.is_parametrized(conv):
         return "its weight is parametrized"
-    if centred_kind(conv) is None:
-        known = isinstance(conv, tuple(CENTRED))
-        return f"a {name} with a forward of its own" if known else f"there is no centred {name}"
+    if type(conv) not in CENTRED:
+        parent = next((kind.__name__ for kind in CENTRED if isinstance(conv, kind)), None)
+        return f"a {name} may do more than a {parent}" if parent else f"there is no centred {name}"
     assert isinstance(conv, nn.modules.conv._ConvNd)
     readers = [reader for trace in traces if (reader := trace.strange_reader(seen)) is not None]
     if readers:
