@@ -11,11 +11,13 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Any, Literal
 
 import ml_dtypes
 import numpy as np
 import torch
+from frn_gradient import away_from_ties
 from tolerances import FLOAT64, OP_BFLOAT16, OP_FLOAT16, OP_FLOAT32, Tolerance
 
 from deploynorm import reference
@@ -292,3 +294,21 @@ ERRORS = (
         "^CenConvTranspose2d: a fan-in of 1",
     ),
 )
+
+
+def make_dy(case: NormCase) -> np.ndarray[Any, Any]:
+    """A gradient by the output that does not depend on how y is rounded."""
+    x, *parameters = make_inputs(case).values()
+    dy = np.random.default_rng(1).standard_normal(x.shape).astype(x.dtype)
+    return away_from_ties(dy, x, *parameters)
+
+
+def make_rstd(case: NormCase) -> np.ndarray[Any, Any]:
+    """What the forward pass gives to the backward pass, from float64."""
+    x, *_, eps = make_inputs(case).values()
+    wide = x.astype(np.float64).reshape(*x.shape[:2], prod(x.shape[2:]))
+    with np.errstate(over="ignore", invalid="ignore"):
+        rstd: np.ndarray[Any, Any] = (1 / np.sqrt((wide * wide).sum(axis=2) / max(1, wide.shape[2]) + eps)).astype(
+            eps.dtype
+        )
+    return rstd

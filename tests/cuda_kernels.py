@@ -21,10 +21,10 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 import torch
-from cases import NormCase, make_inputs, tolerance, want
-from frn_gradient import Gradients, away_from_ties, check_gradients, gradients, sizes
-from kernels import TYPES, Call, from_lanes, to_lanes
-from tolerances import Tolerance
+from cases import NormCase, make_dy, make_inputs, make_rstd, tolerance, want
+from frn_gradient import Gradients, check_gradients, gradients, sizes
+from kernels import TYPES, BackwardCall, Call, from_lanes, to_lanes
+from tolerances import GRADIENT_ROUNDED, GRADIENT_SUMMED, RSTD
 
 from deploynorm.contract import INPUTS
 
@@ -45,37 +45,6 @@ GUARD = 256
 
 INVALID_VALUE = 1
 """cudaErrorInvalidValue."""
-
-
-RSTD = {
-    "float32": Tolerance(1e-6, 0.0, "some 10 roundings by 2^-24, and a random walk's where many squares are added"),
-    "float64": Tolerance(4e-15, 0.0, "the same in float64"),
-}
-"""1 / sqrt(mean(x^2) + eps), by the type of the parameters."""
-
-SUMMED = {
-    "float32": Tolerance(1e-6, 1e-37, "relative to the terms' sizes: some 10 roundings by 2^-24, and a random walk's"),
-    "float64": Tolerance(4e-15, 0.0, "the same in float64"),
-}
-ROUNDED = {
-    "float32": Tolerance(0.0, 0.0, "computed in it"),
-    "float64": Tolerance(0.0, 0.0, "computed in it"),
-    "float16": Tolerance(2.0**-11, 2.0**-25, "one rounding to float16, whose smallest number is 2^-24"),
-    "bfloat16": Tolerance(2.0**-8, 2.0**-134, "one rounding to bfloat16"),
-}
-"""Of gradients: what their sums may be off by, by the type of the parameters, and the rounding of dx, by that of x."""
-
-
-class BackwardCall(ctypes.Structure):
-    """struct deploynorm_frn_backward."""
-
-    _fields_ = (
-        *((name, ctypes.c_int64) for name in ("samples", "channels", "spatial", "lanes")),
-        ("type", ctypes.c_int32),
-        *((name, ctypes.c_void_p) for name in ("dy", "x", "rstd", "gamma", "beta", "tau")),
-        *((name, ctypes.c_void_p) for name in ("dx", "dgamma", "dbeta", "dtau", "deps")),
-    )
-
 
 _PASS = {Call: "frn", BackwardCall: "frn_backward"}
 
@@ -299,15 +268,6 @@ def sized(dtype: str, samples: int, channels: int, spatial: int) -> NormCase:
     return NormCase(f"sized_{samples}x{channels}x{spatial}", (samples, channels, spatial), dtype, eps="per_channel")
 
 
-def make_rstd(case: NormCase) -> Array:
-    """What the forward pass gives to the backward pass, from float64."""
-    x, *_, eps = make_inputs(case).values()
-    wide = x.astype(np.float64).reshape(*x.shape[:2], prod(x.shape[2:]))
-    with np.errstate(over="ignore", invalid="ignore"):
-        rstd: Array = (1 / np.sqrt((wide * wide).sum(axis=2) / max(1, wide.shape[2]) + eps)).astype(eps.dtype)
-    return rstd
-
-
 def variants_to_check(case: NormCase) -> Sequence[str]:
     """All; in the emulation, where a large plane takes seconds, of such a one in a single type."""
     return VARIANTS if prod(case.shape) < 10**5 or case.dtype == "float32" else ()
@@ -335,13 +295,6 @@ def check(kernel: CudaKernel, case: NormCase, *, statistics: bool = True, **how:
     return True
 
 
-def make_dy(case: NormCase) -> Array:
-    """A gradient by the output that does not depend on how y is rounded."""
-    x, *parameters = make_inputs(case).values()
-    dy = np.random.default_rng(1).standard_normal(x.shape).astype(x.dtype)
-    return away_from_ties(dy, x, *parameters)
-
-
 def check_backward(kernel: CudaKernel, case: NormCase, variants: Sequence[str | None] = (None,), **how: object) -> int:
     """How many of the variants take these sizes; the gradients must be right of all that do."""
     x, gamma, beta, tau, eps = make_inputs(case).values()
@@ -353,7 +306,7 @@ def check_backward(kernel: CudaKernel, case: NormCase, variants: Sequence[str | 
         got = kernel.backward(dy, x, rstd, gamma, beta, tau, variant=variant, **how)  # type: ignore[arg-type]
         if got is not None:
             taken += 1
-            check_gradients(got, right, size, SUMMED[gamma.dtype.name], ROUNDED[case.dtype])
+            check_gradients(got, right, size, GRADIENT_SUMMED[gamma.dtype.name], GRADIENT_ROUNDED[case.dtype])
     return taken
 
 

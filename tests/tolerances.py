@@ -29,3 +29,29 @@ PLANE_OF_ONE_VALUE_FLOAT32 = Tolerance(1e-5, 0.0, "the same; up to 512 equal squ
 FOLD_FLOAT32 = Tolerance(1e-5, 1e-5, "folded in float64 and cast back: only float32's own rounding differs")
 LAYOUT_FLOAT32 = Tolerance(1e-5, 1e-5, "one float32 network in two memory layouts: its sums run in another order")
 MABN_LOOP = Tolerance(1e-6, 1e-6, "a float64 layer against a literal float64 loop, over hundreds of dependent steps")
+
+RSTD = {
+    "float32": Tolerance(1e-6, 0.0, "some 10 roundings by 2^-24, and a random walk's where many squares are added"),
+    "float64": Tolerance(4e-15, 0.0, "the same in float64"),
+}
+"""Of a kernel's 1 / sqrt(mean(x^2) + eps), by the type of the parameters."""
+
+GRADIENT_SUMMED = {
+    "float32": Tolerance(1e-6, 1e-37, "relative to the terms' sizes: some 10 roundings by 2^-24, and a random walk's"),
+    "float64": Tolerance(4e-15, 0.0, "the same in float64"),
+}
+"""Of a kernel's gradients, by the type of the parameters."""
+
+GRADIENT_OF_PLAIN_TORCH = {
+    "float32": Tolerance(5e-5, 1e-30, "sums in float32 where the kernels' are wider"),
+    "float64": Tolerance(2e-13, 1e-30, "the same in float64"),
+}
+"""Of the same gradients in plain PyTorch."""
+
+GRADIENT_ROUNDED = {
+    "float32": Tolerance(0.0, 0.0, "computed in it"),
+    "float64": Tolerance(0.0, 0.0, "computed in it"),
+    "float16": Tolerance(2.0**-11, 2.0**-25, "one rounding to float16, whose smallest number is 2^-24"),
+    "bfloat16": Tolerance(2.0**-8, 2.0**-134, "one rounding to bfloat16"),
+}
+"""Of dx besides, by its type."""

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cases import CASES, NUMPY_DTYPES, NormCase, make_inputs, to_torch
-from cuda_kernels import ROUNDED, SUMMED, make_dy
+from cases import CASES, NUMPY_DTYPES, NormCase, make_dy, make_inputs, to_torch
 from frn_gradient import Gradients, check_gradients, gradients, sizes
+from tolerances import GRADIENT_OF_PLAIN_TORCH, GRADIENT_ROUNDED, GRADIENT_SUMMED
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.func import grad, jvp, vmap
@@ -73,12 +73,9 @@ def test_gradients_of_every_case(case: NormCase, way: str) -> None:
     y, rstd = FORWARD(*(to_torch(a) for a in call[1:]))
     assert y.dtype == to_torch(x).dtype
     results = BACKWARD(to_torch(dy), to_torch(x), rstd, *(to_torch(a) for a in call[2:5]))
-    # The margins are those of one plane's sums in float64; plain PyTorch takes them in float32.
-    summed = SUMMED[gamma.dtype.name]
-    if way == "plain":
-        summed = summed._replace(rtol=50 * summed.rtol, atol=1e-30)
+    summed = (GRADIENT_OF_PLAIN_TORCH if way == "plain" else GRADIENT_SUMMED)[gamma.dtype.name]
     got = Gradients(*(as_numpy(r) for r in results))
-    check_gradients(got, gradients(*call), sizes(*call), summed, ROUNDED[case.dtype])
+    check_gradients(got, gradients(*call), sizes(*call), summed, GRADIENT_ROUNDED[case.dtype])
 
 
 def as_numpy(tensor: Tensor) -> np.ndarray[Any, Any]:

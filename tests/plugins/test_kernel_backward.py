@@ -7,10 +7,10 @@ from functools import cache
 
 import numpy as np
 import pytest
-from cases import CASES, NormCase, make_inputs
-from cuda_kernels import ROUNDED, RSTD, SUMMED, make_dy, make_rstd
+from cases import CASES, NormCase, make_dy, make_inputs, make_rstd
 from frn_gradient import Gradients, check_gradients, gradients, sizes
 from kernels import Array, BackwardCall, Kernel, ParallelFor
+from tolerances import GRADIENT_ROUNDED, GRADIENT_SUMMED, RSTD
 
 from deploynorm.contract import DTYPES
 from deploynorm.plugins import TORCH_LIBRARY, library_path
@@ -48,7 +48,7 @@ def a_call(case: NormCase) -> tuple[tuple[Array, ...], Gradients, Gradients]:
 def check(kernel: Kernel, case: NormCase, lanes: int, **how: object) -> Gradients:
     call, right, size = a_call(case)
     got = kernel.backward(*call, lanes=lanes or case.shape[1], **how)  # type: ignore[arg-type]
-    check_gradients(got, right, size, SUMMED[call[3].dtype.name], ROUNDED[case.dtype])
+    check_gradients(got, right, size, GRADIENT_SUMMED[call[3].dtype.name], GRADIENT_ROUNDED[case.dtype])
     return got
 
 
@@ -141,6 +141,6 @@ def test_a_wrong_gradient_would_be_seen(kernel: Kernel) -> None:
     got = kernel.backward(*call)
     for name in Gradients._fields:
         wrong = {n: g.copy() for n, g in got._asdict().items()}
-        wrong[name].flat[1] += 3 * SUMMED["float32"].rtol * getattr(size, name).flat[1]
+        wrong[name].flat[1] += 3 * GRADIENT_SUMMED["float32"].rtol * getattr(size, name).flat[1]
         with pytest.raises(AssertionError, match=name):
-            check_gradients(Gradients(**wrong), right, size, SUMMED["float32"], ROUNDED["float32"])
+            check_gradients(Gradients(**wrong), right, size, GRADIENT_SUMMED["float32"], GRADIENT_ROUNDED["float32"])
