@@ -7,7 +7,7 @@ library for the GPU that is there. For ResNet-50's shapes at batch 1, 8 and 64, 
 take turns:
 
     copy                   y.copy_(x), which is what has to move: one read, one write
-    ours                   the variant that the library chooses; with --variants each of them beside it
+    ours                   the variant that the library chooses
     eager                  the formula in plain torch
     torch.compile          the same, compiled
     rms_norm               F.rms_norm over the plane, and the affine and the threshold behind it (contiguous only)
@@ -17,7 +17,8 @@ Every way is captured in a CUDA graph that calls it on one set of tensors after 
 the second-level cache together where the shape is large enough, so that a call finds its input in memory. A figure is
 the median over rounds in which all ways of a row take turns, timed by events. All are checked against float64 first.
 
-gpu_training.py is a second section of the same file: the two passes of a layer in training.
+Two more sections of the same file: gpu_training.py, the two passes of a layer in training, and gpu_variants.py, each
+variant of our kernels.
 """
 
 from __future__ import annotations
@@ -33,10 +34,12 @@ from pathlib import Path
 from typing import Any
 
 import gpu_training
+import gpu_variants
 import machine
 import torch
 import torch.nn.functional as F
 from gpu_timing import measure, sets_past_the_cache
+from gpu_variants import KINDS, Call
 from torch import Tensor
 
 from deploynorm import plugins
@@ -46,23 +49,13 @@ from deploynorm.layers import _native
 SHAPES = ((64, 112, 112), (64, 56, 56), (256, 56, 56), (128, 28, 28), (512, 28, 28), (256, 14, 14), (1024, 14, 14),
           (512, 7, 7), (2048, 7, 7))  # fmt: skip
 BATCHES = (1, 8, 64)
+SECTIONS = ("training", "variants", "inference")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-KINDS = {torch.float32: 0, torch.float16: 2, torch.bfloat16: 3}
 TOLERANCES = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 EPS = 1e-6
 
 Way = Callable[[Tensor, Tensor], object]
 """Computes FRN of the first tensor; into the second, or into a new one that it returns."""
-
-
-class Call(ctypes.Structure):
-    """struct deploynorm_frn of plugins/kernels/frn.h."""
-
-    _fields_ = (
-        *((name, ctypes.c_int64) for name in ("samples", "channels", "spatial", "lanes")),
-        ("type", ctypes.c_int32),
-        *((name, ctypes.c_void_p) for name in ("x", "y", "residual", "gamma", "beta", "tau", "eps", "rstd")),
-    )
 
 
 class Kernel:
@@ -74,9 +67,8 @@ class Kernel:
         self._frn.argtypes = (ctypes.POINTER(Call), ctypes.c_void_p, ctypes.c_void_p, ctypes.c_char_p)
         self._workspace.argtypes, self._workspace.restype = (ctypes.POINTER(Call),), ctypes.c_size_t
         self._scratch: dict[int, Tensor] = {}
-        self.variants = plugins.cuda_variants(library)
 
-    def __call__(self, x: Tensor, y: Tensor, parameters: list[Tensor], variant: str | None = None) -> None:
+    def __call__(self, x: Tensor, y: Tensor, parameters: list[Tensor]) -> None:
         channels = x.shape[1]
         lanes = channels if x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous() else 1
         pointers = [p.data_ptr() for p in parameters]
@@ -89,9 +81,9 @@ class Kernel:
                 max(1, bytes_wanted), dtype=torch.uint8, device=x.device
             )
         stream = torch.cuda.current_stream().cuda_stream if x.is_cuda else 0
-        code = self._frn(ctypes.byref(call), scratch.data_ptr(), stream, None if variant is None else variant.encode())
+        code = self._frn(ctypes.byref(call), scratch.data_ptr(), stream, None)
         if code != 0:
-            raise RuntimeError(f"CUDA error {code} from variant {variant} for {tuple(x.shape)} {x.dtype}")
+            raise RuntimeError(f"CUDA error {code} for {tuple(x.shape)} {x.dtype}")
 
 
 def formula(x: Tensor, gamma: Tensor, beta: Tensor, tau: Tensor, eps: Tensor) -> Tensor:
@@ -109,7 +101,7 @@ def rms_norm(x: Tensor, gamma: Tensor, beta: Tensor, tau: Tensor) -> Tensor:
     return torch.maximum(torch.addcmul(beta.view(column), unit, gamma.view(column)), tau.view(column)).to(x.dtype)
 
 
-def make_ways(kernel: Kernel, x: Tensor, parameters: list[Tensor], variants: bool, compiled: bool) -> dict[str, Way]:
+def make_ways(kernel: Kernel, x: Tensor, parameters: list[Tensor], compiled: bool) -> dict[str, Way]:
     """All ways for tensors like x. batch_norm computes something else, and is not to be compared in numbers."""
     gamma, beta, tau, eps = parameters
     ways: dict[str, Way] = {
@@ -123,12 +115,6 @@ def make_ways(kernel: Kernel, x: Tensor, parameters: list[Tensor], variants: boo
         ways["torch.compile"] = lambda x, y: fused(x, gamma, beta, tau, eps)
     if x.is_contiguous():
         ways["rms_norm"] = lambda x, y: rms_norm(x, gamma.to(x.dtype), beta.to(x.dtype), tau.to(x.dtype))
-    for name in kernel.variants if variants else ():
-        try:
-            kernel(x, torch.empty_like(x), parameters, name)
-        except RuntimeError:
-            continue  # it does not take these sizes
-        ways[f"ours, {name}"] = lambda x, y, name=name: kernel(x, y, parameters, name)  # type: ignore[misc]
     return ways
 
 
@@ -174,7 +160,7 @@ def row(kernel: Kernel, shape: tuple[int, ...], layout: str, dtype: str, options
     sets = [(first, torch.empty_like(first))]
     sets += [(tensor(), torch.empty_like(first)) for _ in range(sets_past_the_cache(size) - 1)]
     parameters = make_parameters(shape[1], "cuda")
-    ways = make_ways(kernel, first, parameters, options.variants, not options.no_compile)
+    ways = make_ways(kernel, first, parameters, not options.no_compile)
     errors = check_ways(ways, first, parameters)
     calls = {name: lambda given, way=way: way(*given) for name, way in ways.items()}
     times = measure(calls, sets, size, options.rounds)
@@ -205,11 +191,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--rounds", type=int, default=21)
-    parser.add_argument("--variants", action="store_true", help="time each variant of our kernels too")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out, which takes longest")
-    parser.add_argument("--sections", choices=("inference", "training"), nargs="+", default=["inference", "training"])
+    parser.add_argument("--sections", choices=SECTIONS, nargs="+", default=SECTIONS)
     parser.add_argument(
-        "--batches", type=int, nargs="+", help=f"by default {BATCHES}, in training {gpu_training.BATCHES}"
+        "--batches",
+        type=int,
+        nargs="+",
+        help=f"by default {BATCHES}, in training and of variants {gpu_training.BATCHES}",
     )
     parser.add_argument("--dtypes", choices=DTYPES, nargs="+", default=list(DTYPES))
     parser.add_argument("--layouts", choices=("nchw", "nhwc"), nargs="+", default=["nchw", "nhwc"])
@@ -237,6 +225,13 @@ def main() -> None:
             torch._dynamo.reset()
             results["training_host_microseconds"] = gpu_training.host_times(options.rounds, not options.no_compile)
             options.out.write_text(json.dumps(results, indent=1))
+        if "variants" in options.sections:
+            kernels = gpu_variants.Kernels(library.with_name(plugins.TORCH_LIBRARY))
+            results["variants"] = []
+            for shape, layout, dtype in rows(gpu_variants, options):
+                results["variants"].append(gpu_variants.row(kernels, shape, layout, dtype, rounds=options.rounds))
+                print(gpu_variants.show(results["variants"][-1]), flush=True)
+                options.out.write_text(json.dumps(results, indent=1))
         if "inference" in options.sections:
             kernel = Kernel(library)
             results["rows"] = []

@@ -29,10 +29,14 @@ GPUS = {
     "Thor, whose generation has no code of its own": (11, 0),
     "a generation to come": (13, 0),
 }
-KERNELS = {"deploynorm_cpu_variants", "deploynorm_cuda_variants", "deploynorm_frn_cpu", "deploynorm_frn_cuda",
+FORWARD = {"deploynorm_cpu_variants", "deploynorm_cuda_variants", "deploynorm_frn_cpu", "deploynorm_frn_cuda",
            "deploynorm_frn_cuda_workspace"}  # fmt: skip
+BACKWARD = {"deploynorm_frn_backward_cpu", "deploynorm_frn_backward_cpu_workspace", "deploynorm_frn_backward_cuda",
+            "deploynorm_frn_backward_cuda_workspace"}  # fmt: skip
+OPENMP = {"deploynorm_openmp_parallel_for"}
 EXPORTED = {
-    plugins.ORT_LIBRARY: KERNELS | {"RegisterCustomOps"},
+    plugins.ORT_LIBRARY: FORWARD | {"RegisterCustomOps"},
+    plugins.TORCH_LIBRARY: FORWARD | BACKWARD | OPENMP,
     plugins.TENSORRT_LIBRARY: {"getCreators", "setLoggerFinder"},
     plugins.TENSORRT_REGISTER_LIBRARY: set(),
 }
@@ -52,7 +56,7 @@ def test_a_library_needs_nothing_of_cuda_or_tensorrt(name: str, cuda_libraries: 
 
 
 @pytest.mark.parametrize("gpu", GPUS)
-@pytest.mark.parametrize("name", [plugins.ORT_LIBRARY, plugins.TENSORRT_LIBRARY])
+@pytest.mark.parametrize("name", [plugins.ORT_LIBRARY, plugins.TORCH_LIBRARY, plugins.TENSORRT_LIBRARY])
 def test_there_is_code_for(gpu: str, name: str, cuda_libraries: Path) -> None:
     code = read_library(cuda_libraries / name).code
     assert any(each.runs_on(GPUS[gpu]) for each in code), ", ".join(each.name for each in code)
