@@ -11,6 +11,7 @@ against BN alone.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import statistics
 import time
@@ -84,6 +85,13 @@ def network_step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, 
     optimizer.step()
 
 
+def keep_freed_memory() -> None:
+    """Keeps glibc from giving memory back after a step: that hits one way or the other, and may cost more than it."""
+    trim_threshold, mmap_threshold = -1, -3
+    for option in (trim_threshold, mmap_threshold):
+        ctypes.CDLL(None).mallopt(option, 1 << 30)
+
+
 def milliseconds(steps: dict[str, Callable[[], None]], seconds: float) -> dict[str, float]:
     """Medians over so many rounds as take about this long for all ways together; at least 9."""
     for step in steps.values():
@@ -114,6 +122,7 @@ def measure_layers(shape: Sequence[int], layout: str, seconds: float) -> dict[st
 
 def measure_networks(batch: int, layout: str, compiled: bool, seconds: float) -> dict[str, dict[str, float]]:
     torch.manual_seed(0)
+    torch._dynamo.reset()  # the networks before count towards its limit of compilations
     x, classes = torch.randn(batch, 3, 32, 32), torch.randint(10, (batch,))
     x = x.contiguous(memory_format=LAYOUTS[layout])
     steps: dict[str, Callable[[], None]] = {}
@@ -145,6 +154,7 @@ def main() -> None:
     options = parser.parse_args()
     if not _native.available(torch.device("cpu")):
         parser.error("the kernels are not built: deploynorm plugins build")
+    keep_freed_memory()
     about = machine.describe("torch")
     layers, networks = [], []
     print("ratios of time, and of bytes kept in brackets")

@@ -87,8 +87,10 @@ def test_python_blocks_run_one_after_the_other(tmp_path: Path, require: Callable
     assert done.returncode == 0, done.stderr
 
 
-def test_files_that_the_readme_names_exist() -> None:
-    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", TEXT):
-        assert (ROOT / target).exists(), target
-    for name in re.findall(r"\bmodels/[\w/]+\.\w+|benchmarks/[\w/]+\.\w+", TEXT):
+@pytest.mark.parametrize("page", ["README.md", "models/README.md", "benchmarks/README.md"])
+def test_files_that_a_page_names_exist(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)", text):
+        assert (ROOT / page).parent.joinpath(target).exists(), target
+    for name in re.findall(r"(?<![\w/])(?:models|benchmarks)/[\w/]+\.\w+", text):
         assert (ROOT / name).exists(), name

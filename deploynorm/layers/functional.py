@@ -61,7 +61,7 @@ def tlu(x: Tensor, tau: Tensor) -> Tensor:
     bound = cast(per_channel(tau, x), x.dtype)
     if torch.compiler.is_exporting():
         return torch.clamp(x, min=bound)
-    if torch.compiler.is_compiling() or _transformed():
+    if transformed():
         return torch.where(x <= bound, bound, x)
     y: Tensor = _TLU.apply(x, bound)  # type: ignore[no-untyped-call]
     return y
@@ -141,11 +141,13 @@ def _composed_is_better(x: Tensor) -> bool:
     """Where PyTorch has to see through the operator: to transform it, or to fuse it for want of a kernel of ours."""
     if torch.compiler.is_compiling():
         return not _native.available(x.device)
-    return _transformed()
+    return transformed()
 
 
-def _transformed() -> bool:
+def transformed() -> bool:
     """Whether torch.func or forward-mode differentiation is at work, which look into what a function is made of."""
+    if torch.compiler.is_compiling():
+        return False
     return peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 

@@ -9,8 +9,6 @@ from typing import Any, ClassVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch._C._functorch import peek_interpreter_stack
-from torch.autograd import forward_ad
 
 from deploynorm.errors import InputError
 from deploynorm.layers import _mabn_checkpoints as checkpoints
@@ -27,13 +25,6 @@ _REMEMBERED_PASSES = 16
 """Forward passes of one layer that activation checkpointing can come back to: uses before the backward pass."""
 
 _FIXED = "put the layer in evaluation mode or freeze it (freeze_mabn): then it is an affine map with all derivatives"
-
-
-def _transformed() -> bool:
-    """Whether torch.func or forward mode differentiates: then statistics cannot be changed in place."""
-    if torch.compiler.is_compiling():
-        return False
-    return peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
 class _MABNFunction(torch.autograd.Function):
@@ -185,7 +176,7 @@ class _MABN(FullPrecisionBuffers):
         check_input(type(self).__name__, x, self.num_features, self._ranks)
         if not self.training or self.frozen:
             return functional.normalize_by_second_moment(x, self.running_var, self.weight, self.bias, self.eps)
-        if _transformed():
+        if functional.transformed():
             problem = "it cannot train under a transform of torch.func or in forward mode"
             raise InputError(type(self).__name__, problem, fix=_FIXED)
         if x.numel() == 0:

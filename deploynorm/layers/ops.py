@@ -26,11 +26,17 @@ __all__ = ["filter_response_norm", "frn"]
 _FORWARD = f"{DOMAIN}::frn_forward"
 _BACKWARD = f"{DOMAIN}::frn_backward"
 
-torch.library.define(_FORWARD, "(Tensor x, Tensor gamma, Tensor beta, Tensor tau, Tensor eps) -> (Tensor, Tensor)")
+# Flexible: torch.compile may hand x over in the layout of its convolutions, and not transpose it first.
+_TAGS = (torch.Tag.flexible_layout,)
+
+torch.library.define(
+    _FORWARD, "(Tensor x, Tensor gamma, Tensor beta, Tensor tau, Tensor eps) -> (Tensor, Tensor)", tags=_TAGS
+)
 torch.library.define(
     _BACKWARD,
     "(Tensor dy, Tensor x, Tensor rstd, Tensor gamma, Tensor beta, Tensor tau)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    tags=_TAGS,
 )
 
 
@@ -97,7 +103,8 @@ class _FRN(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, gamma: Tensor, beta: Tensor, tau: Tensor, eps: Tensor) -> Tensor:
         y: Tensor
-        y, rstd = torch.ops.deploynorm.frn_forward.default(x, gamma, beta, tau, eps)
+        with torch._C._AutoDispatchBelowAutograd():  # this is its autograd
+            y, rstd = torch.ops.deploynorm.frn_forward.default(x, gamma, beta, tau, eps)
         ctx.save_for_backward(x, gamma, beta, tau, eps, rstd)
         return y
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
 from cases import CASES, NormCase, make_inputs, to_float64, to_torch
 from tolerances import EXACT
+from torch import Tensor
 
 from deploynorm import reference
 from deploynorm.layers import TLU, functional
@@ -36,6 +38,7 @@ def test_threshold_starts_at_zero_so_that_the_layer_is_a_relu() -> None:
     torch.testing.assert_close(TLU(3)(x), torch.relu(x), **EXACT.kwargs())
 
 
+@pytest.mark.filterwarnings("ignore:<class .torch.autograd.function.Function.> should not be instantiated")  # by dynamo
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("compiled", [False, True])
 def test_gradient_goes_to_the_larger_and_at_a_tie_to_the_threshold_alone(dtype: torch.dtype, compiled: bool) -> None:
@@ -49,12 +52,20 @@ def test_gradient_goes_to_the_larger_and_at_a_tie_to_the_threshold_alone(dtype: 
     assert layer.tau.grad.tolist() == [4, 4, 0]
 
 
-def test_nothing_is_kept_but_the_output() -> None:
+@pytest.mark.filterwarnings("ignore:<class .torch.autograd.function.Function.> should not be instantiated")  # by dynamo
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # PyTorch's own, in inductor
+@pytest.mark.parametrize("compiled", [False, True])
+def test_nothing_is_kept_but_the_output(compiled: bool) -> None:
+    """Compiled neither: inductor would take the comparison for the backward pass, and to store that takes long."""
     kept: set[int] = set()
-    layer = TLU(3)
-    x = torch.randn(2, 3, 8, 8, requires_grad=True) * 1
+    layer: Callable[[Tensor], Tensor] = TLU(3)
+    if compiled:
+        layer = torch.compile(layer, fullgraph=True, backend="aot_eager_decomp_partition")
+    x = torch.randn(2, 3, 8, 8, requires_grad=True)
+    layer(x)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.add(t.data_ptr()) or t, lambda t: t):
         y = layer(x)
+    assert len(kept) == 2  # with tau
     assert y.data_ptr() in kept
     assert x.data_ptr() not in kept
 
