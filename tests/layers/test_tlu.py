@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
 from cases import CASES, NormCase, make_inputs, to_float64, to_torch
 from tolerances import EXACT
-from torch import Tensor
+from torch import nn
 
 from deploynorm import reference
 from deploynorm.layers import TLU, functional
@@ -52,21 +51,28 @@ def test_gradient_goes_to_the_larger_and_at_a_tie_to_the_threshold_alone(dtype: 
     assert layer.tau.grad.tolist() == [4, 4, 0]
 
 
-@pytest.mark.filterwarnings("ignore:<class .torch.autograd.function.Function.> should not be instantiated")  # by dynamo
-@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # PyTorch's own, in inductor
-@pytest.mark.parametrize("compiled", [False, True])
-def test_nothing_is_kept_but_the_output(compiled: bool) -> None:
-    """Compiled neither: inductor would take the comparison for the backward pass, and to store that takes long."""
+def test_nothing_is_kept_but_the_output() -> None:
     kept: set[int] = set()
-    tlu = TLU(3)
-    layer: Callable[[Tensor], Tensor] = tlu
-    if compiled:
-        layer = torch.compile(tlu, fullgraph=True, backend="aot_eager_decomp_partition")
-    x = torch.randn(2, 3, 8, 8, requires_grad=True)
-    layer(x)
+    layer = TLU(3)
+    x = torch.randn(2, 3, 8, 8, requires_grad=True) * 1
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.add(t.data_ptr()) or t, lambda t: t):
         y = layer(x)
-    assert kept - {tlu.tau.data_ptr()} == {y.data_ptr()}
+    assert y.data_ptr() in kept
+    assert x.data_ptr() not in kept
+
+
+@pytest.mark.filterwarnings("ignore:<class .torch.autograd.function.Function.> should not be instantiated")  # by dynamo
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # PyTorch's own, in inductor
+def test_compiled_in_a_network_it_keeps_no_mask() -> None:
+    """Which inductor's code for CPUs stores so slowly that ResNet-20 takes half as long again."""
+    kept: list[torch.dtype] = []
+    network = nn.Sequential(nn.Conv2d(3, 3, 3), TLU(3), nn.Conv2d(3, 3, 3))
+    compiled = torch.compile(network, fullgraph=True, backend="aot_eager_decomp_partition")
+    x = torch.randn(2, 3, 8, 8)
+    compiled(x)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.dtype) or t, lambda t: t):
+        compiled(x)
+    assert set(kept) == {torch.float32}
 
 
 def test_a_gradient_can_be_differentiated_and_transformed() -> None:
