@@ -61,6 +61,8 @@ torch.library.register_fake(_FORWARD, _forward_shapes)
 def _backward(
     dy: Tensor, x: Tensor, rstd: Tensor, gamma: Tensor, beta: Tensor, tau: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    _check_operands(x, gamma, beta, tau)
+    _check_gradient(dy, x, rstd, gamma)
     if _native.available(x.device):
         return _native.backward(dy, x, rstd, gamma, beta, tau)
     return _plain.backward(dy, x, rstd, gamma, beta, tau)
@@ -125,13 +127,18 @@ def frn(x: Tensor, gamma: Tensor, beta: Tensor, tau: Tensor, eps: Tensor) -> Ten
 def filter_response_norm(x: Tensor, gamma: Tensor, beta: Tensor, tau: Tensor, eps: Tensor) -> Tensor:
     """The operator that exporters see, so that a traced graph holds one node for it."""
     # contiguous: an operator's output must have the strides that its fake kernel promises.
-    return _forward(x, gamma, beta, tau, eps)[0].contiguous()
+    return _forward(x, *_in_compute_type(x, gamma, beta, tau, eps))[0].contiguous()
 
 
 @filter_response_norm.register_fake
 def _(x: Tensor, gamma: Tensor, beta: Tensor, tau: Tensor, eps: Tensor) -> Tensor:
-    _check_operands(x, gamma, beta, tau, eps)
+    _check_operands(x, *_in_compute_type(x, gamma, beta, tau, eps))
     return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _in_compute_type(x: Tensor, *parameters: Tensor) -> list[Tensor]:
+    """A program that torch.export made keeps its constants in their type when it is cast to another."""
+    return [_plain.cast(parameter, _plain.compute_dtype(x.dtype)) for parameter in parameters]
 
 
 def _save_inputs(ctx: Any, inputs: Sequence[Tensor], output: Tensor) -> None:
@@ -148,11 +155,27 @@ filter_response_norm.register_autograd(_gradients_from_inputs, setup_context=_sa
 
 
 def _check_operands(x: Tensor, *parameters: Tensor) -> None:
-    channels = x.shape[1:2]
-    if x.dim() < 2 or any(parameter.shape != channels for parameter in parameters):
+    """The kernels take addresses: what does not fit would be read beyond its end, or on another device."""
+    channels, dtype, device = x.shape[1:2], _plain.compute_dtype(x.dtype), x.device
+    if x.dim() < 2 or any(p.shape != channels or p.dtype != dtype or p.device != device for p in parameters):
         raise InputError(
             f"{DOMAIN}::{TORCH_OP}",
-            "shapes do not fit",
-            got=", ".join(f"{name} {tuple(t.shape)}" for name, t in zip(INPUTS, (x, *parameters), strict=True)),
-            expected="X (N, C, ...) and (C,) for the others",
+            "the operands do not fit",
+            got=", ".join(_described(name, t) for name, t in zip(INPUTS, (x, *parameters), strict=False)),
+            expected=f"X (N, C, ...), and (C,) {dtype} on {device} for the others",
         )
+
+
+def _check_gradient(dy: Tensor, x: Tensor, rstd: Tensor, gamma: Tensor) -> None:
+    """The same for what the backward pass gets besides."""
+    if dy.shape != x.shape or dy.dtype != x.dtype or rstd.shape != x.shape[:2] or rstd.dtype != gamma.dtype:
+        raise InputError(
+            _BACKWARD,
+            "the operands do not fit",
+            got=", ".join(_described(name, t) for name, t in (("dy", dy), ("X", x), ("rstd", rstd))),
+            expected=f"dy as X, and rstd (N, C) {gamma.dtype}",
+        )
+
+
+def _described(name: str, tensor: Tensor) -> str:
+    return f"{name} {tuple(tensor.shape)} {tensor.dtype} on {tensor.device}"

@@ -12,14 +12,15 @@ import pytest
 import torch
 from cases import CASES, NUMPY_DTYPES, NormCase, make_dy, make_inputs, to_torch
 from frn_gradient import Gradients, check_gradients, gradients, sizes
-from tolerances import GRADIENT_OF_PLAIN_TORCH, GRADIENT_ROUNDED, GRADIENT_SUMMED
+from tolerances import FLOAT64, GRADIENT_OF_PLAIN_TORCH, GRADIENT_ROUNDED, GRADIENT_SUMMED
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.func import grad, jvp, vmap
 from torch.library import opcheck
 
 from deploynorm import plugins
-from deploynorm.layers import FRN2d, _native, ops
+from deploynorm.errors import InputError
+from deploynorm.layers import FRN2d, _native, _plain, ops
 from deploynorm.layers.functional import filter_response_norm
 
 FORWARD = torch.ops.deploynorm.frn_forward.default
@@ -236,7 +237,7 @@ def test_only_what_is_wanted_gets_a_gradient(way: str) -> None:
 
 def test_wrong_shapes_never_reach_the_kernel(way: str) -> None:
     x, gamma, *others = operands(2, 3, 4, 5)
-    with pytest.raises(Exception, match="shapes do not fit"):
+    with pytest.raises(Exception, match="the operands do not fit"):
         FORWARD(x, gamma[:2], *others)
 
 
@@ -250,3 +251,38 @@ def test_a_library_that_cannot_be_loaded_is_told_of_once_and_training_goes_on(
         assert _native._open() is None
     monkeypatch.setattr(plugins, "find_library", lambda name: None)
     assert _native._open() is None
+
+
+@pytest.mark.parametrize("wrong", range(1, 5))
+def test_parameters_of_another_type_are_refused(way: str, wrong: int) -> None:
+    """The kernels would read beyond their end."""
+    inputs = [torch.randn(2, 3, 4, 4, dtype=torch.float64), *torch.ones(4, 3, dtype=torch.float64)]
+    inputs[wrong] = inputs[wrong].float()
+    with pytest.raises(InputError, match=r"the operands do not fit.*\(3,\) torch.float32 on cpu"):
+        FORWARD(*inputs)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "value"),
+    [
+        (0, torch.ones(1, 3, 4, 4)),
+        (0, torch.ones(2, 3, 4, 4, dtype=torch.float16)),
+        (2, torch.ones(1, 3)),
+        (2, torch.ones(2, 3, dtype=torch.float64)),
+        (3, torch.ones(3, dtype=torch.float64)),
+        (4, torch.ones(2)),
+    ],
+)
+def test_gradients_from_what_does_not_fit_are_refused(way: str, wrong: int, value: Tensor) -> None:
+    inputs = [*torch.randn(2, 2, 3, 4, 4), torch.ones(2, 3), *torch.ones(3, 3)]
+    inputs[wrong] = value
+    with pytest.raises(InputError, match="the operands do not fit"):
+        BACKWARD(*inputs)
+
+
+def test_exported_operator_takes_constants_of_another_type(way: str) -> None:
+    x, gamma, beta, tau = torch.randn(2, 3, 4, 4, dtype=torch.float64), *torch.randn(3, 3, dtype=torch.float64)
+    eps = torch.full((3,), 1e-3)
+    got = ops.filter_response_norm(x, gamma, beta, tau, eps)
+    want = _plain.composed(x, gamma, beta, tau, eps.double())
+    torch.testing.assert_close(got, want, **FLOAT64.kwargs())
