@@ -36,7 +36,6 @@ _ONNXRUNTIMES: Final = re.compile(
 _TENSORRTS: Final = (("tensorrt",), ("tensorrt_lean", "tensorrt_lean_bindings"), ("tensorrt_rtx",))
 """Modules; of each group the first that is there. The lean bindings also come without the module that wraps them."""
 
-
 _CUDNN: Final = "libcudnn.so.9"
 """onnxruntime-gpu opens it only when a convolution is run, and then cannot do without."""
 

@@ -55,12 +55,8 @@ void plan_planes(const deploynorm_frn_backward& call, const Device& device, int6
   if (variant == kRegisters) {
     plan->threads = whole_warps(divided_up(packs, kPacksHeld), kMaxThreads);
     plan->teams = find_team(call.spatial, whole, &plan->team_bits);
-  } else if (variant == kTwoPasses) {
-    plan->threads = whole_warps(divided_up(call.spatial / plan->pack, kUnroll), kMaxThreads);
-  } else if (variant == kSplit) {
-    plan->threads = kSplitThreads;
-    const int64_t most = divided_up(call.spatial / plan->pack, int64_t{plan->threads} * kUnroll);
-    plan->chunks = larger(1, smaller(divided_up(kBlocksWanted, plan->groups), most));
+  } else {
+    plan_two_passes_over_planes(call.spatial, plan);
   }
 }
 
@@ -98,12 +94,8 @@ void plan_strips(const deploynorm_frn_backward& call, const Device& device, int6
   if (variant == kRegisters) {
     plan->held = call.spatial << bits <= int64_t{kPacksHeld} * kMaxStripThreads ? kPacksHeld : kMostHeld;
     plan->threads = whole_warps(divided_up(call.spatial, plan->held) * width, kMaxStripThreads);
-  } else if (variant == kTwoPasses) {
-    plan->threads = whole_warps(divided_up(call.spatial, kUnroll) * width, kMaxStripThreads);
   } else {
-    plan->threads = kSplitThreads;
-    const int64_t most = divided_up(call.spatial, larger(kRowsOfAChunk, kUnroll * plan->threads / width));
-    plan->chunks = larger(1, smaller(divided_up(kBlocksWanted, plan->groups), most));
+    plan_two_passes_over_strips(call.spatial, width, plan);
   }
 }
 

@@ -106,6 +106,33 @@ bool find_team(int64_t spatial, int64_t pack, int* team_bits) {
 // Whether small planes are better packed than held by teams: most of a team is there for the edges alone.
 bool better_packed(int64_t spatial, int64_t pack) { return spatial % pack != 0 && spatial < 3 * pack * pack; }
 
+// Into how many chunks a split cuts a group that has work for at most so many blocks.
+int64_t chunks_of_split(int64_t groups, int64_t most) {
+  return larger(1, smaller(divided_up(kBlocksWanted, groups), most));
+}
+
+// Threads and chunks of the variants that read a plane twice; packed has its own.
+void plan_two_passes_over_planes(int64_t spatial, Plan* plan) {
+  const int64_t packs = spatial / plan->pack;
+  if (plan->variant == kTwoPasses) {
+    plan->threads = whole_warps(divided_up(packs, kUnroll), kMaxThreads);
+  } else if (plan->variant == kSplit) {
+    plan->threads = kSplitThreads;
+    plan->chunks = chunks_of_split(plan->groups, divided_up(packs, int64_t{plan->threads} * kUnroll));
+  }
+}
+
+// The same of strips that are `width` packs wide.
+void plan_two_passes_over_strips(int64_t spatial, int64_t width, Plan* plan) {
+  if (plan->variant == kTwoPasses) {
+    plan->threads = whole_warps(divided_up(spatial, kUnroll) * width, kMaxStripThreads);
+  } else {
+    plan->threads = kSplitThreads;
+    const int64_t rows = larger(kRowsOfAChunk, kUnroll * plan->threads / width);
+    plan->chunks = chunks_of_split(plan->groups, divided_up(spatial, rows));
+  }
+}
+
 // How many planes, end to end, make up whole packs.
 int64_t planes_of_whole_packs(int64_t spatial, int64_t pack) {
   int64_t count = 1;
