@@ -21,7 +21,7 @@ import onnx
 import torch
 from networks import timm_resnet
 
-from deploynorm.export import export
+from deploynorm._export import export
 
 
 def ours(network: torch.nn.Module, x: torch.Tensor, path: Path) -> None:

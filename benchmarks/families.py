@@ -23,10 +23,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from deploynorm._swap import SwapReport, swap
 from deploynorm.errors import ModelError
 from deploynorm.files import write_text
 from deploynorm.layers import FRN1d, FRN2d, FRN3d
-from deploynorm.layers.swap import SwapReport, swap
 
 TIMM = (
     "resnet18",

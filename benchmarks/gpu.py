@@ -42,7 +42,7 @@ from gpu_timing import measure, sets_past_the_cache
 from gpu_variants import KINDS, Call
 from torch import Tensor
 
-from deploynorm import plugins
+from deploynorm import libraries
 from deploynorm.errors import BackendError
 from deploynorm.layers import _native
 
@@ -210,12 +210,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         try:
             architecture = f"{properties.major}{properties.minor}"
-            library = plugins.build(Path(folder), cuda=True, tensorrt=False, architectures=[architecture])
+            library = libraries.build(Path(folder), cuda=True, tensorrt=False, architectures=[architecture])
         except BackendError as error:
             sys.exit(f"benchmarks/gpu.py: {error}")
         # A machine may be lent for less time than this takes: what there is is written after each row.
         if "training" in options.sections:
-            _native.LIBRARY = _native._Library(library.with_name(plugins.TORCH_LIBRARY))
+            _native.LIBRARY = _native._Library(library.with_name(libraries.TORCH_LIBRARY))
             results["training"] = []
             for shape, layout, dtype in rows(gpu_training, options):
                 how = {"rounds": options.rounds, "compiled": not options.no_compile}
@@ -226,7 +226,7 @@ def main() -> None:
             results["training_host_microseconds"] = gpu_training.host_times(options.rounds, not options.no_compile)
             options.out.write_text(json.dumps(results, indent=1))
         if "variants" in options.sections:
-            kernels = gpu_variants.Kernels(library.with_name(plugins.TORCH_LIBRARY))
+            kernels = gpu_variants.Kernels(library.with_name(libraries.TORCH_LIBRARY))
             results["variants"] = []
             for shape, layout, dtype in rows(gpu_variants, options):
                 results["variants"].append(gpu_variants.row(kernels, shape, layout, dtype, rounds=options.rounds))

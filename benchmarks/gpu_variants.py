@@ -16,7 +16,7 @@ import torch
 from gpu_timing import measure, sets_past_the_cache
 from torch import Tensor
 
-from deploynorm import plugins
+from deploynorm import libraries
 
 __all__ = ["BATCHES", "DTYPES", "SHAPES", "BackwardCall", "Call", "Kernels", "Tensors", "row", "show"]
 
@@ -96,7 +96,7 @@ class Kernels:
 
     def __init__(self, library: Path) -> None:
         opened = ctypes.CDLL(str(library))
-        self.variants = plugins.cuda_variants(library)
+        self.variants = libraries.cuda_variants(library)
         self._run, self._workspace = {}, {}
         for which, name in FUNCTIONS.items():
             self._run[which] = opened[name]

@@ -21,9 +21,9 @@ from networks import NETWORKS, timm_resnet
 from torch import nn
 
 from deploynorm import checkpoint
-from deploynorm.check import DEFAULT_TOLERANCE, check
-from deploynorm.export import export
-from deploynorm.fold import fold
+from deploynorm._check import DEFAULT_TOLERANCE, check
+from deploynorm._export import export
+from deploynorm._fold import fold
 from deploynorm.inputs import TensorSpec
 from deploynorm.layers.adopt import adopt
 from deploynorm.run.eager import EagerRunner

@@ -7,7 +7,7 @@ import os
 import platform
 from pathlib import Path
 
-from deploynorm.this_machine import processor_name
+from deploynorm.ort.machine import processor_name
 
 __all__ = ["describe"]
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from deploynorm.export import export
-from deploynorm.fold import fold
+from deploynorm._export import export
+from deploynorm._fold import fold
 from deploynorm.layers import FRN2d
 from deploynorm.lowering import Lowering
 from deploynorm.models import frn_resnet, mabn_resnet

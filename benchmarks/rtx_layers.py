@@ -21,7 +21,7 @@ import machine
 import torch
 from torch import nn
 
-from deploynorm.export import export
+from deploynorm._export import export
 from deploynorm.layers import FRN2d
 
 SIZES = (7, 14, 28, 56, 112, 224)
@@ -30,7 +30,7 @@ CHANNELS = 64
 
 BUILD = """
 import json, sys
-from deploynorm.build import build
+from deploynorm._build import build
 path, capability, way, size = sys.argv[1:]
 shape = {"": (8, 64, int(size), int(size))}
 engine = build(path, backend="tensorrt-rtx", compute_capabilities=[capability], frn=way, opt_shapes=shape)

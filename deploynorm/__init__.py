@@ -17,22 +17,20 @@ needs it.
 from __future__ import annotations
 
 import importlib
-import sys
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from deploynorm.build import build as build
-    from deploynorm.check import check as check
+    from deploynorm._build import build as build
+    from deploynorm._check import check as check
+    from deploynorm._export import export as export
+    from deploynorm._fold import fold as fold
+    from deploynorm._swap import swap as swap
     from deploynorm.checkpoint import load as load
     from deploynorm.checkpoint import save as save
     from deploynorm.errors import BackendError as BackendError
     from deploynorm.errors import DeployNormError as DeployNormError
     from deploynorm.errors import InputError as InputError
     from deploynorm.errors import ModelError as ModelError
-    from deploynorm.errors import ParityError as ParityError
-    from deploynorm.export import export as export
-    from deploynorm.fold import fold as fold
     from deploynorm.inputs import sample_inputs as sample_inputs
     from deploynorm.run import open_runner as open_runner
     from deploynorm.run.eager import EagerRunner as EagerRunner
@@ -42,12 +40,13 @@ __version__ = "0.1.0"
 _HOME = {
     "load": "deploynorm.checkpoint",
     "save": "deploynorm.checkpoint",
-    "fold": "deploynorm.fold",
-    "export": "deploynorm.export",
-    "build": "deploynorm.build",
+    "swap": "deploynorm._swap",
+    "fold": "deploynorm._fold",
+    "export": "deploynorm._export",
+    "build": "deploynorm._build",
     "open_runner": "deploynorm.run",
     "EagerRunner": "deploynorm.run.eager",
-    "check": "deploynorm.check",
+    "check": "deploynorm._check",
     "sample_inputs": "deploynorm.inputs",
     "DeployNormError": "deploynorm.errors",
     "InputError": "deploynorm.errors",
@@ -59,23 +58,11 @@ _HOME = {
 __all__ = ["__version__", *_HOME]
 
 
-class _Package(ModuleType):
-    """Brings a public name in when it is first asked for, and keeps a function above the module it lives in."""
-
-    def __getattr__(self, name: str) -> Any:
-        if name not in _HOME:
-            raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
-        module = importlib.import_module(_HOME[name])
-        return self.__dict__.setdefault(name, getattr(module, name))
-
-    def __setattr__(self, name: str, value: object) -> None:
-        # Python binds a submodule to its parent once it is imported; fold, export, build and check are functions here.
-        if name in _HOME and isinstance(value, ModuleType):
-            value = getattr(value, name)
-        super().__setattr__(name, value)
-
-    def __dir__(self) -> list[str]:
-        return sorted(__all__)
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return globals().setdefault(name, getattr(importlib.import_module(_HOME[name]), name))
 
 
-sys.modules[__name__].__class__ = _Package
+def __dir__() -> list[str]:
+    return sorted(__all__)

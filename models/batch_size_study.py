@@ -32,7 +32,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from deploynorm.errors import BackendError, DeployNormError, InputError
 from deploynorm.files import staging, write_text
-from deploynorm.this_machine import processor_name
+from deploynorm.ort.machine import processor_name
 
 from . import data
 from .batch_size_results import NORMS, Results, Row, Run, Settings, draw, read_rows, row_of, table, write_rows

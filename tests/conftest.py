@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NoReturn
 import pytest
 import torch
 
-from deploynorm import plugins
+from deploynorm import libraries
 from deploynorm.errors import BackendError
 
 if TYPE_CHECKING:
@@ -57,13 +57,13 @@ def _missing(name: str, reason: str) -> NoReturn:
 def _reason(name: str) -> str | None:
     """Why what this name stands for cannot be used here, or None."""
     if name == "native":
-        built = plugins.find_library() is not None
+        built = libraries.find_library() is not None
         return None if built else "native: the operator library is not built (deploynorm plugins build)"
     if name in ("compiler", "nvcc"):
         try:
-            plugins.find_tools()
+            libraries.find_tools()
             if name == "nvcc":
-                plugins.find_cuda()
+                libraries.find_cuda()
         except BackendError as error:
             return f"{name}: {error}"
         return None
@@ -103,9 +103,9 @@ def cuda_libraries(require: Callable[[str], None], request: pytest.FixtureReques
     require("trt-headers")
     cache = request.config.cache
     assert cache is not None
-    folder = cache.mkdir("cuda-libraries") / plugins._source_digest()
-    if not (folder / plugins.ORT_LIBRARY).is_file():
-        plugins.build(folder, cuda=True)
+    folder = cache.mkdir("cuda-libraries") / libraries._source_digest()
+    if not (folder / libraries.ORT_LIBRARY).is_file():
+        libraries.build(folder, cuda=True)
     return folder
 
 
@@ -113,8 +113,8 @@ def cuda_libraries(require: Callable[[str], None], request: pytest.FixtureReques
 def without_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A machine on which our operator library is not built."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "empty cache"))
-    monkeypatch.setattr(plugins, "_installed_library", lambda name: None)
-    assert plugins.find_library() is None
+    monkeypatch.setattr(libraries, "_installed_library", lambda name: None)
+    assert libraries.find_library() is None
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from deploynorm.plugins import find_tools, source_folder
+from deploynorm.libraries import find_tools, source_folder
 
 
 def _compile(target: Path, *words: str | Path) -> Path:

@@ -18,7 +18,7 @@ import onnx.numpy_helper
 import pytest
 from graphs import ELEMENT_TYPES
 
-from deploynorm import plugins
+from deploynorm import libraries
 from deploynorm.contract import DOMAIN, INPUTS, OP_TYPE, PARAMETERS, VERSION
 from deploynorm.lowering import function_proto
 
@@ -29,7 +29,7 @@ OPSET = 20
 _PROGRAM = """
 import json, sys
 from pathlib import Path
-from deploynorm.build import build
+from deploynorm._build import build
 from deploynorm.errors import DeployNormError
 
 def told(model, options):
@@ -142,4 +142,4 @@ def conv_frn_conv(
 def plugin_library(request: pytest.FixtureRequest) -> Path:
     """The plugin library, as the fixture cuda_libraries builds it: asked for by those tests alone that need it."""
     folder: Path = request.getfixturevalue("cuda_libraries")
-    return folder / plugins.TENSORRT_LIBRARY
+    return folder / libraries.TENSORRT_LIBRARY

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from tolerances import EXACT
 from torch import Tensor, nn
 
-from deploynorm.layers.swap import swap
+from deploynorm._swap import swap
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 

@@ -14,7 +14,7 @@ from fake_tensorrt import fake_tensorrt, with_builder
 from rtx_builds import conv_frn_conv
 
 from deploynorm import trt
-from deploynorm.build import build
+from deploynorm._build import build
 from deploynorm.contract import OP_TYPE
 from deploynorm.errors import BackendError, InputError, ModelError
 
@@ -31,7 +31,7 @@ def full(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
         monkeypatch.setitem(sys.modules, "tensorrt", module)
         monkeypatch.setattr(trt, "_LOGGERS", {})
         monkeypatch.setattr(trt, "_LOADED", {})
-        for name in ("deploynorm.build", "deploynorm.trt.builder"):
+        for name in ("deploynorm._build", "deploynorm.trt.builder"):
             monkeypatch.setattr(importlib.import_module(name), "gpu_here", lambda: gpu)
         return module
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from deploynorm.check import DEFAULT_TOLERANCE, Comparison, Report, check
+from deploynorm._check import DEFAULT_TOLERANCE, Comparison, Report, check
 from deploynorm.errors import InputError, ParityError
 from deploynorm.inputs import TensorSpec
 from deploynorm.layers import FRN2d

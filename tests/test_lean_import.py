@@ -41,10 +41,10 @@ def test_every_module_imports_without_the_optional_packages() -> None:
 
 def test_functions_of_the_package_are_not_hidden_by_the_modules_they_live_in() -> None:
     _run(
-        "import deploynorm.fold, deploynorm.export, deploynorm.check\n"
+        "import deploynorm._fold, deploynorm._export, deploynorm._check\n"
         "import deploynorm\n"
-        "from deploynorm.fold import FoldResult\n"
-        "from deploynorm.export import Exported\n"
+        "from deploynorm._fold import FoldResult\n"
+        "from deploynorm._export import Exported\n"
         "assert all(callable(f) for f in (deploynorm.fold, deploynorm.export, deploynorm.check))\n"
     )
 

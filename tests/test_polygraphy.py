@@ -13,7 +13,7 @@ import onnx
 import pytest
 from rtx_builds import conv_frn_conv, plugin_library
 
-from deploynorm import plugins
+from deploynorm import libraries
 from deploynorm.contract import NODE_ATTRIBUTES, OP_TYPE
 
 
@@ -87,7 +87,7 @@ def test_it_builds_an_engine_with_our_plugin(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """It only opens a plugin library, so it is given the one that registers the plugin."""
-    register = plugin_library(request).with_name(plugins.TENSORRT_REGISTER_LIBRARY)
+    register = plugin_library(request).with_name(libraries.TENSORRT_REGISTER_LIBRARY)
     bare = onnx.load(model)
     del bare.functions[:]  # nothing but the plugin can then compute it
     onnx.save(bare, model)

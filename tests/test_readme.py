@@ -71,7 +71,7 @@ def test_build_commands_run(tmp_path: Path, require: Callable[[str], None]) -> N
     require("trt-rtx")
     (tmp_path / "models").symlink_to(ROOT / "models")
     for command in _marked("command: build").splitlines():
-        words = [sys.executable, "-m", "deploynorm.cli", *_verb(command)]
+        words = [sys.executable, "-m", "deploynorm", *_verb(command)]
         done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
     assert (tmp_path / "frn16.engine").stat().st_size > 100_000

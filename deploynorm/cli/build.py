@@ -72,7 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from deploynorm.build import build
+    from deploynorm._build import build
     from deploynorm.cli.engine_manifest import manifest
     from deploynorm.cli.terminal import Terminal
     from deploynorm.errors import InputError

@@ -66,7 +66,7 @@ def image_and_labels_of_engine(engine: Path) -> tuple[ImageSpec | None, tuple[st
 
 
 def _libraries(arguments: argparse.Namespace, engine: Engine) -> list[Path]:
-    from deploynorm.plugins import TENSORRT_LIBRARY, find_library
+    from deploynorm.libraries import TENSORRT_LIBRARY, find_library
 
     if arguments.plugins is not None:
         return list(arguments.plugins)

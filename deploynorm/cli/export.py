@@ -49,15 +49,15 @@ def run(arguments: argparse.Namespace) -> int:
 
     import torch
 
+    from deploynorm._export import export
+    from deploynorm._export.precision import DTYPES, HALF, dtype_of, kept_layers, to_precision
+    from deploynorm._fold import fold
     from deploynorm.cli.manifest import manifest
     from deploynorm.cli.network import load_network
     from deploynorm.cli.parity import check_folded, check_onnx, raise_if_broken
     from deploynorm.cli.tables import fold_to_dict, print_checks, print_fold
     from deploynorm.cli.terminal import Terminal
-    from deploynorm.export import export
     from deploynorm.files import staging
-    from deploynorm.fold import fold
-    from deploynorm.precision import DTYPES, HALF, dtype_of, kept_layers, to_precision
 
     terminal = Terminal(verbose=arguments.verbose, quiet=arguments.quiet)
     output: Path = arguments.output or arguments.model.with_suffix(".onnx")

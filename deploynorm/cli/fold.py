@@ -25,12 +25,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     import torch
 
+    from deploynorm._fold import fold
     from deploynorm.cli.network import load_network
     from deploynorm.cli.parity import check_folded, raise_if_broken
     from deploynorm.cli.tables import fold_to_dict, print_checks, print_fold
     from deploynorm.cli.terminal import Terminal
     from deploynorm.files import staging
-    from deploynorm.fold import fold
     from deploynorm.trace import quiet, trace
 
     terminal = Terminal(verbose=arguments.verbose, quiet=arguments.quiet)

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import deploynorm
+from deploynorm._export import Exported
 from deploynorm.checkpoint import Checkpoint
-from deploynorm.export import Exported
 from deploynorm.files import sha256
 
 __all__ = ["manifest"]

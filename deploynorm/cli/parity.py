@@ -13,7 +13,8 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from deploynorm.check import Report, check
+from deploynorm._check import Report, check
+from deploynorm._export.precision import DTYPES, dtype_of, first_overflow, to_precision
 from deploynorm.cli.network import Network
 from deploynorm.cli.onnx_file import read_graph
 from deploynorm.cli.tables import print_checks
@@ -22,9 +23,8 @@ from deploynorm.contract import DOMAIN
 from deploynorm.errors import BackendError, ModelError
 from deploynorm.graph import half_type
 from deploynorm.inputs import TensorSpec, sample_inputs
+from deploynorm.libraries import find_library
 from deploynorm.ort import import_onnxruntime
-from deploynorm.plugins import find_library
-from deploynorm.precision import DTYPES, dtype_of, first_overflow, to_precision
 from deploynorm.run import open_runner
 from deploynorm.run.base import Runner
 from deploynorm.run.eager import EagerRunner

@@ -16,7 +16,7 @@ from deploynorm.errors import BackendError, InputError
 __all__ = ["add_arguments", "run"]
 
 _LIBRARIES = ("onnxruntime", "torch", "tensorrt", "tensorrt-register")
-"""Names of plugins.LIBRARIES here, which is not imported before it is needed."""
+"""Names of libraries.LIBRARIES here, which is not imported before it is needed."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from deploynorm import plugins
+    from deploynorm import libraries
     from deploynorm.cli.terminal import Terminal
 
     terminal = Terminal(verbose=arguments.verbose, quiet=arguments.quiet)
@@ -50,7 +50,7 @@ def run(arguments: argparse.Namespace) -> int:
             )
         architectures = arguments.architectures.replace(",", ";").split(";") if arguments.architectures else ()
         with terminal.step("building"):
-            library = plugins.build(
+            library = libraries.build(
                 cuda=arguments.cuda, tensorrt=not arguments.no_tensorrt, architectures=architectures
             )
         built = sorted(str(path) for path in library.parent.glob("*.so"))
@@ -58,7 +58,7 @@ def run(arguments: argparse.Namespace) -> int:
             terminal.line(f"built {path}")
         terminal.write_json(arguments.json, {"library": str(library), "libraries": built})
     elif arguments.action == "path":
-        library = plugins.library_path(plugins.LIBRARIES[_LIBRARIES.index(arguments.library)])
+        library = libraries.library_path(libraries.LIBRARIES[_LIBRARIES.index(arguments.library)])
         terminal.line(str(library))
         terminal.write_json(arguments.json, {"library": str(library)})
     else:
@@ -69,24 +69,26 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _facts() -> dict[str, Any]:
-    from deploynorm import ort, plugins
+    from deploynorm import libraries, ort
 
-    library = plugins.find_library()
+    library = libraries.find_library()
     facts: dict[str, Any] = {"library": "none: run deploynorm plugins build" if library is None else str(library)}
     if library is not None:
-        facts["processor runs"] = ", ".join(plugins.cpu_variants(library))
-        facts["CUDA kernels"] = ", ".join(plugins.cuda_variants(library)) or "none: run deploynorm plugins build --cuda"
-    training = plugins.find_library(plugins.TORCH_LIBRARY)
+        facts["processor runs"] = ", ".join(libraries.cpu_variants(library))
+        facts["CUDA kernels"] = (
+            ", ".join(libraries.cuda_variants(library)) or "none: run deploynorm plugins build --cuda"
+        )
+    training = libraries.find_library(libraries.TORCH_LIBRARY)
     facts["for training"] = "none: run deploynorm plugins build" if training is None else str(training)
-    plugin = plugins.find_library(plugins.TENSORRT_LIBRARY)
+    plugin = libraries.find_library(libraries.TENSORRT_LIBRARY)
     facts["TensorRT plugin"] = "none: run deploynorm plugins build --cuda" if plugin is None else str(plugin)
     try:
-        tools = plugins.find_tools()
+        tools = libraries.find_tools()
         facts |= {"compiler": f"{tools.compiler} ({tools.compiler_version})", "cmake": str(tools.cmake)}
     except BackendError as error:
         facts["compiler"] = str(error)
     try:
-        cuda = plugins.find_cuda()
+        cuda = libraries.find_cuda()
         facts["CUDA compiler"] = f"{cuda.nvcc} ({cuda.version})"
     except BackendError as error:
         facts["CUDA compiler"] = str(error)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from deploynorm.cli import options
 
 if TYPE_CHECKING:
-    from deploynorm.check import Report
+    from deploynorm._check import Report
     from deploynorm.cli.terminal import Terminal
     from deploynorm.rewrite import RewriteResult
     from deploynorm.run.base import Runner
@@ -118,7 +118,7 @@ def _print_result(terminal: Terminal, result: RewriteResult) -> None:
 
 def _check(candidate: Runner, truth: Runner, arguments: argparse.Namespace) -> Report:
     """The rewritten file against the file it was made from, on several shapes."""
-    from deploynorm.check import check
+    from deploynorm._check import check
     from deploynorm.cli.onnx_file import image_and_labels
     from deploynorm.inputs import parse_input_shapes, sample_inputs
 

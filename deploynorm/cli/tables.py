@@ -6,9 +6,9 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
-from deploynorm.check import Report
+from deploynorm._check import Report
+from deploynorm._fold import FoldReport
 from deploynorm.cli.terminal import Terminal
-from deploynorm.fold import FoldReport
 
 __all__ = ["fold_to_dict", "print_checks", "print_fold"]
 

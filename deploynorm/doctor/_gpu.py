@@ -8,7 +8,7 @@ from typing import Final
 
 from deploynorm.doctor.facts import Examination
 from deploynorm.doctor.finding import BUILD, BUILD_CUDA, DRIVERS, Finding, dotted, sound
-from deploynorm.plugins import ORT_LIBRARY
+from deploynorm.libraries import ORT_LIBRARY
 
 __all__ = ["code_for_gpus", "cuda_libraries", "driver", "toolkit"]
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from deploynorm.doctor.facts import Examination, Library
 from deploynorm.doctor.finding import BUILD, BUILD_CUDA, Finding, missing_exports
-from deploynorm.plugins import ORT_LIBRARY, TENSORRT_LIBRARY, TORCH_LIBRARY
+from deploynorm.libraries import ORT_LIBRARY, TENSORRT_LIBRARY, TORCH_LIBRARY
 
 __all__ = ["libraries"]
 

@@ -8,7 +8,7 @@ from typing import Final
 
 from deploynorm.doctor.facts import Examination
 from deploynorm.doctor.finding import BUILD, BUILD_CUDA, Finding, sound
-from deploynorm.plugins import ORT_LIBRARY, TENSORRT_LIBRARY
+from deploynorm.libraries import ORT_LIBRARY, TENSORRT_LIBRARY
 
 __all__ = ["onnxruntime", "tensorrt", "tensorrt_provider"]
 

@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
-from deploynorm import plugins
+from deploynorm import libraries
 from deploynorm.doctor import probes
 from deploynorm.doctor.elf import machine_here, read_library, read_needed
 from deploynorm.doctor.facts import Driver, Examination, Gpu, Library, OnnxRuntime, Provider, TensorRT
@@ -55,12 +55,12 @@ def examine() -> Examination:
     with ThreadPoolExecutor() as pool:
         driver = pool.submit(probes.ask, probes.devices)
         missing = pool.submit(probes.ask, probes.open_libraries, all_needed)
-        found = {name: path for name in plugins.LIBRARIES if (path := plugins.find_library(name)) is not None}
-        libraries = tuple(pool.map(_library, found.keys(), found.values()))
+        found = {name: path for name in libraries.LIBRARIES if (path := libraries.find_library(name)) is not None}
+        ours = tuple(pool.map(_library, found.keys(), found.values()))
         # A library that cannot even be opened would end the processes of those who are to take it.
-        usable = {library.name: library.path for library in libraries if library.problem is None}
-        runtime = pool.submit(_try, probes.onnxruntime, (), usable.get(plugins.ORT_LIBRARY), "library")
-        plugin = usable.get(plugins.TENSORRT_LIBRARY)
+        usable = {library.name: library.path for library in ours if library.problem is None}
+        runtime = pool.submit(_try, probes.onnxruntime, (), usable.get(libraries.ORT_LIBRARY), "library")
+        plugin = usable.get(libraries.TENSORRT_LIBRARY)
         trts = {name: pool.submit(_try, probes.tensorrt, (name,), plugin, "plugin") for name in tensorrts if name}
         nvcc, nvcc_release = _nvcc()
         return Examination(
@@ -77,7 +77,7 @@ def examine() -> Examination:
             driver=_driver(driver.result()),
             visible_devices=os.environ.get("CUDA_VISIBLE_DEVICES"),
             machine=machine_here(),
-            libraries=libraries,
+            libraries=ours,
             stale=_stale(),
         )
 
@@ -168,14 +168,14 @@ def _put_by_pip(library: str) -> str | None:
 
 def _compiler() -> str | None:
     try:
-        return plugins.find_tools().compiler_version
+        return libraries.find_tools().compiler_version
     except BackendError:
         return None
 
 
 def _nvcc() -> tuple[str | None, tuple[int, int] | None]:
     try:
-        nvcc, version = plugins.find_cuda()
+        nvcc, version = libraries.find_cuda()
     except BackendError:
         return None, None
     release = re.search(r"release (\d+)\.(\d+)", version)
@@ -192,8 +192,8 @@ def _driver(told: dict[str, Any]) -> Driver:
 
 
 def _library(name: str, path: Path) -> Library:
-    sources, built_here = plugins.source_folder(), path.is_relative_to(plugins._cache_of_these_sources())
-    in_a_clone = not sources.is_relative_to(Path(plugins.__file__).parent)
+    sources, built_here = libraries.source_folder(), path.is_relative_to(libraries._cache_of_these_sources())
+    in_a_clone = sources.is_symlink()
     file = path.stat()
     found = Library(
         name,
@@ -219,6 +219,8 @@ def _newest(folder: Path) -> float:
 
 
 def _stale() -> tuple[str, ...]:
-    current = plugins._cache_of_these_sources()
-    others = {path.parents[1] for name in plugins.LIBRARIES for path in current.parent.glob(f"*/*/{name}")} - {current}
+    current = libraries._cache_of_these_sources()
+    others = {path.parents[1] for name in libraries.LIBRARIES for path in current.parent.glob(f"*/*/{name}")} - {
+        current
+    }
     return tuple(sorted(map(str, others)))

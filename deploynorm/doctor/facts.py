@@ -41,7 +41,7 @@ class Library:
     """One of ours, as found on this machine.
 
     Attributes:
-        name: See deploynorm.plugins.
+        name: See deploynorm.libraries.
         path: Where it lies.
         size_bytes: Of the file.
         origin: "built here" or "installed".

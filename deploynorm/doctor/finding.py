@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Final, Literal, NamedTuple
 
 from deploynorm.doctor.facts import Examination, Library
-from deploynorm.plugins import ORT_LIBRARY, TENSORRT_LIBRARY, TENSORRT_REGISTER_LIBRARY, TORCH_LIBRARY
+from deploynorm.libraries import ORT_LIBRARY, TENSORRT_LIBRARY, TENSORRT_REGISTER_LIBRARY, TORCH_LIBRARY
 
 __all__ = ["BUILD", "BUILD_CUDA", "DRIVERS", "Finding", "dotted", "missing_exports", "sound"]
 

@@ -6,7 +6,6 @@ from deploynorm.layers.frn import FRN1d, FRN2d, FRN3d
 from deploynorm.layers.loss_scale import track_loss_scale
 from deploynorm.layers.mabn import MABN1d, MABN2d, MABN3d
 from deploynorm.layers.recalibrate import recalibrate
-from deploynorm.layers.swap import swap
 from deploynorm.layers.tlu import TLU
 
 __all__ = [
@@ -21,7 +20,6 @@ __all__ = [
     "CenConv2d",
     "CenConv3d",
     "CenConvTranspose2d",
-    "swap",
     "track_loss_scale",
     "freeze_mabn",
     "unfreeze_mabn",

@@ -15,7 +15,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from deploynorm import plugins
+from deploynorm import libraries
 from deploynorm.errors import BackendError
 from deploynorm.layers._plain import dense
 
@@ -181,7 +181,7 @@ def _opened() -> _Library:
 
 
 def _open() -> _Library | None:
-    path = plugins.find_library(plugins.TORCH_LIBRARY)
+    path = libraries.find_library(libraries.TORCH_LIBRARY)
     if path is None:
         return None
     try:

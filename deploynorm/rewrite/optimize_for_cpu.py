@@ -10,10 +10,11 @@ from typing import Any
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedOpsetsPass
 
-from deploynorm import ort, this_machine
+from deploynorm import ort
 from deploynorm.contract import BLOCKED_OP_TYPE, DOMAIN, METADATA_CPU, OP_TYPE
 from deploynorm.errors import ModelError
 from deploynorm.graph import node_counts, save
+from deploynorm.ort import machine
 from deploynorm.rewrite.blocking import NCHWC, move_reorders
 from deploynorm.rewrite.result import RewriteResult
 
@@ -59,10 +60,10 @@ def optimize_for_cpu(model: ir.Model, *, source_sha256: str | None = None) -> Re
     """
     _refuse(model)
     runtime = ort.import_onnxruntime()
-    note = this_machine.describe(runtime, source_sha256)
+    note = machine.describe(runtime, source_sha256)
     optimized = _optimized_by_onnxruntime(model, runtime)
     before = node_counts(optimized)
-    changes = move_reorders(optimized, this_machine.block_size(runtime))
+    changes = move_reorders(optimized, machine.block_size(runtime))
     RemoveUnusedOpsetsPass()(optimized)  # ONNX Runtime writes all that it knows
     optimized.producer_name = "deploynorm"
     optimized.metadata_props.update(model.metadata_props)  # ONNX Runtime drops them

@@ -15,7 +15,7 @@ from torch import Tensor
 from deploynorm.arrays import to_array
 from deploynorm.errors import InputError, ModelError
 from deploynorm.inputs import Shape, TensorSpec
-from deploynorm.plugins import TENSORRT_LIBRARY, find_library
+from deploynorm.libraries import TENSORRT_LIBRARY, find_library
 from deploynorm.run.base import Runner, check_feeds, closed_error
 from deploynorm.trt import (
     Flavour,

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from deploynorm import plugins
+from deploynorm import libraries
 from deploynorm.contract import DOMAIN, OP_TYPE, VERSION
 from deploynorm.errors import BackendError, InputError
 from deploynorm.trt.errors import Message, words
@@ -168,7 +168,7 @@ def load_plugin(trt: TensorRT) -> None:
     _mend(trt)
     if has_plugin(trt):
         return
-    library = plugins.library_path(plugins.TENSORRT_LIBRARY)
+    library = libraries.library_path(libraries.TENSORRT_LIBRARY)
     load_library(trt, library)
     if not has_plugin(trt):
         raise BackendError(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from deploynorm import plugins as our_plugins
+from deploynorm import libraries
 from deploynorm.errors import BackendError, ModelError
 from deploynorm.inputs import TensorSpec
 from deploynorm.trt import TensorRT, dtype_name, gpu_here, has_plugin, listen, load_library, load_plugin, logger
@@ -46,7 +46,7 @@ def load_plugins(trt: TensorRT, settings: Settings, way: Way) -> tuple[Path, ...
         if way == "native":
             return ()
         load_plugin(trt)
-        library = our_plugins.find_library(our_plugins.TENSORRT_LIBRARY)
+        library = libraries.find_library(libraries.TENSORRT_LIBRARY)
         return () if library is None else (library,)
     for path in settings.plugins:
         load_library(trt, Path(path))

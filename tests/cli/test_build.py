@@ -17,8 +17,8 @@ from fake_tensorrt import fake_tensorrt, with_builder
 from rtx_builds import conv_frn_conv, plugin_library
 
 from deploynorm import checkpoint, trt
+from deploynorm._export import export
 from deploynorm.contract import METADATA_IMAGE
-from deploynorm.export import export
 from deploynorm.files import sha256
 
 
@@ -40,7 +40,7 @@ def rtx(require: Callable[[str], None]) -> Callable[..., Outcome]:
     require("trt-rtx")
 
     def call(*arguments: object) -> Outcome:
-        words = ["-m", "deploynorm.cli", "build", *arguments, "--backend", "tensorrt-rtx"]
+        words = ["-m", "deploynorm", "build", *arguments, "--backend", "tensorrt-rtx"]
         done = subprocess.run([sys.executable, *map(str, words)], capture_output=True, text=True)
         return Outcome(done.returncode, done.stdout, done.stderr)
 
@@ -141,7 +141,7 @@ def full(monkeypatch: pytest.MonkeyPatch) -> Any:
     module = with_builder(fake_tensorrt("11.4.0"))
     monkeypatch.setitem(sys.modules, "tensorrt", module)
     monkeypatch.setattr(trt, "_LOGGERS", {})
-    for name in ("deploynorm.build", "deploynorm.trt.builder"):
+    for name in ("deploynorm._build", "deploynorm.trt.builder"):
         monkeypatch.setattr(importlib.import_module(name), "gpu_here", lambda: "9.0")
     return module
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from deploynorm import doctor, plugins
+from deploynorm import doctor, libraries
 from deploynorm.doctor.elf import CudaCode
 from deploynorm.doctor.facts import Driver, Examination, Gpu, Library, OnnxRuntime, Provider, TensorRT
 
@@ -32,9 +32,9 @@ FACTS = Examination(
     libraries=tuple(
         Library(name, f"/c/{name}", 2**20, "built here", "x86-64", ("libc.so.6",), exports, code)
         for name, exports, code in [
-            (plugins.ORT_LIBRARY, ("RegisterCustomOps",), (CudaCode("sm", (9, 0)),)),
-            (plugins.TORCH_LIBRARY, ("deploynorm_frn_cpu", "deploynorm_frn_backward_cpu"), (CudaCode("sm", (9, 0)),)),
-            (plugins.TENSORRT_LIBRARY, ("getCreators", "setLoggerFinder"), (CudaCode("compute", (9, 0), 13),)),
+            (libraries.ORT_LIBRARY, ("RegisterCustomOps",), (CudaCode("sm", (9, 0)),)),
+            (libraries.TORCH_LIBRARY, ("deploynorm_frn_cpu", "deploynorm_frn_backward_cpu"), (CudaCode("sm", (9, 0)),)),
+            (libraries.TENSORRT_LIBRARY, ("getCreators", "setLoggerFinder"), (CudaCode("compute", (9, 0), 13),)),
         ]
     ),
 )
@@ -138,5 +138,5 @@ def test_this_machine(deploynorm: Callable, tmp_path: Path) -> None:
     assert content["ok"] is ("broken" not in levels)
     assert sys.executable in told.out
     assert [each["name"] for each in content["facts"]["libraries"]] == [
-        name for name in plugins.LIBRARIES if plugins.find_library(name)
+        name for name in libraries.LIBRARIES if libraries.find_library(name)
     ]

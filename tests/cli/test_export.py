@@ -194,7 +194,7 @@ def test_broken_parity_exits_with_1_and_leaves_no_file(
 ) -> None:
     """A fault planted between export and file: the classifier's weight is moved."""
     require("ort")
-    from deploynorm.export import Exported
+    from deploynorm._export import Exported
 
     save = Exported.save
 

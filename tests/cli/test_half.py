@@ -16,7 +16,7 @@ from tolerances import EXACT, OP_FLOAT16
 from torch import nn
 
 from deploynorm import checkpoint
-from deploynorm.check import DEFAULT_TOLERANCE
+from deploynorm._check import DEFAULT_TOLERANCE
 from deploynorm.layers import FRN2d, MABN2d
 
 FACTORY = """

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from deploynorm import plugins
+from deploynorm import libraries
 
 
 @pytest.fixture(autouse=True)
@@ -18,7 +18,7 @@ def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_path_prints_the_path_alone(deploynorm: Callable, require: Callable) -> None:
     require("native")
-    assert deploynorm("plugins", "path").out == f"{plugins.library_path()}\n"
+    assert deploynorm("plugins", "path").out == f"{libraries.library_path()}\n"
 
 
 @pytest.mark.usefixtures("without_library")
@@ -38,7 +38,7 @@ def test_info_tells_library_processor_compiler_and_runtime(deploynorm: Callable,
     told = deploynorm("plugins", "info", "--json", "info.json")
     assert told.code == 0, told.err
     facts = json.loads(Path("info.json").read_text())
-    assert facts["library"] == str(plugins.library_path())
+    assert facts["library"] == str(libraries.library_path())
     assert "baseline" in facts["processor runs"]
     assert facts["onnxruntime"].endswith("takes the library")
     assert set(facts) == {

@@ -14,8 +14,8 @@ import torch
 from graphs import frn_model
 from torch import nn
 
+from deploynorm._export import export
 from deploynorm.contract import METADATA_CPU, METADATA_IMAGE, METADATA_LABELS
-from deploynorm.export import export
 from deploynorm.files import sha256
 from deploynorm.graph import save
 from deploynorm.layers import FRN2d
@@ -177,7 +177,7 @@ def test_rewrite_must_be_named(exported: Path, deploynorm: Callable) -> None:
 
 
 def test_library_that_is_not_built(exported: Path, deploynorm: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("deploynorm.plugins.find_library", lambda name: None)
+    monkeypatch.setattr("deploynorm.libraries.find_library", lambda name: None)
     result = deploynorm("rewrite", exported, "--optimize-for-cpu")
     assert result.code == 3
     assert "deploynorm plugins build" in result.err

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from deploynorm.plugins import find_tools
+from deploynorm.libraries import find_tools
 
 
 @pytest.fixture

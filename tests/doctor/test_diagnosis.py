@@ -12,7 +12,7 @@ from deploynorm.doctor import Examination, diagnose
 from deploynorm.doctor import diagnosis as diagnosis_module
 from deploynorm.doctor.elf import CudaCode
 from deploynorm.doctor.facts import Driver, Gpu, Library, OnnxRuntime, Provider, TensorRT
-from deploynorm.plugins import ORT_LIBRARY, TENSORRT_LIBRARY, TENSORRT_REGISTER_LIBRARY, TORCH_LIBRARY
+from deploynorm.libraries import ORT_LIBRARY, TENSORRT_LIBRARY, TENSORRT_REGISTER_LIBRARY, TORCH_LIBRARY
 
 FATBIN = tuple(CudaCode("sm", each) for each in [(7, 5), (8, 0), (9, 0), (10, 0), (12, 0)])
 FATBIN += (CudaCode("compute", (9, 0), 13),)

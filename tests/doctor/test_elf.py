@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from deploynorm import plugins
+from deploynorm import libraries
 from deploynorm.doctor.elf import CudaCode, _fat_binaries, machine_here, read_library, read_needed
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="ELF")
@@ -44,7 +44,7 @@ def library(require: Callable[[str], None], tmp_path_factory: pytest.TempPathFac
     (folder / "source.c").write_text(SOURCE)
     path = folder / "lib.so"
     words = ["-shared", "-fPIC", "-Wl,--no-as-needed", "-lm", "-x", "c", folder / "source.c", "-o", path]
-    subprocess.run([str(word) for word in (plugins.find_tools().compiler, *words)], check=True)
+    subprocess.run([str(word) for word in (libraries.find_tools().compiler, *words)], check=True)
     return path
 
 
@@ -60,7 +60,7 @@ def test_what_a_library_needs_and_exports(library: Path) -> None:
 
 def test_the_same_as_readelf_says_of_our_own_library(require: Callable[[str], None]) -> None:
     require("native")
-    path = plugins.library_path()
+    path = libraries.library_path()
     try:
         told = subprocess.run(["readelf", "-dW", path], capture_output=True, text=True, check=True).stdout
     except FileNotFoundError:
@@ -75,7 +75,7 @@ def test_code_for_gpus_is_that_which_nvcc_was_asked_for(
     options: list[str], require: Callable[[str], None], tmp_path: Path
 ) -> None:
     require("nvcc")
-    cuda = plugins.find_cuda()
+    cuda = libraries.find_cuda()
     sources = []
     for name in ("first", "second"):  # two files, so two containers in the section
         sources.append(tmp_path / f"{name}.cu")

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from deploynorm import plugins
+from deploynorm import libraries
 from deploynorm.doctor import Examination, Finding, diagnose, examine
 from deploynorm.doctor import examination as examination_module
 
@@ -56,7 +56,7 @@ def add_onnxruntime(folder: Path, version: str = "1.32.0", *, registration: str 
 def built_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty folder for what was built on this machine of the sources that the package brings."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    folder = plugins._cache_of_these_sources() / "key"
+    folder = libraries._cache_of_these_sources() / "key"
     folder.mkdir(parents=True)
     return folder
 
@@ -76,10 +76,10 @@ def test_this_machine_as_it_is(require: Callable[[str], None]) -> None:
     assert found.onnxruntime is not None
     assert found.onnxruntime.takes_library is True
     assert "CPUExecutionProvider" in found.onnxruntime.providers
-    library = found.library(plugins.ORT_LIBRARY)
+    library = found.library(libraries.ORT_LIBRARY)
     assert library is not None
-    assert (library.path, library.problem) == (str(plugins.library_path()), None)
-    assert library.size_bytes == plugins.library_path().stat().st_size
+    assert (library.path, library.problem) == (str(libraries.library_path()), None)
+    assert library.size_bytes == libraries.library_path().stat().st_size
     assert json.loads(json.dumps(dataclasses.asdict(found)))["packages"] == found.packages
 
 
@@ -196,9 +196,9 @@ def test_a_machine_without_our_libraries(site_packages: Path) -> None:
 def test_a_library_whose_entry_point_has_another_name(built_here: Path, require: Callable[[str], None]) -> None:
     require("native")
     require("ort")
-    content = plugins.library_path().read_bytes()
+    content = libraries.library_path().read_bytes()
     assert b"RegisterCustomOps\0" in content
-    (built_here / plugins.ORT_LIBRARY).write_bytes(content.replace(b"RegisterCustomOps\0", b"RegisterCustomOpz\0"))
+    (built_here / libraries.ORT_LIBRARY).write_bytes(content.replace(b"RegisterCustomOps\0", b"RegisterCustomOpz\0"))
     found = examine()
     assert found.onnxruntime is not None
     assert found.onnxruntime.takes_library is False
@@ -208,8 +208,8 @@ def test_a_library_whose_entry_point_has_another_name(built_here: Path, require:
 
 def test_a_library_that_was_cut_short(built_here: Path, require: Callable[[str], None]) -> None:
     require("native")
-    content = plugins.library_path().read_bytes()
-    (built_here / plugins.ORT_LIBRARY).write_bytes(content[: len(content) // 2])
+    content = libraries.library_path().read_bytes()
+    (built_here / libraries.ORT_LIBRARY).write_bytes(content[: len(content) // 2])
     found = examine()
     assert found.onnxruntime is None or found.onnxruntime.takes_library is None, "who opens it dies of it"
     assert set(broken(found)) == {"library-unreadable"}
@@ -220,7 +220,7 @@ def test_a_library_of_which_onnxruntime_dies(
 ) -> None:
     add_onnxruntime(site_packages, registration="import ctypes; ctypes.CDLL(path).RegisterCustomOps()")
     source = "#include <stdlib.h>\nint RegisterCustomOps(void) { abort(); }"
-    compile_library(plugins.ORT_LIBRARY, source, folder=built_here)
+    compile_library(libraries.ORT_LIBRARY, source, folder=built_here)
     found = examine()
     assert found.onnxruntime is not None
     assert (found.onnxruntime.version, found.onnxruntime.problem) == ("1.32.0", None)
@@ -231,10 +231,10 @@ def test_a_library_of_which_onnxruntime_dies(
 def test_a_library_that_needs_what_is_not_there(built_here: Path, compile_library: Callable[..., Path]) -> None:
     infer = compile_library("libnvinfer.so.8", "int infer;", "-Wl,-soname,libnvinfer.so.8")
     source = "int getCreators(void) { return 0; } int setLoggerFinder(void) { return 0; }"
-    compile_library(plugins.TENSORRT_LIBRARY, source, "-Wl,--no-as-needed", str(infer), folder=built_here)
+    compile_library(libraries.TENSORRT_LIBRARY, source, "-Wl,--no-as-needed", str(infer), folder=built_here)
     infer.unlink()
     found = examine()
-    library = found.library(plugins.TENSORRT_LIBRARY)
+    library = found.library(libraries.TENSORRT_LIBRARY)
     assert library is not None
     assert "libnvinfer.so.8" in library.needed
     assert "libnvinfer.so.8" in broken(found)["library-does-not-load"].problem
@@ -247,7 +247,7 @@ def test_all_libraries_as_they_are_built(
     for library in cuda_libraries.glob("*.so"):
         shutil.copy2(library, built_here)
     found = examine()
-    assert tuple(library.name for library in found.libraries) == plugins.LIBRARIES
+    assert tuple(library.name for library in found.libraries) == libraries.LIBRARIES
     operators, training, plugin, register = found.libraries
     for library in found.libraries:
         assert (library.origin, library.problem, library.outdated) == ("built here", None, False)
@@ -260,32 +260,36 @@ def test_all_libraries_as_they_are_built(
 
 
 def test_libraries_of_other_sources_are_named(built_here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (built_here / plugins.ORT_LIBRARY).write_bytes(b"")
+    (built_here / libraries.ORT_LIBRARY).write_bytes(b"")
     assert examination_module._stale() == ()
-    monkeypatch.setattr(plugins, "_source_digest", lambda: "other sources")
+    monkeypatch.setattr(libraries, "_source_digest", lambda: "other sources")
     assert examination_module._stale() == (str(built_here.parent),)
 
 
 def test_an_installed_library_that_is_older_than_the_sources_of_the_clone(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    sources, library = tmp_path / "plugins", tmp_path / plugins.ORT_LIBRARY
-    (sources / "kernels").mkdir(parents=True)
+    repository, library = tmp_path / "repository", tmp_path / libraries.ORT_LIBRARY
+    (repository / "kernels").mkdir(parents=True)
+    sources = tmp_path / "plugins"
+    sources.symlink_to(repository)
     (sources / "kernels" / "frn.cu").write_text("")
     library.write_bytes(b"")
-    built = tmp_path / "cache" / plugins.ORT_LIBRARY
+    built = tmp_path / "cache" / libraries.ORT_LIBRARY
     built.parent.mkdir()
     built.write_bytes(b"")
-    monkeypatch.setattr(plugins, "source_folder", lambda: sources)
-    monkeypatch.setattr(plugins, "_cache_of_these_sources", lambda: built.parent)
+    monkeypatch.setattr(libraries, "source_folder", lambda: sources)
+    monkeypatch.setattr(libraries, "_cache_of_these_sources", lambda: built.parent)
     for age, outdated in ((-10, False), (10, True)):
         changed = library.stat().st_mtime + age
         os.utime(sources / "kernels" / "frn.cu", (changed, changed))
-        assert examination_module._library(plugins.ORT_LIBRARY, library).outdated is outdated
-        assert not examination_module._library(plugins.ORT_LIBRARY, built).outdated, "its key is that of these sources"
+        assert examination_module._library(libraries.ORT_LIBRARY, library).outdated is outdated
+        assert not examination_module._library(libraries.ORT_LIBRARY, built).outdated, (
+            "its key is that of these sources"
+        )
     # Where pip has installed the sources too, their times are those of the installation.
-    monkeypatch.setattr(plugins, "__file__", str(sources / "__init__.py"))
-    assert not examination_module._library(plugins.ORT_LIBRARY, library).outdated
+    monkeypatch.setattr(libraries, "source_folder", lambda: repository)
+    assert not examination_module._library(libraries.ORT_LIBRARY, library).outdated
 
 
 def test_remains_of_an_installation_that_was_cut_short(site_packages: Path) -> None:

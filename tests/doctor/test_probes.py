@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from deploynorm import plugins
+from deploynorm import libraries
 from deploynorm.doctor import probes
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="ELF")
@@ -134,7 +134,7 @@ def test_a_python_that_cannot_be_started(monkeypatch: pytest.MonkeyPatch, tmp_pa
 def test_onnxruntime_takes_our_library(require: Callable[[str], None]) -> None:
     require("ort")
     require("native")
-    found = probes.ask(probes.onnxruntime, str(plugins.library_path()))
+    found = probes.ask(probes.onnxruntime, str(libraries.library_path()))
     assert found["takes_library"] is True
     assert "CPUExecutionProvider" in found["providers"]
 
@@ -151,7 +151,7 @@ def test_tensorrt_takes_our_plugin(
     else:
         require("trt-lean")
         monkeypatch.syspath_prepend(folder)
-    library = request.getfixturevalue("cuda_libraries") / plugins.TENSORRT_LIBRARY
+    library = request.getfixturevalue("cuda_libraries") / libraries.TENSORRT_LIBRARY
     module = folder if isinstance(folder, str) else "tensorrt_lean_bindings"
     without, found = probes.ask(probes.tensorrt, module, None), probes.ask(probes.tensorrt, module, str(library))
     assert "takes_plugin" not in without

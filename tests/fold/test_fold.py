@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from tolerances import FLOAT64, FOLD_FLOAT32, Tolerance
 from torch import Tensor, nn
 
-from deploynorm.fold import fold
+from deploynorm._fold import fold
 from deploynorm.layers import (
     TLU,
     CenConv1d,

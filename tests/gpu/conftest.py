@@ -10,7 +10,7 @@ import pytest
 import torch
 from cuda_kernels import CudaKernel
 
-from deploynorm import plugins
+from deploynorm import libraries
 from deploynorm.layers import _native
 
 # Without a GPU nothing here is collected (tests/conftest.py says so at the top of a run), unless one is required.
@@ -31,13 +31,13 @@ def architecture(require: Callable[[str], None]) -> str:
 def library(architecture: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The operator library with CUDA kernels."""
     folder = tmp_path_factory.mktemp("library")
-    return plugins.build(folder, cuda=True, tensorrt=False, architectures=[architecture])
+    return libraries.build(folder, cuda=True, tensorrt=False, architectures=[architecture])
 
 
 @pytest.fixture(scope="session")
 def training_library(library: Path) -> Path:
     """The kernels for training, which are those of both passes."""
-    return library.with_name(plugins.TORCH_LIBRARY)
+    return library.with_name(libraries.TORCH_LIBRARY)
 
 
 @pytest.fixture(scope="session")

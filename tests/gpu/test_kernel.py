@@ -17,7 +17,7 @@ from emulated import KERNEL_SOURCES
 from kernels import Call
 from tolerances import OP_FLOAT16
 
-from deploynorm import plugins
+from deploynorm import libraries
 from deploynorm.contract import DTYPES
 from deploynorm.layers.functional import filter_response_norm
 
@@ -165,10 +165,10 @@ def test_compute_sanitizer_finds_nothing(
     if not os.access(sanitizer, os.X_OK):
         pytest.skip("compute-sanitizer is not installed")
     program = tmp_path / "every_variant"
-    kernels = plugins.source_folder() / "kernels"
+    kernels = libraries.source_folder() / "kernels"
     sources = [str(Path(__file__).parent / "every_variant.cu"), *(str(kernels / name) for name in KERNEL_SOURCES)]
     options = ["-std=c++17", "-O2", "-lineinfo", f"-arch=sm_{architecture}", "-I", str(kernels)]
-    subprocess.run([str(plugins.find_cuda().nvcc), *options, *sources, "-o", str(program)], check=True)
+    subprocess.run([str(libraries.find_cuda().nvcc), *options, *sources, "-o", str(program)], check=True)
     plain = subprocess.run([str(program)], capture_output=True, text=True)
     assert plain.returncode == 0, plain.stdout + plain.stderr
     done = subprocess.run(

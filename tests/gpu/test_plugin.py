@@ -12,7 +12,7 @@ from cases import CASES, NormCase, make_inputs, tolerance, want
 from emulated import build_host
 from tensorrt_host import Host, formats_of, run
 
-from deploynorm import plugins
+from deploynorm import libraries
 
 DTYPES = ("float32", "float16", "bfloat16")
 
@@ -22,9 +22,9 @@ def host(architecture: str, require: Callable[[str], None], tmp_path_factory: py
     """With a CUDA runtime of its own, as TensorRT has one."""
     require("trt-headers")
     folder = tmp_path_factory.mktemp("plugin")
-    plugins.build(folder, cuda=True, architectures=[architecture])
+    libraries.build(folder, cuda=True, architectures=[architecture])
     headers = Path(os.environ["TENSORRT_INCLUDE_DIR"])
-    return Host(build_host(folder, headers, nvcc=plugins.find_cuda().nvcc), folder / plugins.TENSORRT_LIBRARY)
+    return Host(build_host(folder, headers, nvcc=libraries.find_cuda().nvcc), folder / libraries.TENSORRT_LIBRARY)
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.dtype in DTYPES], ids=str)

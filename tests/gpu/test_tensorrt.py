@@ -13,7 +13,7 @@ from graphs import CHANNELS, OPSET, frn_model, frn_parameters
 from rtx_builds import plugin_library
 from tolerances import EXACT, OP_BFLOAT16, OP_FLOAT16, OP_FLOAT32
 
-from deploynorm.build import build
+from deploynorm._build import build
 from deploynorm.errors import BackendError, DeployNormError
 from deploynorm.lowering import function_proto
 from deploynorm.reference import filter_response_norm

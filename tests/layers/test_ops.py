@@ -18,7 +18,7 @@ from torch.autograd import forward_ad
 from torch.func import grad, jvp, vmap
 from torch.library import opcheck
 
-from deploynorm import plugins
+from deploynorm import libraries
 from deploynorm.errors import InputError
 from deploynorm.layers import FRN2d, _native, _plain, ops
 from deploynorm.layers.functional import filter_response_norm
@@ -244,12 +244,12 @@ def test_wrong_shapes_never_reach_the_kernel(way: str) -> None:
 def test_a_library_that_cannot_be_loaded_is_told_of_once_and_training_goes_on(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    damaged = tmp_path / plugins.TORCH_LIBRARY
+    damaged = tmp_path / libraries.TORCH_LIBRARY
     damaged.write_bytes(b"not a library")
-    monkeypatch.setattr(plugins, "find_library", lambda name: damaged)
+    monkeypatch.setattr(libraries, "find_library", lambda name: damaged)
     with pytest.warns(UserWarning, match=re.escape(f"{damaged} cannot be used")):
         assert _native._open() is None
-    monkeypatch.setattr(plugins, "find_library", lambda name: None)
+    monkeypatch.setattr(libraries, "find_library", lambda name: None)
     assert _native._open() is None
 
 

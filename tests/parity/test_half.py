@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from deploynorm import checkpoint
-from deploynorm.check import Report, check
-from deploynorm.export import export
-from deploynorm.fold import fold
+from deploynorm._check import Report, check
+from deploynorm._export import export
+from deploynorm._export.precision import to_precision
+from deploynorm._fold import fold
 from deploynorm.inputs import TensorSpec
 from deploynorm.layers import FRN2d
-from deploynorm.precision import to_precision
 from deploynorm.run.eager import EagerRunner
 from deploynorm.run.half import HalfRunner
 from deploynorm.trace import quiet

@@ -10,7 +10,7 @@ from cuda_kernels import CudaKernel
 from emulated import build_kernels
 from kernels import Kernel
 
-from deploynorm.plugins import library_path
+from deploynorm.libraries import library_path
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ import torch
 from kernels import BackwardCall, Call
 from tolerances import OP_FLOAT32
 
-from deploynorm import plugins
+from deploynorm import libraries
 from deploynorm.layers import _plain
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
@@ -37,7 +37,7 @@ def benchmark() -> ModuleType:
 
 @pytest.fixture(scope="module")
 def kernel(benchmark: ModuleType, emulated_library: Path) -> object:
-    assert plugins.cuda_variants(emulated_library)
+    assert libraries.cuda_variants(emulated_library)
     return benchmark.Kernel(emulated_library)
 
 

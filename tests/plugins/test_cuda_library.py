@@ -13,7 +13,7 @@ from graphs import CHANNELS, frn_model, frn_parameters
 from kernels import Kernel
 from tolerances import OP_FLOAT16, OP_FLOAT32
 
-from deploynorm import ort, plugins, reference
+from deploynorm import libraries, ort, reference
 from deploynorm.contract import INPUTS
 from deploynorm.doctor.elf import read_library
 
@@ -35,10 +35,10 @@ BACKWARD = {"deploynorm_frn_backward_cpu", "deploynorm_frn_backward_cpu_workspac
             "deploynorm_frn_backward_cuda_workspace"}  # fmt: skip
 OPENMP = {"deploynorm_openmp_parallel_for"}
 EXPORTED = {
-    plugins.ORT_LIBRARY: FORWARD | {"RegisterCustomOps"},
-    plugins.TORCH_LIBRARY: FORWARD | BACKWARD | OPENMP,
-    plugins.TENSORRT_LIBRARY: {"getCreators", "setLoggerFinder"},
-    plugins.TENSORRT_REGISTER_LIBRARY: set(),
+    libraries.ORT_LIBRARY: FORWARD | {"RegisterCustomOps"},
+    libraries.TORCH_LIBRARY: FORWARD | BACKWARD | OPENMP,
+    libraries.TENSORRT_LIBRARY: {"getCreators", "setLoggerFinder"},
+    libraries.TENSORRT_REGISTER_LIBRARY: set(),
 }
 NEEDED = {"libc.so.6", "ld-linux-x86-64.so.2", "ld-linux-aarch64.so.1", "libdl.so.2", "libpthread.so.0", "librt.so.1"}
 
@@ -51,22 +51,24 @@ def test_a_library_offers_its_entry_points_and_nothing_else(name: str, cuda_libr
 @pytest.mark.parametrize("name", EXPORTED)
 def test_a_library_needs_nothing_of_cuda_or_tensorrt(name: str, cuda_libraries: Path) -> None:
     """No libcudart, libcuda or libnvinfer: they load on a machine without a GPU, and beside any version of those."""
-    allowed = NEEDED | ({"libstdc++.so.6", "libm.so.6", "libgcc_s.so.1"} if name == plugins.TENSORRT_LIBRARY else set())
+    allowed = NEEDED | (
+        {"libstdc++.so.6", "libm.so.6", "libgcc_s.so.1"} if name == libraries.TENSORRT_LIBRARY else set()
+    )
     assert set(read_library(cuda_libraries / name).needed) <= allowed
 
 
 @pytest.mark.parametrize("gpu", GPUS)
-@pytest.mark.parametrize("name", [plugins.ORT_LIBRARY, plugins.TORCH_LIBRARY, plugins.TENSORRT_LIBRARY])
+@pytest.mark.parametrize("name", [libraries.ORT_LIBRARY, libraries.TORCH_LIBRARY, libraries.TENSORRT_LIBRARY])
 def test_there_is_code_for(gpu: str, name: str, cuda_libraries: Path) -> None:
     code = read_library(cuda_libraries / name).code
     assert any(each.runs_on(GPUS[gpu]) for each in code), ", ".join(each.name for each in code)
 
 
 def test_the_cpu_kernel_is_in_it_and_right(cuda_libraries: Path) -> None:
-    library = cuda_libraries / plugins.ORT_LIBRARY
-    assert plugins.cuda_variants(library)
+    library = cuda_libraries / libraries.ORT_LIBRARY
+    assert libraries.cuda_variants(library)
     kernel = Kernel(library)
-    assert kernel.variants == plugins.cpu_variants(library)
+    assert kernel.variants == libraries.cpu_variants(library)
     x = np.random.default_rng(0).standard_normal((2, CHANNELS, 9, 7), dtype=np.float32)
     parameters = list(frn_parameters().values())
     expected = reference.filter_response_norm(x.astype(np.float64), *(p.astype(np.float64) for p in parameters))
@@ -79,7 +81,7 @@ def test_onnxruntime_without_cuda_takes_it_and_runs_on_the_cpu(
     require("ort")
     onnxruntime: Any = ort.import_onnxruntime()
     options = ort.quiet_options()
-    options.register_custom_ops_library(str(cuda_libraries / plugins.ORT_LIBRARY))
+    options.register_custom_ops_library(str(cuda_libraries / libraries.ORT_LIBRARY))
     x = np.random.default_rng(0).standard_normal((2, CHANNELS, 9, 7), dtype=np.float32)
     for dtype in ("float32", "float64", "float16"):
         session = onnxruntime.InferenceSession(frn_model(dtype).SerializeToString(), options)

@@ -10,16 +10,16 @@ from pathlib import Path
 import pytest
 from emulated import KERNEL_SOURCES, build_host, compile_for_the_cpu
 
-from deploynorm import plugins
+from deploynorm import libraries
 
 EVERY_VARIANT = Path(__file__).parents[1] / "gpu" / "every_variant.cu"
-KERNELS = plugins.source_folder() / "kernels"
+KERNELS = libraries.source_folder() / "kernels"
 
 
 @pytest.fixture
 def nvcc(require: Callable[[str], None]) -> str:
     require("nvcc")
-    return str(plugins.find_cuda().nvcc)
+    return str(libraries.find_cuda().nvcc)
 
 
 def test_every_variant_runs_on_the_emulation(require: Callable[[str], None], tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from kernels import Array, BackwardCall, Kernel, ParallelFor
 from tolerances import GRADIENT_ROUNDED, GRADIENT_SUMMED, RSTD
 
 from deploynorm.contract import DTYPES
-from deploynorm.plugins import TORCH_LIBRARY, library_path
+from deploynorm.libraries import TORCH_LIBRARY, library_path
 
 LANES = {"nchw": 1, "nhwc": 0, "blocks_of_8": 8, "blocks_of_5": 5}
 """Layout -> lanes; 0 stands for all channels."""

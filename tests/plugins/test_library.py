@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from deploynorm.plugins import ORT_LIBRARY, TORCH_LIBRARY, find_tools, library_path
+from deploynorm.libraries import ORT_LIBRARY, TORCH_LIBRARY, find_tools, library_path
 
 SOURCES = Path(__file__).parents[2] / "plugins"
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from deploynorm.plugins import find_tools
+from deploynorm.libraries import find_tools
 
 HEADER = Path(__file__).parents[2] / "plugins" / "onnxruntime" / "ort_abi.h"
 CHECK = Path(__file__).with_name("ort_abi_check.cpp")

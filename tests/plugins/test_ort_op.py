@@ -38,9 +38,9 @@ from deploynorm.contract import (
 )
 from deploynorm.lowering import function_proto
 from deploynorm.ort import import_onnxruntime
+from deploynorm.ort.machine import block_size
 from deploynorm.reference import filter_response_norm
 from deploynorm.run.onnxruntime import OnnxRuntimeRunner
-from deploynorm.this_machine import block_size
 
 X = np.random.default_rng(0).normal(size=(2, CHANNELS, 3, 5)).astype(np.float32)
 

@@ -16,7 +16,7 @@ from graphs import frn_model
 from kernels import Kernel
 
 from deploynorm.contract import DTYPES, INPUTS
-from deploynorm.plugins import TORCH_LIBRARY, build, find_tools
+from deploynorm.libraries import TORCH_LIBRARY, build, find_tools
 
 TESTS = Path(__file__).parents[1]
 

@@ -20,9 +20,9 @@ import pytest
 from emulated import build_host
 from tensorrt_host import Format, Host, Tensor, inputs_and_output
 
-from deploynorm import plugins
+from deploynorm import libraries
 from deploynorm.contract import DOMAIN, OP_TYPE, VERSION
-from deploynorm.plugins import TENSORRT_LIBRARY, TENSORRT_REGISTER_LIBRARY
+from deploynorm.libraries import TENSORRT_LIBRARY, TENSORRT_REGISTER_LIBRARY
 
 LEAN = [Path(folder) for folder in os.environ.get("TENSORRT_LEAN_DIRS", "").split(os.pathsep) if folder]
 
@@ -184,7 +184,7 @@ def test_without_a_device_a_run_ends_with_cuda_s_words_and_not_with_the_process(
 
 
 def test_the_plugin_includes_tensorrt_s_runtime_header_alone() -> None:
-    folder = plugins.source_folder() / "tensorrt"
+    folder = libraries.source_folder() / "tensorrt"
     files = [folder / name for name in ("frn_plugin.h", "frn_plugin.cpp", "inputs.h")]
     assert {path.name for path in folder.iterdir()} == {*(path.name for path in files), "register.cpp", "exports.map"}
     own = {"../contract.h", "../kernels/frn.h", "frn_plugin.h", "inputs.h"}

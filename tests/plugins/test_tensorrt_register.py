@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from deploynorm.contract import DOMAIN, OP_TYPE, VERSION
-from deploynorm.plugins import TENSORRT_LIBRARY, TENSORRT_REGISTER_LIBRARY, find_tools, source_folder
+from deploynorm.libraries import TENSORRT_LIBRARY, TENSORRT_REGISTER_LIBRARY, find_tools, source_folder
 
 STAND_IN = r"""
 #include <cstdint>

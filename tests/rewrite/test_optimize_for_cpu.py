@@ -20,16 +20,17 @@ import torch
 from tolerances import LAYOUT_FLOAT32
 from torch import Tensor, nn
 
-from deploynorm import graph, ort, this_machine
+from deploynorm import graph, ort
+from deploynorm._export import export
 from deploynorm.contract import BLOCK_ATTRIBUTE, BLOCKED_OP_TYPE, DOMAIN, METADATA_CPU, OP_TYPE
 from deploynorm.errors import BackendError, ModelError
-from deploynorm.export import export
 from deploynorm.layers import FRN2d
 from deploynorm.lowering import function_proto
 from deploynorm.models import frn_resnet
+from deploynorm.ort import machine
+from deploynorm.ort.machine import check_this_machine
 from deploynorm.rewrite import RewriteResult, optimize_for_cpu
 from deploynorm.run.onnxruntime import OnnxRuntimeRunner
-from deploynorm.this_machine import check_this_machine
 
 OPSET = 20
 SIZES = {"N": 2, "H": 9, "W": 7}
@@ -545,7 +546,7 @@ def test_refused(name: str) -> None:
 
 
 def test_library_that_is_not_built(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("deploynorm.plugins.find_library", lambda name: None)
+    monkeypatch.setattr("deploynorm.libraries.find_library", lambda name: None)
     with pytest.raises(BackendError, match=r"libdeploynorm_ort\.so is not built"):
         optimize_for_cpu(REWRITTEN["FRN as the output"].model())
 
@@ -558,7 +559,7 @@ def _note() -> dict[str, object]:
     assert METADATA_CPU not in model.metadata_props
     note: dict[str, object] = json.loads(result.model.metadata_props[METADATA_CPU])
     blocks = {node.attributes[BLOCK_ATTRIBUTE].value for node in result.model.graph if node.op_type == BLOCKED_OP_TYPE}
-    assert blocks == {note["block"]} == {this_machine.block_size(ort.import_onnxruntime())}
+    assert blocks == {note["block"]} == {machine.block_size(ort.import_onnxruntime())}
     return note
 
 
@@ -601,11 +602,11 @@ def test_processor_without_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
         return session(model, options, **keywords)
 
     monkeypatch.setattr(runtime, "InferenceSession", unoptimized)
-    this_machine.block_size.cache_clear()
+    machine.block_size.cache_clear()
     with pytest.raises(BackendError, match="does not block channels on this processor"):
         optimize_for_cpu(REWRITTEN["FRN as the output"].model())
     monkeypatch.undo()
-    assert this_machine.block_size(runtime) in (8, 16)
+    assert machine.block_size(runtime) in (8, 16)
 
 
 def test_rewriting_imports_no_torch() -> None:
@@ -614,7 +615,7 @@ def test_rewriting_imports_no_torch() -> None:
         "import sys\n"
         "import json\n"
         "from deploynorm import ort, rewrite\n"
-        "from deploynorm.this_machine import check_this_machine, describe\n"
+        "from deploynorm.ort.machine import check_this_machine, describe\n"
         "runtime = ort.import_onnxruntime()\n"
         "check_this_machine('net.onnx', json.dumps(describe(runtime)), runtime)\n"
         "assert 'torch' not in sys.modules\n"

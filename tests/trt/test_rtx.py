@@ -15,8 +15,8 @@ from graphs import frn_model
 from rtx_builds import OPSET, build_for_each, build_rtx, conv_frn_conv, plugin_library
 
 from deploynorm import checkpoint, fold
+from deploynorm._export import export
 from deploynorm.contract import DOMAIN, OP_TYPE
-from deploynorm.export import export
 from deploynorm.layers.adopt import adopt
 from deploynorm.lowering import function_proto
 

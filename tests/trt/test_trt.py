@@ -14,7 +14,7 @@ import pytest
 from fake_tensorrt import Severity, fake_tensorrt
 from rtx_builds import plugin_library
 
-from deploynorm import plugins, trt
+from deploynorm import libraries, trt
 from deploynorm.errors import BackendError, InputError
 from deploynorm.trt import TensorRT, has_plugin, import_tensorrt, listen, load_library, load_plugin, logger
 
@@ -104,9 +104,9 @@ def test_what_is_said_goes_to_those_who_listen(fake: TensorRT) -> None:
 
 @pytest.fixture
 def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    path = tmp_path / plugins.TENSORRT_LIBRARY
+    path = tmp_path / libraries.TENSORRT_LIBRARY
     path.touch()
-    monkeypatch.setattr(plugins, "library_path", lambda name: path)
+    monkeypatch.setattr(libraries, "library_path", lambda name: path)
     return path
 
 

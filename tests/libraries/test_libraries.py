@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from deploynorm import plugins
+from deploynorm import libraries
 from deploynorm.errors import BackendError
-from deploynorm.plugins import tools as plugin_tools
-from deploynorm.plugins.tools import CudaTools, find_program
+from deploynorm.libraries import tools as plugin_tools
+from deploynorm.libraries.tools import CudaTools, find_program
 
 
 @pytest.fixture
@@ -43,17 +43,17 @@ def a_path_with(folder: Path, *programs: str) -> str:
 
 def test_the_installation_brings_a_library(empty_cache: Path, require: Callable[[str], None]) -> None:
     require("native")
-    library = plugins.library_path()
-    assert library.name == plugins.ORT_LIBRARY
+    library = libraries.library_path()
+    assert library.name == libraries.ORT_LIBRARY
     assert not library.is_relative_to(empty_cache)
-    assert plugins.cpu_variants(library)[-1] == "baseline"
+    assert libraries.cpu_variants(library)[-1] == "baseline"
 
 
 @pytest.mark.usefixtures("without_library")
 def test_a_missing_library_is_an_error_of_the_environment_with_a_remedy() -> None:
-    assert plugins.find_library() is None
+    assert libraries.find_library() is None
     with pytest.raises(BackendError, match=r"not built on this machine\. Fix: .*deploynorm plugins build") as caught:
-        plugins.library_path()
+        libraries.library_path()
     assert caught.value.exit_code == 3
 
 
@@ -61,52 +61,52 @@ def test_a_missing_library_is_an_error_of_the_environment_with_a_remedy() -> Non
 def test_what_is_built_here_is_preferred_until_the_sources_change(
     empty_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    built = plugins.build()
+    built = libraries.build()
     assert built.is_relative_to(empty_cache)
-    assert plugins.library_path() == built
-    assert plugins.cpu_variants(built)[-1] == "baseline"
-    monkeypatch.setattr(plugins, "_source_digest", lambda: "other sources")
-    assert plugins.find_library() != built
+    assert libraries.library_path() == built
+    assert libraries.cpu_variants(built)[-1] == "baseline"
+    monkeypatch.setattr(libraries, "_source_digest", lambda: "other sources")
+    assert libraries.find_library() != built
 
 
 @pytest.mark.usefixtures("compiler")
 def test_compiler_and_flags_are_in_the_key(empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tools = plugins.find_tools()
+    tools = libraries.find_tools()
     cuda = CudaTools(Path("nvcc"), "release 13.0")
     keys = {
-        plugins._cache_key(tools, None, []),
-        plugins._cache_key(tools._replace(compiler_version="another"), None, []),
-        plugins._cache_key(tools, None, ["-DDEPLOYNORM_CUDA_ARCHITECTURES=90"]),
-        plugins._cache_key(tools, cuda, []),
-        plugins._cache_key(tools, cuda._replace(version="release 12.9"), []),
+        libraries._cache_key(tools, None, []),
+        libraries._cache_key(tools._replace(compiler_version="another"), None, []),
+        libraries._cache_key(tools, None, ["-DDEPLOYNORM_CUDA_ARCHITECTURES=90"]),
+        libraries._cache_key(tools, cuda, []),
+        libraries._cache_key(tools, cuda._replace(version="release 12.9"), []),
     }
     monkeypatch.setenv("CXXFLAGS", "-O1")
-    keys.add(plugins._cache_key(tools, None, []))
+    keys.add(libraries._cache_key(tools, None, []))
     assert len(keys) == 6
-    assert {key.parent for key in keys} == {plugins._cache_of_these_sources()}
+    assert {key.parent for key in keys} == {libraries._cache_of_these_sources()}
 
 
 @pytest.mark.usefixtures("compiler")
 def test_processes_that_build_at_once_do_not_break_each_other(empty_cache: Path) -> None:
-    program = "from deploynorm import plugins; print(plugins.cpu_variants(plugins.build())[-1])"
+    program = "from deploynorm import libraries; print(libraries.cpu_variants(libraries.build())[-1])"
     command = [sys.executable, "-c", program]
     running = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(3)]
     for process in running:
         out, err = process.communicate()
         assert (process.returncode, out.strip()) == (0, "baseline"), err
-    assert len(list(empty_cache.rglob(plugins.ORT_LIBRARY))) == 1
-    there = {path.name for path in plugins.library_path().parent.iterdir()}
-    assert there == {plugins.ORT_LIBRARY, plugins.TORCH_LIBRARY}
+    assert len(list(empty_cache.rglob(libraries.ORT_LIBRARY))) == 1
+    there = {path.name for path in libraries.library_path().parent.iterdir()}
+    assert there == {libraries.ORT_LIBRARY, libraries.TORCH_LIBRARY}
 
 
 @pytest.mark.usefixtures("compiler")
 def test_a_library_in_use_survives_a_new_build(empty_cache: Path) -> None:
-    library = plugins.build()
+    library = libraries.build()
     before = library.stat()
     time.sleep(0.01)
     program = (
-        "import sys; from pathlib import Path; from deploynorm import plugins; path = Path(sys.argv[1])\n"
-        "first = plugins.cpu_variants(path); plugins.build(); assert plugins.cpu_variants(path) == first\n"
+        "import sys; from pathlib import Path; from deploynorm import libraries; path = Path(sys.argv[1])\n"
+        "first = libraries.cpu_variants(path); libraries.build(); assert libraries.cpu_variants(path) == first\n"
     )
     done = subprocess.run([sys.executable, "-c", program, str(library)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -118,20 +118,20 @@ def test_without_a_compiler_a_build_says_so(monkeypatch: pytest.MonkeyPatch, tmp
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setenv("PATH", a_path_with(tmp_path / "bin", "cmake"))
     with pytest.raises(BackendError, match=r"no C\+\+ compiler found\. Fix: install g\+\+ or clang\+\+"):
-        plugins.build(tmp_path)
+        libraries.build(tmp_path)
 
 
 @pytest.mark.usefixtures("compiler")
 def test_a_compiler_that_was_named_and_is_not_there_is_shown(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(BackendError, match="Got CXX=no-such-compiler"):
-        plugins.build(tmp_path)
+        libraries.build(tmp_path)
 
 
 def test_without_cmake_a_build_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(plugin_tools, "find_program", lambda name: None)
     with pytest.raises(BackendError, match=r"CMake is not installed\. Fix: pip install cmake ninja"):
-        plugins.build(tmp_path)
+        libraries.build(tmp_path)
 
 
 @pytest.mark.usefixtures("compiler")
@@ -140,16 +140,16 @@ def test_a_build_that_fails_shows_the_compilers_words_and_leaves_nothing(
 ) -> None:
     monkeypatch.setenv("CXXFLAGS", "-include nonsense_here.h")
     with pytest.raises(BackendError, match=r"cmake failed with exit code \d+") as caught:
-        plugins.build(tmp_path / "out")
+        libraries.build(tmp_path / "out")
     assert "nonsense_here.h" in str(caught.value)
     assert list((tmp_path / "out").iterdir()) == []
 
 
 def test_a_file_that_is_no_library_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / plugins.ORT_LIBRARY
+    path = tmp_path / libraries.ORT_LIBRARY
     path.write_text("text")
     with pytest.raises(BackendError, match=r"cannot be loaded.*Fix: deploynorm plugins build"):
-        plugins.cpu_variants(path)
+        libraries.cpu_variants(path)
 
 
 @pytest.mark.usefixtures("compiler")
@@ -157,7 +157,7 @@ def test_an_installation_without_a_compiler_configures_and_builds_nothing(tmp_pa
     """What pip runs: it must end well, so that the Python package is installed."""
     environment = {name: value for name, value in os.environ.items() if name not in ("CXX", "CC")}
     environment["PATH"] = a_path_with(tmp_path / "bin", "cmake", "ninja")
-    command = ["cmake", "-S", str(plugins.source_folder()), "-B", str(tmp_path / "build"), "-G", "Ninja"]
+    command = ["cmake", "-S", str(libraries.source_folder()), "-B", str(tmp_path / "build"), "-G", "Ninja"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     assert "no C++ compiler" in done.stderr
@@ -175,11 +175,11 @@ def test_an_installation_without_a_compiler_configures_and_builds_nothing(tmp_pa
 def test_without_nvcc_a_build_with_cuda_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("CUDACXX", str(tmp_path / "nvcc"))
     with pytest.raises(BackendError, match=r"no CUDA compiler .* Got CUDACXX=.*Fix: pip install 'deploynorm"):
-        plugins.find_cuda()
+        libraries.find_cuda()
     monkeypatch.delenv("CUDACXX")
     monkeypatch.setattr(plugin_tools, "find_program", lambda name: None)
     with pytest.raises(BackendError, match="no CUDA compiler found"):
-        plugins.find_cuda()
+        libraries.find_cuda()
 
 
 HEADERS_REFUSED = {

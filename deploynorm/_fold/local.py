@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from deploynorm.fold import weights
+from deploynorm._fold import weights
 from deploynorm.layers import (
     CenConv1d,
     CenConv2d,

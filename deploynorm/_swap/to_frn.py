@@ -7,11 +7,11 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from deploynorm.layers.swap.activations import RELU, Activations, Thresholds, decide
-from deploynorm.layers.swap.layers import FRN, Memo, carried_over, like
-from deploynorm.layers.swap.plan import Network, Plan, left
-from deploynorm.layers.swap.report import Change, Outcome
-from deploynorm.layers.swap.traces import operator_name
+from deploynorm._swap.activations import RELU, Activations, Thresholds, decide
+from deploynorm._swap.layers import FRN, Memo, carried_over, like
+from deploynorm._swap.plan import Network, Plan, left
+from deploynorm._swap.report import Change, Outcome
+from deploynorm._swap.traces import operator_name
 from deploynorm.layers.tlu import TLU
 
 __all__ = ["plan_frn"]

@@ -1,4 +1,4 @@
-"""`python -m deploynorm.cli`."""
+"""`python -m deploynorm`."""
 
 import sys
 

@@ -18,9 +18,9 @@ from tolerances import FLOAT64, OP_BFLOAT16, OP_FLOAT16, OP_FLOAT32, Tolerance
 from torch import Tensor, nn
 
 from deploynorm import contract
+from deploynorm._export import Exported, export
+from deploynorm._fold import fold
 from deploynorm.errors import InputError, ModelError
-from deploynorm.export import Exported, export
-from deploynorm.fold import fold
 from deploynorm.layers import TLU, CenConv2d, FRN2d, MABN2d
 from deploynorm.lowering import function_proto, lower
 from deploynorm.models import frn_resnet, mabn_resnet

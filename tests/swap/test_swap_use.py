@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 import deploynorm
+from deploynorm._swap import swap
 from deploynorm.errors import InputError, ModelError
 from deploynorm.layers import CenConv2d, FRN2d, MABN2d
-from deploynorm.layers.swap import swap
 from deploynorm.run.eager import EagerRunner
 from deploynorm.run.reference import ReferenceRunner
 

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from deploynorm import graph
+from deploynorm._export.half_graph import BFLOAT16_OPSET, refuse_types, round_fused_weights
+from deploynorm._export.precision import dtype_of, kept_layers, to_precision
 from deploynorm.contract import DOMAIN, MAX_OPSET, MIN_OPSET, TORCH_OP
 from deploynorm.errors import InputError, ModelError
-from deploynorm.half_graph import BFLOAT16_OPSET, refuse_types, round_fused_weights
 from deploynorm.inputs import TensorSpec
 from deploynorm.lowering import RMSNORM_OPSET, Lowering, lower, register_schema, translate
-from deploynorm.precision import dtype_of, kept_layers, to_precision
 from deploynorm.trace import Dynamic, first_line, inference_copy, narrowed_axes, quiet, sizes_taken, trace
 
 __all__ = ["DEFAULT_OPSET", "Exported", "export"]
@@ -109,7 +109,7 @@ def export(
         model: Any network that torch.export can trace.
         example_inputs: Positional inputs of forward; sizes above 1 on the axes that are to be dynamic.
         dtype: Type of weights and activations; by default the network stays in its own. In half precision the
-            parameters of FRN, and of norms that did not fold, stay in float32 (see `deploynorm.precision`).
+            parameters of FRN, and of norms that did not fold, stay in float32 (see `deploynorm._export.precision`).
         keep_float32: Names of layers that stay in float32 in a half network, with casts around them; `*` stands for
             anything.
         keep_io_types: Whether inputs and outputs keep the network's own type, with casts inside.

@@ -10,8 +10,8 @@ import torch
 from torch import fx, nn
 from torch.nn.utils import parametrize
 
-from deploynorm.layers.swap.activations import CARRIES
-from deploynorm.layers.swap.layers import (
+from deploynorm._swap.activations import CARRIES
+from deploynorm._swap.layers import (
     CENTRED,
     MABN,
     Memo,
@@ -20,9 +20,9 @@ from deploynorm.layers.swap.layers import (
     has_hooks,
     like,
 )
-from deploynorm.layers.swap.plan import Network, Plan, left
-from deploynorm.layers.swap.report import Change, Outcome
-from deploynorm.layers.swap.traces import Trace, operator_name
+from deploynorm._swap.plan import Network, Plan, left
+from deploynorm._swap.report import Change, Outcome
+from deploynorm._swap.traces import Trace, operator_name
 
 __all__ = ["plan_mabn"]
 

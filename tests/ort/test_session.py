@@ -15,7 +15,7 @@ import pytest
 from graphs import CHANNELS, OPSET, frn_model, frn_parameters
 from tolerances import OP_FLOAT32
 
-from deploynorm import ort, plugins
+from deploynorm import libraries, ort
 from deploynorm.contract import OP_TYPE
 from deploynorm.errors import BackendError, InputError, ModelError
 from deploynorm.lowering import function_proto
@@ -195,11 +195,11 @@ def test_registering_a_library_that_is_not_there_is_an_error_of_the_environment(
 
 @pytest.mark.usefixtures("native")
 def test_a_broken_library_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, native: Any) -> None:
-    path = tmp_path / plugins.ORT_LIBRARY
+    path = tmp_path / libraries.ORT_LIBRARY
     path.write_text("text")
-    monkeypatch.setattr(plugins, "_installed_library", lambda name: path)
+    monkeypatch.setattr(libraries, "_installed_library", lambda name: path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    with pytest.raises(BackendError, match=f"{plugins.ORT_LIBRARY}: ONNX Runtime cannot load this plugin library"):
+    with pytest.raises(BackendError, match=f"{libraries.ORT_LIBRARY}: ONNX Runtime cannot load this plugin library"):
         ort.session(content(body=True))
 
 

@@ -31,8 +31,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 import deploynorm
+from deploynorm._swap import swap
 from deploynorm.layers import CenConv2d, MABN2d
-from deploynorm.layers.swap import swap
 
 
 class NamedConv(nn.Conv2d):

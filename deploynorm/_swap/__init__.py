@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
+from deploynorm._swap.activations import Thresholds
+from deploynorm._swap.layers import FRN, MABN, BatchNorm, Memo, is_norm, rank_of, why_not_swapped
+from deploynorm._swap.plan import Network, Plan, SwappedNorm, left
+from deploynorm._swap.report import Change, SwapReport
+from deploynorm._swap.to_frn import plan_frn
+from deploynorm._swap.to_mabn import plan_mabn
+from deploynorm._swap.traces import Observed, observe
 from deploynorm.errors import InputError, ModelError
-from deploynorm.layers.swap.activations import Thresholds
-from deploynorm.layers.swap.layers import FRN, MABN, BatchNorm, Memo, is_norm, rank_of, why_not_swapped
-from deploynorm.layers.swap.plan import Network, Plan, SwappedNorm, left
-from deploynorm.layers.swap.report import Change, SwapReport
-from deploynorm.layers.swap.to_frn import plan_frn
-from deploynorm.layers.swap.to_mabn import plan_mabn
-from deploynorm.layers.swap.traces import Observed, observe
 
 __all__ = ["Change", "SwapReport", "SwapResult", "swap"]
 

@@ -12,10 +12,10 @@ import torch
 from tolerances import EXACT, OP_BFLOAT16, OP_FLOAT16
 from torch import Tensor, nn
 
+from deploynorm._export.precision import dtype_of, first_overflow, kept_layers, to_precision
+from deploynorm._fold import fold
 from deploynorm.errors import InputError, ModelError
-from deploynorm.fold import fold
 from deploynorm.layers import TLU, FRN2d, MABN2d
-from deploynorm.precision import dtype_of, first_overflow, kept_layers, to_precision
 from deploynorm.trace import trace
 
 HALF = [torch.float16, torch.bfloat16]

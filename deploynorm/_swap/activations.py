@@ -13,8 +13,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import fx, nn
 
-from deploynorm.layers.swap.layers import has_hooks
-from deploynorm.layers.swap.traces import Trace, operator_name
+from deploynorm._swap.layers import has_hooks
+from deploynorm._swap.traces import Trace, operator_name
 
 __all__ = ["CARRIES", "RELU", "Activations", "SeparateTlu", "Thresholds", "decide"]
 

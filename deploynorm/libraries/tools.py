@@ -17,7 +17,7 @@ from deploynorm.files import sha256, staging
 
 __all__ = ["CudaTools", "Tools", "find_cuda", "find_program", "find_tools", "run", "tensorrt_headers"]
 
-_WHERE: Final = "deploynorm.plugins"
+_WHERE: Final = "deploynorm.libraries"
 
 HEADERS_PACKAGE: Final = "kernel-lens==2.0.1"
 """A package that brings the headers of TensorRT 10.14, which NVIDIA publishes under Apache-2.0."""

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from deploynorm.layers.swap.layers import BatchNorm, Memo
-from deploynorm.layers.swap.report import Change
-from deploynorm.layers.swap.traces import Observed, Trace
+from deploynorm._swap.layers import BatchNorm, Memo
+from deploynorm._swap.report import Change
+from deploynorm._swap.traces import Observed, Trace
 
 __all__ = ["Network", "Plan", "SwappedNorm", "left"]
 

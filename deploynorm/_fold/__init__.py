@@ -10,9 +10,9 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from deploynorm._fold import local, weights
+from deploynorm._fold.producers import Foldable, LayerGraph, Refusal, has_hooks
 from deploynorm.errors import ModelError
-from deploynorm.fold import local, weights
-from deploynorm.fold.producers import Foldable, LayerGraph, Refusal, has_hooks
 from deploynorm.layers import TLU
 from deploynorm.trace import Dynamic, inference_copy, narrowed_axes, trace
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from deploynorm.layers.swap import swap
+from deploynorm._swap import swap
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 

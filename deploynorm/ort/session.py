@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from deploynorm.contract import DOMAIN, METADATA_CPU, OP_TYPE
 from deploynorm.errors import BackendError, DeployNormError, InputError, ModelError
-from deploynorm.plugins import cuda_variants, find_library, library_path
-from deploynorm.this_machine import check_this_machine
+from deploynorm.libraries import cuda_variants, find_library, library_path
+from deploynorm.ort.machine import check_this_machine
 
 if TYPE_CHECKING:
     import onnxruntime

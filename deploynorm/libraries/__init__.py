@@ -22,7 +22,7 @@ from typing import Final
 
 from deploynorm.errors import BackendError
 from deploynorm.files import staging
-from deploynorm.plugins.tools import CudaTools, Tools, find_cuda, find_program, find_tools, run, tensorrt_headers
+from deploynorm.libraries.tools import CudaTools, Tools, find_cuda, find_program, find_tools, run, tensorrt_headers
 
 __all__ = [
     "LIBRARIES",
@@ -70,7 +70,7 @@ def library_path(name: str = ORT_LIBRARY) -> Path:
     """
     library = find_library(name)
     if library is None:
-        raise BackendError("deploynorm.plugins", f"{name} is not built on this machine", fix=_REMEDIES[name])
+        raise BackendError("deploynorm.libraries", f"{name} is not built on this machine", fix=_REMEDIES[name])
     return library
 
 
@@ -176,9 +176,8 @@ def _installed_library(name: str) -> Path | None:
 
 
 def source_folder() -> Path:
-    """The folder of CMakeLists.txt: beside this file once installed, at the top of the repository in a clone."""
-    installed = Path(__file__).parent
-    return installed if (installed / "CMakeLists.txt").is_file() else installed.parents[1] / "plugins"
+    """The folder of the C++ sources; in a clone it is a link to the one at the top of the repository."""
+    return Path(__file__).parents[1] / "plugins"
 
 
 @cache
