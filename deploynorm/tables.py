@@ -1,0 +1,35 @@
+"""Tables as text: what `print` shows of a report, and what the command line shows of the same report."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Sequence
+
+__all__ = ["PLAIN_WIDTH", "table"]
+
+PLAIN_WIDTH = 200
+"""Columns of a table that no terminal limits: a pipe has no width, and a table folded at 80 cannot be searched."""
+
+
+def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], *, width: int | None = None) -> str:
+    """A table without lines, its title above it.
+
+    Args:
+        title: Empty for none.
+        columns: Their headings; all empty for a table without a heading.
+        rows: A cell for each column. Numbers should come as text, formatted.
+        width: Longer cells are folded; by default at `PLAIN_WIDTH`.
+    """
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    grid = Table(box=None, pad_edge=False, show_header=any(columns))
+    for column in columns:
+        grid.add_column(column, overflow="fold")
+    for row in rows:
+        grid.add_row(*(escape(str(cell)) for cell in row))
+    text = io.StringIO()
+    Console(file=text, width=width or PLAIN_WIDTH, highlight=False, color_system=None).print(grid)
+    lines = [line.rstrip() for line in text.getvalue().splitlines()]
+    return "\n".join([title, *lines] if title else lines)
