@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import logging
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -189,11 +190,17 @@ def narrowed_axes(program: ExportedProgram) -> list[NarrowedAxis]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keeps torch's warnings about its own internals from the user of export."""
+    """Keeps torch's warnings and logs about its own internals from the user of export: what matters is raised."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=FutureWarning)
         warnings.filterwarnings("ignore", category=DeprecationWarning)
-        yield
+        torch_logger = logging.getLogger("torch")
+        level = torch_logger.level
+        torch_logger.setLevel(logging.CRITICAL)
+        try:
+            yield
+        finally:
+            torch_logger.setLevel(level)
 
 
 def first_line(error: BaseException) -> str:
@@ -209,6 +216,11 @@ def _kind(place: Place) -> str:
 def _export(
     model: nn.Module, example_inputs: Sequence[Tensor], places: Collection[Place], kind: Any
 ) -> ExportedProgram:
+    # A trace takes a size of 1 for a constant.
+    example_inputs = [
+        torch.cat([example, example]) if (position, 0) in places and len(example) == 1 else example
+        for position, example in enumerate(example_inputs)
+    ]
     shapes = tuple(
         {axis: kind for axis in range(example.dim()) if (position, axis) in places}
         for position, example in enumerate(example_inputs)
