@@ -21,9 +21,9 @@ from deploynorm.cli.tables import print_checks
 from deploynorm.cli.terminal import Terminal
 from deploynorm.contract import DOMAIN
 from deploynorm.errors import BackendError, ModelError
-from deploynorm.graph import half_type
 from deploynorm.inputs import TensorSpec, sample_inputs
 from deploynorm.libraries import find_library
+from deploynorm.onnx_file import OnnxFile
 from deploynorm.ort import import_onnxruntime
 from deploynorm.run import open_runner
 from deploynorm.run.base import Runner
@@ -64,7 +64,7 @@ def check_onnx(terminal: Terminal, network: Network, path: Path, arguments: argp
         backend = "reference"
     if backend in ("half", "reference"):
         return [_check_file(path, backend, network, arguments)]
-    precision = half_type(path)
+    precision = OnnxFile.read(path).half_type
     reports = [_check_file(path, "half", network, arguments)] if precision and backend is None else []
     model = read_graph(path)
     ours = any(node.domain == DOMAIN for node in model.graph.node)
