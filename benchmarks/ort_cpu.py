@@ -34,8 +34,8 @@ from networks import NETWORKS, export_network
 
 from deploynorm import ort
 from deploynorm.contract import DOMAIN, INPUTS, OP_TYPE, OUTPUT, PARAMETERS, VERSION
-from deploynorm.graph import save
 from deploynorm.lowering import function_proto, lower
+from deploynorm.onnx_file import save
 from deploynorm.rewrite import optimize_for_cpu
 
 SHAPES = (

@@ -7,11 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
-import onnx
-
 from deploynorm.contract import DOMAIN, OP_TYPE
 from deploynorm.errors import BackendError, InputError, ModelError
 from deploynorm.inputs import Shape
+from deploynorm.onnx_file import OnnxSource
 from deploynorm.trt import Flavour, TensorRT, gpu_here, import_tensorrt
 from deploynorm.trt.builder import HARDWARE_COMPATIBILITY, Settings, build_way, load_plugins
 from deploynorm.trt.engine import Engine
@@ -22,7 +21,7 @@ __all__ = ["build"]
 
 
 def build(
-    model: str | Path | onnx.ModelProto,
+    model: OnnxSource,
     *,
     backend: Flavour | Literal["auto"] = "auto",
     compute_capabilities: Sequence[str] = (),
@@ -46,7 +45,7 @@ def build(
     they are even, the native one, which needs no library where it runs.
 
     Args:
-        model: A file, with its external data beside it, or a model in memory.
+        model: A file, with its external data beside it, or a model in memory; see OnnxFile.read.
         backend: "auto" takes TensorRT where both are installed.
         compute_capabilities: The GPUs that the engine is for, such as "8.9". TensorRT-RTX builds for any, without a
             GPU; TensorRT for the one of this machine alone, which is the default of both.
@@ -75,7 +74,7 @@ def build(
     trt = import_tensorrt(backend)
     read = TensorRTModel.read(model)
     settings = Settings(
-        ranges=ranges(read.inputs, minimum=min_shapes or {}, optimum=opt_shapes or {}, maximum=max_shapes or {}),
+        ranges=ranges(read.file.inputs, minimum=min_shapes or {}, optimum=opt_shapes or {}, maximum=max_shapes or {}),
         targets=_targets(trt, compute_capabilities),
         named_targets=bool(compute_capabilities),
         tf32=tf32,
@@ -91,7 +90,7 @@ def build(
     if not read.frn:
         if frn == "plugin":
             raise ModelError(
-                read.where,
+                read.file.where,
                 f"has no node {DOMAIN}::{OP_TYPE}, so there is nothing for the plugin",
                 fix="leave --frn out",
             )

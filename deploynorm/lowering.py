@@ -13,6 +13,7 @@ from onnx.defs import OpSchema
 from onnx_ir.passes.common import InlinePass
 
 from deploynorm.contract import DOMAIN, INPUTS, NODE_ATTRIBUTES, OP_TYPE, OUTPUT, VERSION
+from deploynorm.dtypes import ONNX_HALF
 from deploynorm.errors import ModelError
 
 __all__ = ["Lowering", "frn_nodes", "function_proto", "lower", "register_schema", "translate"]
@@ -23,7 +24,6 @@ rmsnorm: the same with RMSNormalization (opset 23) for the normalization itself.
 
 RMSNORM_OPSET = 23
 _SCALED = OP_TYPE + "Scaled"
-_HALF = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 
 
 def register_schema() -> None:
@@ -106,7 +106,7 @@ def lower(model: ir.Model, lowering: Lowering, *, function: bool = True) -> None
     if not nodes:
         return
     opset = model.opset_imports[""]
-    half = any(node.inputs[0].dtype in _HALF for node in nodes if node.inputs[0] is not None)
+    half = any(node.inputs[0].dtype in ONNX_HALF for node in nodes if node.inputs[0] is not None)
     if lowering == "rmsnorm":
         _use_rmsnorm(model, nodes, opset, half)
     elif lowering == "primitives" or function:

@@ -15,7 +15,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
-from deploynorm import graph
+from deploynorm import onnx_file as graph
 from deploynorm._export.half_graph import BFLOAT16_OPSET, refuse_types, round_fused_weights
 from deploynorm._export.names import as_names, default_output_names, name_axes, name_inputs_and_outputs
 from deploynorm._export.precision import dtype_of, kept_layers, to_precision
@@ -74,7 +74,7 @@ class Exported:
 
     def node_counts(self) -> Counter[str]:
         """How many nodes of each operator the graph has; a custom operator with its domain before it."""
-        return graph.node_counts(self.model)
+        return graph.node_counts(self.model.graph.all_nodes())
 
     def size_bytes(self) -> int:
         """Bytes of all weights."""

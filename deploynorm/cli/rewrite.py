@@ -47,7 +47,7 @@ def run(arguments: argparse.Namespace) -> int:
     from deploynorm.contract import METADATA_CPU
     from deploynorm.errors import InputError, ModelError
     from deploynorm.files import sha256, staging
-    from deploynorm.graph import save
+    from deploynorm.onnx_file import save
     from deploynorm.ort import import_onnxruntime, library_path
     from deploynorm.rewrite import optimize_for_cpu
     from deploynorm.run import open_runner

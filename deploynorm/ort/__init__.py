@@ -8,7 +8,7 @@ For people with their own ONNX Runtime code:
 """
 
 from deploynorm.libraries import library_path
-from deploynorm.ort.session import (
+from deploynorm.ort.sessions import (
     PROVIDERS,
     explain,
     import_onnxruntime,

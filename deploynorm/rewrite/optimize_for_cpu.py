@@ -13,7 +13,7 @@ from onnx_ir.passes.common import RemoveUnusedOpsetsPass
 from deploynorm import ort
 from deploynorm.contract import BLOCKED_OP_TYPE, DOMAIN, METADATA_CPU, OP_TYPE
 from deploynorm.errors import ModelError
-from deploynorm.graph import node_counts, save
+from deploynorm.onnx_file import node_counts, save
 from deploynorm.ort import machine
 from deploynorm.rewrite.blocking import NCHWC, move_reorders
 from deploynorm.rewrite.result import RewriteResult
@@ -62,13 +62,13 @@ def optimize_for_cpu(model: ir.Model, *, source_sha256: str | None = None) -> Re
     runtime = ort.import_onnxruntime()
     note = machine.describe(runtime, source_sha256)
     optimized = _optimized_by_onnxruntime(model, runtime)
-    before = node_counts(optimized)
+    before = node_counts(optimized.graph.all_nodes())
     changes = move_reorders(optimized, machine.block_size(runtime))
     RemoveUnusedOpsetsPass()(optimized)  # ONNX Runtime writes all that it knows
     optimized.producer_name = "deploynorm"
     optimized.metadata_props.update(model.metadata_props)  # ONNX Runtime drops them
     optimized.metadata_props[METADATA_CPU] = json.dumps(note)
-    return RewriteResult(optimized, changes, before, node_counts(optimized))
+    return RewriteResult(optimized, changes, before, node_counts(optimized.graph.all_nodes()))
 
 
 def _refuse(model: ir.Model) -> None:

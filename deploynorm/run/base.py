@@ -35,6 +35,11 @@ class Runner(Protocol):
     output_names: tuple[str, ...]
     precision: str | None = None
 
+    @classmethod
+    def check_available(cls) -> None:
+        """Raises BackendError where this machine lacks what every runner of this class needs."""
+        return
+
     def infer(self, feeds: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
         """Runs the network once.
 

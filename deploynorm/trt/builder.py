@@ -71,14 +71,14 @@ def build_way(trt: TensorRT, model: TensorRTModel, way: Way, settings: Settings,
             config.plugins_to_serialize = [str(path) for path in libraries]
         plan = builder.build_serialized_network(network, config)
         if plan is None:
-            raise explain(model.where, trt.name, heard)
+            raise explain(model.file.where, trt.name, heard)
         content = bytes(plan)
         layers = layers_of_log(heard) or _inspect(trt, content)
         cache = None if settings.timing_cache is None else bytes(config.get_timing_cache().serialize())
     verified, wrong = products_in_other_types(layers, model.products)
     if wrong:
         raise ModelError(
-            model.where,
+            model.file.where,
             f"{trt.name} built {len(wrong)} of {len(model.products)} products in another type than the graph has",
             got=", ".join(wrong[:3]),
             fix="report it: an engine whose type is not what it says would be no good",
@@ -86,7 +86,7 @@ def build_way(trt: TensorRT, model: TensorRTModel, way: Way, settings: Settings,
     taken = [layer for layer in layers if layer.plugin]
     if way == "plugin" and layers and len(taken) < expected:
         raise ModelError(
-            model.where,
+            model.file.where,
             f"{trt.name} did not keep the plugin for every FRN layer",
             got=len(taken),
             expected=expected,
@@ -99,7 +99,7 @@ def build_way(trt: TensorRT, model: TensorRTModel, way: Way, settings: Settings,
         backend=trt.flavour,
         version=trt.version,
         compute_capabilities=settings.targets,
-        inputs=model.inputs,
+        inputs=model.file.inputs,
         ranges=settings.ranges,
         outputs=outputs,
         frn=FrnRecord(
@@ -128,23 +128,23 @@ def _parse(trt: TensorRT, builder: Any, model: TensorRTModel, way: Way) -> Any:
     try:
         content = model.prepared(way).SerializeToString()
     except ValueError as error:
-        raise ModelError(model.where, "is past 2 GB in one piece", fix="export it with --external-data") from error
-    read = parser.parse(content) if model.path is None else parser.parse(content, str(model.path))
+        raise ModelError(model.file.where, "is past 2 GB in one piece", fix="export it with --external-data") from error
+    read = parser.parse(content) if model.file.path is None else parser.parse(content, str(model.file.path))
     if not read:
         errors = [parser.get_error(index) for index in range(parser.num_errors)]
         said = "; ".join(" ".join(f"{e.node_operator()} {e.node_name()}: {e.desc()}".split()) for e in errors)
-        raise explain(model.where, trt.name, said)
+        raise explain(model.file.where, trt.name, said)
     for index in range(network.num_inputs):
         if network.get_input(index).is_shape_tensor:
             raise ModelError(
-                model.where,
+                model.file.where,
                 f"input {network.get_input(index).name!r} holds sizes that other tensors take",
                 fix="export with those sizes fixed, or taken from a tensor's shape",
             )
     found = _plugins_in(trt, network)
     if way == "plugin" and found < len(model.frn):
         raise ModelError(
-            model.where,
+            model.file.where,
             f"the parser of {trt.name} did not take the plugin for every FRN layer",
             got=found,
             expected=len(model.frn),
@@ -184,7 +184,7 @@ def _config(trt: TensorRT, builder: Any, model: TensorRTModel, settings: Setting
         config.num_compute_capabilities = len(names)
         for index, name in enumerate(names):
             config.set_compute_capability(getattr(module.ComputeCapability, name), index)
-    free = [spec.name for spec in model.inputs if any(isinstance(size, str) for size in spec.shape)]
+    free = [spec.name for spec in model.file.inputs if any(isinstance(size, str) for size in spec.shape)]
     if free:
         profile = builder.create_optimization_profile()
         for name in free:

@@ -17,8 +17,8 @@ from torch import nn
 from deploynorm._export import export
 from deploynorm.contract import METADATA_CPU, METADATA_IMAGE, METADATA_LABELS
 from deploynorm.files import sha256
-from deploynorm.graph import save
 from deploynorm.layers import FRN2d
+from deploynorm.onnx_file import save
 from deploynorm.rewrite import RewriteResult, optimize_for_cpu
 
 

@@ -20,7 +20,7 @@ import torch
 from tolerances import LAYOUT_FLOAT32
 from torch import Tensor, nn
 
-from deploynorm import graph, ort
+from deploynorm import onnx_file, ort
 from deploynorm._export import export
 from deploynorm.contract import BLOCK_ATTRIBUTE, BLOCKED_OP_TYPE, DOMAIN, METADATA_CPU, OP_TYPE
 from deploynorm.errors import BackendError, ModelError
@@ -516,10 +516,10 @@ def test_network_keeps_one_reorder(name: str, dynamic: str) -> None:
 def test_file_without_function_bodies_and_one_with_external_data(tmp_path: Path) -> None:
     """ONNX Runtime's own optimised file could not hold weights of 2 GB, so its weights lie beside it."""
     model = _exported("resnet20", dynamic="none", function=False)
-    graph.save(model, tmp_path / "model.onnx", external_data=True)
+    onnx_file.save(model, tmp_path / "model.onnx", external_data=True)
     results = [optimize_for_cpu(given).model for given in (model, ir.load(tmp_path / "model.onnx"))]
     assert _bytes(results[0]) == _bytes(results[1])
-    graph.save(results[0], tmp_path / "rewritten.onnx", external_data=True)
+    onnx_file.save(results[0], tmp_path / "rewritten.onnx", external_data=True)
     x = np.random.default_rng(0).normal(size=(2, 3, 20, 26)).astype(np.float32)
     with OnnxRuntimeRunner(_bytes(model)) as truth, OnnxRuntimeRunner(tmp_path / "rewritten.onnx") as candidate:
         feeds = {truth.inputs[0].name: x}
@@ -581,7 +581,7 @@ def test_file_of_another_machine_is_refused(key: str, value: object, tmp_path: P
     with pytest.raises(BackendError, match=rf"(?s)net\.onnx: .*{value}.*rewrite ORIGINAL\.onnx --optimize-for-cpu"):
         check_this_machine("net.onnx", json.dumps(note), ort.import_onnxruntime())
     result.model.metadata_props[METADATA_CPU] = json.dumps(note)
-    graph.save(result.model, tmp_path / "net.onnx")
+    onnx_file.save(result.model, tmp_path / "net.onnx")
     with pytest.raises(BackendError, match="was rewritten for another machine"):
         OnnxRuntimeRunner(tmp_path / "net.onnx")
 
