@@ -7,7 +7,8 @@ Every host (PyTorch, ONNX, ONNX Runtime, TensorRT) takes the names from here.
 
 from __future__ import annotations
 
-from typing import Final
+from collections.abc import Mapping
+from typing import Final, Literal
 
 __all__ = [
     "BLOCKED_OP_TYPE",
@@ -15,12 +16,14 @@ __all__ = [
     "DOMAIN",
     "DTYPES",
     "INPUTS",
+    "LOWERINGS",
     "MAX_OPSET",
     "METADATA_CPU",
     "METADATA_IMAGE",
     "METADATA_LABELS",
     "METADATA_SIZES",
     "MIN_OPSET",
+    "Lowering",
     "NODE_ATTRIBUTES",
     "OP_TYPE",
     "OUTPUT",
@@ -80,3 +83,12 @@ METADATA_CPU: Final = "deploynorm.optimized_for_cpu"
 
 METADATA_SIZES: Final = "deploynorm.sizes"
 """metadata_props key: which sizes the network was found to take, as JSON (`deploynorm.inputs.sizes_to_dict`)."""
+
+Lowering = Literal["custom", "rmsnorm", "primitives"]
+"""How the operator's nodes are written into a graph; see `LOWERINGS`."""
+
+LOWERINGS: Final[Mapping[Lowering, str]] = {
+    "custom": "as one node a layer, with its body beside it",
+    "rmsnorm": "on RMSNormalization, opset 23",
+    "primitives": "in primitive operators",
+}

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import numpy as np
 import onnx
 import onnx.parser
@@ -12,15 +10,11 @@ import onnxscript
 from onnx.defs import OpSchema
 from onnx_ir.passes.common import InlinePass
 
-from deploynorm.contract import DOMAIN, INPUTS, NODE_ATTRIBUTES, OP_TYPE, OUTPUT, VERSION
+from deploynorm.contract import DOMAIN, INPUTS, NODE_ATTRIBUTES, OP_TYPE, OUTPUT, VERSION, Lowering
 from deploynorm.dtypes import ONNX_HALF
 from deploynorm.errors import ModelError
 
-__all__ = ["Lowering", "frn_nodes", "function_proto", "lower", "register_schema", "translate"]
-
-Lowering = Literal["custom", "rmsnorm", "primitives"]
-"""custom: one node a layer, with a function body beside it. primitives: the body's standard operators.
-rmsnorm: the same with RMSNormalization (opset 23) for the normalization itself."""
+__all__ = ["frn_nodes", "function_proto", "lower", "register_schema", "translate"]
 
 RMSNORM_OPSET = 23
 _SCALED = OP_TYPE + "Scaled"

@@ -18,7 +18,8 @@ import onnx_ir as ir
 from deploynorm.contract import DOMAIN, METADATA_IMAGE, METADATA_LABELS, OP_TYPE
 from deploynorm.dtypes import ONNX_HALF
 from deploynorm.errors import InputError, ModelError
-from deploynorm.inputs import ImageSpec, TensorSpec
+from deploynorm.image import ImageSpec
+from deploynorm.inputs import TensorSpec
 
 __all__ = ["OnnxFile", "OnnxSource", "all_nodes", "half_types", "node_counts", "save", "size_bytes"]
 
