@@ -19,6 +19,7 @@ __all__ = [
     "METADATA_CPU",
     "METADATA_IMAGE",
     "METADATA_LABELS",
+    "METADATA_SIZES",
     "MIN_OPSET",
     "NODE_ATTRIBUTES",
     "OP_TYPE",
@@ -76,3 +77,6 @@ METADATA_LABELS: Final = "deploynorm.labels"
 
 METADATA_CPU: Final = "deploynorm.optimized_for_cpu"
 """metadata_props key: which machine and ONNX Runtime a file was rewritten for, as JSON."""
+
+METADATA_SIZES: Final = "deploynorm.sizes"
+"""metadata_props key: which sizes the network was found to take, as JSON (`deploynorm.inputs.sizes_to_dict`)."""

@@ -39,7 +39,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from deploynorm import checkpoint
 from deploynorm.errors import BackendError, DeployNormError, ModelError
-from deploynorm.inputs import ImageSpec
+from deploynorm.image import ImageSpec
 from deploynorm.layers import track_loss_scale
 
 from . import data, frn_resnet, mabn_resnet

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,8 @@ from deploynorm._fold import local, weights
 from deploynorm._fold.producers import Foldable, LayerGraph, Refusal, has_hooks
 from deploynorm.errors import ModelError
 from deploynorm.layers import TLU
-from deploynorm.trace import Dynamic, inference_copy, narrowed_axes, trace
+from deploynorm.tables import table
+from deploynorm.trace import Dynamic, Sizes, as_inputs, inference_copy, narrowed_axes, trace
 
 __all__ = ["Change", "FoldReport", "FoldResult", "fold"]
 
@@ -58,6 +59,25 @@ class FoldReport:
         """Whether the folded network differs from the one given."""
         return any(change.outcome != "left" for change in self.changes)
 
+    def tables(self, verbose: bool = False) -> str:
+        rows = []
+        for kind, found in sorted(self.found.items()):
+            outcomes = Counter(change.outcome for change in self.changes if change.kind == kind)
+            counts = (outcomes["folded"], outcomes["affine"], outcomes["left"], found - outcomes.total())
+            rows.append((kind, found, *(count or "-" for count in counts)))
+        parts = []
+        if rows:
+            headings = ("layer", "found", "folded", "kept as affine", "not foldable", "unchanged")
+            parts.append(table("Layers", headings, rows))
+        told = self.changes if verbose else [c for c in self.changes if c.outcome != "folded"]
+        if told:
+            rows = [(change.layer or "(the network)", change.kind, change.outcome, change.detail) for change in told]
+            parts.append(table("Each layer", ("layer", "class", "outcome", "detail"), rows))
+        return "\n\n".join(parts)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"found": dict(self.found), "changes": [change._asdict() for change in self.changes]}
+
 
 class FoldResult(NamedTuple):
     """The folded network, in evaluation mode on the CPU, and the report."""
@@ -66,7 +86,13 @@ class FoldResult(NamedTuple):
     report: FoldReport
 
 
-def fold(model: nn.Module, example_inputs: Sequence[Tensor], *, dynamic: Dynamic | None = None) -> FoldResult:
+def fold(
+    model: nn.Module,
+    example_inputs: Tensor | Sequence[Tensor],
+    *,
+    dynamic: Dynamic | None = None,
+    sizes: Sizes | None = None,
+) -> FoldResult:
     """Folds running statistics and weight centralisation into plain layers.
 
     Given:  x -> CenConv2d -> MABN2d -> y
@@ -87,8 +113,9 @@ def fold(model: nn.Module, example_inputs: Sequence[Tensor], *, dynamic: Dynamic
     Args:
         model: Any network; it is left untouched.
         example_inputs: Positional inputs of forward, for the trace.
-        dynamic: Axes that will be free, as in `export`. None stands for all that the network leaves free; where it
-            branches on one, that keeps it from folding, and another choice lets it.
+        dynamic: Axes that will be dynamic, as in `export`. None stands for all that the network takes in other sizes;
+            where it branches on one, that keeps it from folding, and another choice lets it.
+        sizes: What `deploynorm.trace.find_sizes` found, where it was asked already.
 
     Returns:
         A folded copy, and a report that gives the reason for each layer that was left. Folding the copy again
@@ -102,7 +129,7 @@ def fold(model: nn.Module, example_inputs: Sequence[Tensor], *, dynamic: Dynamic
     folding = _Folding(twin, paths)
     for module, path in paths.items():
         folding.rewrite_locally(module, path)
-    folding.fold_norms(example_inputs, dynamic)
+    folding.fold_norms(as_inputs("fold", example_inputs), dynamic, sizes)
     return folding.result()
 
 
@@ -140,11 +167,11 @@ class _Folding:
             self._exact[replacement] = (local.centred_weight(module), replacement.bias)
             self._say(path, kind, "folded", f"weight centred, now {type(replacement).__name__}")
 
-    def fold_norms(self, example_inputs: Sequence[Tensor], dynamic: Dynamic | None) -> None:
+    def fold_norms(self, example_inputs: Sequence[Tensor], dynamic: Dynamic | None, sizes: Sizes | None) -> None:
         """Folds each normalization into the layers before it, or says why not."""
         if not self._norms:
             return
-        graph = self._layer_graph(example_inputs, dynamic)
+        graph = self._layer_graph(example_inputs, dynamic, sizes)
         for norm in self._norms if isinstance(graph, Refusal) else graph.in_order(self._norms):
             refusal = graph if isinstance(graph, Refusal) else self._fold_norm(norm, graph)
             if refusal is not None:
@@ -155,9 +182,11 @@ class _Folding:
         ordered = tuple(self._changes[path] for path in self._order if path in self._changes)
         return FoldResult(self._model, FoldReport(self._found, ordered))
 
-    def _layer_graph(self, example_inputs: Sequence[Tensor], dynamic: Dynamic | None) -> LayerGraph | Refusal:
+    def _layer_graph(
+        self, example_inputs: Sequence[Tensor], dynamic: Dynamic | None, sizes: Sizes | None
+    ) -> LayerGraph | Refusal:
         try:
-            program = trace(self._model, example_inputs, dynamic)
+            program = trace(self._model, example_inputs, dynamic, sizes=sizes)
         except ModelError as error:
             return Refusal(f"the network cannot be traced ({error.problem})")
         narrowed = "; ".join(axis.told for axis in narrowed_axes(program))

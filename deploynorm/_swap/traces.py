@@ -147,8 +147,8 @@ def _trace_both_modes(
     model: nn.Module, examples: Sequence[Tensor], relus: Sequence[nn.ReLU]
 ) -> tuple[Trace, ...] | str:
     """The traces, or why there is none that shows all that the network may do."""
-    takes = tracing.sizes_taken(model, examples)
-    if "batch" in takes and any(len(example) == 1 for example in examples if example.dim()):
+    sizes = tracing.find_sizes(model, examples)
+    if "batch" in sizes.kinds and any(len(example) == 1 for example in examples if example.dim()):
         # A trace takes a size of 1 for a constant.
         examples = [torch.cat([example, example[:1]]) if example.dim() else example for example in examples]
     traces = []
@@ -158,7 +158,7 @@ def _trace_both_modes(
         try:
             forwards = _count_forwards(model, examples, relus)
             with _not_in_place(relus):
-                program = tracing.trace(model, examples, fixed=("spatial",), takes=takes)
+                program = tracing.trace(model, examples, fixed=("spatial",), sizes=sizes)
         except ModelError as error:
             return f"it cannot be traced in {mode} mode ({error.problem})"
         except Exception as error:  # the network's own code fails here, with any type
@@ -166,7 +166,7 @@ def _trace_both_modes(
         if any(isinstance(module, fx.GraphModule) for module in program.graph_module.children()):
             return "parts of it run under conditions or in loops (torch.cond and the like)"
         narrowed = [axis.told for axis in tracing.narrowed_axes(program)]
-        if narrowed := narrowed or (_fixed_batches(program) if "batch" in takes else []):
+        if narrowed := narrowed or (_fixed_batches(program) if "batch" in sizes.kinds else []):
             return f"it may take other ways for other batch sizes ({'; '.join(narrowed)})"
         traces.append(Trace(model, program, forwards))
     return tuple(traces)

@@ -26,7 +26,7 @@ from deploynorm.checkpoint._pt2 import load_program
 from deploynorm.checkpoint._state import check_finite, find_state_dict, load_strictly
 from deploynorm.errors import ModelError
 from deploynorm.files import staging
-from deploynorm.inputs import ImageSpec
+from deploynorm.image import ImageSpec
 
 __all__ = ["Checkpoint", "load", "save"]
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from deploynorm.checkpoint._state import find_state_dict
 from deploynorm.errors import InputError, ModelError
-from deploynorm.inputs import ImageSpec
+from deploynorm.image import ImageSpec
 
 __all__ = ["Content", "is_own_format", "outline"]
 

@@ -11,7 +11,7 @@ import onnx
 
 from deploynorm.contract import METADATA_IMAGE, METADATA_LABELS
 from deploynorm.errors import InputError, ModelError
-from deploynorm.inputs import ImageSpec
+from deploynorm.image import ImageSpec
 
 __all__ = ["image_and_labels", "read_graph"]
 

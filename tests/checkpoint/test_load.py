@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from deploynorm.checkpoint import load, save
 from deploynorm.errors import InputError, ModelError
-from deploynorm.inputs import ImageSpec
+from deploynorm.image import ImageSpec
 from deploynorm.layers import FRN2d, MABN2d
 from deploynorm.models.frn_resnet import resnet20
 
