@@ -7,8 +7,7 @@ Every host (PyTorch, ONNX, ONNX Runtime, TensorRT) takes the names from here.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Final, Literal
+from typing import Final, Literal, get_args
 
 __all__ = [
     "BLOCKED_OP_TYPE",
@@ -30,6 +29,7 @@ __all__ = [
     "PARAMETERS",
     "TORCH_OP",
     "VERSION",
+    "Lowering",
 ]
 
 DOMAIN: Final = "deploynorm"
@@ -67,6 +67,14 @@ DTYPES: Final = ("float32", "float16", "bfloat16", "float64")
 
 NODE_ATTRIBUTES: Final = {"plugin_namespace": DOMAIN, "plugin_version": str(VERSION)}
 """Attributes on every exported node. TensorRT (10.7 and later) looks up its plugin by them; the operator reads none."""
+
+Lowering = Literal["custom", "rmsnorm", "primitives"]
+"""A form of the operator in an ONNX file; deploynorm.lowering has a writer for each.
+
+custom: one node a layer, with a function body beside it. primitives: the body's standard operators. rmsnorm: standard
+operators, with RMSNormalization (opset 23) for the normalization."""
+
+LOWERINGS: Final[tuple[Lowering, ...]] = get_args(Lowering)
 
 MIN_OPSET: Final = 18
 MAX_OPSET: Final = 23

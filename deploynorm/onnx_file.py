@@ -15,11 +15,11 @@ import onnx
 import onnx.external_data_helper
 import onnx_ir as ir
 
-from deploynorm.contract import DOMAIN, METADATA_IMAGE, METADATA_LABELS, OP_TYPE
+from deploynorm.contract import DOMAIN, METADATA_IMAGE, METADATA_LABELS, METADATA_SIZES, OP_TYPE
 from deploynorm.dtypes import ONNX_HALF
 from deploynorm.errors import InputError, ModelError
 from deploynorm.image import ImageSpec
-from deploynorm.inputs import TensorSpec
+from deploynorm.inputs import TensorSpec, with_sizes
 
 __all__ = ["OnnxFile", "OnnxSource", "all_nodes", "half_types", "node_counts", "save", "size_bytes"]
 
@@ -101,13 +101,15 @@ class OnnxFile:
 
     @cached_property
     def inputs(self) -> tuple[TensorSpec, ...]:
-        """What a caller feeds: the graph's inputs less those with a value of their own.
+        """What a caller feeds: the graph's inputs less those with a value of their own; with the sizes that the network
+        was found to take, where the metadata has them.
 
         Raises:
             ModelError: One of them is not a numeric tensor of known rank.
         """
         constants = {tensor.name for tensor in self.proto.graph.initializer}
-        return tuple(_spec(self.where, value) for value in self.proto.graph.input if value.name not in constants)
+        fed = [_spec(self.where, value) for value in self.proto.graph.input if value.name not in constants]
+        return with_sizes(fed, self.sizes)
 
     @property
     def output_names(self) -> tuple[str, ...]:
@@ -118,6 +120,14 @@ class OnnxFile:
     def metadata(self) -> dict[str, str]:
         """The entries of metadata_props."""
         return {entry.key: entry.value for entry in self.proto.metadata_props}
+
+    @property
+    def sizes(self) -> object:
+        """What the metadata says of the sizes that the network takes, for `deploynorm.inputs.with_sizes`."""
+        try:
+            return json.loads(self.metadata.get(METADATA_SIZES, "null"))
+        except ValueError:
+            return None
 
     @property
     def image_and_labels(self) -> tuple[ImageSpec | None, tuple[str, ...] | None]:

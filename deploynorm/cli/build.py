@@ -78,7 +78,7 @@ def run(arguments: argparse.Namespace) -> int:
     from deploynorm.errors import InputError
     from deploynorm.files import staging
     from deploynorm.inputs import parse_input_shapes
-    from deploynorm.trt.engine import manifest_path
+    from deploynorm.trt.manifest import manifest_path
 
     terminal = Terminal(verbose=arguments.verbose, quiet=arguments.quiet)
     output: Path = arguments.output or arguments.model.with_suffix(".engine")
@@ -143,7 +143,7 @@ def _or_the_image(model: Path, shapes: dict[str, dict[str, Shape]]) -> dict[str,
 
 
 def _print_engine(terminal: Terminal, engine: Engine) -> None:
-    from deploynorm.trt.layers import table
+    from deploynorm.trt.layers import layer_counts as table
 
     precision = engine.precision or "not told by TensorRT"
     if engine.precision is not None:

@@ -15,7 +15,8 @@ from deploynorm.cli.onnx_file import image_and_labels
 from deploynorm.errors import InputError, ModelError
 from deploynorm.files import sha256
 from deploynorm.image import ImageSpec
-from deploynorm.trt.engine import Engine, manifest_path, read_manifest
+from deploynorm.trt.engine import Engine
+from deploynorm.trt.manifest import manifest_path, read_manifest
 
 __all__ = ["image_and_labels_of_engine", "manifest"]
 

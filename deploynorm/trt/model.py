@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 import onnx
 import onnx.shape_inference
@@ -19,11 +18,9 @@ from deploynorm.dtypes import ONNX_HALF
 from deploynorm.errors import ModelError
 from deploynorm.lowering import function_proto, register_schema
 from deploynorm.onnx_file import OnnxFile, OnnxSource, all_nodes
+from deploynorm.trt.settings import Way
 
-__all__ = ["BODY", "TensorRTModel", "Way"]
-
-Way = Literal["plugin", "native"]
-"""plugin: our kernel. native: the operator's body in standard operators, which TensorRT fuses as it can."""
+__all__ = ["BODY", "TensorRTModel"]
 
 BODY = f"{OP_TYPE}Body"
 """Name of the function body on the native way: TensorRT finds plugins and functions by name."""

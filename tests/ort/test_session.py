@@ -198,7 +198,7 @@ def test_registering_a_library_that_is_not_there_is_an_error_of_the_environment(
 def test_a_broken_library_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, native: Any) -> None:
     path = tmp_path / libraries.ORT_LIBRARY
     path.write_text("text")
-    monkeypatch.setattr(libraries, "_installed_library", lambda name: path)
+    monkeypatch.setattr("deploynorm.libraries.find.installed_library", lambda name: path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     with pytest.raises(BackendError, match=f"{libraries.ORT_LIBRARY}: ONNX Runtime cannot load this plugin library"):
         ort.session(content(body=True))

@@ -19,7 +19,8 @@ from deploynorm.inputs import TensorSpec
 from deploynorm.lowering import function_proto
 from deploynorm.reference import filter_response_norm
 from deploynorm.run.reference import ReferenceRunner
-from deploynorm.trt.model import BODY, TensorRTModel, Way
+from deploynorm.trt.model import BODY, TensorRTModel
+from deploynorm.trt.settings import Way
 
 
 def with_body(dtype: str = "float32") -> onnx.ModelProto:
