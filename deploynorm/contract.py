@@ -29,7 +29,6 @@ __all__ = [
     "PARAMETERS",
     "TORCH_OP",
     "VERSION",
-    "Lowering",
 ]
 
 DOMAIN: Final = "deploynorm"
@@ -91,12 +90,3 @@ METADATA_CPU: Final = "deploynorm.optimized_for_cpu"
 
 METADATA_SIZES: Final = "deploynorm.sizes"
 """metadata_props key: which sizes the network was found to take, as JSON (`deploynorm.inputs.sizes_to_dict`)."""
-
-Lowering = Literal["custom", "rmsnorm", "primitives"]
-"""How the operator's nodes are written into a graph; see `LOWERINGS`."""
-
-LOWERINGS: Final[Mapping[Lowering, str]] = {
-    "custom": "as one node a layer, with its body beside it",
-    "rmsnorm": "on RMSNormalization, opset 23",
-    "primitives": "in primitive operators",
-}

@@ -36,9 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--lowering",
-        choices=tuple(LOWERINGS),
-        default="custom",
-        help="FRN " + ", ".join(f"{text} ({name})" for name, text in LOWERINGS.items()) + "; default custom",
+        choices=LOWERINGS,
+        default=LOWERINGS[0],
+        help="FRN as one node (default), on RMSNormalization, or in primitive operators",
     )
     group.add_argument(
         "--no-function", action="store_true", help="leave the node's body out: only our libraries run the file then"
