@@ -1,4 +1,4 @@
-"""Checks that the layers share."""
+"""Checks of arguments and inputs that the layers share."""
 
 from __future__ import annotations
 
@@ -35,3 +35,9 @@ def check_positive(layer: str, name: str, value: float) -> None:
     """Raises InputError unless value > 0."""
     if not value > 0:
         raise InputError(layer, f"{name} must be positive", got=value)
+
+
+def check_not_negative(layer: str, name: str, value: float) -> None:
+    """Raises InputError unless value >= 0."""
+    if not value >= 0:
+        raise InputError(layer, f"{name} must not be negative", got=value)

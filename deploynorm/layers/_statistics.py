@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from deploynorm.layers import functional
-from deploynorm.layers._plain import cast, per_channel
+from deploynorm.layers._precision import cast, per_channel
 
 __all__ = [
     "average",

@@ -102,7 +102,7 @@ def test_after_the_warm_up_the_gradient_is_the_methods_and_not_that_of_the_forwa
     # The forward pass was w * x / sqrt(R + eps) + b with constant R, and this is its gradient.
     true = dy * (layer.weight.detach() / (R + layer.eps).sqrt()).reshape(C, 1, 1)
     difference = (got - true).norm() / true.norm()
-    assert difference > 0.1, "somebody mended the gradient of MABN; see the docstring of MABN1d"
+    assert difference > 0.1, "somebody corrected the gradient of MABN; see the docstring of MABN2d"
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,8 @@ from torch.library import opcheck
 
 from deploynorm import libraries
 from deploynorm.errors import InputError
-from deploynorm.layers import FRN2d, _native, _plain, ops
+from deploynorm.layers import FRN2d, _native, ops
+from deploynorm.layers._composed import composed
 from deploynorm.layers.functional import filter_response_norm
 
 FORWARD = torch.ops.deploynorm.frn_forward.default
@@ -97,13 +98,13 @@ def test_outputs_have_the_layout_of_x_whatever_that_of_the_gradient_is(of_x: str
     assert y.stride() == x.stride()
     assert x.grad is not None
     assert x.grad.stride() == x.stride()
-    want = torch.autograd.grad(ops._plain.composed(x, *parameters), x, dy)[0]
+    want = torch.autograd.grad(composed(x, *parameters), x, dy)[0]
     torch.testing.assert_close(x.grad, want)
 
 
 @pytest.mark.parametrize("tlu", [True, False])
 @pytest.mark.parametrize("learned_eps", [None, "layer"])
-def test_the_backward_pass_keeps_x_and_one_number_a_plane(tlu: bool, learned_eps: Any, way: str) -> None:
+def test_backward_saves_only_x_and_one_scalar_per_sample_and_channel(tlu: bool, learned_eps: Any, way: str) -> None:
     layer = FRN2d(8, tlu=tlu, learned_eps=learned_eps)
     kept: dict[int, int] = {}
 
@@ -144,7 +145,7 @@ def test_torchs_own_threads_are_used(require: Callable[[str], None], monkeypatch
     monkeypatch.setattr(_native.LIBRARY, "parallel", None)
     assert _native.LIBRARY.threads() == (None, None)
     x, *parameters = operands(4, 40, 33, 31)
-    torch.testing.assert_close(FORWARD(x, *parameters)[0], ops._plain.composed(x, *parameters))
+    torch.testing.assert_close(FORWARD(x, *parameters)[0], composed(x, *parameters))
 
 
 def test_a_gradient_can_be_differentiated(way: str) -> None:
@@ -241,7 +242,7 @@ def test_wrong_shapes_never_reach_the_kernel(way: str) -> None:
         FORWARD(x, gamma[:2], *others)
 
 
-def test_a_library_that_cannot_be_loaded_is_told_of_once_and_training_goes_on(
+def test_a_library_that_cannot_be_loaded_is_warned_of_once_and_training_goes_on(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     damaged = tmp_path / libraries.TORCH_LIBRARY
@@ -284,5 +285,5 @@ def test_exported_operator_takes_constants_of_another_type(way: str) -> None:
     x, gamma, beta, tau = torch.randn(2, 3, 4, 4, dtype=torch.float64), *torch.randn(3, 3, dtype=torch.float64)
     eps = torch.full((3,), 1e-3)
     got = ops.filter_response_norm(x, gamma, beta, tau, eps)
-    want = _plain.composed(x, gamma, beta, tau, eps.double())
+    want = composed(x, gamma, beta, tau, eps.double())
     torch.testing.assert_close(got, want, **FLOAT64.kwargs())

@@ -102,7 +102,7 @@ def test_layer_survives_copying_pickling_and_its_state_dict() -> None:
         assert twin.tau is not layer.tau
 
 
-def test_layer_is_built_where_and_in_what_type_it_is_told() -> None:
+def test_layer_is_built_on_the_device_and_in_the_type_that_are_asked_for() -> None:
     assert TLU(4, device="meta").tau.is_meta
     assert TLU(4, dtype=torch.float16).tau.dtype == torch.float16
     assert repr(TLU(4)) == "TLU(4)"
