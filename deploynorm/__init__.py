@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from deploynorm.errors import DeployNormError as DeployNormError
     from deploynorm.errors import InputError as InputError
     from deploynorm.errors import ModelError as ModelError
+    from deploynorm.inputs import ImageSpec as ImageSpec
     from deploynorm.inputs import sample_inputs as sample_inputs
     from deploynorm.run import open_runner as open_runner
     from deploynorm.run.eager import EagerRunner as EagerRunner
@@ -48,6 +49,7 @@ _HOME = {
     "EagerRunner": "deploynorm.run.eager",
     "check": "deploynorm._check",
     "sample_inputs": "deploynorm.inputs",
+    "ImageSpec": "deploynorm.inputs",
     "DeployNormError": "deploynorm.errors",
     "InputError": "deploynorm.errors",
     "ModelError": "deploynorm.errors",
