@@ -16,7 +16,7 @@ import deploynorm
 from deploynorm.errors import InputError
 from deploynorm.layers import CenConv2d, FRN2d, MABN2d
 from deploynorm.layers.freeze import freeze_mabn, unfreeze_mabn
-from deploynorm.layers.recalibrate import recalibrate
+from deploynorm.layers.recalibration import recalibrate
 
 
 def new_net(**settings: Any) -> nn.Module:
@@ -197,7 +197,7 @@ def test_a_shared_layer_is_found_under_each_of_its_names() -> None:
     assert freeze_mabn(net) == ["a", "b"]
 
 
-def test_nothing_to_freeze_is_told() -> None:
+def test_nothing_to_freeze_is_refused() -> None:
     net = new_net()
     with pytest.raises(InputError, match=r"^freeze_mabn: no such submodule\. Got 'stage9'; expected a name that"):
         freeze_mabn(net, "stage9")
