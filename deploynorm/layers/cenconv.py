@@ -27,6 +27,7 @@ class _CenConv(nn.modules.conv._ConvNd):
         super().reset_parameters()
 
     def forward(self, input: Tensor) -> Tensor:
+        """The convolution with the centred weight."""
         return self._conv_forward(input, center_weight(self.weight), self.bias)
 
 
@@ -80,6 +81,7 @@ class CenConvTranspose2d(_CenConv, nn.ConvTranspose2d):
     """
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        """The transposed convolution with the centred weight; output_size as for torch.nn.ConvTranspose2d."""
         output_padding = self._output_padding(
             input,
             output_size,

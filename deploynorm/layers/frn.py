@@ -90,6 +90,7 @@ class _FRN(FullPrecisionBuffers):
         return self.eps + cast(self.eps_l.abs(), compute_dtype(self.eps_l.dtype))
 
     def forward(self, x: Tensor) -> Tensor:
+        """z, as the class says."""
         check_input(type(self).__name__, x, self.num_features, self._ranks)
         if x.dim() == 2 and self.eps_l is None and not torch.compiler.is_compiling():
             warnings.warn(

@@ -33,7 +33,7 @@ def filter_response_norm(x: Tensor, weight: Tensor, bias: Tensor, tau: Tensor | 
     Returns:
         Tensor of x's shape and dtype.
 
-    Numerics: squares, mean and affine are in float32 (float64 for float64 x) and rounded once, so float16
+    Numerics: squares, mean and affine are computed in float32 (float64 for float64 x) and rounded once, so float16
         inputs of any size are safe. At a tie y == tau the gradient goes to y and none to tau (eq. 4).
     Source: Singh & Krishnan, arXiv:1911.09737, eq. 1 to 3. Their eq. 7 lacks a factor 1/N; autograd has it.
     """

@@ -102,7 +102,7 @@ class _MABN(FullPrecisionBuffers):
         self.reset_parameters()
 
     def reset_running_stats(self) -> None:
-        """Forgets every statistic: the next training step is the first, warm-up included."""
+        """Resets every statistic: the next training step is the first of a new warm-up."""
         self.running_var.fill_(1)
         for history in (self.recent_x2, self.recent_gz, self.recent_passes):
             history.zero_()
@@ -110,13 +110,14 @@ class _MABN(FullPrecisionBuffers):
             count.zero_()
 
     def reset_parameters(self) -> None:
-        """Sets weight 1, bias 0 and forgets the statistics."""
+        """Sets weight 1 and bias 0, and resets the statistics."""
         self.reset_running_stats()
         if self.affine:
             nn.init.ones_(self.weight)
             nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        """y, as the class says for the layer's mode."""
         check_input(type(self).__name__, x, self.num_features, self._ranks)
         if not self.training or self.frozen:
             return functional.normalize_by_second_moment(x, self.running_var, self.weight, self.bias, self.eps)
@@ -193,7 +194,7 @@ class MABN2d(_MABN):
     statistics of a batch, that of forward and that of backward, by moving
     averages. So it trains with batches of one or two samples.
 
-    Training, for each channel, E being the mean over N, H and W:
+    Training, for each channel, E being the mean over N, H and W; forward:
 
         chi2_B = E[x^2]
         chi2   = mean of chi2_B over the window
@@ -201,6 +202,8 @@ class MABN2d(_MABN):
         r      = clip(sqrt(chi2 + eps) / sqrt(R + eps), 1/max_renorm, max_renorm)
         y      = weight * r * z + bias
         R     <- (1 - momentum) * R + momentum * chi2
+
+    and backward:
 
         g      = dy * weight * r
         psi_B  = E[g * z]
@@ -264,7 +267,7 @@ class MABN2d(_MABN):
           evaluation mode, because reading the counter makes the host wait.
         - torch.distributed: statistics, backward ones too, are those of all
           processes of the group. So each has to make as many forward and backward
-          passes as the others, if with empty batches. Any checkpoint is that of all.
+          passes as the others, if with empty batches. Their checkpoints are equal.
         - GradScaler: call `track_loss_scale` once, or psi jumps with the scale.
         - Activation checkpointing, compiled too: a batch counts once. A layer may
           be used up to 16 times before backward.

@@ -53,6 +53,7 @@ class TLU(nn.Module):
         nn.init.zeros_(self.tau)
 
     def forward(self, x: Tensor) -> Tensor:
+        """z, as the class says."""
         if x.dim() < 2:
             raise InputError(
                 "TLU",

@@ -193,10 +193,9 @@ def test_the_current_directory_is_searched_for_typed_factories_and_left_again(ne
 
 
 def test_the_refusal_of_an_own_network_has_the_command_that_loads_it(nets: Path) -> None:
-    import user_nets  # type: ignore[import-not-found]
-
     path = nets / "own network.pt"
-    save(path, factory="user_nets:Wrapped", kwargs={"width": 5}, model=user_nets.Wrapped(5), labels=["cat"])
+    network = nn.ModuleDict({"module": nn.Conv2d(1, 5, 3)})
+    save(path, factory="user_nets:Wrapped", kwargs={"width": 5}, model=network, labels=["cat"])
     with pytest.raises(ModelError) as refused:
         load(path)
     command = re.search(r"(deploynorm export .*), or deploynorm\.load\(\.\.\., (factory=.*)\);", str(refused.value))
