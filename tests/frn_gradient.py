@@ -1,4 +1,4 @@
-"""The gradients of FRN with its threshold in NumPy, computed in float64, and what a form of them may be off by.
+"""The gradients of FRN with its threshold in NumPy, computed in float64, and how far others may be from them.
 
 want = gradients(dy, x, gamma, beta, tau, eps)
 check_gradients(got, want, sizes(dy, x, gamma, beta, tau, eps), tolerance)

@@ -1,4 +1,4 @@
-"""Filter response normalization as a composition of PyTorch's operators: autograd, torch.func and torch.compile see in.
+"""Filter response normalization as a composition of PyTorch operators, which autograd and torch.func differentiate.
 
 _handwritten.py has the two passes written out instead, which is what training runs where no native kernel is built.
 """

@@ -37,7 +37,7 @@ def backward(
     # root * x is of the size of 1; the powers of the root alone may be out of range.
     correction = scale * (root * (product / positions(x)))
     dx = (kept * scale).addcmul_(v, correction, value=-1)
-    if kept.stride() != x.stride():  # dy had another layout, which dx has got from it
+    if kept.stride() != x.stride():  # dx has the layout of dy
         dx = torch.empty_like(x, dtype=dx.dtype).copy_(dx)
     products = product.reshape(rstd.shape)
     dbeta = spatial_sum(kept).reshape(rstd.shape).sum(0)

@@ -78,7 +78,7 @@ def test_warm_up_is_mean_free_batch_normalization_with_its_true_gradients(
         expected = (y, *torch.autograd.grad(y, [expected_x, layer.weight, layer.bias], dy))
         for got, want in zip(run_step(layer, x, dy), expected, strict=True):
             torch.testing.assert_close(got, want, **FLOAT64.kwargs())
-    # And not a step longer.
+    # The step after it is another.
     got, want = layer(2 * x), plain(2 * x, layer)
     assert (got - want).abs().max() > 0.1
 

@@ -1,4 +1,4 @@
-"""What a training step of MABN keeps in memory and asks of the device; how long it takes is in benchmarks/."""
+"""What a training step of MABN saves, and that it never waits for the device; benchmarks/ has how long it takes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What people do to a layer with statistics, and what breaks other MABN."""
+"""MABN in all that people do with a layer in training, and what breaks other implementations."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ from deploynorm.layers.functional import filter_response_norm
 FORWARD = torch.ops.deploynorm.frn_forward.default
 BACKWARD = torch.ops.deploynorm.frn_backward.default
 RULES = ["test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
-"""What opcheck tries."""
+"""The tests of opcheck, all of them."""
 
 
 @pytest.fixture(params=["native", "plain"])
@@ -146,7 +146,7 @@ def test_torchs_own_threads_are_used(require: Callable[[str], None], monkeypatch
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     assert _native.LIBRARY.parallel, "PyTorch's OpenMP was not found"
     assert _native.LIBRARY.threads() != (None, None)
-    # Without it one thread does all.
+    # Without OpenMP one thread does everything.
     monkeypatch.setattr(_native.LIBRARY, "parallel", None)
     assert _native.LIBRARY.threads() == (None, None)
     x, *parameters = operands(4, 40, 33, 31)

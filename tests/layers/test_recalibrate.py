@@ -235,16 +235,11 @@ def test_recalibration_repairs_a_network_whose_statistics_are_off() -> None:
     torch.testing.assert_close(net(x), expected, **FLOAT64.kwargs())
 
 
-class Two(nn.Module):
+class Two(Net):
     """A network of two inputs."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm = MABN2d(C, **SHORT)
-
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        out: Tensor = self.norm(x + y)
-        return out
+        return super().forward(x + y)
 
 
 ERRORS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any], str]] = {
@@ -259,7 +254,7 @@ ERRORS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any], str]] = {
         r"called with a batch of the loader\. Got str; expected a tensor",
     ),
     "two_inputs": (
-        lambda: Two(),
+        Two,
         lambda: [(images(), images())],
         r"missing 1 required positional argument: 'y'\. Got tuple of Tensor \(14, 3, 4, 4\), Tensor \(14, 3, 4, 4\); "
         r".*pass forward=, for example forward=lambda model, batch: model\(\*batch\)",
