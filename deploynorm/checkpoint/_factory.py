@@ -15,9 +15,9 @@ from typing import Any
 
 from torch import nn
 
-from deploynorm.errors import InputError, ModelError
+from deploynorm.errors import ModelError
 
-__all__ = ["build", "check_name", "check_own", "current_directory_on_path", "is_own"]
+__all__ = ["build", "check_own", "current_directory_on_path", "is_own", "split_name"]
 
 _OWN = "deploynorm.models"
 _EXAMPLE = f"{_OWN}.frn_resnet:resnet20"
@@ -97,16 +97,16 @@ def check_own(name: object, where: str) -> Callable[..., Any]:
     return typing.cast("Callable[..., nn.Module]", factory)
 
 
-def check_name(name: str, where: str) -> None:
-    """Raises InputError unless name can be typed again as a factory."""
-    if _NAME.fullmatch(name) is None or name.startswith("__main__:"):
-        raise InputError(
-            where,
-            "not a factory that can be imported later",
-            got=repr(name),
-            expected="pkg.mod:function",
-            fix="put the function that makes the network into a module, nets.py, and pass factory='nets:function'",
-        )
+def split_name(name: str, where: str) -> tuple[str, str]:
+    """Module and function of a factory's name.
+
+    Raises:
+        ModelError: It is no such name.
+    """
+    parts = _NAME.fullmatch(name)
+    if parts is None:
+        raise ModelError(where, "not a factory", got=repr(name), expected=f"pkg.mod:function, such as {_EXAMPLE}")
+    return parts[1], parts[2]
 
 
 def _typed_again(name: object, where: str) -> str:
@@ -137,21 +137,19 @@ def current_directory_on_path() -> Iterator[None]:
 
 
 def _import_typed(name: str, where: str) -> Callable[..., Any]:
-    parts = _NAME.fullmatch(name)
-    if parts is None:
-        raise ModelError(where, "not a factory", got=repr(name), expected=f"pkg.mod:function, such as {_EXAMPLE}")
+    module, function = split_name(name, where)
     try:
-        found: Any = importlib.import_module(parts[1])
+        found: Any = importlib.import_module(module)
     except (Exception, SystemExit) as error:  # the user's module may raise anything while it is imported
-        missing = isinstance(error, ModuleNotFoundError) and f"{parts[1]}.".startswith(f"{error.name}.")
+        missing = isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}.")
         raise ModelError(
             where,
             f"the factory {name} cannot be imported: {_described(error)}",
             fix="run deploynorm in the folder of that module, or install it"
             if missing
-            else f'make `python -c "import {parts[1]}"` work',
+            else f'make `python -c "import {module}"` work',
         ) from error
-    for attribute in parts[2].split("."):
+    for attribute in function.split("."):
         try:
             found = getattr(found, attribute)
         except AttributeError as error:
@@ -159,7 +157,7 @@ def _import_typed(name: str, where: str) -> Callable[..., Any]:
             raise ModelError(
                 where,
                 f"the factory {name} does not exist",
-                got=f"no {attribute!r} in {parts[1]}",
+                got=f"no {attribute!r} in {module}",
                 expected="one of " + ", ".join(public[:12]) if public else None,
             ) from error
     if not callable(found):

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from deploynorm.checkpoint._factory import check_name, check_own, is_own
+from deploynorm.checkpoint._factory import check_own, is_own, split_name
 from deploynorm.checkpoint._format import Content
 from deploynorm.errors import ModelError
 from deploynorm.files import staging
@@ -51,16 +51,15 @@ def save(
         training: What is to be known of the training, plain data.
 
     Raises:
-        InputError: kwargs or training is not plain data, labels are not text, factory is not such a name, or the folder
-            cannot be written to.
-        ModelError: deploynorm.models has no such factory, or the file cannot be written.
+        InputError: kwargs or training is not plain data, labels are not text, or the folder cannot be written to.
+        ModelError: factory is not such a name, deploynorm.models has no such factory, or the file cannot be written.
     """
     path = Path(path)
     where = f"save {path}"
     if is_own(factory):
         check_own(factory, where)
     else:
-        check_name(factory, where)
+        split_name(factory, where)
     state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
     content = Content(factory, kwargs, state, image, None if labels is None else tuple(labels), training).pack(where)
     with staging(path) as folder:

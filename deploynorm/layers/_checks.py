@@ -35,9 +35,3 @@ def check_positive(layer: str, name: str, value: float) -> None:
     """Raises InputError unless value > 0."""
     if not value > 0:
         raise InputError(layer, f"{name} must be positive", got=value)
-
-
-def check_not_negative(layer: str, name: str, value: float) -> None:
-    """Raises InputError unless value >= 0."""
-    if not value >= 0:
-        raise InputError(layer, f"{name} must not be negative", got=value)

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from deploynorm.layers._checks import check_not_negative
+from deploynorm.errors import InputError
 
 __all__ = ["parameter_groups"]
 
@@ -33,7 +33,8 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
     Source: timm.optim.param_groups_weight_decay, which gives the two in the other order.
     """
-    check_not_negative("parameter_groups", "weight_decay", weight_decay)
+    if not weight_decay >= 0:
+        raise InputError("parameter_groups", "weight_decay must not be negative", got=weight_decay)
     norms = [module for module in model.modules() if isinstance(module, nn.LayerNorm | nn.RMSNorm)]
     of_norms = {id(parameter) for norm in norms for parameter in norm.parameters(recurse=False)}
     groups: tuple[list[nn.Parameter], list[nn.Parameter]] = ([], [])
