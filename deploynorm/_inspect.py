@@ -12,6 +12,7 @@ from typing import Any
 import onnx
 
 from deploynorm import checkpoint
+from deploynorm.onnx_file import OnnxFile
 from deploynorm.tables import table
 
 __all__ = ["Inspection", "inspect"]
@@ -93,10 +94,8 @@ def inspect(
 
 
 def _onnx(path: Path) -> Inspection:
-    from deploynorm.cli.onnx_file import read_graph
-
-    model = read_graph(path)
-    nodes = Counter(f"{node.domain}::{node.op_type}" if node.domain else node.op_type for node in model.graph.node)
+    file = OnnxFile.read(path)
+    model = file.proto
     weights: Counter[str] = Counter()
     for tensor in model.graph.initializer:
         weights[onnx.TensorProto.DataType.Name(tensor.data_type).lower()] += math.prod(tensor.dims)
@@ -110,9 +109,9 @@ def _onnx(path: Path) -> Inspection:
         "functions": [f"{function.domain}::{function.name}" for function in model.functions],
         "weights": dict(weights.most_common()),
         "external data": any(tensor.external_data for tensor in model.graph.initializer),
-        "metadata": {entry.key: entry.value for entry in model.metadata_props},
+        "metadata": file.metadata,
     }
-    return Inspection(facts, dict(nodes.most_common()))
+    return Inspection(facts, dict(file.node_counts.most_common()))
 
 
 def _type(value: onnx.ValueInfoProto) -> str:

@@ -7,16 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
+from deploynorm.dtypes import HALF, largest, numpy_dtype
 from deploynorm.errors import InputError
 from deploynorm.files import staging
 from deploynorm.image import ImageSpec
 from deploynorm.inputs import Shape, TensorSpec
 from deploynorm.network import Network
-from deploynorm.run import open_runner
+from deploynorm.onnx_file import OnnxFile
+from deploynorm.run import BACKENDS, ENGINE_SUFFIXES, open_runner
 from deploynorm.run.base import Runner
 from deploynorm.run.eager import EagerRunner
 from deploynorm.tables import table
@@ -50,7 +51,7 @@ class Result:
                 continue
             found[name] = {"shape": list(value.shape), "dtype": value.dtype.name}
             if value.size:
-                wide = value.astype(np.float64) if value.dtype.name in ("float16", "bfloat16") else value
+                wide = value.astype(np.float64) if value.dtype.name in HALF else value
                 found[name] |= {key: float(getattr(wide, key)()) for key in ("min", "max", "mean")}
         return found
 
@@ -102,7 +103,8 @@ class Inference:
         names = self.results[0].outputs if self.results else {}
         whole = {name: np.concatenate([result.outputs[name] for result in self.results]) for name in names}
         with staging(path) as folder:
-            np.savez(folder / path.name, **{name: _storable(value) for name, value in whole.items()})
+            storable: dict[str, Any] = {name: _storable(value) for name, value in whole.items()}
+            np.savez(folder / path.name, **storable)
         return path
 
 
@@ -143,8 +145,9 @@ def run_on_files(
         BackendError: The backend is missing.
     """
     model = Path(model)
-    if backend == "eager" or (backend is None and model.suffix not in (".onnx", ".engine", ".plan")):
-        if model.suffix in (".onnx", ".engine", ".plan"):
+    is_file = model.suffix in (".onnx", *ENGINE_SUFFIXES)
+    if backend == "eager" or (backend is None and not is_file):
+        if is_file:
             raise InputError(
                 "--backend", f"eager runs a network, not an ONNX file or engine ({model.suffix})", got=model
             )
@@ -183,7 +186,7 @@ def _open_file(
     model: Path, backend: Any, providers: Sequence[str], plugins: Sequence[Path] | None, trust_engine: bool
 ) -> tuple[Runner, ImageSpec | None, tuple[str, ...] | None]:
     """The runner of an ONNX file or engine, how images become its input, and the class names."""
-    if model.suffix in (".engine", ".plan") or backend == "tensorrt":
+    if model.suffix in ENGINE_SUFFIXES or (backend and BACKENDS[backend].runs == "engine"):
         from deploynorm.cli.engine_manifest import image_and_labels_of_engine
 
         runner = open_runner(model, "tensorrt", providers=providers, plugins=plugins, trust_engine=trust_engine)
@@ -192,9 +195,8 @@ def _open_file(
         raise InputError(
             "--backend", "an ONNX file is needed", got=f"{model} and {backend}", fix=f"deploynorm export {model}"
         )
-    from deploynorm.cli.onnx_file import image_and_labels
-
-    return open_runner(model, backend, providers=providers, plugins=plugins), *image_and_labels(model)
+    file = OnnxFile.read(model)
+    return open_runner(file, backend, providers=providers, plugins=plugins), *file.image_and_labels
 
 
 def _feeds(files: Sequence[str], runner: Runner, image: ImageSpec | None) -> Iterable[tuple[str, Mapping[str, _Array]]]:
@@ -242,16 +244,16 @@ def _as_declared(runner: Runner, feeds: Mapping[str, _Array], notes: list[str]) 
     cast = dict(feeds)
     for name, value in feeds.items():
         dtype = declared.get(name)
-        if dtype not in ("float16", "bfloat16") or value.dtype not in (np.float32, np.float64):
+        if dtype not in HALF or value.dtype not in (np.float32, np.float64):
             continue
         with np.errstate(over="ignore"):
-            cast[name] = value.astype(getattr(ml_dtypes, dtype, dtype))
+            cast[name] = value.astype(numpy_dtype(dtype))
         if (np.isfinite(value) & ~np.isfinite(cast[name])).any():
             raise InputError(
                 f"input {name}",
                 f"does not fit into {dtype}",
                 got=f"{np.abs(value[np.isfinite(value)]).max():.5g}",
-                expected=f"at most {float(ml_dtypes.finfo(dtype).max):.5g}",  # type: ignore[no-untyped-call]
+                expected=f"at most {largest(dtype):.5g}",
                 fix="scale the input, or export in another type",
             )
         notes.append(f"{name} is cast from {value.dtype.name} to {dtype}")

@@ -60,10 +60,13 @@ class TensorSpec:
     @property
     def base(self) -> Shape | None:
         """A shape that the network is known to take; None where a dynamic axis has no known size."""
-        known = dict(enumerate(self.sizes))
-        found = [size if isinstance(size, int) else axis and axis.base
-                 for size, axis in ((size, known.get(i)) for i, size in enumerate(self.shape))]  # fmt: skip
-        return None if None in found else tuple(size for size in found if size is not None)
+        shape: list[int] = []
+        for axis, size in enumerate(self.shape):
+            known = self.sizes[axis] if axis < len(self.sizes) else None
+            if isinstance(size, str) and known is None:
+                return None
+            shape.append(size if isinstance(size, int) else known.base)  # type: ignore[union-attr]
+        return tuple(shape)
 
     def symbol(self, axis: int) -> str:
         """Name of a dynamic size; an axis without one ("" or "?") is independent of all others."""

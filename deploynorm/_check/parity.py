@@ -8,21 +8,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
-import numpy as np
 import numpy.typing as npt
 import torch
 from torch import nn
 
 from deploynorm._check.comparison import Report, check
 from deploynorm._export.precision import DTYPES, dtype_of, first_overflow, to_precision
-from deploynorm.cli.onnx_file import read_graph
-from deploynorm.contract import DOMAIN, METADATA_SIZES
+from deploynorm.contract import METADATA_SIZES
+from deploynorm.dtypes import numpy_dtype
 from deploynorm.errors import BackendError, InputError, ModelError
-from deploynorm.graph import half_type
 from deploynorm.inputs import Shape, TensorSpec, with_sizes
 from deploynorm.libraries import find_library
 from deploynorm.network import Network
+from deploynorm.onnx_file import OnnxFile
 from deploynorm.ort import import_onnxruntime
 from deploynorm.run import open_runner
 from deploynorm.run.base import Runner
@@ -145,7 +143,7 @@ def check_folded(
 
 def check_onnx(
     network: Network,
-    path: Path | str,
+    model: Path | str | OnnxFile,
     *,
     backend: str | None = None,
     keep_float32: Sequence[str] = (),
@@ -163,7 +161,7 @@ def check_onnx(
 
     Args:
         network: As given.
-        path: The file, with its external data beside it.
+        model: The file, with its external data beside it.
         backend: "onnxruntime", "half" or "reference" alone; by default half and onnxruntime as above, or reference
             where onnxruntime is not installed.
         keep_float32: Layers that stayed in float32 in a half file, for the comparison of a broken check.
@@ -176,26 +174,25 @@ def check_onnx(
         BackendError: The backend is missing.
         InputError: The file has other inputs than the network.
     """
-    path, notes = Path(path), []
+    file, notes = OnnxFile.read(model), []
     if backend is None and not _has_onnxruntime():
         backend = "reference"
-    model = read_graph(path)
-    entries = {entry.key: entry.value for entry in model.metadata_props}
-    comparing = _Comparing(network, (), network.base, _Settings(seed, rtol, atol), _found(entries.get(METADATA_SIZES)))
+    comparing = _Comparing(
+        network, (), network.base, _Settings(seed, rtol, atol), _found(file.metadata.get(METADATA_SIZES))
+    )
     if backend in ("half", "reference"):
-        return _explained(Parity((_check_file(path, backend, comparing),)), comparing, keep_float32)
-    precision = half_type(path)
-    reports = [_check_file(path, "half", comparing)] if precision and backend is None else []
-    ours = any(node.domain == DOMAIN for node in model.graph.node)
+        return _explained(Parity((_check_file(file, backend, comparing),)), comparing, keep_float32)
+    precision = file.half_type
+    reports = [_check_file(file, "half", comparing)] if precision and backend is None else []
     ways: list[tuple[str, Sequence[Path] | None]] = []
-    if not ours or model.functions or find_library() is None:
+    if not file.has_operator or file.has_body or find_library() is None:
         ways.append(("", []))
-    if ours and find_library() is not None:
+    if file.has_operator and find_library() is not None:
         ways.append((", deploynorm library", None))
     for suffix, plugins in ways:
         suffix += f", {precision} as float32" if precision else ""
         try:
-            reports.append(_check_file(path, "onnxruntime", comparing, plugins, suffix))
+            reports.append(_check_file(file, "onnxruntime", comparing, plugins, suffix))
         except BackendError as error:
             if precision is None or backend is not None:
                 raise
@@ -341,22 +338,22 @@ def _explained(parity: Parity, comparing: _Comparing, keep_float32: Sequence[str
 
 
 def _check_file(
-    path: Path,
-    backend: Any,
+    file: OnnxFile,
+    backend: str,
     comparing: _Comparing,
     plugins: Sequence[Path] | None = None,
     suffix: str = "",
 ) -> Report:
-    with open_runner(path, backend, plugins=plugins) as candidate:
+    with open_runner(file, backend, plugins=plugins) as candidate:
         candidate.name += suffix
         return comparing.check(candidate)
 
 
-def _rounded(feeds: Mapping[str, _Array], precision: str | None) -> Mapping[str, _Array]:
+def _rounded(feeds: dict[str, _Array], precision: str | None) -> dict[str, _Array]:
     """The inputs less what a half network would round away of them."""
     if precision is None:
         return feeds
-    low = np.dtype(getattr(ml_dtypes, precision, precision))
+    low = numpy_dtype(precision)
     return {name: x.astype(low).astype(x.dtype) if x.dtype.kind == "f" else x for name, x in feeds.items()}
 
 

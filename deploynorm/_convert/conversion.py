@@ -18,12 +18,11 @@ from deploynorm._export import Exported, export
 from deploynorm._export.precision import HALF, dtype_of, kept_layers, to_precision
 from deploynorm._fold import FoldReport
 from deploynorm._fold import fold as fold_network
-from deploynorm.contract import METADATA_IMAGE, METADATA_LABELS
+from deploynorm.contract import METADATA_IMAGE, METADATA_LABELS, Lowering
 from deploynorm.errors import InputError
 from deploynorm.files import staging
 from deploynorm.image import ImageSpec
 from deploynorm.inputs import Shape
-from deploynorm.lowering import Lowering
 from deploynorm.network import Network
 from deploynorm.trace import Dynamic, Sizes, find_sizes, inference_copy
 
@@ -194,7 +193,7 @@ def convert(
         # Folding in the network's own half type would round its weights once more.
         working = to_precision(working, torch.float32, keep_io_types=keep_io_types)
         examples = tuple(x.float() if x.is_floating_point() and not keep_io_types else x for x in examples)
-    check = {"seed": seed, "rtol": rtol, "atol": atol}
+    check: dict[str, Any] = {"seed": seed, "rtol": rtol, "atol": atol}
     if fold:
         working, folding = fold_network(working, examples, dynamic=dynamic, sizes=sizes)
         if folding.modified:

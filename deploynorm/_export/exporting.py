@@ -15,15 +15,15 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
-from deploynorm import onnx_file as graph
+from deploynorm import onnx_file
 from deploynorm._export.half_graph import BFLOAT16_OPSET, refuse_types, round_fused_weights
 from deploynorm._export.names import as_names, default_output_names, name_axes, name_inputs_and_outputs
 from deploynorm._export.precision import dtype_of, kept_layers, to_precision
 from deploynorm._export.translation import to_onnx
-from deploynorm.contract import MAX_OPSET, METADATA_SIZES, MIN_OPSET
+from deploynorm.contract import MAX_OPSET, METADATA_SIZES, MIN_OPSET, Lowering
 from deploynorm.errors import InputError, ModelError
 from deploynorm.inputs import TensorSpec, sizes_to_dict
-from deploynorm.lowering import RMSNORM_OPSET, Lowering, lower
+from deploynorm.lowering import RMSNORM_OPSET, lower
 from deploynorm.tables import table
 from deploynorm.trace import (
     Dynamic,
@@ -74,11 +74,11 @@ class Exported:
 
     def node_counts(self) -> Counter[str]:
         """How many nodes of each operator the graph has; a custom operator with its domain before it."""
-        return graph.node_counts(self.model.graph.all_nodes())
+        return onnx_file.node_counts(self.model.graph.all_nodes())
 
     def size_bytes(self) -> int:
         """Bytes of all weights."""
-        return graph.size_bytes(self.model)
+        return onnx_file.size_bytes(self.model)
 
     def to_proto(self) -> onnx.ModelProto:
         """The model as onnx's protobuf; past 2 GB it can no longer be serialised in one piece."""
@@ -91,7 +91,7 @@ class Exported:
             path: The .onnx file; an existing one is overwritten.
             external_data: None decides by size.
         """
-        graph.save(self.model, path, external_data=external_data)
+        onnx_file.save(self.model, path, external_data=external_data)
 
     def __str__(self) -> str:
         nodes = table("Nodes", ("operator", "count"), sorted(self.node_counts().items()))

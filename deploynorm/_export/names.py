@@ -28,7 +28,8 @@ def as_names(option: str, names: str | Sequence[str] | None, count: int | None =
     if names is None:
         return None
     names = (names,) if isinstance(names, str) else tuple(names)
-    for name in names:
+    given: tuple[object, ...] = names
+    for name in given:
         if not isinstance(name, str) or not name.strip() or not name.isprintable():
             raise InputError("export", f"{option} has a name that is no text", got=repr(name))
     if twice := [name for position, name in enumerate(names) if name in names[:position]]:

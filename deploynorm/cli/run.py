@@ -12,6 +12,7 @@ import argparse
 from pathlib import Path
 
 from deploynorm.cli import options
+from deploynorm.run.backends import BACKENDS
 
 __all__ = ["add_arguments", "run"]
 
@@ -26,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("backend")
     group.add_argument(
         "--backend",
-        choices=("onnxruntime", "half", "reference", "tensorrt", "eager"),
+        choices=tuple(BACKENDS),
         help="default onnxruntime for an ONNX file, half for one in half precision, tensorrt for an engine, else eager",
     )
     group.add_argument(

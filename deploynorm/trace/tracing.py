@@ -76,14 +76,15 @@ def as_inputs(where: str, example_inputs: Tensor | Sequence[Tensor]) -> tuple[Te
     if isinstance(example_inputs, Tensor):
         return (example_inputs,)
     fix = "pass the tensors that forward takes, in order: (x,) or x"
-    if isinstance(example_inputs, (str, bytes)) or not isinstance(example_inputs, Sequence):
-        raise InputError(where, "example_inputs is no tuple of tensors", got=type(example_inputs).__name__, fix=fix)
-    for position, example in enumerate(example_inputs):
+    given: object = example_inputs
+    if isinstance(given, str) or not isinstance(given, Sequence):
+        raise InputError(where, "example_inputs is no tuple of tensors", got=type(given).__name__, fix=fix)
+    for position, example in enumerate(given):
         if not isinstance(example, Tensor):
             raise InputError(where, f"example input {position} is not a tensor", got=type(example).__name__, fix=fix)
-    if not example_inputs:
+    if not given:
         raise InputError(where, "there are no example inputs", fix=fix)
-    return tuple(example_inputs)
+    return tuple(given)
 
 
 def trace(
