@@ -36,9 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--lowering",
-        choices=LOWERINGS,
-        default=LOWERINGS[0],
-        help="FRN as one node (default), on RMSNormalization, or in primitive operators",
+        choices=tuple(LOWERINGS),
+        default=next(iter(LOWERINGS)),
+        help="FRN " + "; ".join(f"{name}: {text}" for name, text in LOWERINGS.items()) + " (default custom)",
     )
     group.add_argument(
         "--no-function", action="store_true", help="leave the node's body out: only our libraries run the file then"
