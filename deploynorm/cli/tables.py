@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
@@ -14,22 +13,8 @@ __all__ = ["fold_to_dict", "print_checks", "print_fold"]
 
 
 def print_fold(terminal: Terminal, report: FoldReport) -> None:
-    """Layers found, folded and left, by class; then each layer that was left, with the reason."""
-    rows = []
-    for kind, found in sorted(report.found.items()):
-        outcomes = Counter(change.outcome for change in report.changes if change.kind == kind)
-        counts = (outcomes["folded"], outcomes["affine"], outcomes["left"], found - outcomes.total())
-        rows.append((kind, found, *(count or "-" for count in counts)))
-    if rows:
-        # FRN and TLU have nothing to fold: their layers are taken as they are.
-        terminal.table("Layers", ("layer", "found", "folded", "kept as affine", "left", "as they are"), rows)
-    told = report.changes if terminal.verbose else [c for c in report.changes if c.outcome != "folded"]
-    if told:
-        terminal.table(
-            "Each layer" if terminal.verbose else "Layers that did not fold, and why",
-            ("layer", "class", "outcome", "detail"),
-            ((change.layer or "(the network)", change.kind, change.outcome, change.detail) for change in told),
-        )
+    """The tables of a fold's report; each layer with -v."""
+    terminal.line(report.tables(verbose=terminal.verbose) + "\n")
 
 
 def print_checks(
@@ -55,4 +40,4 @@ def print_checks(
 
 
 def fold_to_dict(report: FoldReport) -> dict[str, Any]:
-    return {"found": dict(report.found), "changes": [change._asdict() for change in report.changes]}
+    return report.to_dict()
