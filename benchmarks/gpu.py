@@ -210,7 +210,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         try:
             architecture = f"{properties.major}{properties.minor}"
-            library = libraries.build(Path(folder), cuda=True, tensorrt=False, architectures=[architecture])
+            library = libraries.build(Path(folder), cuda=True, tensorrt=False, architectures=[architecture]).library
         except BackendError as error:
             sys.exit(f"benchmarks/gpu.py: {error}")
         # A machine may be lent for less time than this takes: what there is is written after each row.

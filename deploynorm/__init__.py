@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from deploynorm._build import build as build
     from deploynorm._check import check as check
+    from deploynorm._convert import convert as convert
     from deploynorm._export import export as export
     from deploynorm._fold import fold as fold
     from deploynorm._swap import swap as swap
@@ -31,9 +32,10 @@ if TYPE_CHECKING:
     from deploynorm.errors import DeployNormError as DeployNormError
     from deploynorm.errors import InputError as InputError
     from deploynorm.errors import ModelError as ModelError
-    from deploynorm.inputs import sample_inputs as sample_inputs
+    from deploynorm.image import ImageSpec as ImageSpec
     from deploynorm.run import open_runner as open_runner
     from deploynorm.run.eager import EagerRunner as EagerRunner
+    from deploynorm.samples import sample_inputs as sample_inputs
 
 __version__ = "0.1.0"
 
@@ -43,11 +45,13 @@ _HOME = {
     "swap": "deploynorm._swap",
     "fold": "deploynorm._fold",
     "export": "deploynorm._export",
+    "convert": "deploynorm._convert",
     "build": "deploynorm._build",
     "open_runner": "deploynorm.run",
     "EagerRunner": "deploynorm.run.eager",
     "check": "deploynorm._check",
-    "sample_inputs": "deploynorm.inputs",
+    "sample_inputs": "deploynorm.samples",
+    "ImageSpec": "deploynorm.image",
     "DeployNormError": "deploynorm.errors",
     "InputError": "deploynorm.errors",
     "ModelError": "deploynorm.errors",

@@ -7,7 +7,7 @@ Every host (PyTorch, ONNX, ONNX Runtime, TensorRT) takes the names from here.
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Final, Literal, get_args
 
 __all__ = [
     "BLOCKED_OP_TYPE",
@@ -15,11 +15,14 @@ __all__ = [
     "DOMAIN",
     "DTYPES",
     "INPUTS",
+    "LOWERINGS",
     "MAX_OPSET",
     "METADATA_CPU",
     "METADATA_IMAGE",
     "METADATA_LABELS",
+    "METADATA_SIZES",
     "MIN_OPSET",
+    "Lowering",
     "NODE_ATTRIBUTES",
     "OP_TYPE",
     "OUTPUT",
@@ -64,6 +67,14 @@ DTYPES: Final = ("float32", "float16", "bfloat16", "float64")
 NODE_ATTRIBUTES: Final = {"plugin_namespace": DOMAIN, "plugin_version": str(VERSION)}
 """Attributes on every exported node. TensorRT (10.7 and later) looks up its plugin by them; the operator reads none."""
 
+Lowering = Literal["custom", "rmsnorm", "primitives"]
+"""A form of the operator in an ONNX file; deploynorm.lowering has a writer for each.
+
+custom: one node a layer, with a function body beside it. primitives: the body's standard operators. rmsnorm: standard
+operators, with RMSNormalization (opset 23) for the normalization."""
+
+LOWERINGS: Final[tuple[Lowering, ...]] = get_args(Lowering)
+
 MIN_OPSET: Final = 18
 MAX_OPSET: Final = 23
 """Opsets of the default ONNX domain that export accepts."""
@@ -76,3 +87,6 @@ METADATA_LABELS: Final = "deploynorm.labels"
 
 METADATA_CPU: Final = "deploynorm.optimized_for_cpu"
 """metadata_props key: which machine and ONNX Runtime a file was rewritten for, as JSON."""
+
+METADATA_SIZES: Final = "deploynorm.sizes"
+"""metadata_props key: which sizes the network was found to take, as JSON (`deploynorm.inputs.sizes_to_dict`)."""

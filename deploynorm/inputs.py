@@ -4,11 +4,22 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from deploynorm.errors import InputError
 
-__all__ = ["SHAPE_EXAMPLE", "AxisSizes", "Shape", "TensorSpec", "base_shapes", "parse_input_shapes", "shape_text"]
+__all__ = [
+    "SHAPE_EXAMPLE",
+    "AxisSizes",
+    "Shape",
+    "TensorSpec",
+    "base_shapes",
+    "parse_input_shapes",
+    "shape_text",
+    "sizes_to_dict",
+    "with_sizes",
+]
 
 Shape = tuple[int, ...]
 
@@ -49,10 +60,13 @@ class TensorSpec:
     @property
     def base(self) -> Shape | None:
         """A shape that the network is known to take; None where a dynamic axis has no known size."""
-        known = dict(enumerate(self.sizes))
-        found = [size if isinstance(size, int) else axis and axis.base
-                 for size, axis in ((size, known.get(i)) for i, size in enumerate(self.shape))]  # fmt: skip
-        return None if None in found else tuple(size for size in found if size is not None)
+        shape: list[int] = []
+        for axis, size in enumerate(self.shape):
+            known = self.sizes[axis] if axis < len(self.sizes) else None
+            if isinstance(size, str) and known is None:
+                return None
+            shape.append(size if isinstance(size, int) else known.base)  # type: ignore[union-attr]
+        return tuple(shape)
 
     def symbol(self, axis: int) -> str:
         """Name of a dynamic size; an axis without one ("" or "?") is independent of all others."""
@@ -88,6 +102,31 @@ def parse_input_shapes(texts: Sequence[str]) -> dict[str, Shape]:
             "input shape", "one shape has no name, but there are several", got=list(texts), expected=SHAPE_EXAMPLE
         )
     return shapes
+
+
+def parse_dynamic_axes(texts: Sequence[str]) -> Any:
+    """Reads "none", "batch", "spatial" or "all", or axes by number with their names: `x:0=N,2=H`.
+
+    Returns:
+        The word; for axes {"x": {0: "N", 2: "H"}}, "" being the only input; None where no text is given.
+
+    Raises:
+        InputError: Another form, a word beside others, or an axis twice.
+    """
+    words = ("none", "batch", "spatial", "all")
+    if len(texts) == 1 and texts[0] in words:
+        return texts[0]
+    found: dict[str, dict[int, str]] = {}
+    for text in texts:
+        name, _, axes = text.rpartition(":")
+        for part in axes.split(","):
+            axis, equals, symbol = (each.strip() for each in part.partition("="))
+            if not (equals and re.fullmatch("[0-9]{1,2}", axis) and symbol.isidentifier()):
+                expected = f"{', '.join(words)}, or axes with their names: x:0=N,2=H,3=W"
+                raise InputError("--dynamic", "neither a word nor axes", got=repr(text), expected=expected)
+            if found.setdefault(name.strip(), {}).setdefault(int(axis), symbol) != symbol:
+                raise InputError("--dynamic", f"two names for axis {axis}", got=repr(text))
+    return found or None
 
 
 def base_shapes(specs: Sequence[TensorSpec], given: Mapping[str, Shape]) -> dict[str, Shape]:
@@ -136,3 +175,25 @@ def base_shapes(specs: Sequence[TensorSpec], given: Mapping[str, Shape]) -> dict
 def shape_text(shape: Sequence[int | str]) -> str:
     """As people type it: 2x3x224x224."""
     return "x".join(map(str, shape)) or "a scalar"
+
+
+def sizes_to_dict(specs: Sequence[TensorSpec], notes: Sequence[str]) -> dict[str, Any]:
+    """What is known of the sizes of a file's inputs, as it stands in the file and in its manifest.
+
+    Returns:
+        {"inputs": {name: [[base, step, group] or null for each axis]}, "notes": [sentences]}.
+    """
+    known = {spec.name: [axis and [axis.base, axis.step, axis.group] for axis in spec.sizes] for spec in specs}
+    return {"inputs": known, "notes": list(notes)}
+
+
+def with_sizes(specs: Sequence[TensorSpec], found: object) -> tuple[TensorSpec, ...]:
+    """The inputs of a file with what `sizes_to_dict` wrote of them; as they are where that is missing or damaged."""
+    inputs = found.get("inputs") if isinstance(found, Mapping) else None
+    known: dict[str, tuple[AxisSizes | None, ...]] = {}
+    for name, axes in inputs.items() if isinstance(inputs, Mapping) else ():
+        try:
+            known[name] = tuple(axis and AxisSizes(int(axis[0]), int(axis[1]), str(axis[2])) for axis in axes)
+        except (TypeError, ValueError, LookupError):
+            continue
+    return tuple(replace(spec, sizes=known.get(spec.name, ())) for spec in specs)

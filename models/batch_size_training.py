@@ -26,10 +26,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
+from deploynorm.layers import parameter_groups
+
 from . import frn_resnet, mabn_resnet
 from .data import ImageData
 from .training import compilation
-from .training.optimization import lr_factor, parameter_groups
+from .training.optimization import lr_factor
 
 __all__ = [
     "BATCH_FREE",

@@ -17,6 +17,7 @@ import torch
 
 from deploynorm import libraries
 from deploynorm.errors import BackendError
+from deploynorm.libraries.find import source_digest
 
 if TYPE_CHECKING:
     from deploynorm.models.data import ImageData
@@ -103,7 +104,7 @@ def cuda_libraries(require: Callable[[str], None], request: pytest.FixtureReques
     require("trt-headers")
     cache = request.config.cache
     assert cache is not None
-    folder = cache.mkdir("cuda-libraries") / libraries._source_digest()
+    folder = cache.mkdir("cuda-libraries") / source_digest()
     if not (folder / libraries.ORT_LIBRARY).is_file():
         libraries.build(folder, cuda=True)
     return folder
@@ -113,7 +114,7 @@ def cuda_libraries(require: Callable[[str], None], request: pytest.FixtureReques
 def without_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A machine on which our operator library is not built."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "empty cache"))
-    monkeypatch.setattr(libraries, "_installed_library", lambda name: None)
+    monkeypatch.setattr("deploynorm.libraries.find.installed_library", lambda name: None)
     assert libraries.find_library() is None
 
 

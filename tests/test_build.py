@@ -13,7 +13,6 @@ import pytest
 from fake_tensorrt import fake_tensorrt, with_builder
 from rtx_builds import conv_frn_conv
 
-from deploynorm import trt
 from deploynorm._build import build
 from deploynorm.contract import OP_TYPE
 from deploynorm.errors import BackendError, InputError, ModelError
@@ -29,8 +28,8 @@ def full(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     def install(version: str, *, gpu: str | None = "9.0", **facts: Any) -> Any:
         module = with_builder(fake_tensorrt(version), gpu=gpu is not None, **facts)
         monkeypatch.setitem(sys.modules, "tensorrt", module)
-        monkeypatch.setattr(trt, "_LOGGERS", {})
-        monkeypatch.setattr(trt, "_LOADED", {})
+        monkeypatch.setattr("deploynorm.trt.log._LOGGERS", {})
+        monkeypatch.setattr("deploynorm.trt.plugins._LOADED", {})
         for name in ("deploynorm._build", "deploynorm.trt.builder"):
             monkeypatch.setattr(importlib.import_module(name), "gpu_here", lambda: gpu)
         return module
@@ -196,7 +195,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "an unknown way": ({"frn": "fast"}, "unknown way for FRN. Got 'fast'"),
     "an unknown backend": ({"backend": "tensorflow"}, "unknown backend. Got 'tensorflow'"),
     "an unknown compatibility": ({"hardware_compatible": "all"}, "--hardware-compatible: unknown"),
-    "less than no workspace": ({"workspace": -1}, "--workspace: less than nothing"),
+    "less than no workspace": ({"workspace": -1}, "--workspace: must not be negative"),
     "a level out of range": ({"optimization_level": 6}, "--optimization-level: out of range. Got 6; expected 0 to 5"),
     "a shape for no input": ({"opt_shapes": {"z": (1,)}}, "no input is called 'z'"),
 }

@@ -13,7 +13,9 @@ from PIL import Image
 from tolerances import OP_FLOAT32
 
 from deploynorm.errors import BackendError, InputError
-from deploynorm.inputs import ImageSpec, TensorSpec, parse_input_shapes, sample_inputs
+from deploynorm.image import ImageSpec
+from deploynorm.inputs import TensorSpec, parse_input_shapes
+from deploynorm.samples import sample_inputs
 
 IMAGE = {"shape": [3, 4, 6], "mean": [0.5, 0.25, 0.0], "std": [0.5, 1.0, 2]}
 

@@ -14,14 +14,20 @@ from deploynorm._fold.report import FoldReport, FoldResult, Outcome
 from deploynorm.changes import Change
 from deploynorm.errors import ModelError
 from deploynorm.layers import TLU
-from deploynorm.trace import Dynamic, TraceReader, as_inputs, has_hooks, inference_copy, narrowed_axes, trace
+from deploynorm.trace import Dynamic, Sizes, TraceReader, as_inputs, has_hooks, inference_copy, narrowed_axes, trace
 
 __all__ = ["fold"]
 
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
-def fold(model: nn.Module, example_inputs: Tensor | Sequence[Tensor], *, dynamic: Dynamic | None = None) -> FoldResult:
+def fold(
+    model: nn.Module,
+    example_inputs: Tensor | Sequence[Tensor],
+    *,
+    dynamic: Dynamic | None = None,
+    sizes: Sizes | None = None,
+) -> FoldResult:
     """Folds running statistics and weight centralisation into plain layers.
 
     Given:  x -> CenConv2d -> MABN2d -> y
@@ -43,7 +49,8 @@ def fold(model: nn.Module, example_inputs: Tensor | Sequence[Tensor], *, dynamic
         model: Any network; it is left untouched.
         example_inputs: Positional inputs of forward, for the trace; a bare tensor is the only one.
         dynamic: Axes that will be dynamic, as in `export`. None stands for all that the network takes in other
-            sizes. Where it branches on the size of one, nothing folds until that axis is left out here.
+            sizes. Where it branches on the size of one, no normalization folds until that axis is left out here.
+        sizes: What `deploynorm.trace.find_sizes` found, where it was asked already.
 
     Returns:
         A folded copy, and a report with the reason for each layer that is not foldable. Folding the copy again
@@ -59,7 +66,7 @@ def fold(model: nn.Module, example_inputs: Tensor | Sequence[Tensor], *, dynamic
     folding = _Folding(twin, paths)
     for module, path in paths.items():
         folding.rewrite_locally(module, path)
-    folding.fold_norms(examples, dynamic)
+    folding.fold_norms(examples, dynamic, sizes)
     return folding.result()
 
 
@@ -97,11 +104,11 @@ class _Folding:
         elif isinstance(replacement, _NORMS):  # case 3 or 4
             self._norms[replacement] = (path, kind)
 
-    def fold_norms(self, examples: Sequence[Tensor], dynamic: Dynamic | None) -> None:
+    def fold_norms(self, examples: Sequence[Tensor], dynamic: Dynamic | None, sizes: Sizes | None) -> None:
         """Folds each normalization into the layers before it, or reports why not."""
         if not self._norms:
             return
-        reader = self._traced(examples, dynamic)
+        reader = self._traced(examples, dynamic, sizes)
         if isinstance(reader, Refusal):
             for norm in self._norms:
                 self._refuse(norm, reader)
@@ -115,9 +122,11 @@ class _Folding:
         ordered = tuple(self._changes[path] for path in self._order if path in self._changes)
         return FoldResult(self._model, FoldReport(self._found, ordered))
 
-    def _traced(self, examples: Sequence[Tensor], dynamic: Dynamic | None) -> TraceReader | Refusal:
+    def _traced(
+        self, examples: Sequence[Tensor], dynamic: Dynamic | None, sizes: Sizes | None
+    ) -> TraceReader | Refusal:
         try:
-            program = trace(self._model, examples, dynamic)
+            program = trace(self._model, examples, dynamic, sizes=sizes)
         except ModelError as error:
             return Refusal(f"the network cannot be traced ({error.problem})")
         if narrowed := "; ".join(axis.told for axis in narrowed_axes(program)):

@@ -15,6 +15,7 @@ from typing import TextIO
 import deploynorm
 from deploynorm.cli import build, check, doctor, export, fold, inspect, plugins, rewrite, run
 from deploynorm.errors import DeployNormError
+from deploynorm.packages import missing_package
 
 __all__ = ["main"]
 
@@ -52,7 +53,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output, `head` for one, has gone
         sys.stderr.close()
         return 0
-    except Exception:
+    except Exception as error:
+        missing = missing_package(error) if isinstance(error, ModuleNotFoundError) else None
+        if missing is not None:
+            print(f"deploynorm {options.verb}: {missing}", file=sys.stderr)
+            return missing.exit_code
         traceback.print_exc()
         print("This is a fault of deploynorm: please report it with the lines above.", file=sys.stderr)
         return 70  # EX_SOFTWARE; 1 would say that parity is broken

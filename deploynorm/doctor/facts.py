@@ -133,6 +133,7 @@ class Examination:
         system: Operating system and processor.
         packages: Versions by the names that pip knows, of those that matter here.
         torch_cuda: The CUDA that torch was built for.
+        torchvision_problem: Why torchvision cannot be imported; None where it can, or is not installed.
         onnxruntime: None where it is not installed.
         providers: Of onnxruntime-gpu.
         tensorrt: Each that is installed.
@@ -150,6 +151,7 @@ class Examination:
     system: str = ""
     packages: Mapping[str, str] = field(default_factory=dict)
     torch_cuda: str | None = None
+    torchvision_problem: str | None = None
     onnxruntime: OnnxRuntime | None = None
     providers: tuple[Provider, ...] = ()
     tensorrt: tuple[TensorRT, ...] = ()

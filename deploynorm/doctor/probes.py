@@ -22,7 +22,7 @@ from deploynorm.contract import DOMAIN, OP_TYPE
 from deploynorm.errors import BackendError, DeployNormError
 from deploynorm.trt.soname import loaded_library
 
-__all__ = ["ask", "devices", "onnxruntime", "open_libraries", "tensorrt"]
+__all__ = ["ask", "devices", "onnxruntime", "open_libraries", "tensorrt", "torchvision"]
 
 _SECONDS: Final = 60
 _RTX: Final = "libtensorrt_rtx.so"
@@ -58,7 +58,7 @@ def ask(probe: Callable[..., dict[str, Any]], *arguments: str | Sequence[str] | 
 def answer(probe: str, arguments: Sequence[Any]) -> None:
     """The other side of `ask`."""
     probes: Mapping[str, Callable[..., dict[str, Any]]] = {
-        each.__name__: each for each in (devices, onnxruntime, open_libraries, tensorrt)
+        each.__name__: each for each in (devices, onnxruntime, open_libraries, tensorrt, torchvision)
     }
     try:
         found = probes[probe](*arguments)
@@ -122,6 +122,12 @@ def _nameless() -> str | None:
 def _told(error: DeployNormError) -> str:
     """Without the place, which is this process, and the remedy, which depends on more than it knew."""
     return f"{error.problem}{f' ({error.got})' if error.got else ''}".rstrip(": ")
+
+
+def torchvision() -> dict[str, Any]:
+    """Nothing where torchvision can be imported."""
+    importlib.import_module("torchvision")
+    return {}
 
 
 def open_libraries(names: Sequence[str]) -> dict[str, Any]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol, TypeVar
-
-import numpy as np
-import numpy.typing as npt
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from deploynorm.errors import InputError
 from deploynorm.inputs import TensorSpec
+
+if TYPE_CHECKING:  # the command line lists the backends before it may import NumPy
+    import numpy.typing as npt
 
 __all__ = ["Runner", "check_feeds", "closed_error"]
 
@@ -34,6 +34,11 @@ class Runner(Protocol):
     inputs: tuple[TensorSpec, ...]
     output_names: tuple[str, ...]
     precision: str | None = None
+
+    @classmethod
+    def check_available(cls) -> None:
+        """Raises BackendError where this machine lacks what every runner of this class needs."""
+        return
 
     def infer(self, feeds: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
         """Runs the network once.
@@ -113,6 +118,8 @@ def check_feeds(where: str, specs: Sequence[TensorSpec], feeds: Mapping[str, npt
 
 
 def _check_array(where: str, spec: TensorSpec, value: npt.NDArray[Any]) -> None:
+    import numpy as np
+
     if not isinstance(value, np.ndarray):
         raise InputError(
             where,

@@ -7,17 +7,20 @@ import re
 from collections.abc import Mapping, Sequence
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
+from deploynorm.dtypes import numpy_dtype
 from deploynorm.errors import ModelError
 from deploynorm.inputs import TensorSpec
 from deploynorm.ort import explain, import_onnxruntime, quiet_options
 from deploynorm.ort import session as open_session
 from deploynorm.run.base import Runner, check_feeds, closed_error
+
+if TYPE_CHECKING:
+    from deploynorm.onnx_file import OnnxFile
 
 __all__ = ["OnnxRuntimeRunner"]
 
@@ -28,7 +31,7 @@ class OnnxRuntimeRunner(Runner):
     """Runs an ONNX model in one session of ONNX Runtime.
 
     Args:
-        model: A file, with its external data beside it, or the bytes of a model.
+        model: A file, with its external data beside it, the bytes of a model, or what OnnxFile.read has read.
         providers: As for deploynorm.ort.session.
         plugins: Libraries of custom operators instead of ours; empty for the stock runtime, which takes function
             bodies for our operator. By default ours is used where it is built.
@@ -43,7 +46,7 @@ class OnnxRuntimeRunner(Runner):
 
     def __init__(
         self,
-        model: str | Path | bytes,
+        model: str | Path | bytes | OnnxFile,
         *,
         providers: Sequence[str] = ("cpu",),
         plugins: Sequence[Path] | None = None,
@@ -51,6 +54,8 @@ class OnnxRuntimeRunner(Runner):
         optimize: bool = True,
     ) -> None:
         ort = import_onnxruntime()
+        if not isinstance(model, str | Path | bytes):
+            model = model.proto.SerializeToString() if model.path is None else model.path
         self._where = "model (bytes)" if isinstance(model, bytes) else str(model)
         self.name = f"onnxruntime ({', '.join(providers)})"
         options = quiet_options()
@@ -65,6 +70,10 @@ class OnnxRuntimeRunner(Runner):
         self._has_bfloat16 = any(spec.dtype == "bfloat16" for spec in (*self.inputs, *outputs))
         self._value = ort.OrtValue
         self._session: Any = session
+
+    @classmethod
+    def check_available(cls) -> None:
+        import_onnxruntime()
 
     def infer(self, feeds: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
         if self._session is None:
@@ -86,7 +95,7 @@ class OnnxRuntimeRunner(Runner):
             None,
             {
                 name: self._value.ortvalue_from_numpy_with_onnx_type(array, _BFLOAT16)
-                if array.dtype == ml_dtypes.bfloat16
+                if array.dtype.name == "bfloat16"
                 else self._value.ortvalue_from_numpy(array)
                 for name, array in arrays.items()
             },
@@ -107,5 +116,5 @@ def _bfloat16_array(value: Any) -> npt.NDArray[Any]:
     shape = tuple(value.shape())
     memory = (ctypes.c_uint16 * prod(shape)).from_address(value.data_ptr())
     # np.array copies: the memory goes with the value.
-    array: npt.NDArray[Any] = np.array(memory, np.uint16).view(ml_dtypes.bfloat16)
+    array: npt.NDArray[Any] = np.array(memory, np.uint16).view(numpy_dtype("bfloat16"))
     return array.reshape(shape)

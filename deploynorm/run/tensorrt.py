@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from deploynorm.arrays import to_array
-from deploynorm.errors import InputError, ModelError
+from deploynorm.errors import BackendError, InputError, ModelError
 from deploynorm.inputs import Shape, TensorSpec
 from deploynorm.libraries import TENSORRT_LIBRARY, find_library
 from deploynorm.run.base import Runner, check_feeds, closed_error
@@ -95,6 +95,12 @@ class TensorRTRunner(Runner):
         self._ranges = {spec.name: self._range(spec.name) for spec in self.inputs}
         self._cuda_graphs = cuda_graphs
         self._captured: OrderedDict[tuple[Shape, ...], _Captured] = OrderedDict()
+
+    @classmethod
+    def check_available(cls) -> None:
+        found = import_tensorrt()
+        if gpu_here() is None:
+            raise BackendError(found.name, "is here, but PyTorch finds no GPU", fix="deploynorm doctor says why")
 
     @property
     def device(self) -> torch.device:

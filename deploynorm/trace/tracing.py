@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import logging
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -75,14 +76,15 @@ def as_inputs(where: str, example_inputs: Tensor | Sequence[Tensor]) -> tuple[Te
     if isinstance(example_inputs, Tensor):
         return (example_inputs,)
     fix = "pass the tensors that forward takes, in order: (x,) or x"
-    if isinstance(example_inputs, (str, bytes)) or not isinstance(example_inputs, Sequence):
-        raise InputError(where, "example_inputs is no tuple of tensors", got=type(example_inputs).__name__, fix=fix)
-    for position, example in enumerate(example_inputs):
+    given: object = example_inputs
+    if isinstance(given, str) or not isinstance(given, Sequence):
+        raise InputError(where, "example_inputs is no tuple of tensors", got=type(given).__name__, fix=fix)
+    for position, example in enumerate(given):
         if not isinstance(example, Tensor):
             raise InputError(where, f"example input {position} is not a tensor", got=type(example).__name__, fix=fix)
-    if not example_inputs:
+    if not given:
         raise InputError(where, "there are no example inputs", fix=fix)
-    return tuple(example_inputs)
+    return tuple(given)
 
 
 def trace(
@@ -189,11 +191,17 @@ def narrowed_axes(program: ExportedProgram) -> list[NarrowedAxis]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keeps torch's warnings about its own internals from the user of export."""
+    """Keeps torch's warnings and logs about its own internals from the user of export: what matters is raised."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=FutureWarning)
         warnings.filterwarnings("ignore", category=DeprecationWarning)
-        yield
+        torch_logger = logging.getLogger("torch")
+        level = torch_logger.level
+        torch_logger.setLevel(logging.CRITICAL)
+        try:
+            yield
+        finally:
+            torch_logger.setLevel(level)
 
 
 def first_line(error: BaseException) -> str:
@@ -209,6 +217,11 @@ def _kind(place: Place) -> str:
 def _export(
     model: nn.Module, example_inputs: Sequence[Tensor], places: Collection[Place], kind: Any
 ) -> ExportedProgram:
+    # A trace takes a size of 1 for a constant.
+    example_inputs = [
+        torch.cat([example, example]) if (position, 0) in places and len(example) == 1 else example
+        for position, example in enumerate(example_inputs)
+    ]
     shapes = tuple(
         {axis: kind for axis in range(example.dim()) if (position, axis) in places}
         for position, example in enumerate(example_inputs)

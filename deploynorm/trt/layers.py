@@ -14,7 +14,7 @@ from typing import Any, Final, NamedTuple
 
 from deploynorm.trt.errors import Message
 
-__all__ = ["Layer", "Tensor", "layers_of_inspector", "layers_of_log", "products_in_other_types", "table"]
+__all__ = ["Layer", "Tensor", "layer_counts", "layers_of_inspector", "layers_of_log", "products_in_other_types"]
 
 _DTYPES: Final = {
     "float": "float32",
@@ -146,7 +146,7 @@ def _float_inputs(layer: Layer) -> set[str]:
     return {tensor.dtype for tensor in layer.inputs} & {"float32", "float16", "bfloat16"}
 
 
-def table(layers: Iterable[Layer]) -> list[tuple[str, str, int]]:
+def layer_counts(layers: Iterable[Layer]) -> list[tuple[str, str, int]]:
     """Kind, types and number of the layers, the most frequent first."""
     counts = Counter((layer.kind, ", ".join(layer.dtypes) or "-") for layer in layers)
     return [(kind, dtypes, count) for (kind, dtypes), count in counts.most_common()]

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from deploynorm.dtypes import HALF
 from deploynorm.errors import BackendError, ModelError
 from deploynorm.inputs import TensorSpec
 from deploynorm.trt import FLAVOURS, Flavour, TensorRT
-from deploynorm.trt.engine import Engine, read_manifest
+from deploynorm.trt.engine import Engine
+from deploynorm.trt.manifest import read_manifest
 
 __all__ = ["EngineSource"]
 
@@ -48,7 +50,7 @@ class EngineSource:
     @property
     def half_type(self) -> str | None:
         precision = self.known.get("precision")
-        return precision if precision in ("float16", "bfloat16") else None
+        return precision if precision in HALF else None
 
     def check_version(self, trt: TensorRT) -> None:
         built = self.known.get("version")

@@ -11,7 +11,7 @@ import torch
 
 from deploynorm import checkpoint
 from deploynorm.cli import main
-from deploynorm.inputs import ImageSpec
+from deploynorm.image import ImageSpec
 from deploynorm.models import frn_resnet, mabn_resnet
 
 LABELS = ("bag", "boot", "coat")

@@ -16,7 +16,7 @@ import torch
 from fake_tensorrt import fake_tensorrt, with_builder
 from rtx_builds import conv_frn_conv, plugin_library
 
-from deploynorm import checkpoint, trt
+from deploynorm import checkpoint
 from deploynorm._export import export
 from deploynorm.contract import METADATA_IMAGE
 from deploynorm.files import sha256
@@ -140,7 +140,7 @@ def full(monkeypatch: pytest.MonkeyPatch) -> Any:
     """TensorRT 11 of Python, with a GPU that is not there."""
     module = with_builder(fake_tensorrt("11.4.0"))
     monkeypatch.setitem(sys.modules, "tensorrt", module)
-    monkeypatch.setattr(trt, "_LOGGERS", {})
+    monkeypatch.setattr("deploynorm.trt.log._LOGGERS", {})
     for name in ("deploynorm._build", "deploynorm.trt.builder"):
         monkeypatch.setattr(importlib.import_module(name), "gpu_here", lambda: "9.0")
     return module

@@ -374,7 +374,7 @@ def test_weights_go_to_a_file_of_their_own_past_the_limit(
     if limit is not None:
         import sys
 
-        monkeypatch.setattr(sys.modules["deploynorm.graph"], "_PROTOBUF_LIMIT", limit)
+        monkeypatch.setattr(sys.modules["deploynorm.onnx_file"], "_PROTOBUF_LIMIT", limit)
     exported = export(net, (_image(2, 3, 17, 19),))
     exported.save(tmp_path / "net.onnx")
     assert (tmp_path / "net.onnx.data").exists() == (limit is not None)

@@ -31,7 +31,7 @@ def architecture(require: Callable[[str], None]) -> str:
 def library(architecture: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The operator library with CUDA kernels."""
     folder = tmp_path_factory.mktemp("library")
-    return libraries.build(folder, cuda=True, tensorrt=False, architectures=[architecture])
+    return libraries.build(folder, cuda=True, tensorrt=False, architectures=[architecture]).library
 
 
 @pytest.fixture(scope="session")

@@ -15,13 +15,14 @@ import pytest
 import torch
 from fake_tensorrt import ALIGNMENT, FakeGpu, fake_tensorrt, plan
 
-from deploynorm import run, trt
+from deploynorm import run
 from deploynorm.errors import BackendError, DeployNormError, InputError, ModelError
 from deploynorm.inputs import TensorSpec
 from deploynorm.run import tensorrt, timing
 from deploynorm.run.tensorrt import TensorRTRunner
 from deploynorm.trt import gpu
-from deploynorm.trt.engine import Engine, FrnRecord, manifest_path
+from deploynorm.trt.engine import Engine, FrnRecord
+from deploynorm.trt.manifest import manifest_path
 from deploynorm.trt.profile import Range
 
 IMAGES = ((1, 3, 8, 8), (2, 3, 8, 8), (4, 3, 16, 16))
@@ -33,8 +34,8 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """TensorRT 11 on a GPU of compute capability 9.0, neither of them real."""
     module = fake_tensorrt()
     monkeypatch.setitem(sys.modules, "tensorrt", module)
-    monkeypatch.setattr(trt, "_LOGGERS", {})
-    monkeypatch.setattr(trt, "_LOADED", {})
+    monkeypatch.setattr("deploynorm.trt.log._LOGGERS", {})
+    monkeypatch.setattr("deploynorm.trt.plugins._LOADED", {})
     monkeypatch.setattr(gpu, "_ALIGNMENT", ALIGNMENT)
     monkeypatch.setattr(tensorrt, "Gpu", FakeGpu)
     monkeypatch.setattr(tensorrt, "gpu_here", lambda: "9.0")
@@ -310,11 +311,11 @@ def test_open_runner_knows_engines_by_their_ending_and_by_name(tmp_path: Path) -
         (tmp_path / name).write_bytes(ENGINE)
         with run.open_runner(tmp_path / name, **options) as runner:
             assert isinstance(runner, TensorRTRunner)
-    with pytest.raises(InputError, match="takes no providers or threads"):
+    with pytest.raises(InputError, match=r"the tensorrt backend takes no (providers|threads)"):
         run.open_runner(tmp_path / "model.plan", threads=2)
     (tmp_path / "model.engine").write_bytes(plan({"x": IMAGES}, {"y": "x"}, host_code=True))
     run.open_runner(tmp_path / "model.engine", trust_engine=True).close()
-    with pytest.raises(InputError, match="trust_engine is for engines"):
+    with pytest.raises(InputError, match="the onnxruntime backend takes no trust_engine"):
         run.open_runner(tmp_path / "model.onnx", trust_engine=True)
 
 

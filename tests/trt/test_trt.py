@@ -14,7 +14,7 @@ import pytest
 from fake_tensorrt import Severity, fake_tensorrt
 from rtx_builds import plugin_library
 
-from deploynorm import libraries, trt
+from deploynorm import libraries
 from deploynorm.errors import BackendError, InputError
 from deploynorm.trt import TensorRT, has_plugin, import_tensorrt, listen, load_library, load_plugin, logger
 
@@ -27,8 +27,8 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         for name in ("tensorrt", "tensorrt_rtx"):
             module = fake_tensorrt(versions[name], name=name) if name in versions else None
             monkeypatch.setitem(sys.modules, name, module)
-        monkeypatch.setattr(trt, "_LOGGERS", {})
-        monkeypatch.setattr(trt, "_LOADED", {})
+        monkeypatch.setattr("deploynorm.trt.log._LOGGERS", {})
+        monkeypatch.setattr("deploynorm.trt.plugins._LOADED", {})
 
     return install
 
@@ -69,7 +69,7 @@ def test_libraries_of_its_own_that_are_missing_are_named(
     def broken(name: str) -> None:
         raise OSError("libnvinfer.so.11: cannot open shared object file")
 
-    monkeypatch.setattr(trt.importlib, "import_module", broken)
+    monkeypatch.setattr("deploynorm.trt.importing.importlib.import_module", broken)
     with pytest.raises(BackendError, match=r"libnvinfer\.so\.11: cannot open shared object file"):
         import_tensorrt("tensorrt")
 

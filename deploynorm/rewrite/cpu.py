@@ -13,7 +13,7 @@ from onnx_ir.passes.common import RemoveUnusedOpsetsPass
 from deploynorm import ort
 from deploynorm.contract import BLOCKED_OP_TYPE, DOMAIN, METADATA_CPU, OP_TYPE
 from deploynorm.errors import ModelError
-from deploynorm.graph import node_counts, save
+from deploynorm.onnx_file import node_counts, save
 from deploynorm.ort import machine
 from deploynorm.rewrite.blocking import NCHWC, move_reorders
 from deploynorm.rewrite.result import RewriteResult
@@ -36,10 +36,11 @@ def optimize_for_cpu(model: ir.Model, *, source_sha256: str | None = None) -> Re
     2. ReorderInput of a reordered value -> the value before both.
     3. Add of two reordered values of one shape -> Add of the blocked ones. Refused: shapes that are not known to be
        the same, since a broadcast reads blocked data wrongly.
-    4. The same, where one of the two is a FRN without threshold that only this Add reads -> the FRN's residual.
+    4. Add as in case 3, where one of the two is a FRN without threshold that only this Add reads -> the FRN's
+       residual.
     5. Max with a constant for each channel, and Relu, of a FRN that nothing else reads -> the FRN's threshold.
-       Refused: a maximum that is not constant, or not the same all over a channel.
-    6. Relu, and Max with one number, of any other reordered value -> the same of the blocked one.
+       Refused: a maximum that is not constant, or not one number for each channel.
+    6. Relu, and Max with one number, of any other reordered value -> Relu and Max of the blocked one.
     7. MaxPool, AveragePool and their global forms, and ReduceMean over H and W, of a reordered value -> ONNX
        Runtime's blocked pools. Refused: the indices of MaxPool; an AveragePool that counts padding and rounds its
        size up, where the two forms differ; a mean over other axes, or that drops them.
@@ -48,8 +49,8 @@ def optimize_for_cpu(model: ir.Model, *, source_sha256: str | None = None) -> Re
     case: a node where all inputs and the output are such values, since that would only add a reorder.
 
     Args:
-        model: As exported, in float32, with FRN as nodes of its own. It is left untouched.
-        source_sha256: Of the file that the model comes from, for the note in the result.
+        model: As exported, in float32, with each FRN as one node. It is left untouched.
+        source_sha256: Of the file that the model was read from, for the note in the result.
 
     Returns:
         The rewritten model, with a note of this machine in its metadata (`check_this_machine` reads it).
@@ -62,13 +63,13 @@ def optimize_for_cpu(model: ir.Model, *, source_sha256: str | None = None) -> Re
     runtime = ort.import_onnxruntime()
     note = machine.describe(runtime, source_sha256)
     optimized = _optimized_by_onnxruntime(model, runtime)
-    before = node_counts(optimized)
+    before = node_counts(optimized.graph.all_nodes())
     changes = move_reorders(optimized, machine.block_size(runtime))
     RemoveUnusedOpsetsPass()(optimized)  # ONNX Runtime writes all that it knows
     optimized.producer_name = "deploynorm"
     optimized.metadata_props.update(model.metadata_props)  # ONNX Runtime drops them
     optimized.metadata_props[METADATA_CPU] = json.dumps(note)
-    return RewriteResult(optimized, changes, before, node_counts(optimized))
+    return RewriteResult(optimized, changes, before, node_counts(optimized.graph.all_nodes()))
 
 
 def _refuse(model: ir.Model) -> None:
@@ -86,7 +87,7 @@ def _refuse(model: ir.Model) -> None:
     if not frn:
         raise ModelError(
             where,
-            f"the file has no node {DOMAIN}::{OP_TYPE}, and nothing else needs this",
+            f"the file has no node {DOMAIN}::{OP_TYPE}, without which this has no use",
             fix="export with --lowering custom; a network without FRN is fast as it is",
         )
     for node in frn:
@@ -99,7 +100,7 @@ def _refuse(model: ir.Model) -> None:
 
 def _optimized_by_onnxruntime(model: ir.Model, runtime: Any) -> ir.Model:
     options = runtime.SessionOptions()
-    options.log_severity_level = 4  # it warns that what it writes is for this machine alone, which is the point
+    options.log_severity_level = 4  # it would warn that what it writes is for this machine only, which is wanted
     options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_ENABLE_ALL
     ort.register(options)
     with tempfile.TemporaryDirectory(prefix="deploynorm-rewrite-") as name:
