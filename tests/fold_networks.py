@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from swap_networks import Forward, OwnForwardConv
+from swap_networks import Forward, OwnForwardConv, with_hook
 from torch import Tensor, nn
 
 from deploynorm.layers import (
@@ -66,6 +66,28 @@ def _conv_mabn(**options: object) -> Callable[[], nn.Module]:
     return lambda: nn.Sequential(CenConv2d(**channels), MABN2d(channels["out_channels"]))
 
 
+def _conv() -> nn.Module:
+    return nn.Conv2d(3, 4, 3)
+
+
+def _mabn() -> nn.Module:
+    return MABN2d(4)
+
+
+def _bn() -> nn.Module:
+    return nn.BatchNorm2d(4)
+
+
+def net(
+    forward: Callable[..., Tensor] = lambda m, x: m.n(m.c(x)),
+    c: Callable[[], nn.Module] = _conv,
+    n: Callable[[], nn.Module] = _mabn,
+    **more: Callable[[], nn.Module],
+) -> Callable[[], nn.Module]:
+    """`forward` over a convolution c, a normalization n behind it, and `more`."""
+    return lambda: Forward(forward, c=c(), n=n(), **{name: build() for name, build in more.items()})
+
+
 FOLDS = [
     Case("conv_mabn", lambda: nn.Sequential(nn.Conv2d(3, 8, 3), MABN2d(8)), folded=1),
     Case("cenconv_mabn", _conv_mabn(), (2, 4, 9, 7), folded=2),
@@ -104,11 +126,7 @@ FOLDS = [
         ),
         folded=3,
     ),
-    Case(
-        "norm_after_norm",
-        lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), MABN2d(4)),
-        folded=2,
-    ),
+    Case("norm_after_norm", lambda: nn.Sequential(_conv(), _bn(), _mabn()), folded=2),
     Case("cenconv_alone", lambda: CenConv2d(3, 8, 3), folded=1),
     Case("learned_eps", lambda: nn.Sequential(nn.Conv2d(3, 8, 3), FRN2d(8, learned_eps="layer")), folded=1),
     Case("learned_eps_per_channel", lambda: FRN1d(3, learned_eps="channel", tlu=False), (2, 3, 9), folded=1),
@@ -116,79 +134,45 @@ FOLDS = [
 
 STAYS = [
     Case("mabn_alone", lambda: MABN2d(3), affine=1, reason="the network's input"),
-    Case(
-        "mabn_after_add",
-        lambda: Forward(lambda m, x: m.n(m.c(x) + x), c=nn.Conv2d(3, 3, 1), n=MABN2d(3)),
-        affine=1,
-        reason="the output of add",
-    ),
-    Case(
-        "bn_after_relu",
-        lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.BatchNorm2d(4)),
-        stays=1,
-        reason="the output of relu",
-    ),
+    Case("mabn_after_add", net(lambda m, x: m.n((y := m.c(x)) + y)), affine=1, reason="the output of add"),
+    Case("bn_after_relu", net(lambda m, x: m.n(m.c(x).relu()), n=_bn), stays=1, reason="the output of relu"),
     Case(
         "shared_conv",
-        lambda: Forward(lambda m, x: m.a(m.c(x)) + m.b(m.c(x)), c=CenConv2d(3, 4, 3), a=MABN2d(4), b=MABN2d(4)),
+        net(lambda m, x: m.n(m.c(x)) + m.b(m.c(x)), c=lambda: CenConv2d(3, 4, 3), b=_mabn),
         folded=1,
         affine=2,
         reason="called 2 times",
     ),
     Case(
         "shared_conv_and_norm",
-        lambda: Forward(lambda m, x: m.n(m.c(m.n(m.c(x)))), c=nn.Conv2d(3, 3, 1), n=nn.BatchNorm2d(3)),
+        net(lambda m, x: m.n(m.c(m.n(m.c(x)))), c=lambda: nn.Conv2d(3, 3, 1), n=lambda: nn.BatchNorm2d(3)),
         stays=1,
         reason="called 2 times",
     ),
-    Case(
-        "conv_bare_once",
-        lambda: Forward(lambda m, x: m.n(m.c(x)) + m.c(x + 1), c=nn.Conv2d(3, 4, 3), n=MABN2d(4)),
-        affine=1,
-        reason="called 2 times",
-    ),
-    Case(
-        "output_used_twice",
-        lambda: Forward(lambda m, x: (lambda y: m.n(y) + y)(m.c(x)), c=nn.Conv2d(3, 4, 3), n=MABN2d(4)),
-        affine=1,
-        reason="used 2 times",
-    ),
-    Case(
-        "functional_conv",
-        lambda: Forward(lambda m, x: m.n(F.conv2d(x, m.c.weight)), c=nn.Conv2d(3, 4, 3), n=MABN2d(4)),
-        affine=1,
-        reason="a functional call",
-    ),
+    Case("conv_bare_once", net(lambda m, x: m.n(m.c(x)) + m.c(x + 1)), affine=1, reason="called 2 times"),
+    Case("output_used_twice", net(lambda m, x: m.n(y := m.c(x)) + y), affine=1, reason="used 2 times"),
+    Case("functional_conv", net(lambda m, x: m.n(F.conv2d(x, m.c.weight))), affine=1, reason="a functional call"),
     Case(
         "functional_norm",
-        lambda: Forward(
-            lambda m, x: F.batch_norm(m.c(x), m.n.running_mean, m.n.running_var),
-            c=nn.Conv2d(3, 4, 3),
-            n=nn.BatchNorm2d(4),
-        ),
+        net(lambda m, x: F.batch_norm(m.c(x), m.n.running_mean, m.n.running_var), n=_bn),
         stays=1,
         reason="outside its own forward",
     ),
-    Case(
-        "subclassed_conv",
-        lambda: nn.Sequential(OwnForwardConv(3, 4, 3), MABN2d(4)),
-        affine=1,
-        reason="forward of its own",
-    ),
-    Case("subclassed_norm", lambda: nn.Sequential(nn.Conv2d(3, 4, 3), OwnForwardMABN(4))),
+    Case("subclassed_conv", net(c=lambda: OwnForwardConv(3, 4, 3)), affine=1, reason="forward of its own"),
+    Case("subclassed_norm", net(n=lambda: OwnForwardMABN(4))),
     Case(
         "parametrized_weight",
-        lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 4, 3)), MABN2d(4)),
+        net(c=lambda: nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 4, 3))),
         affine=1,
         reason="computed, not stored",
     ),
     Case("tied_weights", lambda: _tied(), affine=2, reason="called 2 times"),
-    Case("hooked_conv", lambda: nn.Sequential(_hooked(nn.Conv2d(3, 4, 3)), MABN2d(4)), affine=1, reason="has hooks"),
-    Case("hooked_norm", lambda: nn.Sequential(nn.Conv2d(3, 4, 3), _hooked(MABN2d(4))), stays=1, reason="has hooks"),
-    Case("hooked_bn", lambda: nn.Sequential(nn.Conv2d(3, 4, 3), _hooked(nn.BatchNorm2d(4))), stays=1, reason="hooks"),
+    Case("hooked_conv", lambda: with_hook(net()(), "c"), affine=1, reason="has hooks"),
+    Case("hooked_norm", lambda: with_hook(net()(), "n"), stays=1, reason="has hooks"),
+    Case("hooked_bn", lambda: with_hook(net(n=_bn)(), "n"), stays=1, reason="has hooks"),
     Case(
         "no_running_statistics",
-        lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, track_running_stats=False)),
+        net(n=lambda: nn.BatchNorm2d(4, track_running_stats=False)),
         stays=1,
         reason="no running statistics",
     ),
@@ -201,45 +185,29 @@ STAYS = [
     ),
     Case(
         "control_flow_on_values",
-        lambda: Forward(lambda m, x: m.n(m.c(x)) if x.sum() > 0 else m.c(x), c=CenConv2d(3, 4, 3), n=MABN2d(4)),
+        net(lambda m, x: m.n(m.c(x)) if x.sum() > 0 else m.c(x), c=lambda: CenConv2d(3, 4, 3)),
         folded=1,
         affine=1,
         reason="cannot be traced",
     ),
     Case(
         "control_flow_on_the_batch",
-        lambda: Forward(lambda m, x: m.n(m.c(x)) if x.shape[0] < 5 else m.c(x), c=nn.Conv2d(3, 4, 3), n=MABN2d(4)),
+        net(lambda m, x: m.n(m.c(x)) if x.shape[0] < 5 else m.c(x)),
         affine=1,
         reason="branches on sizes",
     ),
     Case(
         "cond",
-        lambda: Forward(
+        net(
             lambda m, x: torch.cond(x.sum() > 0, lambda y: m.n(m.c(y)), lambda y: m.c(y), (x,)),
-            c=nn.Conv2d(3, 4, 1),
-            n=MABN2d(4),
+            c=lambda: nn.Conv2d(3, 4, 1),
         ),
         affine=1,
         reason="outside its own forward|not reached",
     ),
-    Case(
-        "unused_norm",
-        lambda: Forward(lambda m, x: m.c(x), c=nn.Conv2d(3, 4, 3), n=MABN2d(4)),
-        affine=1,
-        reason="not reached",
-    ),
-    Case(
-        "gamma_read_elsewhere",
-        lambda: Forward(lambda m, x: m.n(m.c(x)) * m.n.weight.mean(), c=nn.Conv2d(3, 4, 3), n=MABN2d(4)),
-        affine=1,
-        reason="outside its own forward, by mean",
-    ),
-    Case(
-        "bias_read_elsewhere",
-        lambda: Forward(lambda m, x: m.n(m.c(x)) * m.c.bias.mean(), c=nn.Conv2d(3, 4, 3), n=MABN2d(4)),
-        affine=1,
-        reason="read elsewhere too, by mean",
-    ),
+    Case("unused_norm", net(lambda m, x: m.c(x)), affine=1, reason="not reached"),
+    Case("gamma_read_elsewhere", net(lambda m, x: m.n(m.c(x)) * m.n.weight.mean()), affine=1, reason="by mean"),
+    Case("bias_read_elsewhere", net(lambda m, x: m.n(m.c(x)) * m.c.bias.mean()), affine=1, reason="too, by mean"),
     Case("frn_alone", lambda: nn.Sequential(nn.Conv2d(3, 4, 3), FRN2d(4), TLU(4))),
     Case("nothing_to_fold", lambda: nn.Conv2d(3, 4, 3)),
 ]
@@ -249,11 +217,6 @@ def _tied() -> nn.Module:
     net = nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), MABN2d(3), nn.Conv2d(3, 3, 3, padding=1), MABN2d(3))
     net[2].weight = net[0].weight
     return net
-
-
-def _hooked(layer: nn.Module) -> nn.Module:
-    layer.register_forward_hook(lambda module, args, output: None)
-    return layer
 
 
 def trained(case: Case) -> nn.Module:
