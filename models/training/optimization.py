@@ -1,4 +1,4 @@
-"""The learning rate of each step of the optimiser, and the average of its steps."""
+"""The learning rate of each step, and the moving average of weights and statistics."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Tensors: TypeAlias = "list[Tensor] | tuple[Tensor, ...]"
 
 
 def lr_factor(step: int, warmup: int, total: int) -> float:
-    """Learning rate of a step as a part of its peak: a cosine from 0 to 1 over `warmup` steps, then one to 0."""
+    """Learning rate of a step as a fraction of its peak: a cosine from 0 to 1 over `warmup` steps, then one to 0."""
     if step < warmup:
         return 0.5 - 0.5 * math.cos(math.pi * (step + 1) / (warmup + 1))
     return 0.5 + 0.5 * math.cos(math.pi * (step - warmup) / (total - warmup))
