@@ -16,8 +16,9 @@ needs it.
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING, Any
+
+from deploynorm.packages import import_module
 
 if TYPE_CHECKING:
     from deploynorm._build import build as build
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from deploynorm.errors import DeployNormError as DeployNormError
     from deploynorm.errors import InputError as InputError
     from deploynorm.errors import ModelError as ModelError
+    from deploynorm.image import ImageSpec as ImageSpec
     from deploynorm.run import open_runner as open_runner
     from deploynorm.run.eager import EagerRunner as EagerRunner
     from deploynorm.samples import sample_inputs as sample_inputs
@@ -50,6 +52,7 @@ _HOME = {
     "EagerRunner": "deploynorm.run.eager",
     "check": "deploynorm._check",
     "sample_inputs": "deploynorm.samples",
+    "ImageSpec": "deploynorm.image",
     "DeployNormError": "deploynorm.errors",
     "InputError": "deploynorm.errors",
     "ModelError": "deploynorm.errors",
@@ -63,7 +66,7 @@ __all__ = ["__version__", *_HOME]
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return globals().setdefault(name, getattr(importlib.import_module(_HOME[name]), name))
+    return globals().setdefault(name, getattr(import_module(_HOME[name]), name))
 
 
 def __dir__() -> list[str]:

@@ -7,7 +7,8 @@ Every host (PyTorch, ONNX, ONNX Runtime, TensorRT) takes the names from here.
 
 from __future__ import annotations
 
-from typing import Final, Literal, get_args
+from collections.abc import Mapping
+from typing import Final, Literal
 
 __all__ = [
     "BLOCKED_OP_TYPE",
@@ -29,7 +30,6 @@ __all__ = [
     "PARAMETERS",
     "TORCH_OP",
     "VERSION",
-    "Lowering",
 ]
 
 DOMAIN: Final = "deploynorm"
@@ -68,14 +68,6 @@ DTYPES: Final = ("float32", "float16", "bfloat16", "float64")
 NODE_ATTRIBUTES: Final = {"plugin_namespace": DOMAIN, "plugin_version": str(VERSION)}
 """Attributes on every exported node. TensorRT (10.7 and later) looks up its plugin by them; the operator reads none."""
 
-Lowering = Literal["custom", "rmsnorm", "primitives"]
-"""A form of the operator in an ONNX file; deploynorm.lowering has a writer for each.
-
-custom: one node a layer, with a function body beside it. primitives: the body's standard operators. rmsnorm: standard
-operators, with RMSNormalization (opset 23) for the normalization."""
-
-LOWERINGS: Final[tuple[Lowering, ...]] = get_args(Lowering)
-
 MIN_OPSET: Final = 18
 MAX_OPSET: Final = 23
 """Opsets of the default ONNX domain that export accepts."""
@@ -93,7 +85,7 @@ METADATA_SIZES: Final = "deploynorm.sizes"
 """metadata_props key: which sizes the network was found to take, as JSON (`deploynorm.inputs.sizes_to_dict`)."""
 
 Lowering = Literal["custom", "rmsnorm", "primitives"]
-"""How the operator's nodes are written into a graph; see `LOWERINGS`."""
+"""A form of the operator's nodes in a graph; deploynorm.lowering has a writer for each."""
 
 LOWERINGS: Final[Mapping[Lowering, str]] = {
     "custom": "as one node a layer, with its body beside it",

@@ -15,7 +15,7 @@ from typing import TextIO
 import deploynorm
 from deploynorm.cli import build, check, doctor, export, fold, inspect, plugins, rewrite, run
 from deploynorm.errors import DeployNormError
-from deploynorm.packages import missing_package
+from deploynorm.packages import naming_missing_packages
 
 __all__ = ["main"]
 
@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one verb and returns the exit code."""
     options = _parser().parse_args(arguments)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), naming_missing_packages():
             warnings.showwarning = _show_warning
             return int(options.run(options))
     except DeployNormError as error:
@@ -53,11 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output, `head` for one, has gone
         sys.stderr.close()
         return 0
-    except Exception as error:
-        missing = missing_package(error) if isinstance(error, ModuleNotFoundError) else None
-        if missing is not None:
-            print(f"deploynorm {options.verb}: {missing}", file=sys.stderr)
-            return missing.exit_code
+    except Exception:
         traceback.print_exc()
         print("This is a fault of deploynorm: please report it with the lines above.", file=sys.stderr)
         return 70  # EX_SOFTWARE; 1 would say that parity is broken

@@ -660,8 +660,7 @@ def test_rewriting_imports_no_torch() -> None:
         "import sys\n"
         "import json\n"
         "from deploynorm import ort\n"
-        "from deploynorm.rewrite import rewrite, sequence
-from deploynorm.rewrite.cpu import optimize_for_cpu\n"
+        "from deploynorm.rewrite.cpu import optimize_for_cpu\n"
         "from deploynorm.ort.machine import check_this_machine, describe\n"
         "runtime = ort.import_onnxruntime()\n"
         "check_this_machine('net.onnx', json.dumps(describe(runtime)), runtime)\n"
