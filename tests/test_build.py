@@ -211,7 +211,7 @@ def test_options_that_cannot_be_are_refused(name: str, full: Callable[..., Any])
 
 def test_a_free_input_without_a_range_is_named(full: Callable[..., Any]) -> None:
     full("11.4.0")
-    with pytest.raises(InputError, match=r"input x: some of its axes are free.*Got Nx64xHxW.*Fix: --min-shapes"):
+    with pytest.raises(InputError, match=r"input x: some of its axes are dynamic.*Got Nx64xHxW.*Fix: --min-shapes"):
         build(conv_frn_conv("float16", FREE))
 
 
