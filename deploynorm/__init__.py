@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from deploynorm.errors import DeployNormError as DeployNormError
     from deploynorm.errors import InputError as InputError
     from deploynorm.errors import ModelError as ModelError
+    from deploynorm.image import ImageSpec as ImageSpec
     from deploynorm.run import open_runner as open_runner
     from deploynorm.run.eager import EagerRunner as EagerRunner
     from deploynorm.samples import sample_inputs as sample_inputs
@@ -51,6 +52,7 @@ _HOME = {
     "EagerRunner": "deploynorm.run.eager",
     "check": "deploynorm._check",
     "sample_inputs": "deploynorm.samples",
+    "ImageSpec": "deploynorm.image",
     "DeployNormError": "deploynorm.errors",
     "InputError": "deploynorm.errors",
     "ModelError": "deploynorm.errors",

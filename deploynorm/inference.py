@@ -187,10 +187,10 @@ def _open_file(
 ) -> tuple[Runner, ImageSpec | None, tuple[str, ...] | None]:
     """The runner of an ONNX file or engine, how images become its input, and the class names."""
     if model.suffix in ENGINE_SUFFIXES or (backend and BACKENDS[backend].runs == "engine"):
-        from deploynorm.cli.engine_manifest import image_and_labels_of_engine
+        from deploynorm.trt.manifest import image_and_labels
 
         runner = open_runner(model, "tensorrt", providers=providers, plugins=plugins, trust_engine=trust_engine)
-        return runner, *image_and_labels_of_engine(model)
+        return runner, *image_and_labels(model)
     if model.suffix != ".onnx":
         raise InputError(
             "--backend", "an ONNX file is needed", got=f"{model} and {backend}", fix=f"deploynorm export {model}"

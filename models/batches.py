@@ -1,4 +1,4 @@
-"""Which images each process sees in each step, and in what form."""
+"""The images of each process and step, and their layout."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["Batches", "random_seed"]
 
 
 def random_seed(*path: int) -> int:
-    """One seed for each path, such as (seed, epoch, step, process)."""
+    """A seed derived from several numbers, such as (seed, epoch, step, process)."""
     return int(np.random.SeedSequence(path).generate_state(1)[0])
 
 
@@ -25,7 +25,7 @@ class Batches:
 
     Attributes:
         images: The data set.
-        steps: Steps of an epoch; a rest that fills no batch is left out.
+        steps: Steps of an epoch; a last incomplete batch is dropped.
 
     Raises:
         InputError: The batch size does not divide, or is larger than the data.
@@ -58,7 +58,7 @@ class Batches:
         return torch.randperm(len(self.images.train_images), generator=generator)
 
     def training(self, order: Tensor, step: int) -> tuple[Tensor, Tensor]:
-        """uint8 images, augmented with torch's own randomness, and the classes of one step of an epoch."""
+        """uint8 images, augmented with torch's default generator, and classes of one step of an epoch."""
         batch = order[step * self._size :][: self._size][self._mine]
         images = self.images.train_images[batch]
         images = data.augment(images, self._shift, self.images.mirror, torch.default_generator)
@@ -70,6 +70,6 @@ class Batches:
         return list(zip(torch.split(images, 256), torch.split(classes, 256), strict=True))
 
     def to_input(self, images: Tensor) -> Tensor:
-        """uint8 images as the network takes them, on its device."""
+        """uint8 images, normalized, on the device of the network."""
         normalized = (images.to(self.device) / 255 - self._mean) / self._std
         return normalized.contiguous(memory_format=self._memory_format)

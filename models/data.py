@@ -45,7 +45,7 @@ class ImageData(NamedTuple):
     labels: tuple[str, ...]
     """Name of each class."""
     mirror: bool
-    """Whether an image mirrored left to right is still one of its class."""
+    """Whether a horizontally flipped image is still of its class."""
 
     def mean(self) -> list[float]:
         """Mean of each channel over the training images, pixels scaled to 0..1."""
@@ -124,7 +124,7 @@ def load_digits() -> ImageData:
 
 
 def augment(images: Tensor, shift: int, mirror: bool, generator: torch.Generator) -> Tensor:
-    """Shifts each image by up to `shift` pixels either way, black moving in, and mirrors half of them if asked.
+    """Shifts each image by up to `shift` pixels in each direction over black; with `mirror` flips half of them.
 
     Shape: (N, C, H, W) -> the same.
     """
@@ -143,7 +143,7 @@ def read_idx(path: Path, axes: int) -> Tensor:
     """Reads an IDX file of unsigned bytes, plain or gzipped.
 
     Args:
-        path: The file. Its first bytes, not its name, tell whether it is gzipped.
+        path: The file; gzip is recognised by its first bytes, not by its name.
         axes: Axes that it must have: 1 for labels, 3 for images.
 
     Returns:

@@ -1,7 +1,7 @@
 """ResNets with filter response normalization and thresholded linear units, in one file.
 
 Post-activation blocks (He et al., arXiv:1512.03385) with every batch normalization replaced by FRN, and every ReLU by
-a TLU: fused into the FRN before it where nothing stands between the two, of its own after an addition.
+a TLU: part of the FRN where the two are adjacent, a layer of its own after an addition.
 
     from deploynorm.models.frn_resnet import resnet20
     logits = resnet20(num_classes=10, in_channels=1)(torch.randn(8, 1, 28, 28))  # (8, 10)
@@ -21,7 +21,7 @@ from deploynorm.layers import TLU, FRN2d
 __all__ = ["BasicBlock", "Bottleneck", "ResNet", "resnet20", "resnet50"]
 
 LearnedEps = Literal["layer", "channel"] | None
-"""Whether FRN learns its epsilon; wanted where maps shrink to 1x1 (arXiv:1911.09737, section 3.3)."""
+"""Whether FRN learns its epsilon; needed where feature maps shrink to 1x1 (arXiv:1911.09737, section 3.3)."""
 
 
 def conv(in_channels: int, out_channels: int, kernel_size: int, stride: int = 1) -> nn.Conv2d:
@@ -88,7 +88,7 @@ class Bottleneck(nn.Module):
 class ResNet(nn.Module):
     """Stem, stages that halve H and W from the second on, global average pool, linear classifier.
 
-    Shape: (N, in_channels, H, W) -> (N, num_classes); H and W are free.
+    Shape: (N, in_channels, H, W) -> (N, num_classes), for any H and W.
 
     Args:
         block: BasicBlock or Bottleneck.

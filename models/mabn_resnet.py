@@ -1,8 +1,8 @@
-"""ResNets with moving average batch normalization, and the same nets with BN and GN to compare with, in one file.
+"""ResNets with moving average batch normalization, and with BN and GN for comparison, in one file.
 
 Post-activation blocks (He et al., arXiv:1512.03385). With norm="mabn" every convolution is a CenConv2d and every
-normalization a MABN2d, as MABN needs its convolutions centred. Nothing else differs from norm="bn", so that the two
-nets are the same graph once their normalization is folded.
+normalization a MABN2d, since MABN requires centred convolutions. Nothing else differs from norm="bn", so that the two
+networks have the same graph after folding.
 
     from deploynorm.models.mabn_resnet import resnet20
     logits = resnet20(num_classes=10, in_channels=1, norm="mabn")(torch.randn(8, 1, 28, 28))  # (8, 10)
@@ -31,7 +31,7 @@ def conv(in_channels: int, out_channels: int, kernel_size: int, stride: int, nor
 
 
 def normalization(channels: int, norm: Norm) -> nn.Module:
-    """The normalization layer that norm names; groups of GN are the usual 32, but of two channels at least."""
+    """The normalization layer that norm names; GN has 32 groups, or fewer so that each has two channels."""
     if norm == "mabn":
         return MABN2d(channels)
     if norm == "bn":
@@ -93,7 +93,7 @@ class Bottleneck(nn.Module):
 class ResNet(nn.Module):
     """Stem, stages that halve H and W from the second on, global average pool, linear classifier.
 
-    Shape: (N, in_channels, H, W) -> (N, num_classes); H and W are free.
+    Shape: (N, in_channels, H, W) -> (N, num_classes), for any H and W.
 
     Args:
         block: BasicBlock or Bottleneck.
@@ -102,7 +102,7 @@ class ResNet(nn.Module):
         stem: "small" is a 3x3 convolution (CIFAR), "large" a strided 7x7 one and a strided max-pool (ImageNet).
         num_classes: Length of the output.
         in_channels: Channels of the images.
-        norm: "mabn", or "bn" or "gn" with plain convolutions.
+        norm: "mabn" with centred convolutions; "bn" or "gn" with plain ones.
 
     Raises:
         InputError: norm is none of the three.

@@ -4,14 +4,14 @@
     torchrun --nproc-per-node 2 -m deploynorm.models.train --norm mabn --data fashion-mnist --amp bf16 --compile
     python -m deploynorm.models.train --help
 
-SGD with Nesterov momentum, a learning rate that climbs from 0 and falls along two cosines (FRN needs the climb:
-arXiv:1911.09737, section 4.1), weight decay on the weights of convolutions and of the classifier alone. The output
+SGD with Nesterov momentum, a cosine learning rate with warm-up (FRN requires it: arXiv:1911.09737, section 4.1), weight
+decay on the weights of convolutions and of the classifier only. The output
 folder receives last.pt and log.csv after each epoch, events for TensorBoard, and at the end curve.png and model.pt.
 
-The learning rate is a function of the step, and all randomness one of seed, epoch, step and process. So weights,
-averages and the optimiser's state are all that a step depends on: Ctrl-C saves them after the step that it finds, and
-the same command with --resume goes on from there and gives, on a CPU, the weights of a run never stopped, to the bit
-(DistributedDataParallel adds up the gradients of more than two processes in another order in the first step).
+The learning rate is a function of the step, and every random number one of seed, epoch, step and process. A step thus
+depends only on the weights, averages and optimiser state: Ctrl-C saves them after the current step, and the same
+command with --resume continues. On a CPU the result is bit-exact with an uninterrupted run, with up to two processes:
+with more, DistributedDataParallel adds gradients in another order in the first step.
 
 To train something else, start with a copy of this file: `Training.step` and `Training.train_epoch` are the loop.
 """
@@ -40,27 +40,27 @@ from torch.nn.parallel import DistributedDataParallel
 from deploynorm import checkpoint
 from deploynorm.errors import BackendError, DeployNormError, ModelError
 from deploynorm.image import ImageSpec
-from deploynorm.layers import track_loss_scale
+from deploynorm.layers import parameter_groups, track_loss_scale
 
 from . import data, frn_resnet, mabn_resnet
 from .batches import Batches, random_seed
 from .training.compilation import compiled
 from .training.last import load_last, save_last
 from .training.logs import Log, draw_curve
-from .training.optimization import averaged, lr_factor, parameter_groups
+from .training.optimization import averaged, lr_factor
 from .training.options import RECIPE, build_parser
 from .training.precision import autocast, check_amp
 from .training.processes import StopSignal, join, over_processes
 
-__all__ = ["lr_factor", "main", "parameter_groups"]
+__all__ = ["lr_factor", "main"]
 
 LOG_STEPS = 50
-"""Steps between two looks at the loss. A look makes the host wait for the device, so it is not taken every step."""
+"""Steps between two readings of the loss. A reading makes the host wait for the device."""
 
 
 @dataclass
 class EpochSoFar:
-    """What has been done of the epoch that is not whole yet; the same in every process."""
+    """Progress within the current epoch; equal in all processes."""
 
     step: int = 0
     loss_sum: float = 0.0
@@ -68,7 +68,7 @@ class EpochSoFar:
 
 
 class Training:
-    """One run: the network, its optimiser, the data, and what has been reached so far."""
+    """One run: the network, its optimiser, the data, and the progress."""
 
     def __init__(self, options: argparse.Namespace, command: str, device: torch.device) -> None:
         self.options, self.command, self.device = options, command, device
@@ -101,7 +101,7 @@ class Training:
             self.step_model = compiled(self.distributed or self.model)
 
     def run(self, stop: StopSignal, log: Log) -> None:
-        """Trains the epochs that are left, up to a signal; the first process writes the results."""
+        """Trains the remaining epochs, or until a signal; the first process writes the results."""
         options = self.options
         for epoch in range(len(self.history), options.epochs):
             self.train_epoch(epoch, stop, log)
@@ -129,12 +129,12 @@ class Training:
             self.write_results()
 
     def train_epoch(self, epoch: int, stop: StopSignal, log: Log) -> None:
-        """The steps of an epoch that are left: every image once, but for the rest that fills no batch."""
+        """The remaining steps of an epoch: every image once, without a last incomplete batch."""
         options, steps = self.options, self.batches.steps
         first, warmup, total = epoch * steps, round(options.warmup_epochs * steps), options.epochs * steps
         order = self.batches.order(epoch)
         losses: list[Tensor] = []
-        self.looked = time.perf_counter()
+        self.last_reading = time.perf_counter()
         self.model.train()
         for step in stop.until(log.track(range(self.epoch.step, steps), f"epoch {epoch + 1}/{options.epochs}")):
             for group in self.optimizer.param_groups:
@@ -144,21 +144,20 @@ class Training:
             losses.append(self.step(images, classes))
             self.epoch.step = step + 1
             if self.epoch.step % LOG_STEPS == 0:
-                self.look(losses, first + self.epoch.step, log)
-        self.look(losses, first + self.epoch.step, log)
+                self.read_losses(losses, first + self.epoch.step, log)
+        self.read_losses(losses, first + self.epoch.step, log)
 
     def step(self, images: Tensor, classes: Tensor) -> Tensor:
         """One step of the optimiser on this process's images; returns their mean loss.
 
-        With --accumulate the images pass through the network in parts, whose gradients add up. FRN and GN make of
-        that the step of the whole batch. BN and MABN take each part for a batch, as they must: the rest of the
-        batch is not there yet.
+        With --accumulate the images pass through the network in parts, whose gradients are added. For FRN and GN the
+        result is the step of the whole batch; BN and MABN compute statistics of each part alone.
         """
         parts = self.options.accumulate
         loss_sum = torch.zeros((), device=self.device)
         self.optimizer.zero_grad()
         for part, (some, their_classes) in enumerate(zip(images.chunk(parts), classes.chunk(parts), strict=True)):
-            # Processes share their gradients once a step: in the backward pass of its last part.
+            # Processes average their gradients once per step, in the backward pass of its last part.
             alone = self.distributed.no_sync() if self.distributed and part + 1 < parts else nullcontext()
             with alone:
                 with autocast(self.device, self.options.amp):
@@ -173,8 +172,8 @@ class Training:
             self.averaged.update_parameters(self.model)
         return loss_sum
 
-    def look(self, losses: list[Tensor], step: int, log: Log) -> None:
-        """Takes the losses since the last look to the host, for the logs, and empties the list."""
+    def read_losses(self, losses: list[Tensor], step: int, log: Log) -> None:
+        """Copies the losses since the last call to the host, logs them, and empties the list."""
         if not losses:
             return
         steps, loss = len(losses), over_processes(torch.stack(losses).double().sum())
@@ -182,7 +181,7 @@ class Training:
         if not math.isfinite(loss):
             raise ModelError("train", f"the loss is not finite by step {step}", fix="lower --lr")
         now = time.perf_counter()
-        seconds, self.looked = now - self.looked, now
+        seconds, self.last_reading = now - self.last_reading, now
         self.epoch.loss_sum += loss
         self.epoch.seconds += seconds
         values = {
@@ -195,14 +194,14 @@ class Training:
 
     @property
     def result(self) -> nn.Module:
-        """The network that is evaluated and written: the average of --ema, or the one that the optimiser moves."""
+        """The network that is evaluated and written: the average of --ema, or the trained one."""
         return self.model if self.averaged is None else self.averaged.module
 
     @torch.no_grad()
     def evaluate(self) -> float:
-        """The part of the test images that the result, in evaluation mode and float32, puts in their class."""
+        """Test accuracy of `result` in evaluation mode and float32, from 0 to 1."""
         if self.processes > 1:
-            # The forward pass shares them out too, but before BN's move with the batch of each process.
+            # DDP's forward pass broadcasts them too, but before each process updates BN's with its own batch.
             for buffer in self.result.buffers():
                 dist.broadcast(buffer, 0)
         self.result.eval()
@@ -233,7 +232,7 @@ class Training:
             )
 
     def resume(self) -> None:
-        """Takes up the run that left last.pt."""
+        """Continues the run that wrote last.pt."""
         last = load_last(self.options.output / "last.pt", self.recipe(), self.device)
         self.command, self.history, self.epoch = last["command"], last["history"], EpochSoFar(**last["epoch"])
         self.model.load_state_dict(last["model"])
@@ -268,7 +267,7 @@ class Training:
 
 
 def build_network(norm: str, images: data.ImageData) -> tuple[str, dict[str, Any], nn.Module]:
-    """The network, and by which factory and arguments a checkpoint tells how to make it again."""
+    """The factory and its arguments, as a checkpoint records them, and the network."""
     kwargs: dict[str, Any] = {"num_classes": len(images.labels), "in_channels": images.train_images.shape[1]}
     if norm == "frn":
         return f"{frn_resnet.__name__}:resnet20", kwargs, frn_resnet.resnet20(**kwargs)
@@ -279,7 +278,7 @@ def build_network(norm: str, images: data.ImageData) -> tuple[str, dict[str, Any
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit code.
 
-    0 done, 2 bad argument, 3 missing package, 128 and the signal's number stopped: 130 by Ctrl-C, 143 by SIGTERM.
+    0 done, 2 bad argument, 3 missing package, 128 plus the signal's number if stopped: 130 by Ctrl-C, 143 by SIGTERM.
     """
     arguments = sys.argv[1:] if argv is None else list(argv)
     options = build_parser().parse_args(arguments)
@@ -315,7 +314,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         epoch, done = len(training.history) + 1, training.epoch.step
         print(
             f"stopped after step {done} of {training.batches.steps} of epoch {epoch}: "
-            "the same command with --resume goes on from there",
+            "the same command with --resume continues",
             file=sys.stderr,
         )
     return 128 + stop.agreed

@@ -1,12 +1,16 @@
-"""Fixtures that every test may ask for."""
+"""Fixtures for every test, and how a run is shared out and reported."""
 
 from __future__ import annotations
 
+import fcntl
 import importlib
 import importlib.util
 import os
+import shutil
 import sys
+import tempfile
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -38,8 +42,43 @@ HEADERS = {
 """Name in DEPLOYNORM_REQUIRE -> the variable that names a folder, and a header that lies there."""
 
 
-def pytest_report_header() -> list[str]:
-    return [] if torch.cuda.is_available() else ["tests/gpu: left out, torch finds no CUDA device"]
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """Runs a plain `pytest` in two processes, where pytest-xdist is installed and -n does not say otherwise."""
+    whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS and "PYTEST_XDIST_WORKER" not in os.environ
+    if whole and getattr(config.option, "numprocesses", 0) is None and not config.getoption("usepdb"):
+        config.option.numprocesses = min(os.cpu_count() or 1, 2)
+        config.option.dist = "loadfile"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """No test meets the user's cache, in which `deploynorm plugins build` may have put libraries."""
+    folder = tempfile.mkdtemp(prefix="deploynorm-tests-")
+    config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
+    # Matplotlib would make its list of fonts, which takes seconds, again for each run.
+    os.environ.setdefault(
+        "MPLCONFIGDIR", str(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "matplotlib")
+    )
+    os.environ["XDG_CACHE_HOME"] = folder
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+        torch.set_num_threads(1)
+
+
+def pytest_report_header(config: pytest.Config) -> list[str]:
+    lines = [] if torch.cuda.is_available() else ["tests/gpu: left out, torch finds no CUDA device"]
+    if config.option.markexpr == "not slow":
+        lines.append("tests marked slow: left out, `pytest -m slow` runs them")
+    return lines
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """One line for all skipped tests: how many, and each reason."""
+    skipped = terminalreporter.stats.get("skipped", [])
+    reasons = Counter(str(report.longrepr[2]).removeprefix("Skipped: ") for report in skipped)
+    if reasons:
+        each = "; ".join(f"{count} since {reason}" for reason, count in reasons.most_common())
+        terminalreporter.write_line(f"skipped {len(skipped)}: {each}")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -98,16 +137,30 @@ def require() -> Callable[[str], None]:
 
 
 @pytest.fixture(scope="session")
-def cuda_libraries(require: Callable[[str], None], request: pytest.FixtureRequest) -> Path:
-    """A folder of our three libraries, with code for all GPUs, built once for each state of the sources."""
+def kept(pytestconfig: pytest.Config) -> Callable[[str, str, Callable[[Path], object]], Path]:
+    """kept(name, key, build): a folder in pytest's cache, which build(folder) fills once for each key."""
+
+    def kept(name: str, key: str, build: Callable[[Path], object]) -> Path:
+        cache = pytestconfig.cache
+        assert cache is not None
+        folder = cache.mkdir(name) / key
+        with folder.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # pytest-xdist's processes share the cache
+            if not (folder / "complete").is_file():
+                shutil.rmtree(folder, ignore_errors=True)
+                build(folder)
+                (folder / "complete").touch()
+        return folder
+
+    return kept
+
+
+@pytest.fixture(scope="session")
+def cuda_libraries(require: Callable[[str], None], kept: Callable[[str, str, Callable[[Path], object]], Path]) -> Path:
+    """A folder of our libraries with code for all GPUs, built once for each state of the sources."""
     require("nvcc")
     require("trt-headers")
-    cache = request.config.cache
-    assert cache is not None
-    folder = cache.mkdir("cuda-libraries") / source_digest()
-    if not (folder / libraries.ORT_LIBRARY).is_file():
-        libraries.build(folder, cuda=True)
-    return folder
+    return kept("cuda-libraries", source_digest(), lambda folder: libraries.build(folder, cuda=True))
 
 
 @pytest.fixture

@@ -37,8 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--lowering",
         choices=tuple(LOWERINGS),
-        default="custom",
-        help="FRN " + ", ".join(f"{text} ({name})" for name, text in LOWERINGS.items()) + "; default custom",
+        default=next(iter(LOWERINGS)),
+        help="FRN " + "; ".join(f"{name}: {text}" for name, text in LOWERINGS.items()) + " (default custom)",
     )
     group.add_argument(
         "--no-function", action="store_true", help="leave the node's body out: only our libraries run the file then"

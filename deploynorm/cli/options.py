@@ -16,6 +16,7 @@ from deploynorm.inputs import parse_dynamic_axes, parse_input_shapes
 from deploynorm.run.backends import BACKENDS
 
 __all__ = [
+    "ONNX_HELP",
     "add_dynamic",
     "add_input_shape",
     "add_model",
@@ -32,6 +33,8 @@ __all__ = [
     "opset",
     "tolerances",
 ]
+
+ONNX_HELP = "an ONNX file that deploynorm export has written"
 
 
 def existing_file(text: str) -> Path:

@@ -44,24 +44,23 @@ class Diagnosis:
         findings = [finding._asdict() for finding in self.findings]
         return {"ok": bool(self), "findings": findings, "facts": dataclasses.asdict(self.facts)}
 
-    def tables(self, verbose: bool = False, *, width: int | None = None) -> str:
+    def tables(self, verbose: bool = False) -> str:
         """The facts as tables, then the findings.
 
         Args:
             verbose: Whether with all packages, and what each library needs and exports.
-            width: See deploynorm.tables.table.
         """
         facts = self.facts
         libraries = [(each.name, *_library(each)) for each in facts.libraries]
         parts = [
-            table("Installed", ("", ""), _installed(facts, verbose), width=width),
-            table("GPU", ("", ""), _gpu(facts), width=width),
-            table("Runtimes", ("", ""), _runtimes(facts, verbose), width=width),
-            table("Our libraries", ("library", "size", "code for GPUs", "path"), libraries, width=width),
+            table("Installed", ("", ""), _installed(facts, verbose)),
+            table("GPU", ("", ""), _gpu(facts)),
+            table("Runtimes", ("", ""), _runtimes(facts, verbose)),
+            table("Our libraries", ("library", "size", "code for GPUs", "path"), libraries),
         ]
         if verbose:
             columns = ("library", "from", "needs", "exports")
-            parts.append(table("Each of our libraries", columns, map(_origin, facts.libraries), width=width))
+            parts.append(table("Each of our libraries", columns, map(_origin, facts.libraries)))
         for level, title in _TITLES.items():
             found = [finding for finding in self.findings if finding.level == level]
             lines = [f"- {finding.problem}\n  Fix: {finding.remedy}" for finding in found]

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from deploynorm import libraries
 from deploynorm.errors import BackendError
-from deploynorm.layers._plain import dense
+from deploynorm.layers._handwritten import dense
 
 __all__ = ["available", "backward", "forward"]
 
@@ -55,7 +55,7 @@ class _OpenMP(ctypes.Structure):
 
 
 class _Library:
-    """The library's functions, and PyTorch's threads for them."""
+    """The library's functions, and the threads of PyTorch that they run on."""
 
     def __init__(self, path: Path) -> None:
         library = ctypes.CDLL(str(path))
@@ -96,10 +96,10 @@ def available(device: torch.device) -> bool:
 
 
 def forward(x: Tensor, gamma: Tensor, beta: Tensor, tau: Tensor, eps: Tensor) -> tuple[Tensor, Tensor]:
-    """y, and 1 / sqrt(mean(x**2) + eps) of each plane (N, C). All parameters are (C,), in x's compute type.
+    """y, and rstd (N, C), 1 / sqrt(mean(x**2) + eps). All parameters are (C,), in x's compute type.
 
     Raises:
-        BackendError: The device refused.
+        BackendError: The kernel failed.
     """
     library = _opened()
     x = dense(x)
@@ -121,10 +121,10 @@ def forward(x: Tensor, gamma: Tensor, beta: Tensor, tau: Tensor, eps: Tensor) ->
 def backward(
     dy: Tensor, x: Tensor, rstd: Tensor, gamma: Tensor, beta: Tensor, tau: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, gamma, beta, tau and eps; the formulas stand in plugins/kernels/frn.h.
+    """Gradients of x, gamma, beta, tau and eps; the formulas are in plugins/kernels/frn.h.
 
     Raises:
-        BackendError: The device refused.
+        BackendError: The kernel failed.
     """
     library = _opened()
     x = dense(x)
@@ -200,5 +200,5 @@ def _openmp() -> int | None:
         return None
 
 
-# Opened here and not when it is first wanted: torch.compile cannot trace that.
+# Opened at import and not at the first call: torch.compile cannot trace that.
 LIBRARY = _open()

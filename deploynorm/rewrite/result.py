@@ -40,16 +40,13 @@ class RewriteResult:
         return replace(later, changes=(*self.changes, *later.changes), before=self.before)
 
     def __str__(self) -> str:
-        return self.tables()
-
-    def tables(self, *, width: int | None = None) -> str:
         """What was rewritten, what was not and why, and the nodes before and after."""
         done = Counter((change.kind, change.became) for change in self.changes if change.outcome == "rewritten")
         rows = ((kind, count, became) for (kind, became), count in done.items())
         unchanged = [(x.name, x.kind, x.detail) for x in self.changes if x.outcome == "unchanged"]
         nodes = ((n, self.before[n] or "-", self.after[n] or "-") for n in sorted(self.before | self.after))
-        parts = [table("Rewritten", ("operator", "count", "is now"), rows, width=width)]
+        parts = [table("Rewritten", ("operator", "count", "is now"), rows)]
         if unchanged:
-            parts.append(table("Unchanged, and why", ("value", "operator", "reason"), unchanged, width=width))
-        parts.append(table("Nodes", ("operator", "before", "rewritten"), nodes, width=width))
+            parts.append(table("Unchanged, and why", ("value", "operator", "reason"), unchanged))
+        parts.append(table("Nodes", ("operator", "before", "rewritten"), nodes))
         return "\n\n".join(parts)

@@ -52,16 +52,15 @@ class Rewritten:
         note = self.result.model.metadata_props.get(METADATA_CPU)
         return None if note is None else dict(json.loads(note))
 
-    def tables(self, verbose: bool = False, *, width: int | None = None) -> str:
+    def tables(self, verbose: bool = False) -> str:
         """What was rewritten, and the errors of the check.
 
         Args:
             verbose: Show each sample of the check, and not only the worst of each output.
-            width: See deploynorm.tables.table.
         """
         from deploynorm._check.parity import parity_table
 
-        parts = [self.result.tables(width=width)]
+        parts = [str(self.result)]
         if self.parity is not None:
             parts.append(parity_table([self.parity], f"Parity with {self.source.where}", verbose))
         return "\n\n".join(parts)

@@ -1,5 +1,6 @@
 """One traced network, and all that is asked of it."""
 
+from deploynorm.trace.reader import LINEAR_OPERATORS, TraceReader, has_hooks, operator_name, walk
 from deploynorm.trace.sizes import Sizes, axis_letter, find_sizes
 from deploynorm.trace.tracing import (
     Dynamic,
@@ -16,18 +17,23 @@ from deploynorm.trace.tracing import (
 )
 
 __all__ = [
+    "LINEAR_OPERATORS",
     "Dynamic",
     "DynamicKind",
     "NarrowedAxis",
     "Sizes",
+    "TraceReader",
     "argument_names",
     "as_inputs",
     "axis_letter",
     "dynamic_places",
     "find_sizes",
     "first_line",
+    "has_hooks",
     "inference_copy",
     "narrowed_axes",
+    "operator_name",
     "quiet",
     "trace",
+    "walk",
 ]

@@ -100,23 +100,22 @@ class Engine:
     def __str__(self) -> str:
         return self.tables()
 
-    def tables(self, verbose: bool = False, *, width: int | None = None) -> str:
+    def tables(self, verbose: bool = False) -> str:
         """What the engine is for, its shapes, and its layers by kind.
 
         Args:
             verbose: Whether with each layer.
-            width: See deploynorm.tables.table.
         """
         shapes = ((x.name, x.dtype, *map(shape_text, (x.shape, *self.ranges[x.name]))) for x in self.inputs)
         parts = [
-            table("Engine", ("", ""), self._facts(), width=width),
-            table("Shapes", ("input", "type", "in the graph", "min", "opt", "max"), shapes, width=width),
-            table("Layers", ("kind", "types", "count"), layer_counts(self.layers), width=width),
+            table("Engine", ("", ""), self._facts()),
+            table("Shapes", ("input", "type", "in the graph", "min", "opt", "max"), shapes),
+            table("Layers", ("kind", "types", "count"), layer_counts(self.layers)),
         ]
         if verbose:
             columns = ("layer", "kind", "types", "computes")
             each = ((x.name, x.kind, ", ".join(x.dtypes) or "-", ", ".join(x.nodes) or "-") for x in self.layers)
-            parts.append(table("Each layer", columns, each, width=width))
+            parts.append(table("Each layer", columns, each))
         return "\n\n".join(parts)
 
     def _facts(self) -> list[tuple[str, str]]:

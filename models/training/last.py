@@ -1,4 +1,4 @@
-"""last.pt: all that a stopped run needs in order to go on as if it had not been stopped."""
+"""last.pt: all that a stopped run needs to continue bit-exact."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ def load_last(path: Path, recipe: Mapping[str, Any], device: torch.device) -> di
     try:
         parts = torch.load(path, map_location=device, weights_only=True)
     except (OSError, RuntimeError, EOFError, UnpicklingError) as error:
-        raise InputError("--resume", f"{path} is damaged ({type(error).__name__})", fix="start anew") from error
+        raise InputError("--resume", f"{path} is damaged ({type(error).__name__})", fix="leave out --resume") from error
     if not isinstance(parts, dict) or set(parts) != PARTS or set(parts["recipe"]) != set(recipe):
-        raise InputError("--resume", f"{path} was not written by this version of the recipe", fix="start anew")
+        raise InputError("--resume", f"{path} was not written by this version of the recipe", fix="leave out --resume")
     for name, value in parts["recipe"].items():
         if value != recipe[name]:
             raise InputError(

@@ -1,4 +1,4 @@
-"""What a run tells: lines and a progress bar, log.csv, TensorBoard's events, and the picture of its curve."""
+"""What a run reports: lines and a progress bar, log.csv, TensorBoard's events, and a picture of its curve."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ __all__ = ["Log", "draw_curve"]
 
 
 class Log:
-    """Writes what one process tells; with active=False, nothing.
+    """Writes the reports of one process; with active=False, none.
 
     Args:
         output: Folder of log.csv, and of the folder tensorboard.
         active: False in every process but the first.
         tensorboard: Whether to write events, if the package is installed.
-        step: Steps taken before. Events of an earlier run that lie past it are no longer shown.
+        step: Steps taken before. TensorBoard hides events of an earlier run beyond it.
 
     Raises:
         InputError: The folder cannot be made.
@@ -74,7 +74,7 @@ class Log:
                 self._events.add_scalar(name, value, step)
 
     def epoch(self, history: Sequence[dict[str, float]], epochs: int) -> None:
-        """Writes log.csv, and tells of the last epoch."""
+        """Writes log.csv, and prints the last epoch."""
         if not self._active:
             return
         row, text = history[-1], io.StringIO()

@@ -19,7 +19,7 @@ def autocast(device: torch.device, amp: str | None) -> torch.autocast:
 
 
 def check_amp(device: torch.device, amp: str | None) -> None:
-    """Tries one convolution and its backward pass: which devices can differs between releases of torch.
+    """Tries one convolution and its backward pass: support differs between devices and releases of torch.
 
     Raises:
         BackendError: torch refuses.
@@ -30,5 +30,5 @@ def check_amp(device: torch.device, amp: str | None) -> None:
             F.conv2d(image, weight).sum().backward()  # type: ignore[no-untyped-call]
     except RuntimeError as error:
         raise BackendError(
-            f"--amp {amp}", f"torch cannot compute in it on {device}", got=error, fix="take the other --amp, or none"
+            f"--amp {amp}", f"torch cannot compute in it on {device}", got=error, fix="use the other --amp, or none"
         ) from error

@@ -1,4 +1,4 @@
-"""The processes that train together: what they add up, and how they stop after the same step."""
+"""Distributed training: joining the processes, sums over them, and stopping them after one common step."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ __all__ = ["StopSignal", "join", "over_processes"]
 
 
 def join(processes: int) -> torch.device:
-    """Meets the other processes, if there are any, and returns the device of this one.
+    """Joins the other processes, if there are any, and returns the device of this one.
 
     Args:
-        processes: How many there are in all; torchrun tells each of them how to find the others.
+        processes: How many there are; torchrun sets the variables with which they find each other.
 
     Raises:
         InputError: There are more processes than GPUs on this machine.
@@ -36,7 +36,7 @@ def join(processes: int) -> torch.device:
         device = torch.device("cuda", index)
         torch.cuda.set_device(device)
     if processes > 1:
-        # DDP compares strides of axes of size 1 too, which say nothing: those of 1x1 convolutions differ.
+        # DDP compares strides of axes of size 1 too, which have no meaning: those of 1x1 convolutions differ.
         warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
         try:
             dist.init_process_group("gloo" if device.type == "cpu" else "nccl")
@@ -55,7 +55,7 @@ def over_processes(value: Tensor) -> float:
 
 
 class StopSignal:
-    """SIGINT (Ctrl-C) or SIGTERM (what clusters send), obeyed by every process after the same step.
+    """SIGINT (Ctrl-C) or SIGTERM (sent by clusters); all processes stop after the same step.
 
     with StopSignal() as stop:
         for step in stop.until(range(steps)):
@@ -63,9 +63,9 @@ class StopSignal:
         if stop.agreed:
             ...
 
-    One process looks at what its signal handler noted. Several have to agree, as they may learn of a signal in
-    different steps, or one of them alone may: each step carries an all-reduce of one number, which starts before the
-    step and is read after it. It goes over gloo on NCCL's devices too, so that the host never waits for the device.
+    A single process reads what its signal handler recorded. Several have to agree, since a signal may reach them in
+    different steps, or only one of them: each step has an all-reduce of one number, which starts before the step and is
+    read after it. It uses gloo on NCCL's devices too, so that the host never waits for the device.
 
     Attributes:
         agreed: Number of the signal that ended `until`; 0 for none.
@@ -87,13 +87,13 @@ class StopSignal:
             signal.signal(number, handler)
 
     def _note(self, number: int, _: FrameType | None) -> None:
-        # A terminal's second Ctrl-C is meant. torchrun's may be the first one again, sent by the cluster too.
+        # A second Ctrl-C in a terminal ends at once. Under torchrun it may be a repeat of the first one.
         if self._noted and number == signal.SIGINT and self._group is None:
             raise KeyboardInterrupt
         self._noted = number
 
     def until(self, steps: Iterable[int]) -> Iterator[int]:
-        """The steps up to the one in which a signal came."""
+        """The steps up to and including the one during which a signal arrived."""
         for step in steps:
             number = torch.tensor(self._noted)
             work = self._group and dist.all_reduce(number, dist.ReduceOp.MAX, self._group, async_op=True)

@@ -107,7 +107,7 @@ RUN_REFUSED = {
     "array of the wrong rank": (["wrong.npy"], "wrong rank"),
     "file that is no array": (["frn.pt.npy"], "not an array file|No such file"),
     "file that is no image": (["frn.deploynorm.json"], "not an image"),
-    "arrays and images together": (["wrong.npy", "shoe.png"], "together"),
+    "two files for one input": (["wrong.npy", "shoe.png"], "two files for input 'x'"),
     "eager on an ONNX file": (["shoe.png", "--backend", "eager"], "not an ONNX file"),
 }
 

@@ -23,7 +23,7 @@ from cuda_kernels import (
 from torch import Tensor
 
 from deploynorm.contract import DTYPES
-from deploynorm.layers import _plain
+from deploynorm.layers import _handwritten
 
 
 @pytest.mark.parametrize("layout", BACKWARD_LAYOUTS)
@@ -113,7 +113,7 @@ class OnTensors:
         part = slice(None) if samples is None else samples
         dy, x = (self.channels_first(each[part]).double() for each in (self.dy, self.x))
         parameters = [each.double() for each in (self.gamma, self.beta, self.tau)]
-        dx, *others = _plain.backward(dy, x, self.rstd[part].double(), *parameters)
+        dx, *others = _handwritten.backward(dy, x, self.rstd[part].double(), *parameters)
         got = self.channels_first(self.dx[part]).double()
         tolerance = 1e-5 if self.x.dtype == torch.float32 else 1e-3
         torch.testing.assert_close(got, dx, rtol=tolerance, atol=tolerance)

@@ -142,7 +142,7 @@ def test_a_signal_to_one_process_stops_both_after_the_same_step(done, name, code
     last = load(folder / "stopped.pt" if name == "interrupted" else folder / name / "last.pt")
     # The process that got it learns of it within the second step, both before the third.
     assert (len(last["history"]), last["epoch"]["step"]) == (1, 3)
-    assert printed.count("of 6 of epoch 2: the same command with --resume goes on from there") == 2
+    assert printed.count("of 6 of epoch 2: the same command with --resume continues") == 2
     assert not (folder / "terminated" / "model.pt").exists()
 
 

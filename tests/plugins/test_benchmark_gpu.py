@@ -16,7 +16,7 @@ from kernels import BackwardCall, Call
 from tolerances import OP_FLOAT32
 
 from deploynorm import libraries
-from deploynorm.layers import _plain
+from deploynorm.layers._composed import composed
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 
@@ -100,7 +100,7 @@ def test_variants_are_given_what_the_kernel_takes(benchmark: ModuleType, emulate
     tensors = variants.Tensors((2, 16, 49), "nchw", torch.float32, device="cpu")
     kernels = variants.Kernels(emulated_library)
     assert kernels("forward", tensors) == 0
-    want = _plain.composed(tensors.x, *tensors.parameters)
+    want = composed(tensors.x, *tensors.parameters)
     torch.testing.assert_close(tensors.out, want, **OP_FLOAT32.kwargs())
     assert kernels("backward", tensors) == 0
     torch.testing.assert_close(

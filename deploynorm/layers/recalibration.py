@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from deploynorm.errors import InputError, ModelError
 from deploynorm.layers import _statistics as statistics
-from deploynorm.layers._plain import compute_dtype
+from deploynorm.layers._precision import compute_dtype
 from deploynorm.layers.mabn import _MABN
 
 __all__ = ["recalibrate"]
@@ -50,28 +50,29 @@ def recalibrate(
     Some hundreds of samples will do; see `batches`. A layer that takes part in its own input, being used twice in a
     chain, is measured as it stood before.
 
-    Every sample weighs the same, as in training. Parameters, modes and all else stay as they were, and so does
+    Every sample has one weight, as in training. Parameters, modes and all else stay as they were, and so does
     running_var if anything goes wrong, Ctrl-C included. Frozen layers are left alone. A layer that was never trained
     counts as having seen a batch, so that training goes on from here.
 
     Under torch.distributed each process runs its own loader, and the result is that of all of them together. Compiled
-    modules run as they were before torch.compile. A progress bar stands on stderr where that is a terminal.
+    modules run as they were before torch.compile. A progress bar is shown on stderr where that is a terminal.
 
     Args:
         model: Changed in place. One wrapped in DistributedDataParallel may be given as it is.
-        loader: A DataLoader, list or whatever can be run through several times. It should give the same samples each
-            time, and as in evaluation. Its batch size does not matter.
-        batches: Use the first so many only (in each process).
-        device: Where the tensors of a batch go; by default to the device of the first MABN.
+        loader: A DataLoader, list or whatever can be iterated several times. It should give one set of samples every
+            time, prepared as for evaluation. Its batch size does not matter.
+        batches: Use only so many, the first ones (in each process).
+        device: Where the tensors of a batch are moved; by default to the device of the first MABN.
         forward: Runs the model on one batch: forward(model, batch). By default model(batch) for a tensor,
-            model(batch[0]) for a tuple or list, model(**batch) for a dict.
+            model(batch[0]) for a tuple or list such as (images, labels), model(**batch) for a dict. A network of
+            several inputs requires one: lambda model, batch: model(*batch).
 
     Returns:
         For each layer's name, how far running_var has moved: the largest |new / old - 1| of its channels.
 
     Raises:
-        InputError: There is no MABN that is not frozen; the loader is empty, or can be run through only once; a batch
-            is none of the kinds above.
+        InputError: There is no MABN that is not frozen; the loader is empty, or can be iterated only once; the model
+            cannot be called with a batch in the ways above.
         ModelError: A second moment is not finite; no MABN was reached; another process failed.
 
     Source: The purpose is that of PreciseBN: Wu & Johnson, "Rethinking Batch in BatchNorm", arXiv:2105.07576, section
@@ -86,7 +87,7 @@ def recalibrate(
     if iter(loader) is loader:
         raise InputError(
             WHERE,
-            "the loader can be run through only once",
+            "the loader can be iterated only once",
             got=type(loader).__name__,
             fix="give a DataLoader, or list(loader)",
         )
@@ -109,12 +110,12 @@ def recalibrate(
         raise
     if len(order) < len(layers):
         left = ", ".join(name for name in layers if name not in order)
-        warnings.warn(f"{WHERE}: never reached in evaluation, and left as they were: {left}", stacklevel=2)
+        warnings.warn(f"{WHERE}: never reached in evaluation, and unchanged: {left}", stacklevel=2)
     return {name: float((layers[name].running_var / before[name][0] - 1).abs().max()) for name in order}
 
 
 class _Reached(BaseException):
-    """The rest of the network need not run. No error: an `except Exception` in a model must not take it for one."""
+    """The rest of the network need not run. Not an Exception, so that an `except Exception` in a model lets it by."""
 
 
 class _Passes:
@@ -132,7 +133,7 @@ class _Passes:
         self._device = next(iter(layers.values())).running_var.device
         self._task = progress.add_task("recalibrate", total=None)
         self._uses: dict[str, set[int]] = {}
-        """How often a forward pass uses a layer, where it does: each number that was seen."""
+        """For each layer that forward passes use: how many times one pass did, each number that was seen."""
 
     def discover(self) -> list[str]:
         """The names of the layers that are reached, in the order in which the network runs them."""
@@ -163,7 +164,7 @@ class _Passes:
     def set(self, name: str) -> None:
         """Measures what enters one layer, those before it being in their final state, and sets its running_var."""
         layer = self._layers[name]
-        precise = torch.float32 if layer.running_var.device.type == "mps" else torch.float64  # there is no other
+        precise = torch.float32 if layer.running_var.device.type == "mps" else torch.float64  # which mps lacks
         total = layer.running_var.new_zeros(layer.num_features + 1, dtype=precise)
         uses = self._uses.get(name, set())
         last_use = min(uses) if len(uses) == 1 else None
@@ -216,7 +217,7 @@ class _Passes:
         if error is not None:
             raise error
         if failed:
-            raise ModelError(WHERE, "another process failed", fix="see what it says")
+            raise ModelError(WHERE, "another process failed", fix="see its message")
         return seen
 
     def _reduced(self, values: Sequence[float], how: Literal["sum", "min", "max"]) -> list[float]:
@@ -256,23 +257,39 @@ def _progress() -> Progress:
 
 
 def _forward(model: nn.Module, batch: Any) -> object:
-    if isinstance(batch, Tensor):
-        return model(batch)
-    if isinstance(batch, Mapping):
-        return model(**batch)
-    if isinstance(batch, tuple | list) and batch:
-        return model(batch[0])
+    cause: Exception | None = None
+    try:
+        if isinstance(batch, Tensor):
+            return model(batch)
+        if isinstance(batch, Mapping):
+            return model(**batch)
+        if isinstance(batch, tuple | list) and batch:
+            return model(batch[0])
+    except (TypeError, AttributeError) as error:  # how Python and torch refuse missing inputs, and lists as tensors
+        cause = error
+    reason = f": {type(cause).__name__}: {str(cause).partition(chr(10))[0]}" if cause else ""
     raise InputError(
         WHERE,
-        "a batch that it does not know how to run",
-        got=type(batch).__name__,
-        expected="a tensor, a tuple or list with the input first, or a dict of arguments",
-        fix="give forward=, a function of the model and the batch",
-    )
+        f"the model cannot be called with a batch of the loader{reason}",
+        got=_outline(batch),
+        expected="a tensor, a tuple or list with the only input first, or a dict of arguments",
+        fix="pass forward=, for example forward=lambda model, batch: model(*batch)",
+    ) from cause
+
+
+def _outline(batch: Any) -> str:
+    """Types and shapes in a batch, for a message."""
+    if isinstance(batch, Tensor):
+        return f"Tensor {tuple(batch.shape)}"
+    if isinstance(batch, Mapping):
+        return f"{type(batch).__name__} of {', '.join(f'{key}: {_outline(value)}' for key, value in batch.items())}"
+    if isinstance(batch, tuple | list):
+        return f"{type(batch).__name__} of {', '.join(map(_outline, batch)) or 'nothing'}"
+    return type(batch).__name__
 
 
 def _to(value: Any, device: torch.device) -> Any:
-    """The same with its tensors on the device."""
+    """A value whose tensors, inside tuples, lists and dicts too, are moved to the device."""
     if isinstance(value, Tensor):
         return value.to(device, non_blocking=True)
     if isinstance(value, Mapping):

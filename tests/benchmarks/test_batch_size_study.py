@@ -6,20 +6,20 @@ import re
 from functools import partial
 from pathlib import Path
 
+import micro_batches as training
 import numpy as np
 import pytest
+import study
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
+from results import Results, Run, Settings, draw, read_rows, row_of, table
 from tolerances import EXACT, FLOAT64
 from torch import nn
 
-from deploynorm.layers import FRN2d, MABN2d
-from deploynorm.models import batch_size_study as study
-from deploynorm.models import batch_size_training as training
+from deploynorm.layers import FRN2d, MABN2d, parameter_groups
 from deploynorm.models import data, frn_resnet, mabn_resnet
-from deploynorm.models.batch_size_results import Results, Run, Settings, draw, read_rows, row_of, table
-from deploynorm.models.training.optimization import lr_factor, parameter_groups
+from deploynorm.models.training.optimization import lr_factor
 
 ROOT = Path(__file__).parents[2]
 NORMS = ["bn", "gn", "frn", "mabn"]

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from micro_batches import BATCH_FREE, GROUPS, SGD_BATCH, Groups, Norm
+
 from deploynorm.errors import InputError
 from deploynorm.files import write_text
-
-from .batch_size_training import BATCH_FREE, GROUPS, SGD_BATCH, Groups, Norm
 
 __all__ = ["NORMS", "Results", "Row", "Run", "Settings", "draw", "read_rows", "row_of", "table", "write_rows"]
 

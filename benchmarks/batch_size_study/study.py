@@ -1,12 +1,12 @@
 """Test accuracy against the normalization batch, for BN, GN, FRN and MABN: the papers' question on small real data.
 
-    python -m deploynorm.models.batch_size_study --compile -o runs/batch_size_study
-    python -m deploynorm.models.batch_size_study --data digits --seeds 0 --norm-batches 2 32 -o runs/digits
+    python benchmarks/batch_size_study --compile -o runs/batch_size_study
+    python benchmarks/batch_size_study --data digits --seeds 0 --norm-batches 2 32 -o runs/digits
 
 Each run trains the same small ResNet from scratch, by the same recipe, on the same images in the same order: SGD with
 batches of 32, no augmentation. Only the normalization differs, and how many of the 32 images it sees at a time. The
-order of the images is random, or correlated: in pairs of one class. batch_size_training.py tells how exactly. The
-accuracy is that on all test images after the last epoch, in evaluation mode, as the network would be deployed.
+order of the images is random, or correlated: in pairs of one class; see micro_batches.py. The accuracy is that on all
+test images after the last epoch, in evaluation mode, as the network would be deployed.
 
 The output folder receives results.csv, a row after each finished run, and at the end table.md and figure.png. The same
 command continues an interrupted study, and more seeds or batches can be asked of a finished one.
@@ -27,16 +27,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-from deploynorm.errors import BackendError, DeployNormError, InputError
-from deploynorm.files import staging, write_text
-from deploynorm.ort.machine import processor_name
-
-from . import data
-from .batch_size_results import NORMS, Results, Row, Run, Settings, draw, read_rows, row_of, table, write_rows
-from .batch_size_training import (
+from micro_batches import (
     BATCH_FREE,
     GROUPS,
     SGD_BATCH,
@@ -47,7 +38,15 @@ from .batch_size_training import (
     train,
     with_population_statistics,
 )
-from .training.options import at_least, number
+from results import NORMS, Results, Row, Run, Settings, draw, read_rows, row_of, table, write_rows
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from deploynorm.errors import BackendError, DeployNormError, InputError
+from deploynorm.files import staging, write_text
+from deploynorm.models import data
+from deploynorm.models.training.options import at_least, number
+from deploynorm.ort.machine import processor_name
 
 __all__ = ["main"]
 
@@ -57,7 +56,7 @@ Advance = Callable[[int, int], None]
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="deploynorm.models.batch_size_study",
+        prog="python benchmarks/batch_size_study",
         description="Measure test accuracy against the number of images that a normalization sees at a time.",
     )
 
@@ -93,7 +92,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def wanted_runs(options: argparse.Namespace) -> list[Run]:
-    """Every run that was asked for, each once; a norm batch for all seeds before the next norm batch."""
+    """Every run that the options name, each once; a norm batch for all seeds before the next norm batch."""
     runs = [
         Run(norm, "any" if norm in BATCH_FREE else str(norm_batch), groups, seed)
         for norm_batch in options.norm_batches
@@ -236,7 +235,3 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("interrupted: the same command continues after the last finished run", file=sys.stderr)
         return 130
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
