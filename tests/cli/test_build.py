@@ -160,7 +160,7 @@ def test_a_failed_build_leaves_the_earlier_engine(deploynorm: Callable) -> None:
         (["-o", "half.onnx"], "is MODEL itself"),
         (["-o", "none/half.engine"], "cannot write there"),
         (["--opt-shapes", "x:2xx8"], "not a shape"),
-        (["--compute-capability", "8.9"], "for the GPU of this machine alone"),
+        (["--compute-capability", "8.9"], "for the GPU of this machine only"),
         (["--timing-cache", "."], "cannot be read"),
         (["--frn", "fast"], "invalid choice"),
     ],
