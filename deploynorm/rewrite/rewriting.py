@@ -26,7 +26,7 @@ __all__ = ["Rewritten", "rewrite"]
 
 @dataclass(frozen=True)
 class Rewritten:
-    """A rewritten file that was checked against its source. True where both compute the same; `print` shows it.
+    """A rewritten file that was checked against its source. True where both compute equal numbers; `print` shows it.
 
     Attributes:
         source: The file that it was made from.
