@@ -12,8 +12,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, NoReturn
 
+import compiled
 import pytest
 import torch
+from cuda_kernels import CudaKernel
+from emulated import build_kernels
 
 from deploynorm import libraries
 from deploynorm.errors import BackendError
@@ -38,7 +41,7 @@ HEADERS = {
 
 
 def pytest_report_header() -> list[str]:
-    return [] if torch.cuda.is_available() else ["tests/gpu: left out, torch finds no CUDA device"]
+    return [] if torch.cuda.is_available() else ["tests/gpu: on the emulation alone, torch finds no CUDA device"]
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -97,16 +100,34 @@ def require() -> Callable[[str], None]:
 
 
 @pytest.fixture(scope="session")
-def cuda_libraries(require: Callable[[str], None], request: pytest.FixtureRequest) -> Path:
-    """A folder of our three libraries, with code for all GPUs, built once for each state of the sources."""
+def build_once(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str, Callable[[Path], object]], Path]:
+    """build_once(name, build): a folder that build(folder) filled, once for each state of the sources, in any run."""
+    cache = request.config.cache
+    parent = tmp_path_factory.mktemp("compiled") if cache is None else cache.mkdir("compiled")
+    key = compiled.digest()
+    return lambda name, build: compiled.build_once(parent / name, key, build)
+
+
+@pytest.fixture(scope="session")
+def cuda_libraries(require: Callable[[str], None], build_once: Callable[..., Path]) -> Path:
+    """A folder of our three libraries, with code for all GPUs."""
     require("nvcc")
     require("trt-headers")
-    cache = request.config.cache
-    assert cache is not None
-    folder = cache.mkdir("cuda-libraries") / libraries._source_digest()
-    if not (folder / libraries.ORT_LIBRARY).is_file():
-        libraries.build(folder, cuda=True)
-    return folder
+    return build_once("cuda-libraries", lambda folder: libraries.build(folder, cuda=True))
+
+
+@pytest.fixture(scope="session")
+def emulated_library(require: Callable[[str], None], build_once: Callable[..., Path]) -> Path:
+    """The CUDA kernels, compiled for the CPU."""
+    require("compiler")
+    return build_once("emulated", build_kernels) / "libemulated.so"
+
+
+@pytest.fixture(scope="session")
+def emulated(emulated_library: Path) -> CudaKernel:
+    return CudaKernel(emulated_library, "cpu")
 
 
 @pytest.fixture
