@@ -49,7 +49,7 @@ def build(
         model: A file, with its external data beside it, or a model in memory; see OnnxFile.read.
         backend: "auto" takes TensorRT where both are installed.
         compute_capabilities: The GPUs that the engine is for, such as "8.9". TensorRT-RTX builds for any, without a
-            GPU; TensorRT for the one of this machine alone, which is the default of both.
+            GPU; TensorRT for the one of this machine only, which is the default of both.
         min_shapes: Smallest shapes by input; "" for the only input. See trt.profile.ranges for what may be left out;
             where all three are, the engine is for one image of the size that the file's metadata has.
         opt_shapes: The shapes that the engine is tuned for.
@@ -61,10 +61,10 @@ def build(
             installed.
             Who loads such a plan runs code from it, which TensorRT requires to be permitted.
         timing_cache: What an earlier engine had as its timing_cache, or the file of it; b"", or a file that does not
-            exist yet, begins one. TensorRT alone.
+            exist yet, begins one. TensorRT only.
         workspace: Bytes of scratch memory that a layer may use; TensorRT's own default is all of the GPU's.
-        version_compatible: Whether later versions of TensorRT may run it. TensorRT alone.
-        hardware_compatible: "ampere+" or "same", the GPUs besides its own that it runs on. TensorRT alone.
+        version_compatible: Whether later versions of TensorRT may run it. TensorRT only.
+        hardware_compatible: "ampere+" or "same", the GPUs besides its own that it runs on. TensorRT only.
         optimization_level: 0 to 5: how long TensorRT searches.
 
     Raises:
@@ -136,7 +136,7 @@ def _targets(trt: TensorRT, asked: Sequence[str]) -> tuple[str, ...]:
         if asked and tuple(asked) != (here,):
             raise InputError(
                 "--compute-capability",
-                "TensorRT builds for the GPU of this machine alone",
+                "TensorRT builds for the GPU of this machine only",
                 got=", ".join(asked),
                 expected=here or "a GPU",
                 fix="build on the machine that runs the engine, or for RTX cards with --backend tensorrt-rtx",

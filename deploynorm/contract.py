@@ -44,7 +44,7 @@ VERSION: Final = 1
 """Version of the ONNX domain and, as a string, of the TensorRT plugin."""
 
 BLOCKED_OP_TYPE: Final = "BlockedFilterResponseNormalization"
-"""The operator on ONNX Runtime's blocked layout, which `rewrite --optimize-for-cpu` alone writes."""
+"""The operator on ONNX Runtime's blocked layout, which only `rewrite --optimize-for-cpu` writes."""
 
 BLOCK_ATTRIBUTE: Final = "block"
 """Its attribute: the channels of a block."""

@@ -16,7 +16,7 @@ HALF: Final = ("float16", "bfloat16")
 """The half types, the coarser last."""
 
 ONNX_HALF: Final[Mapping[int, str]] = {10: "float16", 16: "bfloat16"}
-"""Their names by onnx.TensorProto.DataType, of which onnx_ir.DataType has the same numbers; the coarser last."""
+"""Their names by onnx.TensorProto.DataType, whose numbers onnx_ir.DataType shares; the coarser last."""
 
 
 def numpy_dtype(name: str) -> np.dtype[Any]:

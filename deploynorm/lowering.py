@@ -89,7 +89,7 @@ def lower(model: ir.Model, lowering: Lowering, *, function: bool = True) -> None
 
     Raises:
         InputError: An unknown lowering.
-        ModelError: Another local function has the operator's name (TensorRT looks functions up by name alone); or
+        ModelError: Another local function has the operator's name (TensorRT looks functions up by name only); or
             rmsnorm is asked for at an opset below 23, for float64, or with an epsilon that is not constant.
     """
     if lowering not in _WRITERS:

@@ -1,4 +1,4 @@
-"""ONNX -> engine: which TensorRT is told what, and what is refused before or after it has seen the model."""
+"""ONNX -> engine: what each TensorRT is asked for, and what is refused before or after it has seen the model."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def test_a_plugin_that_was_not_taken_is_an_error(
         build(NET, frn="plugin", plugins=[library])
 
 
-def test_a_library_without_our_plugin_is_told(full: Callable[..., Any], library: Path) -> None:
+def test_a_library_without_our_plugin_is_reported(full: Callable[..., Any], library: Path) -> None:
     full("11.4.0").registry.brings = {("Other", "1", "")}
     with pytest.raises(BackendError, match="none of them brings our FRN plugin"):
         build(NET, frn="plugin", plugins=[library])
@@ -211,7 +211,7 @@ def test_options_that_cannot_be_are_refused(name: str, full: Callable[..., Any])
 
 def test_a_free_input_without_a_range_is_named(full: Callable[..., Any]) -> None:
     full("11.4.0")
-    with pytest.raises(InputError, match=r"input x: some of its axes are free.*Got Nx64xHxW.*Fix: --min-shapes"):
+    with pytest.raises(InputError, match=r"input x: some of its axes are dynamic.*Got Nx64xHxW.*Fix: --min-shapes"):
         build(conv_frn_conv("float16", FREE))
 
 

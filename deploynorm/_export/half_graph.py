@@ -48,7 +48,7 @@ def round_fused_weights(model: ir.Model) -> None:
             if not np.isfinite(rounded.astype(np.float32)).all():
                 raise ModelError(
                     f"node {node.name}",
-                    f"its weight, with the norm behind it in it, does not fit into {ONNX_HALF[dtype]}",
+                    f"its weight, multiplied by the norm behind it, does not fit into {ONNX_HALF[dtype]}",
                     got=f"{np.abs(exact).max():.3g}",
                     fix="keep that layer and its norm in float32 (--keep-float32), or use bfloat16",
                 )
@@ -64,7 +64,7 @@ def round_fused_weights(model: ir.Model) -> None:
 def refuse_types(model: ir.Model) -> None:
     """Raises ModelError for an operator that does not take bfloat16 in the model's opset.
 
-    torch writes it all the same, and no runtime has to take it.
+    torch writes it nevertheless, and runtimes need not take it.
     """
     opset = model.opset_imports[""]
     for node in model.graph.all_nodes():

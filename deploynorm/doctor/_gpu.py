@@ -137,6 +137,6 @@ def toolkit(facts: Examination) -> Iterator[Finding]:
         yield Finding(
             "note",
             "torch-cpu",
-            f"torch {facts.packages['torch']} is for CPUs alone: checks run there, and TensorRT engines cannot be run",
+            f"torch {facts.packages['torch']} is for CPUs only: checks run there, and TensorRT engines cannot be run",
             "install a CUDA torch: https://pytorch.org/get-started",
         )

@@ -1,4 +1,4 @@
-"""Judges the facts: what is broken on this machine, what is missing that would bring something, and the remedies.
+"""Judges the facts: what is broken on this machine, what is missing that would help, and the remedies.
 
 The failures that users of such libraries meet most, with the findings that report them:
 

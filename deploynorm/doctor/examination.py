@@ -90,12 +90,12 @@ def _try(
     probe: Callable[..., dict[str, Any]], arguments: Sequence[str], library: str | None, kind: str
 ) -> dict[str, Any]:
     """Asks a runtime to take a library of ours, and where it dies of it, what it is without."""
-    told = probes.ask(probe, *arguments, library)
-    if library is not None and "problem" in told:
+    found = probes.ask(probe, *arguments, library)
+    if library is not None and "problem" in found:
         alone = probes.ask(probe, *arguments, None)
         if "problem" not in alone:
-            return alone | {f"takes_{kind}": False, f"{kind}_problem": told["problem"]}
-    return told
+            return alone | {f"takes_{kind}": False, f"{kind}_problem": found["problem"]}
+    return found
 
 
 def _packages() -> tuple[dict[str, str], dict[str, Path]]:
@@ -134,14 +134,14 @@ def _torch_cuda() -> str | None:
     return found[1] if found else None
 
 
-def _onnxruntime(packages: tuple[str, ...], versions: dict[str, str], told: dict[str, Any]) -> OnnxRuntime:
+def _onnxruntime(packages: tuple[str, ...], versions: dict[str, str], found: dict[str, Any]) -> OnnxRuntime:
     return OnnxRuntime(
-        version=told.get("version") or next((versions[name] for name in packages), None),
+        version=found.get("version") or next((versions[name] for name in packages), None),
         packages=packages,
-        providers=tuple(told.get("providers", ())),
-        problem=told.get("problem"),
-        takes_library=told.get("takes_library"),
-        library_problem=told.get("library_problem"),
+        providers=tuple(found.get("providers", ())),
+        problem=found.get("problem"),
+        takes_library=found.get("takes_library"),
+        library_problem=found.get("library_problem"),
     )
 
 
@@ -186,12 +186,12 @@ def _nvcc() -> tuple[str | None, tuple[int, int] | None]:
     return f"{nvcc} ({version})", (int(release[1]), int(release[2])) if release else None
 
 
-def _driver(told: dict[str, Any]) -> Driver:
+def _driver(found: dict[str, Any]) -> Driver:
     return Driver(
-        version=told.get("version"),
-        cuda=tuple(told["cuda"]) if "cuda" in told else None,
-        gpus=tuple(Gpu(name, tuple(capability), memory) for name, capability, memory in told.get("gpus", ())),
-        problem=told.get("problem"),
+        version=found.get("version"),
+        cuda=tuple(found["cuda"]) if "cuda" in found else None,
+        gpus=tuple(Gpu(name, tuple(capability), memory) for name, capability, memory in found.get("gpus", ())),
+        problem=found.get("problem"),
     )
 
 

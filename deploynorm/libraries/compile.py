@@ -81,8 +81,8 @@ def build(
             finds them.
         cuda: Build the CUDA kernels into the operator library, and the TensorRT plugin.
         tensorrt: With cuda, whether to build the plugin; its build needs TensorRT's headers.
-        architectures: Of the GPUs, as CMake has them ("90", "86-real"); by default all from Turing to Blackwell. With
-            cuda alone.
+        architectures: Of the GPUs, as CMake has them ("90", "86-real"); by default all from Turing to Blackwell. Only
+            with cuda.
         sanitize: Sanitizers to build with, as for -fsanitize ("address,undefined"); only with a folder.
 
     Returns:

@@ -39,7 +39,7 @@ _KNOWN: Final = (
         "Domain already set in registry",
         InputError,
         "was opened with session options that have our operator library twice",
-        "register it with deploynorm.ort.register(options) alone, which knows what it has registered",
+        "register it with deploynorm.ort.register(options) only, which knows what it has registered",
     ),
     _Known(
         "Unsupported model IR version|is under development and support for this is limited|unknown model IR version",

@@ -53,8 +53,8 @@ def check_this_machine(where: str, metadata_json: str, runtime: Any) -> None:
         ModelError: The entry is not what `deploynorm rewrite` writes.
     """
     try:
-        wanted = json.loads(metadata_json)
-        facts = {key: wanted[key] for key in _BINDING}
+        note = json.loads(metadata_json)
+        facts = {key: note[key] for key in _BINDING}
     except (ValueError, TypeError, KeyError) as error:
         raise ModelError(
             where,
@@ -67,7 +67,7 @@ def check_this_machine(where: str, metadata_json: str, runtime: Any) -> None:
         raise BackendError(
             where,
             "was rewritten for another machine or another onnxruntime",
-            got=f"{_words(facts)}, rewritten on {wanted.get('processor') or 'an unknown processor'}",
+            got=f"{_words(facts)}, rewritten on {note.get('processor') or 'an unknown processor'}",
             expected=f"{_words(here)}, as here",
             fix="run here, on the file it was made from: deploynorm rewrite ORIGINAL.onnx --optimize-for-cpu",
         )
@@ -97,7 +97,7 @@ def block_size(runtime: Any) -> int:
     probe = onnx.helper.make_model(graph, ir_version=8, opset_imports=[onnx.helper.make_opsetid("", 13)])
     with tempfile.TemporaryDirectory(prefix="deploynorm-probe-") as folder:
         options = runtime.SessionOptions()
-        options.log_severity_level = 4  # it would warn that what it writes is for this machine only, which is wanted
+        options.log_severity_level = 4  # it would warn that what it writes is for this machine only, as it should be
         options.optimized_model_filepath = str(Path(folder) / "probe.onnx")
         runtime.InferenceSession(probe.SerializeToString(), options, providers=["CPUExecutionProvider"])
         optimized = onnx.load(options.optimized_model_filepath)

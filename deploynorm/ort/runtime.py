@@ -44,7 +44,7 @@ def import_onnxruntime() -> Any:
 
 
 def quiet_options() -> onnxruntime.SessionOptions:
-    """Options of a session that logs fatal errors alone: everything else reaches the user once, in our words.
+    """Options of a session that logs fatal errors only: all others are raised, as errors of ours.
 
     Raises:
         BackendError: onnxruntime is missing.

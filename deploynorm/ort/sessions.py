@@ -63,7 +63,7 @@ def session(
     """An onnxruntime.InferenceSession of the model, on CPU and CUDA with our fused operator where its library is there.
 
     Without the library, and on other providers, a model runs through the function bodies that `export` writes into
-    it: the same numbers, slower.
+    it: equal numbers, slower.
 
     Args:
         model: A file, with its external data beside it, or the bytes of a model.
@@ -83,30 +83,30 @@ def session(
     where = "model (bytes)" if isinstance(model, bytes) else str(model)
     if not isinstance(model, bytes) and not Path(model).is_file():
         raise ModelError(where, "no such file", fix="check the path")
-    wanted = [find_provider(name, ort) for name in providers]
+    asked = [find_provider(name, ort) for name in providers]
     if options is None:
         options = quiet_options()
     missing: str | None = None
     if plugins is not None:
         for library in plugins:
             _register_library(options, Path(library))
-    elif (missing := _missing_kernels({name for name, _ in wanted})) is None:
+    elif (missing := _missing_kernels({name for name, _ in asked})) is None:
         register(options)
-    if any(name != PROVIDERS["cpu"][0] for name, _ in wanted):
+    if any(name != PROVIDERS["cpu"][0] for name, _ in asked):
         open_cuda(ort)
     source = model if isinstance(model, bytes) else str(model)
     try:
         # The fallback would run another provider than the one asked for, and say so on stdout only.
-        opened = ort.InferenceSession(source, options, providers=wanted, enable_fallback=0)
+        opened = ort.InferenceSession(source, options, providers=asked, enable_fallback=0)
     except Exception as error:
         raise explain(where, error) from error
-    lost = [name for name, (full, _) in zip(providers, wanted, strict=True) if full not in opened.get_providers()]
+    lost = [name for name, (full, _) in zip(providers, asked, strict=True) if full not in opened.get_providers()]
     if lost:
         raise BackendError(
             where,
             f"the provider {lost[0]!r} failed to start, and ONNX Runtime would have used another",
             got=opened.get_providers(),
-            expected=[name for name, _ in wanted],
+            expected=[name for name, _ in asked],
             fix="deploynorm doctor lists what is missing of driver, CUDA, cuDNN and TensorRT",
         )
     if missing and _mentions_operator(model):

@@ -184,7 +184,7 @@ class _Blocking:
         x = _need(node.inputs[0])
         axes = _constant(node.inputs[1]) if len(node.inputs) > 1 else None
         if axes is None or sorted(axis % 4 for axis in axes.tolist()) != [2, 3]:
-            raise _RefusedError("its axes are not constant, or not H and W alone")
+            raise _RefusedError("its axes are not constant, or not H and W only")
         if node.attributes.get_int("keepdims", 1) != 1:
             raise _RefusedError("it drops the axes H and W")
         self._replace(node, "GlobalAveragePool", [x.blocked], domain=NCHWC)

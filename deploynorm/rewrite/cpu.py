@@ -35,7 +35,7 @@ def optimize_for_cpu(model: ir.Model, *, source_sha256: str | None = None) -> Re
        them zero. Refused: such channels with parameters that are not constant.
     2. ReorderInput of a reordered value -> the value before both.
     3. Add of two reordered values of one shape -> Add of the blocked ones. Refused: shapes that are not known to be
-       the same, since a broadcast reads blocked data wrongly.
+       equal, since a broadcast reads blocked data wrongly.
     4. Add as in case 3, where one of the two is a FRN without threshold that only this Add reads -> the FRN's
        residual.
     5. Max with a constant for each channel, and Relu, of a FRN that nothing else reads -> the FRN's threshold.
@@ -100,7 +100,7 @@ def _refuse(model: ir.Model) -> None:
 
 def _optimized_by_onnxruntime(model: ir.Model, runtime: Any) -> ir.Model:
     options = runtime.SessionOptions()
-    options.log_severity_level = 4  # it would warn that what it writes is for this machine only, which is wanted
+    options.log_severity_level = 4  # it would warn that what it writes is for this machine only, as it should be
     options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_ENABLE_ALL
     ort.register(options)
     with tempfile.TemporaryDirectory(prefix="deploynorm-rewrite-") as name:

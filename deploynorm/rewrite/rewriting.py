@@ -26,7 +26,7 @@ __all__ = ["Rewritten", "rewrite"]
 
 @dataclass(frozen=True)
 class Rewritten:
-    """A rewritten file that was checked against its source. True where both compute the same; `print` shows it.
+    """A rewritten file that was checked against its source. True where both compute equal numbers; `print` shows it.
 
     Attributes:
         source: The file that it was made from.
@@ -58,7 +58,7 @@ class Rewritten:
         Args:
             verbose: Show each sample of the check, and not only the worst of each output.
         """
-        from deploynorm._check.parity import parity_table
+        from deploynorm._check.comparison import parity_table
 
         parts = [str(self.result)]
         if self.parity is not None:

@@ -23,8 +23,8 @@ class Runner(Protocol):
 
     Attributes:
         name: Backend, device and type, as tables and messages show it.
-        inputs: What `infer` takes. A string in a shape is a size that may change, the same wherever the name
-            stands; "?" is free of all others.
+        inputs: What `infer` takes. A string in a shape is a size that may change, one size wherever the name
+            stands; "?" is independent of all others.
         output_names: What `infer` returns, in the network's order.
         precision: The half type that the network computes in, whatever type its outputs have; None of a network in
             full precision, or where it is not known.
@@ -44,7 +44,7 @@ class Runner(Protocol):
         """Runs the network once.
 
         Args:
-            feeds: One array for each of `inputs`; they are left as they are.
+            feeds: One array for each of `inputs`; they are not changed.
 
         Returns:
             Arrays by output name, in the order of the network's outputs, that no later call changes.

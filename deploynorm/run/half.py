@@ -144,7 +144,7 @@ def _widen(model: ir.Model, node: ir.Node, value: ir.Value) -> ir.Value:
 
 
 def _use_float32(node: ir.Node) -> None:
-    """What an attribute says of a half output, said of a float32 one."""
+    """Changes attributes that ask for a half output to ask for a float32 one."""
     for name in _TYPE_ATTRIBUTES:
         attribute = node.attributes.get(name)
         if attribute is not None and attribute.value in ONNX_HALF:
@@ -172,7 +172,7 @@ def _cast(source: ir.Value, target: ir.Value) -> ir.Node:
 
 @lru_cache
 def _assert_rounding(name: str) -> None:
-    """Raises BackendError unless this ONNX Runtime rounds where it is told to, and to infinity where it must."""
+    """Raises BackendError unless this ONNX Runtime rounds at casts, and to infinity past the largest number."""
     element = onnx.helper.np_dtype_to_tensor_dtype(numpy_dtype(name))
     x = onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, ["N"])
     y = onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, ["N"])

@@ -71,5 +71,5 @@ def _run(self: OpRun, *inputs: npt.NDArray[Any], **attributes: object) -> tuple[
     return (filter_response_norm(*inputs),)
 
 
-# The evaluator finds an operator by the name of its class, and names stand in contract.py alone.
+# The evaluator finds an operator by the name of its class, and names stand in contract.py only.
 _FilterResponseNorm: type[OpRun] = type(OP_TYPE, (OpRun,), {"op_domain": DOMAIN, "_run": _run})

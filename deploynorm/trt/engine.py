@@ -48,7 +48,7 @@ class Engine:
 
     Attributes:
         plan: What TensorRT reads.
-        backend: Which TensorRT built it, and alone can run it.
+        backend: Which TensorRT built it, and can run it.
         version: Of that.
         compute_capabilities: Of the GPUs that it runs on.
         inputs: Names, shapes (a dynamic axis by its name) and dtypes.

@@ -26,7 +26,7 @@ class TensorRT:
     Attributes:
         module: tensorrt or tensorrt_rtx.
         flavour: Which.
-        version: As the module tells it.
+        version: As the module has it.
     """
 
     module: Any

@@ -1,4 +1,4 @@
-"""An ONNX model as TensorRT is to get it: checked where TensorRT would not look, and sent down one of two ways.
+"""An ONNX model as TensorRT is to get it: checked for what TensorRT does not check, and prepared for one of two ways.
 
 The plugin is taken when the node names it and no function body of the model stands in its way (TensorRT before 10.7
 prefers a body). The body is taken when its name is one that no plugin has. Both are changes of a copy in memory, so
@@ -87,7 +87,7 @@ class TensorRTModel:
         if clash is not None and self.frn:
             raise ModelError(
                 self.file.where,
-                "another local function has the operator's name, and TensorRT finds functions by name alone",
+                "another local function has the operator's name, and TensorRT finds functions by name only",
                 got=f"{clash.domain}::{clash.name}",
                 fix="rename that function",
             )

@@ -40,8 +40,8 @@ class EngineSource:
 
     @property
     def backend(self) -> Flavour | Literal["auto"]:
-        told = self.known.get("backend")
-        return next((flavour for flavour in FLAVOURS if flavour == told), "auto")
+        named = self.known.get("backend")
+        return next((flavour for flavour in FLAVOURS if flavour == named), "auto")
 
     @property
     def needs_plugin(self) -> bool:
@@ -77,7 +77,7 @@ class EngineSource:
             )
 
     def named(self, spec: TensorSpec) -> TensorSpec:
-        """With the names that free axes had in the ONNX graph, where they are known."""
+        """With the names that dynamic axes had in the ONNX graph, where they are known."""
         for entry in self.known.get("inputs", ()):
             if entry.get("name") == spec.name and len(entry.get("shape", ())) == len(spec.shape):
                 return TensorSpec(spec.name, tuple(entry["shape"]), spec.dtype)

@@ -415,7 +415,7 @@ def _check(case: Case, *, broken: bool) -> None:
 
 
 @pytest.mark.parametrize("case", BROKEN, ids=lambda case: case.name)
-def test_what_is_broken_is_told_with_its_remedy(case: Case) -> None:
+def test_what_is_broken_is_reported_with_its_remedy(case: Case) -> None:
     _check(case, broken=True)
 
 
@@ -425,7 +425,7 @@ def test_what_is_missing_is_a_note_and_breaks_nothing(case: Case) -> None:
 
 
 @pytest.mark.parametrize("case", NOTHING, ids=lambda case: case.name)
-def test_what_works_is_not_told(case: Case) -> None:
+def test_what_works_is_not_reported(case: Case) -> None:
     _check(case, broken=False)
 
 

@@ -182,7 +182,7 @@ def test_it_is_not_said_of_a_model_without_our_operator() -> None:
 
 
 @pytest.mark.usefixtures("onnxruntime", "without_library")
-def test_without_body_and_library_the_remedy_is_told() -> None:
+def test_without_body_and_library_the_remedy_is_reported() -> None:
     with pytest.raises(ModelError, match=r"without its function body.*Fix: run `deploynorm plugins build`"):
         ort.session(content(body=False))
 

@@ -395,8 +395,8 @@ def test_graph_is_left(name: str) -> None:
     assert not result.modified
     assert _after(result) == Counter(case.after)
     assert result.after == result.before
-    [told] = [change.detail for change in result.changes if change.kind == OP_TYPE]
-    assert reason in told
+    [found] = [change.detail for change in result.changes if change.kind == OP_TYPE]
+    assert reason in found
 
 
 @pytest.mark.parametrize("operands", ["h, k", "k, h"])

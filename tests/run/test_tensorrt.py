@@ -203,7 +203,7 @@ REFUSED: dict[str, tuple[bytes, type[DeployNormError], str]] = {
 
 @pytest.mark.usefixtures("fake")
 @pytest.mark.parametrize("name", REFUSED)
-def test_an_engine_that_does_not_run_here_is_told_in_our_words(name: str, tmp_path: Path) -> None:
+def test_an_engine_that_does_not_run_here_is_reported_in_our_words(name: str, tmp_path: Path) -> None:
     content, kind, message = REFUSED[name]
     path = tmp_path / "model.engine"
     path.write_bytes(content)
@@ -378,7 +378,7 @@ def built(name: str) -> Engine:
     )
 
 
-def test_a_machine_without_a_gpu_is_told_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_machine_without_a_gpu_is_reported_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tensorrt", fake_tensorrt())
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(BackendError, match=r"no CUDA device|was built without CUDA") as caught:
@@ -387,7 +387,7 @@ def test_a_machine_without_a_gpu_is_told_so(tmp_path: Path, monkeypatch: pytest.
     assert "PyTorch finds no GPU" in str(run.available()["tensorrt"])
 
 
-def test_without_tensorrt_both_ways_to_get_it_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_tensorrt_both_ways_to_get_it_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("tensorrt", "tensorrt_rtx"):
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(

@@ -102,7 +102,7 @@ COMPARED: dict[str, tuple[list[Layer], tuple[int, list[str]]]] = {
         [layer("conv0", "float16"), layer("conv1", "float32")],
         (1, ["conv1 in float32 instead of float16"]),
     ),
-    "not told": ([layer("conv0", ""), layer("conv1", "")], (0, [])),
+    "not found": ([layer("conv0", ""), layer("conv1", "")], (0, [])),
     "another node": ([layer("frn0", "float32")], (0, [])),
     "two layers of one product": ([layer("conv0", "float16"), layer("conv0", "float16", "part 2")], (1, [])),
     "a cast before it, made with its padding": (
