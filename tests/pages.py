@@ -31,7 +31,7 @@ _TYPED = ("pytest", "mypy", "ruff", "git", "cd", "cmake", "trtexec", "polygraphy
 class Block:
     """A fenced block, with the comments `<!-- mark: value -->` that stand above it.
 
-    The marks: `command` names a block and `output` what it prints; `file` writes a Python block to a file too;
+    The marks: `command` names a block and `output` what it prints; `file` is the name of a file that the block is;
     `requires` names backends as DEPLOYNORM_REQUIRE does; `not run` says why a block is only parsed.
     """
 
@@ -118,7 +118,7 @@ class Reader:
         code = compile("\n" * block.line + block.text, str(ROOT / self.page), "exec")
         if "file" in block.marks:
             Path(block.marks["file"]).write_text(block.text, encoding="utf-8")
-        if "not run" not in block.marks:
+        elif "not run" not in block.marks:
             exec(code, self.namespace)
 
     def _run_command(self, words: list[str], block: Block) -> None:
@@ -180,11 +180,11 @@ def read_page(page: str, folder: Path, require: Callable[[str], None], monkeypat
     for name in ("models", "benchmarks", "constraints.txt"):
         (folder / name).symlink_to(ROOT / name)
     monkeypatch.chdir(folder)
-    for module in ("nets",):  # the file that pages write, and import by --factory
-        monkeypatch.delitem(sys.modules, module, raising=False)
+    monkeypatch.syspath_prepend(folder)  # as Python does where it is started
     reader = Reader(page, require)
     try:
         reader.read()
     finally:
-        sys.modules.pop("nets", None)
+        for block in blocks(page):
+            sys.modules.pop(Path(block.marks.get("file", "")).stem, None)
     return reader
