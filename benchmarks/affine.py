@@ -1,9 +1,9 @@
-"""Which form of a normalization that cannot fold ONNX Runtime runs fastest: what `deploynorm.fold` leaves in place.
+"""Which form of a normalization that cannot be folded is fastest in ONNX Runtime.
 
     python benchmarks/affine.py --out benchmarks/results/affine.json
 
 A pre-activation network, x + conv(relu(affine(x))) eight times over, with the affine as BatchNormalization, as Mul
-and Add, and as a depthwise 1x1 convolution; and the network without it, as the floor. Rounds are interleaved; the
+and Add, and as a depthwise 1x1 convolution; and the network without it, as the lower bound. Rounds are interleaved; the
 table gives medians as ratios to BatchNormalization.
 """
 

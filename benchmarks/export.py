@@ -2,7 +2,7 @@
 
     python benchmarks/export.py --out benchmarks/results/export.json
 
-Both start from the same network and write a file with free batch, height and width; runs alternate. Needs timm.
+Both start from the same network and write a file with dynamic batch, height and width; runs alternate. Needs timm.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""How far networks in half precision are from themselves in float64, every tensor rounded as on a GPU.
+"""The error of networks in half precision against float64, every tensor rounded as on a GPU.
 
     python benchmarks/half.py --out benchmarks/results/half.json
 
 The shipped networks, and networks of random weights over a few seeds. Each is folded, exported in the type and run by
-the backend `half`; inputs are rounded to the type first. The figure is the largest error over all outputs as a part of
+the backend `half`; inputs are rounded to the type first. The figure is the largest error over all outputs, relative to
 the largest output. Needs timm.
 """
 
@@ -46,7 +46,7 @@ def cases() -> Iterator[Case]:
 
 
 def worst(build: Callable[[], nn.Module], shape: tuple[int, int, int], dtype: str, seed: int, batch: int) -> float:
-    """The largest error as a part of the largest output."""
+    """The largest error relative to the largest output."""
     torch.manual_seed(seed)
     network = build().eval()
     x = torch.randn(batch, *shape).to(HALF[dtype])
@@ -80,6 +80,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    import ml_dtypes  # noqa: F401  # which names bfloat16 to NumPy
+    import ml_dtypes  # noqa: F401  # registers bfloat16 with NumPy
 
     main()

@@ -1,4 +1,4 @@
-"""What a figure was taken on, written beside it."""
+"""The machine of a figure, written beside it."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ def _conv_norm(
 
 
 class InvertedResidual(nn.Module):
-    """1x1 expansion, 3x3 depthwise, linear 1x1 projection, and a shortcut where the shape stays."""
+    """1x1 expansion, 3x3 depthwise, linear 1x1 projection, and a shortcut where input and output have one shape."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int, expansion: int, norm: str) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ class InvertedResidual(nn.Module):
 
 
 def mobilenet_v2(norm: str) -> nn.Module:
-    """MobileNetV2 (arXiv:1801.04381, table 2), with ReLU for ReLU6."""
+    """MobileNetV2 (arXiv:1801.04381, table 2), with ReLU instead of ReLU6."""
     stages = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1))
     layers: list[nn.Module] = [_conv_norm(3, 32, 3, 2, 1, True, norm)]
     channels = 32
@@ -83,7 +83,7 @@ def timm_resnet() -> nn.Module:
     """timm's resnetv2_50d_frn, with random weights."""
     try:
         import timm
-    except RuntimeError:  # PyPI's torchvision beside a CPU torch lacks two operators that it describes
+    except RuntimeError:  # PyPI's torchvision with a CPU torch lacks two operators that it registers shapes for
         library = torch.library.Library("torchvision", "FRAGMENT")
         for operator in ("nms", "qnms"):
             library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
@@ -93,7 +93,7 @@ def timm_resnet() -> nn.Module:
 
 
 def export_network(network: str, norm: str, path: Path, lowering: Lowering = "custom") -> None:
-    """Folds and exports a network of random weights, batch free, height and width fixed."""
+    """Folds and exports a network of random weights with dynamic batch and static height and width."""
     torch.manual_seed(0)
     builds, size = NETWORKS[network]
     model = builds[norm]().eval()

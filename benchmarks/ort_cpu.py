@@ -1,15 +1,15 @@
-"""FRN on ONNX Runtime's CPU provider: our operator library against everything that a user could have instead.
+"""FRN on ONNX Runtime's CPU provider: our operator library compared with the alternatives.
 
     python benchmarks/ort_cpu.py --out benchmarks/results/ort_cpu.json
 
-Two tables and one picture. The operator: our kernel, the stock runtime on the exported file (the function body), on
-RMSNormalization (opset 23) and on the textbook's Pow and Div, against a plain Relu, which is what folded BatchNorm
-leaves, against an Identity, which is memcpy on one thread with the cost of a call of a session, and against memcpy
-itself, of the same bytes with the same threads, which do not even wait for each other. The networks: FRN as exported,
-stock and with the library, and rewritten for this machine; MABN folded; all against BatchNorm folded, with ReLU.
+Two tables and one picture. The operator: our kernel, and stock ONNX Runtime on the exported file (the function body),
+on RMSNormalization (opset 23) and on Pow and Div as in the paper. They are compared with a Relu, which is what remains
+of folded BatchNorm and ReLU; with an Identity, a memcpy on one thread plus the cost of a call of a session; and with
+memcpy of as many bytes on as many threads, which do not wait for each other. The networks: FRN as exported, stock and
+with the library, and rewritten for this machine; MABN folded; all compared with folded BatchNorm and ReLU.
 
-All ways of a row take turns in every round, in another order each time; figures are medians of the rounds. Buffers
-are aligned as ONNX Runtime aligns its own. Sessions stop spinning between runs, so that none takes another's core.
+All variants of a row take turns in every round, in another order each time; figures are medians of the rounds. Buffers
+are aligned as ONNX Runtime aligns its own. Sessions do not spin between runs, so that no session uses another's core.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ Way = Callable[[], object]
 
 
 def measure(ways: Mapping[str, Way], rounds: int, seconds: float) -> dict[str, float]:
-    """The median time of a call of each way, in microseconds; each round calls for about `seconds` in all."""
+    """The median time of a call of each variant, in microseconds; a round takes about `seconds`."""
     calls = {}
     for name, way in ways.items():
         way()
@@ -90,7 +90,7 @@ def open_session(model: bytes | Path, threads: int, library: bool) -> Any:
 
 
 def run_bound(session: Any, x: np.ndarray[Any, Any], out: np.ndarray[Any, Any] | None = None) -> Way:
-    """A call of the session, which has one input and one output, on memory that stays where it is."""
+    """A call of the session, which has one input and one output, on preallocated memory."""
     binding = session.io_binding()
     binding.bind_cpu_input(session.get_inputs()[0].name, x)
     name = session.get_outputs()[0].name
@@ -102,7 +102,7 @@ def run_bound(session: Any, x: np.ndarray[Any, Any], out: np.ndarray[Any, Any] |
 
 
 def memcpy_time(x: np.ndarray[Any, Any], y: np.ndarray[Any, Any], threads: int, count: int) -> float:
-    """Microseconds of one copy, each thread copying its part `count` times over without waiting for the others."""
+    """Microseconds of one copy; each thread copies its part `count` times and does not wait for the others."""
     memcpy = ctypes.CDLL(None).memcpy
     memcpy.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
     part = x.nbytes // threads
@@ -123,7 +123,7 @@ def memcpy_time(x: np.ndarray[Any, Any], y: np.ndarray[Any, Any], threads: int, 
 
 
 def operator_models(channels: int) -> dict[str, tuple[bytes, bool]]:
-    """Each way to compute FRN + TLU over (N, channels, H, W): the model, and whether our library runs it."""
+    """The variants of FRN + TLU over (N, channels, H, W): the model, and whether our library runs it."""
     rng = np.random.default_rng(0)
     uniform = rng.uniform(0.5, 1.5, channels)
     values = {"gamma": uniform, "beta": rng.normal(size=channels), "tau": 0 * uniform, "eps": 0 * uniform + 1e-6}
@@ -171,7 +171,7 @@ def measure_operator(shape: tuple[int, ...], threads: int, rounds: int) -> dict[
     for name, (model, library) in operator_models(shape[1]).items():
         ways[name] = run_bound(open_session(model, threads, library), x, y)
     times = measure(ways, rounds, seconds=0.05)
-    # Not one of the ways: it has no session, and its threads are to run free of each other.
+    # Timed separately: memcpy has no session, and its threads do not wait for each other.
     count = max(3, int(0.01 / (1e-6 * times["Relu"])))
     copies = [memcpy_time(x, y, threads, count) for _ in range(rounds)]
     return times | {"memcpy": statistics.median(copies)}

@@ -1,4 +1,4 @@
-"""What TensorRT-RTX makes of an FRN layer: how many layers that write to memory, by map size, type and way.
+"""How many layers that write to memory TensorRT-RTX builds for an FRN layer, by map size, type and --frn.
 
     python benchmarks/rtx_layers.py --out benchmarks/results/rtx_layers.json
 

@@ -1,11 +1,11 @@
-"""What a training step of FRN and MABN costs beside batch normalization: time, and bytes kept for the backward pass.
+"""A training step of FRN and MABN compared with batch normalization: time, and bytes saved for the backward pass.
 
     python benchmarks/training.py --out benchmarks/results/training.json
 
 One layer, forward and backward, and whole steps of ResNet-20 (forward, backward, SGD), float32 on the CPU. In each
-round all ways take turns, so that what else the machine does meets all alike; the tables give medians as ratios to
-batch normalization. FRN, which holds its threshold, stands against BN and a ReLU in place; MABN, after its warm-up,
-against BN alone.
+round all variants take turns, so that other load affects all alike; the tables give medians as ratios to batch
+normalization. FRN, which includes its threshold, is compared with BN and an in-place ReLU; MABN, after its warm-up,
+with BN alone.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ LAYOUTS = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
 
 
 class Composed(FRN2d):
-    """FRN as PyTorch's own operators compute and differentiate it."""
+    """FRN in PyTorch's own operators, with their autograd."""
 
     def forward(self, x: Tensor) -> Tensor:
         return composed(x, self.weight, self.bias, self.tau, self.eps)
@@ -47,7 +47,7 @@ LAYERS: dict[str, Callable[[int], nn.Module]] = {
     "MABN": partial(MABN2d, warmup=0, renorm_start=0),
 }
 AGAINST = {"GN + ReLU": "BN + ReLU", "FRN": "BN + ReLU", "FRN, composed": "BN + ReLU", "MABN": "BN"}
-"""Way -> what it is a ratio to."""
+"""Variant -> the variant that it is compared with."""
 
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "BN": lambda: mabn_resnet.resnet20(norm="bn"),
@@ -58,7 +58,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
 
 
 def kept_bytes(model: nn.Module, x: Tensor) -> int:
-    """Bytes that one forward pass keeps for the backward pass, besides the parameters."""
+    """Bytes that one forward pass saves for the backward pass, without the parameters."""
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept: dict[int, int] = {}
 
@@ -87,14 +87,14 @@ def network_step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, 
 
 
 def keep_freed_memory() -> None:
-    """Keeps glibc from giving memory back after a step: that hits one way or the other, and may cost more than it."""
+    """Keeps glibc from returning memory after a step, which would slow down a random variant."""
     trim_threshold, mmap_threshold = -1, -3
     for option in (trim_threshold, mmap_threshold):
         ctypes.CDLL(None).mallopt(option, 1 << 30)
 
 
 def milliseconds(steps: dict[str, Callable[[], None]], seconds: float) -> dict[str, float]:
-    """Medians over so many rounds as take about this long for all ways together; at least 9."""
+    """Medians over the rounds that fit into about `seconds` for all variants together; at least 9."""
     for step in steps.values():
         step()
     start = time.perf_counter()
@@ -115,7 +115,7 @@ def measure_layers(shape: Sequence[int], layout: str, seconds: float) -> dict[st
     x, dy = (torch.randn(*shape).contiguous(memory_format=LAYOUTS[layout]) for _ in range(2))
     x.requires_grad_()
     layers = {name: make(shape[1]) for name, make in LAYERS.items()}
-    # x * 1, so that the layer sees a tensor that the layer before has made, and may write over it.
+    # x * 1 is an intermediate result, as in a network, which an in-place layer may overwrite.
     kept = {name: kept_bytes(layer, x * 1) for name, layer in layers.items()}
     times = milliseconds({name: partial(layer_step, layer, x, dy) for name, layer in layers.items()}, seconds)
     return {name: {"milliseconds": times[name], "kept_bytes": kept[name]} for name in layers}
@@ -123,7 +123,7 @@ def measure_layers(shape: Sequence[int], layout: str, seconds: float) -> dict[st
 
 def measure_networks(batch: int, layout: str, compiled: bool, seconds: float) -> dict[str, dict[str, float]]:
     torch.manual_seed(0)
-    torch._dynamo.reset()  # the networks before count towards its limit of compilations
+    torch._dynamo.reset()  # earlier networks count towards its limit of compilations
     x, classes = torch.randn(batch, 3, 32, 32), torch.randint(10, (batch,))
     x = x.contiguous(memory_format=LAYOUTS[layout])
     steps: dict[str, Callable[[], None]] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,6 +18,7 @@ __all__ = [
     "base_shapes",
     "parse_input_shapes",
     "shape_text",
+    "read_sizes",
     "sizes_to_dict",
     "with_sizes",
 ]
@@ -187,9 +189,18 @@ def sizes_to_dict(specs: Sequence[TensorSpec], notes: Sequence[str]) -> dict[str
     return {"inputs": known, "notes": list(notes)}
 
 
-def with_sizes(specs: Sequence[TensorSpec], found: object) -> tuple[TensorSpec, ...]:
+def read_sizes(text: str | None) -> dict[str, Any]:
+    """What a file's metadata has of `sizes_to_dict`; empty where that is missing or damaged."""
+    try:
+        found = json.loads(text or "{}")
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def with_sizes(specs: Sequence[TensorSpec], found: Mapping[str, Any]) -> tuple[TensorSpec, ...]:
     """The inputs of a file with what `sizes_to_dict` wrote of them; as they are where that is missing or damaged."""
-    inputs = found.get("inputs") if isinstance(found, Mapping) else None
+    inputs = found.get("inputs")
     known: dict[str, tuple[AxisSizes | None, ...]] = {}
     for name, axes in inputs.items() if isinstance(inputs, Mapping) else ():
         try:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import google.protobuf.message
 import onnx
@@ -19,7 +19,7 @@ from deploynorm.contract import DOMAIN, METADATA_IMAGE, METADATA_LABELS, METADAT
 from deploynorm.dtypes import ONNX_HALF
 from deploynorm.errors import InputError, ModelError
 from deploynorm.image import ImageSpec
-from deploynorm.inputs import TensorSpec, with_sizes
+from deploynorm.inputs import TensorSpec, read_sizes, with_sizes
 
 __all__ = ["OnnxFile", "OnnxSource", "all_nodes", "half_types", "node_counts", "save", "size_bytes"]
 
@@ -122,12 +122,9 @@ class OnnxFile:
         return {entry.key: entry.value for entry in self.proto.metadata_props}
 
     @property
-    def sizes(self) -> object:
+    def sizes(self) -> dict[str, Any]:
         """What the metadata says of the sizes that the network takes, for `deploynorm.inputs.with_sizes`."""
-        try:
-            return json.loads(self.metadata.get(METADATA_SIZES, "null"))
-        except ValueError:
-            return None
+        return read_sizes(self.metadata.get(METADATA_SIZES))
 
     @property
     def image_and_labels(self) -> tuple[ImageSpec | None, tuple[str, ...] | None]:

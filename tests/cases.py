@@ -1,9 +1,9 @@
-"""The cases that every form of an operator or layer has to pass: the reference, eager, ONNX Runtime and TensorRT.
+"""The cases that every implementation of an operator or layer must pass: reference, eager, ONNX Runtime, TensorRT.
 
 for case in CASES:
     inputs = make_inputs(case)      # five NumPy arrays, named as in deploynorm/contract.py
     want(case)                      # the answer, in float64, unrounded
-    tolerance(case)                 # how near the form has to come
+    tolerance(case)                 # how close the implementation must be
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ Eps = float | Literal["per_channel", "learned_layer", "learned_channel"]
 NUMPY_DTYPES: dict[str, np.dtype[Any]] = {
     name: np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name) for name in DTYPES
 }
-# Near the largest number of the type, or where that has no sense in float32 arithmetic, of its square root.
+# Near the largest number of the type; where its square overflows in float32 arithmetic, near the square root of that.
 _HUGE = {"float16": 6e4, "bfloat16": 1e18, "float32": 1e18, "float64": 1e150}
 
 
@@ -129,7 +129,7 @@ CASES = tuple(replace(case, dtype=dtype) for case in _SITUATIONS for dtype in DT
 
 
 def make_inputs(case: NormCase) -> dict[str, np.ndarray[Any, Any]]:
-    """X, gamma, beta, tau and eps as NumPy arrays; the same for the same case in every run and every type."""
+    """X, gamma, beta, tau and eps as NumPy arrays, seeded by the name of the case: equal in every run and type."""
     rng = np.random.default_rng(zlib.crc32(case.name.encode()))
     dtype = NUMPY_DTYPES[case.dtype]
     channels = case.shape[1]
@@ -159,25 +159,25 @@ def make_inputs(case: NormCase) -> dict[str, np.ndarray[Any, Any]]:
 
 
 def want(case: NormCase) -> np.ndarray[Any, Any]:
-    """The case's answer in float64: not rounded to the case's type, so that a form's own rounding is seen."""
+    """The expected output in float64: not rounded to the case's type, so that the implementation's rounding shows."""
     inputs = make_inputs(case)
     return reference.filter_response_norm(*(inputs[name].astype(np.float64) for name in INPUTS))
 
 
 def tolerance(case: NormCase) -> Tolerance:
-    """What the operator may be off by in the case's type."""
+    """The allowed error of the operator in the case's type."""
     return {"float32": OP_FLOAT32, "float16": OP_FLOAT16, "bfloat16": OP_BFLOAT16, "float64": FLOAT64}[case.dtype]
 
 
 def to_torch(array: np.ndarray[Any, Any]) -> torch.Tensor:
-    """The array as a tensor over the same memory: strides stay; torch does not know NumPy's bfloat16."""
+    """The array as a tensor that shares its memory and strides; torch does not accept NumPy's bfloat16 itself."""
     if array.dtype == NUMPY_DTYPES["bfloat16"]:
         return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
     return torch.from_numpy(array)
 
 
 def to_float64(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
-    """The tensor's values, which float64 holds whatever their type."""
+    """The tensor's values in float64, which represents those of every type exactly."""
     return tensor.detach().double().numpy()
 
 
@@ -195,7 +195,7 @@ def _laid_out(x: np.ndarray[Any, Any], layout: Layout) -> np.ndarray[Any, Any]:
     if layout == "channels_last":
         return np.moveaxis(np.ascontiguousarray(np.moveaxis(x, 1, -1)), -1, 1)
     if layout == "sliced":
-        # Every second column out of a larger array whose other values would be seen in the mean.
+        # Every second column of a larger array, whose other values would change the mean.
         larger = np.full((*x.shape[:-1], 2 * x.shape[-1] + 3), 7, dtype=x.dtype)
         larger[..., 3::2] = x
         return larger[..., 3::2]
@@ -204,7 +204,7 @@ def _laid_out(x: np.ndarray[Any, Any], layout: Layout) -> np.ndarray[Any, Any]:
 
 @dataclass(frozen=True)
 class ErrorCase:
-    """A call that must be refused, and how.
+    """A call that must be refused, and its error.
 
     Attributes:
         name: Readable and unique.
@@ -297,14 +297,14 @@ ERRORS = (
 
 
 def make_dy(case: NormCase) -> np.ndarray[Any, Any]:
-    """A gradient by the output that does not depend on how y is rounded."""
+    """A gradient of the output that does not depend on the rounding of y."""
     x, *parameters = make_inputs(case).values()
     dy = np.random.default_rng(1).standard_normal(x.shape).astype(x.dtype)
     return away_from_ties(dy, x, *parameters)
 
 
 def make_rstd(case: NormCase) -> np.ndarray[Any, Any]:
-    """What the forward pass gives to the backward pass, from float64."""
+    """The value that the forward pass saves for backward, computed in float64."""
     x, *_, eps = make_inputs(case).values()
     wide = x.astype(np.float64).reshape(*x.shape[:2], prod(x.shape[2:]))
     with np.errstate(over="ignore", invalid="ignore"):

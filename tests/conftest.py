@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import importlib
 import importlib.util
 import os
@@ -16,12 +15,14 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, NoReturn
 
+import compiled
 import pytest
 import torch
+from cuda_kernels import CudaKernel
+from emulated import build_kernels
 
 from deploynorm import libraries
 from deploynorm.errors import BackendError
-from deploynorm.libraries.find import source_digest
 
 if TYPE_CHECKING:
     from deploynorm.models.data import ImageData
@@ -33,29 +34,29 @@ OPTIONAL = {
     "trt-rtx": ("tensorrt_rtx", "pip install tensorrt_rtx_cu13"),
     "polygraphy": ("polygraphy", "pip install polygraphy"),
 }
-"""Name in DEPLOYNORM_REQUIRE -> the module that it stands for, and how to get it."""
+"""Name in DEPLOYNORM_REQUIRE -> the module that it means, and how to install it."""
 
 HEADERS = {
     "ort-headers": ("ONNXRUNTIME_INCLUDE_DIR", "onnxruntime_c_api.h"),
     "trt-headers": ("TENSORRT_INCLUDE_DIR", "NvInferRuntime.h"),
 }
-"""Name in DEPLOYNORM_REQUIRE -> the variable that names a folder, and a header that lies there."""
+"""Name in DEPLOYNORM_REQUIRE -> the variable with a folder, and a header in that folder."""
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config: pytest.Config) -> None:
     """Runs a plain `pytest` in two processes, where pytest-xdist is installed and -n does not say otherwise."""
     whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS and "PYTEST_XDIST_WORKER" not in os.environ
-    if whole and getattr(config.option, "numprocesses", 0) is None and not config.getoption("usepdb"):
+    if whole and getattr(config.option, "numprocesses", 0) is None and not config.option.usepdb:
         config.option.numprocesses = min(os.cpu_count() or 1, 2)
         config.option.dist = "loadfile"
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """No test meets the user's cache, in which `deploynorm plugins build` may have put libraries."""
+    """Gives the tests an empty cache: that of the user may have libraries of `deploynorm plugins build`."""
     folder = tempfile.mkdtemp(prefix="deploynorm-tests-")
     config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
-    # Matplotlib would make its list of fonts, which takes seconds, again for each run.
+    # Otherwise Matplotlib would list the fonts again in each run, which takes seconds.
     os.environ.setdefault(
         "MPLCONFIGDIR", str(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "matplotlib")
     )
@@ -66,9 +67,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:
-    lines = [] if torch.cuda.is_available() else ["tests/gpu: left out, torch finds no CUDA device"]
+    lines = [] if torch.cuda.is_available() else ["tests/gpu: on the emulation only, torch finds no CUDA device"]
     if config.option.markexpr == "not slow":
-        lines.append("tests marked slow: left out, `pytest -m slow` runs them")
+        lines.append("tests marked slow: deselected, `pytest -m slow` runs them")
     return lines
 
 
@@ -83,7 +84,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _away_from_the_clone(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """A Python started in the clone would import the sources that lie there, and not the package as installed."""
+    """A Python process started in the clone would import deploynorm from there, and not as installed."""
     os.chdir(tmp_path_factory.mktemp("away"))
 
 
@@ -95,7 +96,7 @@ def _missing(name: str, reason: str) -> NoReturn:
 
 
 def _reason(name: str) -> str | None:
-    """Why what this name stands for cannot be used here, or None."""
+    """Why what this name means cannot be used on this machine, or None."""
     if name == "native":
         built = libraries.find_library() is not None
         return None if built else "native: the operator library is not built (deploynorm plugins build)"
@@ -110,9 +111,9 @@ def _reason(name: str) -> str | None:
     if name in HEADERS:
         variable, header = HEADERS[name]
         there = (Path(os.environ.get(variable, "")) / header).is_file()
-        return None if there else f"{name}: {variable} is no folder with a file {header}"
+        return None if there else f"{name}: {variable} is not a folder with {header}"
     if name == "trt-lean":
-        return None if os.environ.get("TENSORRT_LEAN_DIRS") else "trt-lean: TENSORRT_LEAN_DIRS names no lean runtimes"
+        return None if os.environ.get("TENSORRT_LEAN_DIRS") else "trt-lean: TENSORRT_LEAN_DIRS is not set"
     if name == "gpu":
         return None if torch.cuda.is_available() else "gpu: torch finds no CUDA device"
     module, remedy = OPTIONAL[name]
@@ -124,9 +125,8 @@ def _reason(name: str) -> str | None:
 def require() -> Callable[[str], None]:
     """require("ort") skips the test where onnxruntime is missing, or fails it where DEPLOYNORM_REQUIRE names ort.
 
-    It takes the names of OPTIONAL and HEADERS, "native" for our operator library, "compiler" for what builds it, "nvcc"
-    for what builds it with CUDA, "trt-lean" for lean runtimes of TensorRT in the folders that TENSORRT_LEAN_DIRS names,
-    and "gpu" for a CUDA device.
+    Names are those of OPTIONAL and HEADERS, "native" (our operator library), "compiler" (builds it), "nvcc" (builds it
+    with CUDA), "trt-lean" (TensorRT's lean runtimes in the folders of TENSORRT_LEAN_DIRS), and "gpu" (a CUDA device).
     """
 
     def require(name: str) -> None:
@@ -137,35 +137,39 @@ def require() -> Callable[[str], None]:
 
 
 @pytest.fixture(scope="session")
-def kept(pytestconfig: pytest.Config) -> Callable[[str, str, Callable[[Path], object]], Path]:
-    """kept(name, key, build): a folder in pytest's cache, which build(folder) fills once for each key."""
-
-    def kept(name: str, key: str, build: Callable[[Path], object]) -> Path:
-        cache = pytestconfig.cache
-        assert cache is not None
-        folder = cache.mkdir(name) / key
-        with folder.with_suffix(".lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # pytest-xdist's processes share the cache
-            if not (folder / "complete").is_file():
-                shutil.rmtree(folder, ignore_errors=True)
-                build(folder)
-                (folder / "complete").touch()
-        return folder
-
-    return kept
+def build_once(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str, Callable[[Path], object]], Path]:
+    """build_once(name, build): a folder that build(folder) filled, once for each state of the sources, in any run."""
+    cache = request.config.cache
+    parent = tmp_path_factory.mktemp("compiled") if cache is None else cache.mkdir("compiled")
+    key = compiled.digest()
+    return lambda name, build: compiled.build_once(parent / name, key, build)
 
 
 @pytest.fixture(scope="session")
-def cuda_libraries(require: Callable[[str], None], kept: Callable[[str, str, Callable[[Path], object]], Path]) -> Path:
-    """A folder of our libraries with code for all GPUs, built once for each state of the sources."""
+def cuda_libraries(require: Callable[[str], None], build_once: Callable[..., Path]) -> Path:
+    """A folder of our three libraries, with code for all GPUs."""
     require("nvcc")
     require("trt-headers")
-    return kept("cuda-libraries", source_digest(), lambda folder: libraries.build(folder, cuda=True))
+    return build_once("cuda-libraries", lambda folder: libraries.build(folder, cuda=True))
+
+
+@pytest.fixture(scope="session")
+def emulated_library(require: Callable[[str], None], build_once: Callable[..., Path]) -> Path:
+    """The CUDA kernels, compiled for the CPU."""
+    require("compiler")
+    return build_once("emulated", build_kernels) / "libemulated.so"
+
+
+@pytest.fixture(scope="session")
+def emulated(emulated_library: Path) -> CudaKernel:
+    return CudaKernel(emulated_library, "cpu")
 
 
 @pytest.fixture
 def without_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A machine on which our operator library is not built."""
+    """A machine without our operator library."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "empty cache"))
     monkeypatch.setattr("deploynorm.libraries.find.installed_library", lambda name: None)
     assert libraries.find_library() is None
@@ -174,7 +178,7 @@ def without_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 @pytest.fixture(scope="session")
 def fashion_mnist() -> ImageData:
     """The real Fashion-MNIST. Skips the test where it is missing, or fails it where DEPLOYNORM_REQUIRE names data."""
-    from deploynorm.models.data import load_fashion_mnist  # there only once installed, and tests/gpu runs without
+    from deploynorm.models.data import load_fashion_mnist  # imported late: tests/gpu runs without its requirements
 
     try:
         return load_fashion_mnist()
@@ -192,7 +196,7 @@ def timm() -> ModuleType:
         try:
             return importlib.import_module("timm")
         except RuntimeError:
-            # PyPI's torchvision is built for CUDA: beside a CPU torch it lacks the operators that it describes.
+            # PyPI's torchvision is built for CUDA: with a CPU torch it lacks operators that it registers shapes for.
             for name in [name for name in sys.modules if name.partition(".")[0] in ("timm", "torchvision")]:
                 del sys.modules[name]
             for operator in ("nms", "qnms"):
@@ -202,4 +206,4 @@ def timm() -> ModuleType:
 
 
 TORCHVISION: list[torch.library.Library] = []
-"""Operators last as long as the library object that defined them."""
+"""Operators exist as long as the library object that defined them."""

@@ -1,4 +1,4 @@
-"""NVIDIA's polygraphy takes our files: it shows them, runs them, and builds them with the plugin inside."""
+"""NVIDIA's polygraphy shows our files, runs them, and builds engines of them with the plugin inside."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def polygraphy(require: Callable[[str], None]) -> Callable[..., str]:
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    """Two convolutions around an FRN of free batch, height and width, with its body and the names of the plugin."""
+    """Two convolutions around an FRN with dynamic N, H and W, with its body and the attributes of the plugin."""
     proto = conv_frn_conv("float32", ("N", 16, "H", "W"))
     proto.graph.node[1].attribute.extend(onnx.helper.make_attribute(*item) for item in NODE_ATTRIBUTES.items())
     onnx.save(proto, tmp_path / "model.onnx")
@@ -55,13 +55,13 @@ def test_it_runs_our_file_in_stock_onnx_runtime(
     polygraphy: Callable[..., str], model: Path, require: Callable[[str], None]
 ) -> None:
     require("ort")
-    told = polygraphy("run", model, "--onnxrt", "--input-shapes", "x:[2,16,9,7]")
-    assert "onnxrt-runner" in told
-    assert "PASSED" in told
+    printed = polygraphy("run", model, "--onnxrt", "--input-shapes", "x:[2,16,9,7]")
+    assert "onnxrt-runner" in printed
+    assert "PASSED" in printed
 
 
 LEAST_BYTES = 18 * 16 * 16 * 4
-"""The weights of the two convolutions, which an engine holds."""
+"""The weights of the two convolutions, which are part of an engine."""
 
 SHAPES = (
     "--trt-min-shapes",
@@ -86,12 +86,12 @@ def test_it_builds_an_engine_with_our_plugin(
     request: pytest.FixtureRequest,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """It only opens a plugin library, so it is given the one that registers the plugin."""
+    """polygraphy only opens a plugin library, so it gets the one that registers the plugin on load."""
     register = plugin_library(request).with_name(libraries.TENSORRT_REGISTER_LIBRARY)
     bare = onnx.load(model)
     del bare.functions[:]  # nothing but the plugin can then compute it
     onnx.save(bare, model)
-    # Without this name of it TensorRT-RTX ends the process at the first plugin: see deploynorm.trt.soname.
+    # Without a file of this name TensorRT-RTX ends the process at the first plugin: see deploynorm.trt.soname.
     import tensorrt_rtx_libs
 
     (tmp_path / "libtensorrt_rtx.so").symlink_to(

@@ -1,4 +1,4 @@
-"""Short runs of the training recipe, as its tests make them."""
+"""Short runs of the training recipe."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from deploynorm.layers import MABN2d
 from deploynorm.models import data, frn_resnet, mabn_resnet, train
 
 FILES = ["curve.png", "last.pt", "log.csv", "model.pt"]
-"""What a run without TensorBoard leaves."""
+"""The files that a run without TensorBoard writes."""
 
 
 def run(norm: str, output: Path, *arguments: str) -> int:
@@ -27,7 +27,7 @@ def run(norm: str, output: Path, *arguments: str) -> int:
 
 
 def few_digits(patch: pytest.MonkeyPatch, train_images: int = 96, test_images: int = 20) -> None:
-    """Makes the recipe's digits so few that an epoch takes a fraction of a second: 3 steps of 32."""
+    """Reduces the digits to 3 steps of 32 images per epoch."""
     digits = data.load_digits()
     few = digits._replace(
         train_images=digits.train_images[:train_images],
@@ -39,7 +39,7 @@ def few_digits(patch: pytest.MonkeyPatch, train_images: int = 96, test_images: i
 
 
 def few_layers(patch: pytest.MonkeyPatch) -> None:
-    """Leaves one block of three in each stage of ResNet-20."""
+    """Reduces each stage of ResNet-20 to one block."""
     for module in (frn_resnet, mabn_resnet):
 
         class Shallow(module.ResNet):
@@ -50,7 +50,7 @@ def few_layers(patch: pytest.MonkeyPatch) -> None:
 
 
 def short_warmup(patch: pytest.MonkeyPatch) -> None:
-    """Lets MABN's moving averages and its factor r take part in runs of a few steps."""
+    """Activates MABN's moving averages and its factor r in runs of a few steps."""
     patch.setattr(mabn_resnet, "MABN2d", partial(MABN2d, warmup=1, renorm_start=3))
 
 
@@ -78,12 +78,12 @@ def read_log(folder: Path) -> list[dict[str, str]]:
 
 
 def timeless_log(folder: Path) -> list[dict[str, str]]:
-    """What of the log has to be the same each time."""
+    """The columns of the log that must be equal in every run."""
     return [{k: v for k, v in row.items() if k not in ("seconds", "images_per_second")} for row in read_log(folder)]
 
 
 def assert_same_run(got: Path, want: Path) -> None:
-    """Weights and statistics, the averages of --ema, what the optimiser and the loss scaler keep, and the log."""
+    """Compares weights and statistics, the averages of --ema, the states of optimiser and loss scaler, and the log."""
     for name in ("model.pt", "last.pt"):
         got_parts, want_parts = load(got / name), load(want / name)
         for part in ("state_dict", "model", "averaged", "scaler", "epoch"):

@@ -1,8 +1,8 @@
-"""SGD whose normalization batch is smaller than its batch, as on several devices with a few images each.
+"""SGD with a normalization batch smaller than its batch, as on several devices with few images each.
 
 Every step takes 32 images, so that the optimiser sees the same whatever the normalization. The layers see them in
-micro-batches of the normalization batch, and the gradients of the micro-batches are averaged. What a layer makes of its
-images decides how that may be computed:
+micro-batches of the normalization batch, and the gradients of the micro-batches are averaged. How that is computed
+depends on the layer:
 
     bn    statistics of the micro-batch: one pass over the 32 images, each BN split into its micro-batches
     mabn  moving averages over the micro-batches before: one forward and backward pass for each, one after the other
@@ -59,11 +59,11 @@ SGD_BATCH = 32
 GROUPS: tuple[Groups, ...] = ("random", "correlated")
 
 BATCH_FREE = ("gn", "frn")
-"""Normalizations that take each image by itself."""
+"""Normalizations that see each image alone."""
 
 
 class GroupedBatchNorm2d(nn.BatchNorm2d):
-    """BN of each `group` images of a batch by themselves, as if they came in batches of that size, in that order."""
+    """BN with statistics of each `group` consecutive images, as if they came in batches of that size."""
 
     def __init__(self, num_features: int, group: int) -> None:
         super().__init__(num_features)
@@ -76,7 +76,7 @@ class GroupedBatchNorm2d(nn.BatchNorm2d):
 
 
 class Recipe(NamedTuple):
-    """What is the same for every normalization."""
+    """The settings that all normalizations share."""
 
     epochs: int
     lr: float
@@ -87,7 +87,7 @@ class Recipe(NamedTuple):
 
 
 class Pixels(NamedTuple):
-    """A data set as the networks take it: images float32 (N, C, H, W) of mean 0 and deviation 1, classes int64 (N,)."""
+    """A data set, ready for the networks: images float32 (N, C, H, W) of mean 0 and deviation 1, classes int64 (N,)."""
 
     train_images: Tensor
     train_classes: Tensor
@@ -127,15 +127,15 @@ def build(norm: Norm, norm_batch: int, recipe: Recipe, num_classes: int, in_chan
 
 
 def epoch_steps(classes: Tensor) -> int:
-    """Steps of an epoch: as many as the images of either order fill."""
+    """Steps of an epoch: the number that both orders fill."""
     return int((torch.bincount(classes) // 2 * 2).sum()) // SGD_BATCH
 
 
 def image_order(classes: Tensor, groups: Groups, generator: np.random.Generator) -> Tensor:
     """Indices of the images of one epoch, none twice.
 
-    With "correlated" the images 2k and 2k + 1 are of one class; of a class with an odd number of images another one
-    is left out each time.
+    With "correlated" the images 2k and 2k + 1 are of one class; of a class with an odd number of images a random one
+    is dropped.
     """
     order = generator.permutation(len(classes))
     if groups == "correlated":
@@ -157,11 +157,11 @@ def train(
     compiled: bool = False,
     advance: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[nn.Module, float]:
-    """Trains a network from scratch; the seed decides its weights and the order of the images.
+    """Trains a network from scratch; the seed determines its weights and the order of the images.
 
     Args:
-        compiled: Whether torch.compile makes the network of a training step.
-        advance: Called after each step with the steps done and the steps in all.
+        compiled: Whether the training step uses torch.compile.
+        advance: Called after each step with the number of steps done and of all steps.
 
     Returns:
         The network, and the mean training loss of the last epoch: NaN where training diverged.
@@ -195,7 +195,7 @@ def train(
 
 @torch.no_grad()
 def accuracy(model: nn.Module, data: Pixels) -> float:
-    """The part of the test images that the network, in evaluation mode, puts in their class."""
+    """Test accuracy of the network in evaluation mode, from 0 to 1."""
     model.eval()
     batches = zip(torch.split(data.test_images, 500), torch.split(data.test_classes, 500), strict=True)
     correct = [(model(images).argmax(1) == classes).sum() for images, classes in batches]
@@ -203,9 +203,9 @@ def accuracy(model: nn.Module, data: Pixels) -> float:
 
 
 def with_population_statistics(model: nn.Module, data: Pixels) -> nn.Module:
-    """A copy whose BN layers hold the statistics of up to 4,000 training images at once, in batches of 500.
+    """A copy whose BN layers have the statistics of up to 4,000 training images, averaged over batches of 500.
 
-    Neither the noise of a running average nor the make-up of the micro-batches is in them.
+    They contain neither the noise of a running average nor an effect of the micro-batches.
     """
     model = copy.deepcopy(model)
     for module in model.modules():

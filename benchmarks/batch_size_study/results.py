@@ -1,4 +1,4 @@
-"""The results of the study: a row for each run, and what the rows say as a table and as a picture."""
+"""The results of the study: a row for each run, a table and a picture."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ __all__ = ["NORMS", "Results", "Row", "Run", "Settings", "draw", "read_rows", "r
 NORMS: dict[Norm, str] = {"bn": "BN", "gn": "GN", "frn": "FRN + TLU", "mabn": "MABN + CenConv"}
 
 Row = dict[str, str]
-"""A line of results.csv: the run, what came out, the settings, and the machine."""
+"""A line of results.csv: run, results, settings and machine."""
 
 
 class Run(NamedTuple):
-    """One training. Its norm_batch is "any" where the normalization does not depend on it."""
+    """One training; norm_batch is "any" where the normalization does not depend on it."""
 
     norm: Norm
     norm_batch: str
@@ -32,7 +32,7 @@ class Run(NamedTuple):
 
 
 class Settings(NamedTuple):
-    """What all runs of a study share: data set, training images, pixels averaged, and the recipe."""
+    """The settings that all runs of a study share: data set, training images, pooling, and the recipe."""
 
     data: str
     images: int
@@ -44,11 +44,11 @@ class Settings(NamedTuple):
 
 
 class Results(NamedTuple):
-    """What came out of a run."""
+    """The results of a run."""
 
     test_accuracy: float
     population_accuracy: float | None
-    """The same with `with_population_statistics`; of BN alone."""
+    """Test accuracy after `with_population_statistics`; BN only."""
     train_loss: float
     """Mean over the last epoch."""
     cpu_seconds: float
@@ -65,10 +65,10 @@ def row_of(run: Run, results: Results, settings: Settings, machine: str) -> Row:
 
 
 def read_rows(path: Path, settings: Settings | None = None) -> list[Row]:
-    """The rows of a file, none where there is no file.
+    """The rows of a file; none if the file does not exist.
 
     Raises:
-        InputError: The file is another one, or its study had other settings.
+        InputError: It is not a file of the study, or its study had other settings.
     """
     if not path.exists():
         return []
@@ -111,7 +111,7 @@ def select(rows: Sequence[Row], **wanted: str) -> list[Row]:
 
 
 def spread(rows: Sequence[Row], column: str, seeds: int) -> str:
-    """Mean of a column of accuracies in percent, its least and greatest value, and the runs where some are missing."""
+    """Mean, minimum and maximum of a column of accuracies, in percent; with the number of runs if some are missing."""
     values = [100 * float(row[column]) for row in rows]
     if not values:
         return ""

@@ -1,4 +1,4 @@
-"""Test accuracy against the normalization batch, for BN, GN, FRN and MABN: the papers' question on small real data.
+"""Test accuracy against the normalization batch for BN, GN, FRN and MABN, as in their papers, on small data.
 
     python benchmarks/batch_size_study --compile -o runs/batch_size_study
     python benchmarks/batch_size_study --data digits --seeds 0 --norm-batches 2 32 -o runs/digits
@@ -8,8 +8,8 @@ batches of 32, no augmentation. Only the normalization differs, and how many of 
 order of the images is random, or correlated: in pairs of one class; see micro_batches.py. The accuracy is that on all
 test images after the last epoch, in evaluation mode, as the network would be deployed.
 
-The output folder receives results.csv, a row after each finished run, and at the end table.md and figure.png. The same
-command continues an interrupted study, and more seeds or batches can be asked of a finished one.
+The output folder receives results.csv, with a row after each finished run, and at the end table.md and figure.png. The
+same command continues an interrupted study; one with more seeds or batches extends a finished one.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ from deploynorm.ort.machine import processor_name
 __all__ = ["main"]
 
 Advance = Callable[[int, int], None]
-"""Takes the steps of a run that are done, and its steps in all."""
+"""Arguments: the number of steps done, and of all steps of a run."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -111,7 +111,7 @@ def load(source: str, images: int, pool: int) -> Pixels:
 
 
 def machine() -> str:
-    """What a run is made on, for its row."""
+    """Processor, version of torch and threads, for the row of a run."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else processor_name()
     threads = torch.get_num_threads()
     return f"{device}, torch {torch.__version__}, {threads} thread{'s' if threads > 1 else ''}"
@@ -131,14 +131,14 @@ def make(run: Run, settings: Settings, source: str, compiled: bool, advance: Adv
 
 
 def start_worker(threads: int) -> None:
-    """Prepares a process of the pool."""
-    # Ctrl-C reaches every process of the terminal: the first one ends the others.
+    """Initializes a process of the pool."""
+    # Ctrl-C reaches every process of the terminal; the parent terminates the others.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(threads)
 
 
 def make_all(runs: Sequence[Run], settings: Settings, options: argparse.Namespace, advance: Advance) -> Iterator[Row]:
-    """Gives the row of each run as it ends.
+    """Yields the row of each run as it ends.
 
     Raises:
         BackendError: A process of the pool was killed.
@@ -166,7 +166,7 @@ def make_all(runs: Sequence[Run], settings: Settings, options: argparse.Namespac
 
 
 def about(settings: Settings, rows: Sequence[Row]) -> str:
-    """What the table's numbers are, in words."""
+    """The description above the table."""
     seeds = ", ".join(sorted({row["seed"] for row in rows}, key=int))
     return (
         f"{settings.data}: the first {settings.images:,} training images, all test images, {settings.pool}x"
@@ -179,7 +179,7 @@ def about(settings: Settings, rows: Sequence[Row]) -> str:
 
 
 def study(options: argparse.Namespace) -> None:
-    """Makes the runs that are missing, and writes what all runs say."""
+    """Trains the missing runs, and writes rows, table and figure of all."""
     images = data.load(options.data)
     sides = images.train_images.shape[2:]
     pool = options.pool or (2 if max(sides) > 16 else 1)

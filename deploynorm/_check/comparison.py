@@ -13,8 +13,9 @@ import numpy.typing as npt
 from deploynorm.contract import DTYPES
 from deploynorm.errors import InputError, ParityError
 from deploynorm.run.base import Runner
+from deploynorm.tables import table
 
-__all__ = ["DEFAULT_TOLERANCE", "Comparison", "Report", "Tolerance", "check"]
+__all__ = ["DEFAULT_TOLERANCE", "Comparison", "Report", "Tolerance", "check", "parity_table"]
 
 
 class Tolerance(NamedTuple):
@@ -88,7 +89,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Report:
-    """All comparisons of one check; true when there are any and all of them hold.
+    """All comparisons of one check; true when there are any and all of them hold. `print` shows the table.
 
     Attributes:
         candidate: Name of the runner that was checked.
@@ -121,6 +122,9 @@ class Report:
                 {name: _to_json(value) for name, value in asdict(comparison).items()} for comparison in self.comparisons
             ],
         }
+
+    def __str__(self) -> str:
+        return parity_table([self], f"Parity with {self.truth}")
 
     def raise_if_broken(self) -> None:
         """Raises ParityError for the worst comparison unless the report is true."""
@@ -178,6 +182,26 @@ def check(
     if empty:
         raise InputError("check", "no samples: nothing was compared", fix="give at least one")
     return Report(candidate.name, truth.name, tuple(comparisons), candidate.precision)
+
+
+def parity_table(reports: Iterable[Report], title: str, verbose: bool = False) -> str:
+    """The errors beside what is allowed: for each output the worst sample, or all of them."""
+    rows = []
+    for report in reports:
+        outputs: dict[str, list[Any]] = {}
+        for comparison in report.comparisons:
+            outputs.setdefault(comparison.output, []).append(comparison)
+        for output, comparisons in outputs.items():
+            worst = max(comparisons, key=lambda c: (not c.ok, c.severity))
+            for comparison in comparisons if verbose else [worst]:
+                verdict = ("ok" if comparison.ok else "BROKEN") + (
+                    f": {comparison.reason}" if comparison.reason else ""
+                )
+                errors = (f"{x:.2e}" for x in (comparison.max_abs, comparison.max_rel, comparison.allowed))
+                count = () if verbose else (len(comparisons),)
+                rows.append((report.candidate, output, *count, comparison.sample, *errors, verdict))
+    sample = ("sample",) if verbose else ("samples", "worst sample")
+    return table(title, ("candidate", "output", *sample, "max |error|", "relative", "allowed", ""), rows)
 
 
 _Array = npt.NDArray[Any]

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,9 +11,8 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from deploynorm._check.comparison import Report, check
+from deploynorm._check.comparison import Report, check, parity_table
 from deploynorm._export.precision import DTYPES, dtype_of, first_overflow, to_precision
-from deploynorm.contract import METADATA_SIZES
 from deploynorm.dtypes import numpy_dtype
 from deploynorm.errors import BackendError, InputError, ModelError
 from deploynorm.inputs import Shape, TensorSpec, with_sizes
@@ -26,7 +24,6 @@ from deploynorm.run import open_runner
 from deploynorm.run.base import Runner
 from deploynorm.run.eager import EagerRunner
 from deploynorm.samples import sample_inputs
-from deploynorm.tables import table
 
 __all__ = ["Parity", "check_file", "check_folded", "check_onnx"]
 
@@ -85,26 +82,6 @@ class Parity:
         """Raises ParityError for the first report that is broken."""
         for report in self.reports:
             report.raise_if_broken()
-
-
-def parity_table(reports: Iterable[Report], title: str, verbose: bool = False) -> str:
-    """The errors beside what is allowed: for each output the worst sample, or all of them."""
-    rows = []
-    for report in reports:
-        outputs: dict[str, list[Any]] = {}
-        for comparison in report.comparisons:
-            outputs.setdefault(comparison.output, []).append(comparison)
-        for output, comparisons in outputs.items():
-            worst = max(comparisons, key=lambda c: (not c.ok, c.severity))
-            for comparison in comparisons if verbose else [worst]:
-                verdict = ("ok" if comparison.ok else "BROKEN") + (
-                    f": {comparison.reason}" if comparison.reason else ""
-                )
-                errors = (f"{x:.2e}" for x in (comparison.max_abs, comparison.max_rel, comparison.allowed))
-                count = () if verbose else (len(comparisons),)
-                rows.append((report.candidate, output, *count, comparison.sample, *errors, verdict))
-    sample = ("sample",) if verbose else ("samples", "worst sample")
-    return table(title, ("candidate", "output", *sample, "max |error|", "relative", "allowed", ""), rows)
 
 
 @dataclass(frozen=True)
@@ -177,9 +154,7 @@ def check_onnx(
     file, notes = OnnxFile.read(model), []
     if backend is None and not _has_onnxruntime():
         backend = "reference"
-    comparing = _Comparing(
-        network, (), network.base, _Settings(seed, rtol, atol), _found(file.metadata.get(METADATA_SIZES))
-    )
+    comparing = _Comparing(network, (), network.base, _Settings(seed, rtol, atol), file.sizes)
     if backend in ("half", "reference"):
         return _explained(Parity((_check_file(file, backend, comparing),)), comparing, keep_float32)
     precision = file.half_type
@@ -244,11 +219,11 @@ class _Comparing:
         inputs: Sequence[TensorSpec],
         base: Mapping[str, Shape],
         settings: _Settings,
-        found: object = None,
+        found: Mapping[str, Any] | None = None,
     ) -> None:
         self.network, self.inputs, self.settings = network, tuple(inputs), settings
         self.notes: list[str] = []
-        self._base, self._found = base, found
+        self._base, self._found = base, found or {}
         self._samples: list[_Sample] = []
         self._wanted: dict[int, dict[str, _Array]] = {}
         self._precision: str | None = None
@@ -355,13 +330,6 @@ def _rounded(feeds: dict[str, _Array], precision: str | None) -> dict[str, _Arra
         return feeds
     low = numpy_dtype(precision)
     return {name: x.astype(low).astype(x.dtype) if x.dtype.kind == "f" else x for name, x in feeds.items()}
-
-
-def _found(text: str | None) -> object:
-    try:
-        return None if text is None else json.loads(text)
-    except ValueError:
-        return None
 
 
 def _has_onnxruntime() -> bool:

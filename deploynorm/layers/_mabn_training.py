@@ -28,18 +28,16 @@ FIX = "put the layer in evaluation mode or freeze it (freeze_mabn): then it is a
 class Batch(NamedTuple):
     """What a forward pass finds of its batch, over all processes."""
 
-    row: Tensor
-    """(C + 1), as in _statistics.py."""
     history: Tensor
-    """recent_x2 with this row as its newest."""
+    """recent_x2 with the batch's row as its newest."""
     finite: Tensor
-    """(), bool: every second moment is."""
+    """(), bool: every second moment is finite."""
     used: Used
     """What the batch is to be normalised by."""
 
 
 def step(layer: _MABN, x: Tensor, may_run_again: bool) -> Used:
-    """What x is normalised by; moves the layer's statistics on, unless an earlier run of the same pass has done so."""
+    """What x is normalised by; commits x to the layer's statistics, unless a first run of this pass has done so."""
     R = layer.running_var
     sums = statistics.second_moment_sum(x, torch.promote_types(x.dtype, R.dtype)).to(R.dtype)
     row = statistics.over_all_ranks(statistics.row(sums, x), layer.process_group)
@@ -56,7 +54,7 @@ def step(layer: _MABN, x: Tensor, may_run_again: bool) -> Used:
 
 
 def measure(layer: _MABN, row: Tensor) -> Batch:
-    """What follows from a batch's row and the statistics before it. Changes nothing."""
+    """What follows from a batch's row and the statistics before it. Changes no statistic."""
     R = layer.running_var
     largest = row.amax()  # no value is negative, and the number of samples is among them
     finite = largest < torch.inf
@@ -68,7 +66,7 @@ def measure(layer: _MABN, row: Tensor) -> Batch:
     second_moment = torch.where(kept, statistics.average(history, window), R)
     r = ((second_moment + layer.eps) / (R + layer.eps)).sqrt_().clamp_(1 / layer.max_renorm, layer.max_renorm)
     r.masked_fill_(iteration <= max(layer.warmup, layer.renorm_start), 1)
-    return Batch(row, history, finite, Used(second_moment, r, window, kept))
+    return Batch(history, finite, Used(second_moment, r, window, kept))
 
 
 def commit(layer: _MABN, batch: Batch, first_run: Tensor | None) -> None:

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from deploynorm.contract import METADATA_SIZES
 from deploynorm.dtypes import numpy_dtype
 from deploynorm.errors import ModelError
-from deploynorm.inputs import TensorSpec
+from deploynorm.inputs import TensorSpec, read_sizes
 from deploynorm.ort import explain, import_onnxruntime, quiet_options
 from deploynorm.ort import session as open_session
 from deploynorm.run.base import Runner, check_feeds, closed_error
@@ -68,6 +69,7 @@ class OnnxRuntimeRunner(Runner):
         outputs = [_spec(self._where, value) for value in session.get_outputs()]
         self.output_names = tuple(spec.name for spec in outputs)
         self._has_bfloat16 = any(spec.dtype == "bfloat16" for spec in (*self.inputs, *outputs))
+        self._limits = read_sizes(session.get_modelmeta().custom_metadata_map.get(METADATA_SIZES)).get("notes")
         self._value = ort.OrtValue
         self._session: Any = session
 
@@ -82,7 +84,11 @@ class OnnxRuntimeRunner(Runner):
         try:
             results = self._run_values(feeds) if self._has_bfloat16 else self._session.run(None, dict(feeds))
         except Exception as error:
-            raise explain(self._where, error) from error
+            explained = explain(self._where, error)
+            if self._limits and isinstance(explained, ModelError):
+                takes = f"feed sizes that the network takes: {'; '.join(map(str, self._limits))}"
+                explained = ModelError(explained.where, explained.problem, got=explained.got, fix=takes)
+            raise explained from error
         return dict(zip(self.output_names, results, strict=True))
 
     def close(self) -> None:

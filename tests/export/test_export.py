@@ -32,7 +32,7 @@ FRN_NODE = f"{contract.DOMAIN}::{contract.OP_TYPE}"
 
 
 class Net(nn.Module):
-    """Two FRN layers, of one epsilon and of one epsilon a channel, and a TLU of its own."""
+    """Two FRN layers, with one epsilon and with one per channel, and a separate TLU."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -67,10 +67,20 @@ class FixedSize(nn.Module):
         return self.head(x.flatten(1))
 
 
-@pytest.fixture
-def net() -> Net:
+def _net() -> Net:
     torch.manual_seed(0)
     return Net().eval()
+
+
+@pytest.fixture
+def net() -> Net:
+    return _net()
+
+
+@pytest.fixture(scope="module")
+def exported() -> Exported:
+    """The network with every default, exported once."""
+    return export(_net(), (_image(2, 3, 17, 19),))
 
 
 def _image(*shape: int) -> Tensor:
@@ -103,8 +113,7 @@ def test_every_lowering_computes_the_network(
         _agrees(exported, net, _image(*shape))
 
 
-def test_custom_lowering_writes_one_node_a_layer(net: Net) -> None:
-    exported = export(net, (_image(2, 3, 17, 19),))
+def test_custom_lowering_writes_one_node_per_layer(exported: Exported) -> None:
     assert exported.node_counts() == Counter({"Conv": 2, FRN_NODE: 2, "Max": 1, "ReduceMean": 1, "Gemm": 1})
     nodes = [node for node in exported.to_proto().graph.node if node.op_type == contract.OP_TYPE]
     for node in nodes:
@@ -125,15 +134,15 @@ def test_standard_lowerings_leave_nothing_of_ours(net: Net, lowering: str) -> No
     assert counts["RMSNormalization"] == (2 if lowering == "rmsnorm" else 0)
 
 
-def test_function_body_goes_with_the_model_unless_left_out(net: Net) -> None:
-    with_body = export(net, (_image(2, 3, 17, 19),)).to_proto()
+def test_the_model_has_the_function_body_unless_left_out(net: Net, exported: Exported) -> None:
+    with_body = exported.to_proto()
     without = export(net, (_image(2, 3, 17, 19),), function=False).to_proto()
     assert [(f.domain, f.name) for f in with_body.functions] == [(contract.DOMAIN, contract.OP_TYPE)]
     assert not without.functions
     assert [n.op_type for n in with_body.graph.node] == [n.op_type for n in without.graph.node]
 
 
-def test_without_the_body_the_reference_evaluator_still_knows_the_operator(net: Net) -> None:
+def test_the_reference_evaluator_runs_the_operator_without_its_body(net: Net) -> None:
     x = _image(2, 3, 9, 9)
     proto = export(net, (x,), function=False).to_proto()
     with ReferenceRunner(proto) as runner, torch.no_grad():
@@ -164,7 +173,7 @@ def test_foreign_function_of_the_same_name_is_refused(net: Net) -> None:
         ("none", (2, 3, 17, 19)),
     ],
 )
-def test_dynamic_names_the_free_axes(net: Net, dynamic: str | None, shape: tuple[int | str, ...]) -> None:
+def test_dynamic_sets_the_dynamic_axes(net: Net, dynamic: str | None, shape: tuple[int | str, ...]) -> None:
     exported = export(net, (_image(2, 3, 17, 19),), dynamic=dynamic)
     (spec,) = exported.inputs
     assert (spec.name, spec.shape, spec.dtype) == ("image", shape, "float32")
@@ -172,8 +181,8 @@ def test_dynamic_names_the_free_axes(net: Net, dynamic: str | None, shape: tuple
     assert (output.dim_param or output.dim_value) == shape[0]
 
 
-def test_no_symbol_of_torch_is_left_in_the_graph(net: Net) -> None:
-    proto = export(net, (_image(2, 3, 17, 19),)).to_proto()
+def test_no_symbol_of_torch_is_left_in_the_graph(exported: Exported) -> None:
+    proto = exported.to_proto()
     values = [*proto.graph.input, *proto.graph.output, *proto.graph.value_info]
     sizes = {dim.dim_param for value in values for dim in value.type.tensor_type.shape.dim if dim.dim_param}
     assert sizes == {"N", "H", "W", "((H + -3)//2) + 1", "((W + -3)//2) + 1"} or all(
@@ -181,20 +190,20 @@ def test_no_symbol_of_torch_is_left_in_the_graph(net: Net) -> None:
     )
 
 
-def test_axes_that_the_network_fixes_are_told_and_stay() -> None:
+def test_axes_that_the_network_fixes_are_reported_and_static() -> None:
     exported = export(FixedSize().eval(), (_image(2, 3, 8, 8),))
     assert exported.inputs[0].shape == ("N", 3, 8, 8)
     assert exported.notes == ("the network fixes axis 2 (8), 3 (8) of input x",)
 
 
-def test_axis_that_the_network_branches_on_is_told_and_stays() -> None:
+def test_axis_that_the_network_branches_on_is_reported_and_static() -> None:
     exported = export(Branching().eval(), (_image(2, 3, 8, 8),))
     assert exported.inputs[0].shape == (2, 3, "H", "W")
     assert any("holds for some sizes only: axis 0 of x: 1 to 3" in note for note in exported.notes)
 
 
 @pytest.mark.parametrize("network", [Branching(), FixedSize()], ids=["branches", "fixes"])
-def test_axes_that_must_stay_free_and_cannot_are_refused(network: nn.Module) -> None:
+def test_axes_that_must_be_dynamic_and_cannot_are_refused(network: nn.Module) -> None:
     with pytest.raises(ModelError, match="wants free"):
         export(network.eval(), (_image(2, 3, 8, 8),), dynamic="all")
 
@@ -213,7 +222,7 @@ def test_rmsnorm_is_refused_below_opset_23_and_in_float64(net: Net) -> None:
 
 
 def test_float64_network_stays_float64(require: Callable[[str], None]) -> None:
-    """Without a convolution, which ONNX Runtime has in float32 alone."""
+    """Without a convolution, which ONNX Runtime has in float32 only."""
     require("ort")
     network, x = nn.Sequential(FRN2d(3, learned_eps="layer"), TLU(3)).double(), _image(2, 3, 17, 19).double()
     exported = export(network, (x,))
@@ -230,7 +239,7 @@ HALF = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 def test_every_lowering_keeps_squares_of_large_half_values(
     lowering: str, runner: str, dtype: str, require: Callable[[str], None]
 ) -> None:
-    """On NumPy's own half types and on their emulation: ONNX Runtime's CPU would hide an overflow."""
+    """With NumPy's half types and with their emulation: ONNX Runtime's CPU would hide an overflow."""
     if runner == "half":
         require("ort")
     layer = FRN2d(4, eps=torch.tensor([1e-6, 1e-5, 1e-4, 1e-3]))
@@ -333,14 +342,14 @@ def test_a_half_network_can_be_exported_in_float32(net: Net, require: Callable[[
     _agrees(exported, net, _image(1, 3, 8, 31).half().float())
 
 
-def test_an_operator_without_bfloat16_in_the_opset_is_told(net: Net) -> None:
+def test_an_operator_without_bfloat16_in_the_opset_is_reported(net: Net) -> None:
     x = (_image(2, 3, 17, 19),)
     assert export(net, x, dtype=torch.bfloat16).opset == 22
     with pytest.raises(ModelError, match=r"Conv has no bfloat16 in this opset\. Got opset 20\. Fix: pass --opset 22"):
         export(net, x, dtype=torch.bfloat16, opset=20)
 
 
-def test_a_network_that_makes_float32_tensors_is_told_of_the_conversion() -> None:
+def test_a_network_that_makes_float32_tensors_gets_an_error_that_names_the_conversion() -> None:
     class Mixes(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -361,7 +370,7 @@ def test_an_example_that_is_no_tensor_is_refused_in_half_too(net: Net) -> None:
 
 
 def test_body_of_a_float32_model_has_no_cast() -> None:
-    """ONNX Runtime keeps a Cast to the same type at the end of a body as one more pass over the tensor."""
+    """ONNX Runtime runs a Cast to the same type at the end of a body as one more pass over the tensor."""
     assert not {"Cast", "CastLike"} & {node.op_type for node in function_proto(20).node}
     assert {"Cast", "CastLike"} <= {node.op_type for node in function_proto(20, half=True).node}
 
@@ -384,7 +393,7 @@ def test_weights_go_to_a_file_of_their_own_past_the_limit(
         np.testing.assert_allclose(got, net(x).numpy(), **OP_FLOAT32.kwargs())
 
 
-def test_network_given_is_left_untouched(net: Net) -> None:
+def test_network_given_is_unchanged(net: Net) -> None:
     net.train()
     before, shape = copy.deepcopy(net.state_dict()), repr(net)
     export(net, (_image(2, 3, 17, 19),))
@@ -507,7 +516,7 @@ def test_timm_network_built_for_frn_needs_few_nodes(timm: ModuleType) -> None:
     assert exported.inputs[0].shape == ("N", 3, "H", "W")
 
 
-def test_shipped_architectures_export_with_free_sizes(require: Callable[[str], None]) -> None:
+def test_shipped_architectures_export_with_dynamic_sizes(require: Callable[[str], None]) -> None:
     require("ort")
     network = frn_resnet.resnet20(in_channels=1).eval()
     exported = export(network, (_image(2, 1, 28, 28),))

@@ -57,7 +57,7 @@ def test_it_computes_what_the_network_computes(dtype: torch.dtype) -> None:
     torch.testing.assert_close(got / scale, want / scale, **tolerance.kwargs())
 
 
-def test_the_network_given_is_left_as_it_is() -> None:
+def test_the_network_given_is_unchanged() -> None:
     net = _network().train()
     before = copy.deepcopy(net.state_dict())
     to_precision(net, torch.float16, keep_float32=["3"], keep_io_types=True)
@@ -77,7 +77,7 @@ def test_a_wider_type_changes_no_number(own: torch.dtype, dtype: torch.dtype) ->
 
 KEPT = {
     "one layer": (["3.0"], ("3.0",)),
-    "a container stands for what is in it": (["3"], ("3",)),
+    "a container means all layers in it": (["3"], ("3",)),
     "its own parts named too": (["3", "3.2"], ("3",)),
     "a pattern": (["3.*"], ("3.0", "3.1", "3.2")),
     "several": (["0", "3.2"], ("0", "3.2")),
@@ -126,8 +126,8 @@ def test_inputs_and_outputs_keep_the_networks_own_type() -> None:
 
 
 @pytest.mark.parametrize("keep_io_types", [False, True])
-def test_an_archive_keeps_what_its_operators_want_in_float32(keep_io_types: bool) -> None:
-    """What `deploynorm fold` writes and `deploynorm export` reads."""
+def test_an_archive_keeps_what_its_operators_require_in_float32(keep_io_types: bool) -> None:
+    """An archive as `deploynorm fold` writes it and `deploynorm export` reads it."""
     folded = fold(nn.Sequential(nn.ReLU(), _network()), (_x(),)).model
     buffer = io.BytesIO()
     with warnings.catch_warnings():
@@ -197,7 +197,7 @@ def test_a_weight_past_the_largest_number_names_its_layer() -> None:
 
 
 def test_an_infinity_that_was_one_before_is_none_of_ours() -> None:
-    """tau = -inf is a threshold that is not there."""
+    """tau = -inf means no threshold."""
     tlu = TLU(3)
     tlu.tau.data.fill_(-torch.inf)
     assert torch.isneginf(to_precision(tlu, torch.float16).tau).all()
@@ -217,13 +217,13 @@ VANISHING = {
 }
 
 
-@pytest.mark.parametrize(("factor", "told"), VANISHING.values(), ids=VANISHING)
+@pytest.mark.parametrize(("factor", "warned"), VANISHING.values(), ids=VANISHING)
 @pytest.mark.parametrize("layer", ["0", "3.2"])
-def test_a_channel_that_vanishes_is_told_by_name(layer: str, factor: float, told: bool) -> None:
+def test_a_channel_that_vanishes_is_reported_by_name(layer: str, factor: float, warned: bool) -> None:
     net = _network()
     weight = net.get_submodule(layer).weight.data
     (weight if layer == "0" else weight.movedim(1, 0))[2] *= factor
-    if not told:
+    if not warned:
         to_precision(net, torch.float16)  # warnings are errors
         return
     channels = weight.shape[0 if layer == "0" else 1]

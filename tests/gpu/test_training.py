@@ -185,8 +185,8 @@ def test_compiled_it_is_the_same(layout: str) -> None:
     torch._dynamo.reset()
 
 
-def test_a_refusal_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_refusal_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     assert _native.LIBRARY is not None
-    monkeypatch.setattr(_native.LIBRARY, "cuda_forward", lambda *_: 700)
+    monkeypatch.setattr(_native.LIBRARY.functions, "deploynorm_frn_cuda", lambda *_: 700)
     with pytest.raises(BackendError, match="code 700"):
         make_layer(4)(draw((1, 4, 5, 5), "float32"))

@@ -200,10 +200,11 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str
         for rank in range(PROCESSES)
     ]
     try:
-        assert [worker.wait(timeout=120) for worker in workers] == [0] * PROCESSES
+        assert [worker.wait(timeout=600) for worker in workers] == [0] * PROCESSES
     finally:
         for worker in workers:
             worker.kill()
+            worker.wait()
     return [torch.load(folder / f"results{rank}.pt") for rank in range(PROCESSES)]
 
 

@@ -68,7 +68,7 @@ def test_an_idx_file_reads_back(tmp_path, pack, array):
         "another format",
         "header cut",
         "pixels cut",
-        "bytes left over",
+        "trailing bytes",
         "sizes past the file",
         "gzip cut",
         "gzip garbage",

@@ -29,7 +29,7 @@ def _short_runs(monkeypatch):
 
 @pytest.fixture
 def no_curve(monkeypatch):
-    """Leaves out the figure, which takes as long as all the rest."""
+    """Leaves out the figure, which takes as long as the rest of a run."""
     monkeypatch.setattr(train, "draw_curve", lambda *_: None)
 
 
@@ -139,7 +139,7 @@ def test_compile_without_a_compiler_is_one_line(tmp_path, monkeypatch, capsys):
 @pytest.mark.usefixtures("no_curve")
 @pytest.mark.parametrize("norm", ["frn", "gn"])
 def test_accumulation_takes_the_step_of_the_whole_batch(tmp_path, norm):
-    # In float64, and one step: at this learning rate a few make anything of a difference in the last bit.
+    # In float64, and one step: at this learning rate a few steps amplify a difference in the last bit.
     torch.set_default_dtype(torch.float64)
     try:
         for parts in ("1", "4"):

@@ -36,7 +36,7 @@ IN_PARTS = {"mabn": ["--accumulate", "2"], "frn": ["--accumulate", "3"], "gn": [
 
 
 def one_step(folder: Path, norm: str, options: list[str]) -> int:
-    """Of float64: at this learning rate a few steps make anything of a difference in the last bit."""
+    """In float64, since at this learning rate a few steps amplify a difference in the last bit."""
     torch.set_default_dtype(torch.float64)
     try:
         return run(norm, folder, "--epochs", "1", "--batch-size", "96", "--shift", "0", *options)
@@ -140,25 +140,25 @@ def test_a_signal_to_one_process_stops_both_after_the_same_step(done, name, code
     folder, answers, printed = done
     assert [answer[name] for answer in answers] == [code, code]
     last = load(folder / "stopped.pt" if name == "interrupted" else folder / name / "last.pt")
-    # The process that got it learns of it within the second step, both before the third.
+    # The signal arrives during the second step; both processes agree on it before the third.
     assert (len(last["history"]), last["epoch"]["step"]) == (1, 3)
     assert printed.count("of 6 of epoch 2: the same command with --resume continues") == 2
     assert not (folder / "terminated" / "model.pt").exists()
 
 
-def test_two_processes_go_on_to_the_bit(done):
+def test_two_processes_continue_bit_exact(done):
     folder, answers, _ = done
     assert [answer["interrupted and resumed"] for answer in answers] == [0, 0]
     assert_same_run(folder / "interrupted", folder / "whole")
 
 
-def test_one_process_does_not_go_on_with_the_run_of_two(done, capsys):
+def test_one_process_refuses_to_continue_the_run_of_two(done, capsys):
     folder, _, _ = done
     assert run(*LONG[:1], folder / "terminated", *LONG[1:], "--resume") == 2
     assert "had another processes. Got 1; expected 2" in capsys.readouterr().err
 
 
-def test_one_process_alone_tells_what_both_do(done):
+def test_only_one_process_prints(done):
     _, _, printed = done
     lines = printed.splitlines()
     assert sum(line.startswith("epoch 1/1 ") for line in lines) == len(ONE_STEP) + 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import re
+import shutil
 import signal
 from functools import partial
 
@@ -19,14 +20,24 @@ STEPS = 6
 """Steps of an epoch here: 96 images in batches of 16."""
 
 
-@pytest.fixture(autouse=True)
-def _short_runs(monkeypatch):
-    few_digits(monkeypatch)
-    few_layers(monkeypatch)
-    short_warmup(monkeypatch)
-    monkeypatch.setattr(train, "draw_curve", lambda *_: None)  # takes as long as all the rest
-    # A loss scale that moves during the run, as it does in long ones.
-    monkeypatch.setattr(torch.amp, "GradScaler", partial(torch.amp.GradScaler, init_scale=256.0, growth_interval=2))
+@pytest.fixture(autouse=True, scope="module")
+def _short_runs():
+    with pytest.MonkeyPatch.context() as patch:
+        few_digits(patch)
+        few_layers(patch)
+        short_warmup(patch)
+        patch.setattr(train, "draw_curve", lambda *_: None)  # takes as long as the rest of a run
+        # The loss scale then changes during the run, as it does in long ones.
+        patch.setattr(torch.amp, "GradScaler", partial(torch.amp.GradScaler, init_scale=256.0, growth_interval=2))
+        yield
+
+
+@pytest.fixture(scope="module")
+def whole_bn(_short_runs, tmp_path_factory):
+    """The folder of a run with BN that was not stopped."""
+    folder = tmp_path_factory.mktemp("whole")
+    assert short_run("bn", folder) == 0
+    return folder
 
 
 def short_run(norm, output, *arguments):
@@ -73,21 +84,19 @@ def test_a_run_that_is_stopped_within_an_epoch_and_resumed_ends_as_one_that_is_n
 
 
 @pytest.mark.parametrize("step", [1, STEPS, 2 * STEPS], ids=["first", "last of an epoch", "last of all"])
-def test_any_step_can_be_the_last_before_a_stop(tmp_path, monkeypatch, step):
-    assert short_run("bn", tmp_path / "whole") == 0
+def test_any_step_can_be_the_last_before_a_stop(whole_bn, tmp_path, monkeypatch, step):
     assert stop_in_step(monkeypatch, step, "bn", tmp_path / "stopped") == 130
     last = load(tmp_path / "stopped" / "last.pt")
     assert len(last["history"]) * STEPS + last["epoch"]["step"] == step
     assert short_run("bn", tmp_path / "stopped", "--resume") == 0
-    assert_same_run(tmp_path / "stopped", tmp_path / "whole")
+    assert_same_run(tmp_path / "stopped", whole_bn)
 
 
-def test_a_run_can_be_stopped_again_and_again(tmp_path, monkeypatch):
-    assert short_run("bn", tmp_path / "whole") == 0
+def test_a_run_can_be_stopped_again_and_again(whole_bn, tmp_path, monkeypatch):
     for resume in ([], ["--resume"], ["--resume"]):
         assert stop_in_step(monkeypatch, 3, "bn", tmp_path / "stopped", *resume) == 130
     assert short_run("bn", tmp_path / "stopped", "--resume") == 0
-    assert_same_run(tmp_path / "stopped", tmp_path / "whole")
+    assert_same_run(tmp_path / "stopped", whole_bn)
 
 
 def test_what_clusters_send_stops_a_run_as_ctrl_c_does_and_handlers_are_put_back(tmp_path, monkeypatch, capsys):
@@ -110,28 +119,26 @@ def test_a_second_ctrl_c_ends_at_once(tmp_path, monkeypatch, capsys):
     assert (len(last["history"]), last["epoch"]["step"]) == (1, 0)
 
 
-def test_a_signal_during_evaluation_lets_it_finish(tmp_path, monkeypatch):
+def test_a_signal_during_evaluation_lets_it_finish(whole_bn, tmp_path, monkeypatch):
     evaluate = train.Training.evaluate
 
     def interrupted(self):
         interrupt()
         return evaluate(self)
 
-    assert short_run("bn", tmp_path / "whole") == 0
     with monkeypatch.context() as patch:
         patch.setattr(train.Training, "evaluate", interrupted)
         assert short_run("bn", tmp_path / "stopped") == 130
     last = load(tmp_path / "stopped" / "last.pt")
     assert (len(last["history"]), last["epoch"]["step"]) == (1, 1)
     assert short_run("bn", tmp_path / "stopped", "--resume") == 0
-    assert_same_run(tmp_path / "stopped", tmp_path / "whole")
+    assert_same_run(tmp_path / "stopped", whole_bn)
 
 
-def test_resuming_a_finished_run_writes_its_results_again(tmp_path):
-    assert short_run("bn", tmp_path) == 0
+def test_resuming_a_finished_run_writes_its_results_again(whole_bn, tmp_path):
+    before = (whole_bn / "model.pt").read_bytes()
+    shutil.copy(whole_bn / "last.pt", tmp_path)
     path = tmp_path / "model.pt"
-    before = path.read_bytes()
-    path.unlink()
     assert short_run("bn", tmp_path, "--resume") == 0
     torch.testing.assert_close(load(path)["state_dict"], load(io.BytesIO(before))["state_dict"], **EXACT.kwargs())
 
@@ -154,20 +161,18 @@ OTHER = {
 
 
 @pytest.mark.parametrize("name", OTHER)
-def test_resume_refuses_another_recipe(tmp_path, monkeypatch, capsys, name):
-    assert stop_in_step(monkeypatch, 1, "bn", tmp_path) == 130
+def test_resume_refuses_another_recipe(whole_bn, tmp_path, capsys, name):
+    shutil.copy(whole_bn / "last.pt", tmp_path)
     before = (tmp_path / "last.pt").read_bytes()
     assert short_run("bn", tmp_path, "--resume", *OTHER[name]) == 2
     assert re.search(rf"last.pt had another {name}\. Got {OTHER[name][1]}; expected ", capsys.readouterr().err)
     assert (tmp_path / "last.pt").read_bytes() == before
 
 
-def test_resume_refuses_a_damaged_file_and_one_of_another_version(tmp_path, monkeypatch, capsys):
-    assert stop_in_step(monkeypatch, 1, "bn", tmp_path) == 130
+def test_resume_refuses_a_damaged_file_and_one_of_another_version(whole_bn, tmp_path, capsys):
     path = tmp_path / "last.pt"
-    whole = path.read_bytes()
-    last = load(path)
-    capsys.readouterr()
+    whole = (whole_bn / "last.pt").read_bytes()
+    last = load(whole_bn / "last.pt")
     faults = {"is damaged": [whole[: len(whole) // 2], b"", b"nothing of ours"], "version": []}
     del last["recipe"]["amp"]
     for content in (last, {"model": last["model"]}, [1]):

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from deploynorm.models.data import ImageData
 MODELS = Path(__file__).parents[2] / "models"
 SHIPPED = sorted(MODELS.glob("*.pt"))
 
-# What a stranger's server runs: onnxruntime and NumPy, and nothing of deploynorm.
+# An inference server has only onnxruntime and NumPy.
 STOCK = """
 import sys
 import numpy as np
@@ -34,20 +35,32 @@ assert not any(name.partition(".")[0] == "deploynorm" for name in sys.modules)
 """
 
 
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory, require: Callable[[str], None]) -> Callable[[Path], Path]:
+    """The file that `deploynorm export` writes for a checkpoint, written once."""
+    require("ort")
+    folder = tmp_path_factory.mktemp("exported")
+
+    @cache
+    def exported(path: Path) -> Path:
+        target = folder / f"{path.stem}.onnx"
+        assert main(["export", str(path), "-o", str(target), "-q"]) == 0
+        return target
+
+    return exported
+
+
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_stock_onnxruntime_classifies_every_test_image_as_pytorch_does(
-    path: Path, fashion_mnist: ImageData, tmp_path: Path, require: Callable[[str], None]
+    path: Path, exported: Callable[[Path], Path], fashion_mnist: ImageData, tmp_path: Path
 ) -> None:
-    require("ort")
-    exported = tmp_path / "model.onnx"
-    assert main(["export", str(path), "-o", str(exported), "-q"]) == 0
     loaded = checkpoint.load(path)
     assert loaded.image is not None
     assert loaded.training is not None
     mean, std = (torch.tensor(values).reshape(-1, 1, 1) for values in (loaded.image.mean, loaded.image.std))
     images = (fashion_mnist.test_images / 255 - mean) / std
     np.save(tmp_path / "images.npy", images.numpy())
-    arguments = [str(exported), str(tmp_path / "images.npy"), str(tmp_path / "scores.npy")]
+    arguments = [str(exported(path)), str(tmp_path / "images.npy"), str(tmp_path / "scores.npy")]
     done = subprocess.run([sys.executable, "-c", STOCK, *arguments], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     with torch.inference_mode():
@@ -60,10 +73,9 @@ def test_stock_onnxruntime_classifies_every_test_image_as_pytorch_does(
 
 
 def test_shipped_mabn_network_has_the_nodes_of_a_folded_batch_norm_network(
-    tmp_path: Path, require: Callable[[str], None]
+    exported: Callable[[Path], Path], tmp_path: Path
 ) -> None:
-    """The same architecture with BatchNorm, folded by the same command, is the yardstick."""
-    require("ort")
+    """Compared with the architecture with BatchNorm, exported by the same command."""
     torch.manual_seed(0)
     kwargs = {"num_classes": 10, "in_channels": 1, "norm": "bn"}
     twin = tmp_path / "bn.pt"
@@ -74,10 +86,6 @@ def test_shipped_mabn_network_has_the_nodes_of_a_folded_batch_norm_network(
         model=mabn_resnet.resnet20(**kwargs),
         image=checkpoint.load(SHIPPED[1]).image,
     )
-    sequences = []
-    for path in (SHIPPED[1], twin):
-        exported = tmp_path / f"{path.stem}.onnx"
-        assert main(["export", str(path), "-o", str(exported), "-q"]) == 0
-        sequences.append([node.op_type for node in onnx.load(exported).graph.node])
+    sequences = [[node.op_type for node in onnx.load(exported(path)).graph.node] for path in (SHIPPED[1], twin)]
     assert sequences[0] == sequences[1]
     assert not {"Div", "Mul", "Sub", "BatchNormalization"} & Counter(sequences[0]).keys()

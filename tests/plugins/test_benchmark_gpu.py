@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from kernels import BackwardCall, Call
 from tolerances import OP_FLOAT32
 
 from deploynorm import libraries
@@ -61,11 +60,6 @@ def test_a_wrong_way_is_found(benchmark: ModuleType) -> None:
         benchmark.check_ways({"broken": lambda x, y: y.copy_(x)}, x, parameters)
     with pytest.raises(SystemExit, match="lazy is wrong"):
         benchmark.check_ways({"lazy": lambda x, y: None}, x, parameters)
-
-
-def test_its_structures_are_those_of_the_kernels(benchmark: ModuleType) -> None:
-    assert benchmark.gpu_variants.Call._fields_ == Call._fields_
-    assert benchmark.gpu_variants.BackwardCall._fields_ == BackwardCall._fields_
 
 
 @pytest.mark.parametrize("layout", ["nchw", "nhwc"])
