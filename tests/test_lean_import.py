@@ -56,7 +56,7 @@ def test_public_name_exists(name: str) -> None:
 
 
 def test_type_checkers_see_the_names_that_are_there() -> None:
-    """The block under TYPE_CHECKING and the table that imports at run time are one list, written twice for two readers."""
+    """The block under TYPE_CHECKING and the table that imports at run time: one list for two readers."""
     tree = ast.parse(Path(deploynorm.__file__).read_text(encoding="utf-8"))
     block = next(node for node in tree.body if isinstance(node, ast.If))
     seen = {alias.name: node.module for node in block.body if isinstance(node, ast.ImportFrom) for alias in node.names}
