@@ -4,7 +4,7 @@
 
 Every network is built with random weights, swapped to FRN and to MABN, and run. At its start, with every tau at 0, the
 FRN network must give what the same network gives with all its activations left in place: a ReLU taken in wrongly
-would show. The MABN network must give what BatchNorm does with mean 0 and variance 1 behind centred weights.
+would show. The MABN network must give what BatchNorm gives with mean 0 and variance 1 behind centred weights.
 Needs timm and torchvision.
 """
 
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import importlib
 import sys
 import warnings
@@ -23,7 +24,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from deploynorm._swap import SwapReport, swap
+from deploynorm._swap import SwapReport, SwapResult, swap
 from deploynorm.errors import ModelError
 from deploynorm.files import write_text
 from deploynorm.layers import FRN1d, FRN2d, FRN3d
@@ -177,11 +178,26 @@ def largest_difference(network: nn.Module, truth: nn.Module, x: Tensor) -> float
     return max(float((got - want).abs().max() / want.abs().max()) for got, want in pairs)
 
 
+class Swaps(NamedTuple):
+    """A network, an input, and what swap makes of it for either norm."""
+
+    network: nn.Module
+    x: Tensor
+    frn: SwapResult
+    mabn: SwapResult
+
+
+@functools.lru_cache(maxsize=2)  # of the last families alone: networks are large
+def swaps(family: str) -> Swaps:
+    """Builds a network and swaps it both ways."""
+    network, x = build(family)
+    return Swaps(network, x, swap(network, x, norm="frn"), swap(network, x, norm="mabn"))
+
+
 def row(family: str) -> Row:
     """Swaps a network both ways, checks it, and counts."""
-    network, x = build(family)
     try:
-        (frn, to_frn), (mabn, to_mabn) = swap(network, (x,), norm="frn"), swap(network, (x,), norm="mabn")
+        network, x, (frn, to_frn), (mabn, to_mabn) = swaps(family)
     except ModelError as error:
         return Row(family, (*["-"] * (len(COLUMNS) - 2), f"{error.problem}: {error.got}"))
     for swapped, truth in ((frn, with_every_activation(network, frn)), (mabn, with_centred_weights(network, mabn))):
@@ -203,17 +219,17 @@ def _counts(to_frn: SwapReport, to_mabn: SwapReport) -> list[int]:
 def _reasons(network: nn.Module, to_frn: SwapReport, to_mabn: SwapReport) -> list[str]:
     """Why layers stay, with classes in the place of names; layers far from a normalization are not of interest."""
     kinds = {path: type(layer).__name__ for path, layer in network.named_modules()}
-    told: Counter[str] = Counter()
+    reasons: Counter[str] = Counter()
     for change in to_frn.with_outcome("partly"):
-        told[change.detail.replace("the ReLU behind it stays", "ReLU").partition("; maps of one value")[0]] += 1
+        reasons[change.detail.replace("the ReLU behind it stays", "ReLU").partition("; maps of one value")[0]] += 1
     for change in to_mabn.changes:
         if change.became.startswith("MABN") and change.outcome == "partly":
             sources = change.detail.partition(": it ")[2].partition(", which")[0]
-            told["MABN " + " ".join(kinds.get(word, word) for word in sources.split(" "))] += 1
-    for change in to_mabn.with_outcome("left"):
+            reasons["MABN " + " ".join(kinds.get(word, word) for word in sources.split(" "))] += 1
+    for change in to_mabn.with_outcome("unchanged"):
         if not change.detail.startswith("it goes to"):
-            told[f"{change.kind}: {change.detail}"] += 1
-    return [f"{reason} ({count})" for reason, count in told.items()]
+            reasons[f"{change.kind}: {change.detail}"] += 1
+    return [f"{reason} ({count})" for reason, count in reasons.items()]
 
 
 def main() -> None:

@@ -39,12 +39,12 @@ import machine
 import torch
 import torch.nn.functional as F
 from gpu_timing import measure, sets_past_the_cache
-from gpu_variants import KINDS, Call
 from torch import Tensor
 
 from deploynorm import libraries
 from deploynorm.errors import BackendError
 from deploynorm.layers import _native
+from deploynorm.libraries.kernels import TYPES, Forward, open_kernels
 
 SHAPES = ((64, 112, 112), (64, 56, 56), (256, 56, 56), (128, 28, 28), (512, 28, 28), (256, 14, 14), (1024, 14, 14),
           (512, 7, 7), (2048, 7, 7))  # fmt: skip
@@ -62,18 +62,16 @@ class Kernel:
     """The library's CUDA kernels on torch's tensors and torch's stream."""
 
     def __init__(self, library: Path) -> None:
-        opened = ctypes.CDLL(str(library))
+        opened = open_kernels(library)
         self._frn, self._workspace = opened.deploynorm_frn_cuda, opened.deploynorm_frn_cuda_workspace
-        self._frn.argtypes = (ctypes.POINTER(Call), ctypes.c_void_p, ctypes.c_void_p, ctypes.c_char_p)
-        self._workspace.argtypes, self._workspace.restype = (ctypes.POINTER(Call),), ctypes.c_size_t
         self._scratch: dict[int, Tensor] = {}
 
     def __call__(self, x: Tensor, y: Tensor, parameters: list[Tensor]) -> None:
         channels = x.shape[1]
-        lanes = channels if x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous() else 1
+        block = channels if x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous() else 1
         pointers = [p.data_ptr() for p in parameters]
-        sizes = (x.shape[0], channels, math.prod(x.shape[2:]), lanes)
-        call = Call(*sizes, KINDS[x.dtype], x.data_ptr(), y.data_ptr(), None, *pointers)
+        sizes = (x.shape[0], channels, math.prod(x.shape[2:]), block)
+        call = Forward(*sizes, TYPES[str(x.dtype).removeprefix("torch.")], x.data_ptr(), y.data_ptr(), None, *pointers)
         bytes_wanted = self._workspace(ctypes.byref(call))
         scratch = self._scratch.get(bytes_wanted)
         if scratch is None:
@@ -210,7 +208,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         try:
             architecture = f"{properties.major}{properties.minor}"
-            library = libraries.build(Path(folder), cuda=True, tensorrt=False, architectures=[architecture])
+            library = libraries.build(Path(folder), cuda=True, tensorrt=False, architectures=[architecture]).library
         except BackendError as error:
             sys.exit(f"benchmarks/gpu.py: {error}")
         # A machine may be lent for less time than this takes: what there is is written after each row.

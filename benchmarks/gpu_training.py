@@ -19,7 +19,8 @@ import torch
 from gpu_timing import host_microseconds, measure, sets_past_the_cache
 from torch import Tensor, nn
 
-from deploynorm.layers import FRN2d, _plain
+from deploynorm.layers import FRN2d
+from deploynorm.layers._composed import composed
 
 __all__ = [
     "BATCHES",
@@ -72,7 +73,7 @@ def make_steps(x: Tensor, compiled: bool) -> dict[str, Step]:
             parameter.uniform_(low, low + 1, generator=generator)
 
     def formula(x: Tensor) -> Tensor:
-        return _plain.composed(x, frn.weight, frn.bias, frn.tau, frn.effective_eps())
+        return composed(x, frn.weight, frn.bias, frn.tau, frn.effective_eps())
 
     batch_norm = nn.Sequential(nn.BatchNorm2d(channels), nn.ReLU(inplace=True)).to(x.device).train()
     of_frn, of_batch_norm = tuple(frn.parameters()), tuple(batch_norm.parameters())
@@ -108,7 +109,7 @@ def check_steps(steps: Mapping[str, Step], given: tuple[Tensor, Tensor]) -> dict
     assert frn.tau is not None
     given64 = [each.detach().double().requires_grad_() for each in (x, frn.weight, frn.bias, frn.tau)]
     x64, gamma, beta, tau = given64
-    y = _plain.composed(x64, gamma, beta, tau, frn.effective_eps())
+    y = composed(x64, gamma, beta, tau, frn.effective_eps())
     # Where y is near to tau, rounding decides which of the two has the gradient.
     distance = (y - tau.view(1, -1, 1, 1)).detach().abs()
     dy = dy.masked_fill((distance > 0) & (distance < 1e-4), 0)

@@ -17,40 +17,16 @@ from gpu_timing import measure, sets_past_the_cache
 from torch import Tensor
 
 from deploynorm import libraries
+from deploynorm.libraries.kernels import TYPES, Backward, Forward, open_kernels
 
-__all__ = ["BATCHES", "DTYPES", "SHAPES", "BackwardCall", "Call", "Kernels", "Tensors", "row", "show"]
+__all__ = ["BATCHES", "DTYPES", "SHAPES", "Kernels", "Tensors", "row", "show"]
 
 SHAPES = ((64, 112, 112), (256, 56, 56), (512, 28, 28), (512, 20, 20), (1024, 16, 16), (1024, 15, 15), (1024, 14, 14),
           (1024, 12, 12), (2048, 10, 10), (2048, 8, 8), (2048, 7, 7), (2048, 5, 5), (4096, 4, 4))  # fmt: skip
 BATCHES = (2, 32)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-KINDS = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
-
 Pass = Literal["forward", "backward"]
 FUNCTIONS: dict[Pass, str] = {"forward": "deploynorm_frn_cuda", "backward": "deploynorm_frn_backward_cuda"}
-_SIZES = tuple((name, ctypes.c_int64) for name in ("samples", "channels", "spatial", "lanes"))
-_TYPE = ("type", ctypes.c_int32)
-
-
-class Call(ctypes.Structure):
-    """struct deploynorm_frn of plugins/kernels/frn.h."""
-
-    _fields_ = (
-        *_SIZES,
-        _TYPE,
-        *((name, ctypes.c_void_p) for name in ("x", "y", "residual", "gamma", "beta", "tau", "eps", "rstd")),
-    )
-
-
-class BackwardCall(ctypes.Structure):
-    """struct deploynorm_frn_backward of the same file."""
-
-    _fields_ = (
-        *_SIZES,
-        _TYPE,
-        *((name, ctypes.c_void_p) for name in ("dy", "x", "rstd", "gamma", "beta", "tau")),
-        *((name, ctypes.c_void_p) for name in ("dx", "dgamma", "dbeta", "dtau", "deps")),
-    )
 
 
 @dataclass
@@ -69,7 +45,7 @@ class Tensors:
 
     def __post_init__(self) -> None:
         samples, channels, spatial = self.shape
-        lanes = channels if self.layout == "nhwc" else 1
+        block = channels if self.layout == "nhwc" else 1
         stored = (samples, spatial, channels) if self.layout == "nhwc" else self.shape
         self.x, self.dy = (torch.randn(stored, device=self.device).to(self.dtype) for _ in range(2))
         self.out = torch.empty_like(self.x)
@@ -79,12 +55,12 @@ class Tensors:
         ]
         self.rstd = torch.rand(samples, channels, device=self.device, dtype=wide) + 0.5
         self.gradients = torch.empty(4, channels, device=self.device, dtype=wide)
-        head = (*self.shape, lanes, KINDS[self.dtype])
+        head = (*self.shape, block, TYPES[str(self.dtype).removeprefix("torch.")])
         x, dy, out, rstd = (each.data_ptr() for each in (self.x, self.dy, self.out, self.rstd))
         gamma, beta, tau, eps = (each.data_ptr() for each in self.parameters)
         self.calls = {
-            "forward": Call(*head, x, out, None, gamma, beta, tau, eps, None),
-            "backward": BackwardCall(
+            "forward": Forward(*head, x, out, None, gamma, beta, tau, eps, None),
+            "backward": Backward(
                 *head, dy, x, rstd, gamma, beta, tau, out, *(each.data_ptr() for each in self.gradients)
             ),
         }
@@ -95,14 +71,10 @@ class Kernels:
     """The library's CUDA kernels of both passes, on torch's stream."""
 
     def __init__(self, library: Path) -> None:
-        opened = ctypes.CDLL(str(library))
+        opened = open_kernels(library)
         self.variants = libraries.cuda_variants(library)
-        self._run, self._workspace = {}, {}
-        for which, name in FUNCTIONS.items():
-            self._run[which] = opened[name]
-            self._run[which].argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_char_p)
-            self._workspace[which] = opened[f"{name}_workspace"]
-            self._workspace[which].argtypes, self._workspace[which].restype = (ctypes.c_void_p,), ctypes.c_size_t
+        self._run = {which: getattr(opened, name) for which, name in FUNCTIONS.items()}
+        self._workspace = {which: getattr(opened, f"{name}_workspace") for which, name in FUNCTIONS.items()}
 
     def __call__(self, which: Pass, tensors: Tensors, variant: str | None = None) -> int:
         """CUDA's error code: not 0 where the variant does not take these sizes. None is the library's choice."""

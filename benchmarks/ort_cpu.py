@@ -34,9 +34,9 @@ from networks import NETWORKS, export_network
 
 from deploynorm import ort
 from deploynorm.contract import DOMAIN, INPUTS, OP_TYPE, OUTPUT, PARAMETERS, VERSION
-from deploynorm.graph import save
 from deploynorm.lowering import function_proto, lower
-from deploynorm.rewrite import optimize_for_cpu
+from deploynorm.onnx_file import save
+from deploynorm.rewrite.cpu import optimize_for_cpu
 
 SHAPES = (
     (1, 64, 112, 112),

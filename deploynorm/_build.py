@@ -7,22 +7,22 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
-import onnx
-
 from deploynorm.contract import DOMAIN, OP_TYPE
 from deploynorm.errors import BackendError, InputError, ModelError
 from deploynorm.inputs import Shape
+from deploynorm.onnx_file import OnnxFile, OnnxSource
 from deploynorm.trt import Flavour, TensorRT, gpu_here, import_tensorrt
-from deploynorm.trt.builder import HARDWARE_COMPATIBILITY, Settings, build_way, load_plugins
+from deploynorm.trt.builder import build_way, load_plugins
 from deploynorm.trt.engine import Engine
-from deploynorm.trt.model import TensorRTModel, Way
+from deploynorm.trt.model import TensorRTModel
 from deploynorm.trt.profile import ranges
+from deploynorm.trt.settings import HARDWARE_COMPATIBILITY, Settings, Way
 
 __all__ = ["build"]
 
 
 def build(
-    model: str | Path | onnx.ModelProto,
+    model: OnnxSource,
     *,
     backend: Flavour | Literal["auto"] = "auto",
     compute_capabilities: Sequence[str] = (),
@@ -33,7 +33,7 @@ def build(
     tf32: bool = False,
     plugins: Sequence[Path] | None = None,
     embed_plugin: bool = True,
-    timing_cache: bytes | None = None,
+    timing_cache: bytes | str | Path | None = None,
     workspace: int | None = None,
     version_compatible: bool = False,
     hardware_compatible: str | None = None,
@@ -46,11 +46,12 @@ def build(
     they are even, the native one, which needs no library where it runs.
 
     Args:
-        model: A file, with its external data beside it, or a model in memory.
+        model: A file, with its external data beside it, or a model in memory; see OnnxFile.read.
         backend: "auto" takes TensorRT where both are installed.
         compute_capabilities: The GPUs that the engine is for, such as "8.9". TensorRT-RTX builds for any, without a
-            GPU; TensorRT for the one of this machine alone, which is the default of both.
-        min_shapes: Smallest shapes by input; "" for the only input. See trt.profile.ranges for what may be left out.
+            GPU; TensorRT for the one of this machine only, which is the default of both.
+        min_shapes: Smallest shapes by input; "" for the only input. See trt.profile.ranges for what may be left out;
+            where all three are, the engine is for one image of the size that the file's metadata has.
         opt_shapes: The shapes that the engine is tuned for.
         max_shapes: Largest shapes.
         frn: "plugin" for our kernel, "native" for the operator's body as TensorRT fuses it.
@@ -58,15 +59,17 @@ def build(
         plugins: Plugin libraries instead of ours.
         embed_plugin: Whether the plugin libraries that it needs go into the plan, so that it runs where they are not
             installed.
-            Whoever loads such a plan runs code from it, and TensorRT wants that permitted.
-        timing_cache: What an earlier engine had as its timing_cache; b"" to begin one. TensorRT alone.
+            Who loads such a plan runs code from it, which TensorRT requires to be permitted.
+        timing_cache: What an earlier engine had as its timing_cache, or the file of it; b"", or a file that does not
+            exist yet, begins one. TensorRT only.
         workspace: Bytes of scratch memory that a layer may use; TensorRT's own default is all of the GPU's.
-        version_compatible: Whether later versions of TensorRT may run it. TensorRT alone.
-        hardware_compatible: "ampere+" or "same", the GPUs besides its own that it runs on. TensorRT alone.
+        version_compatible: Whether later versions of TensorRT may run it. TensorRT only.
+        hardware_compatible: "ampere+" or "same", the GPUs besides its own that it runs on. TensorRT only.
         optimization_level: 0 to 5: how long TensorRT searches.
 
     Raises:
-        InputError: An input with free axes has no range, or an option does not fit the backend.
+        InputError: An input with dynamic axes has no range, the timing cache cannot be read, or an option does not fit
+            the backend.
         ModelError: The model cannot be read or built; see TensorRTModel.read.
         BackendError: TensorRT, a GPU or the plugin is missing.
     """
@@ -74,14 +77,15 @@ def build(
         raise InputError("build", "unknown way for FRN", got=repr(frn), expected="auto, plugin or native")
     trt = import_tensorrt(backend)
     read = TensorRTModel.read(model)
+    opt_shapes = opt_shapes or ({} if min_shapes or max_shapes else _image_shape(read.file))
     settings = Settings(
-        ranges=ranges(read.inputs, minimum=min_shapes or {}, optimum=opt_shapes or {}, maximum=max_shapes or {}),
+        ranges=ranges(read.file.inputs, minimum=min_shapes or {}, optimum=opt_shapes, maximum=max_shapes or {}),
         targets=_targets(trt, compute_capabilities),
         named_targets=bool(compute_capabilities),
         tf32=tf32,
         plugins=plugins,
         embed_plugin=embed_plugin,
-        timing_cache=timing_cache,
+        timing_cache=_read_cache(timing_cache),
         workspace=workspace,
         version_compatible=version_compatible,
         hardware_compatible=hardware_compatible,
@@ -91,7 +95,7 @@ def build(
     if not read.frn:
         if frn == "plugin":
             raise ModelError(
-                read.where,
+                read.file.where,
                 f"has no node {DOMAIN}::{OP_TYPE}, so there is nothing for the plugin",
                 fix="leave --frn out",
             )
@@ -108,13 +112,31 @@ def build(
     return _choose(both)
 
 
+def _image_shape(file: OnnxFile) -> dict[str, Shape]:
+    """One image of the size that the metadata has, for a model with one input."""
+    image, _ = file.image_and_labels
+    if image is None or len(file.inputs) != 1:
+        return {}
+    batch = file.inputs[0].shape[0]
+    return {"": (batch if isinstance(batch, int) else 1, *image.shape)}
+
+
+def _read_cache(cache: bytes | str | Path | None) -> bytes | None:
+    if cache is None or isinstance(cache, bytes):
+        return cache
+    try:
+        return Path(cache).read_bytes() if Path(cache).exists() else b""
+    except OSError as error:
+        raise InputError(f"--timing-cache {cache}", f"cannot be read: {error.strerror}") from error
+
+
 def _targets(trt: TensorRT, asked: Sequence[str]) -> tuple[str, ...]:
     here = gpu_here()
     if not trt.rtx:
         if asked and tuple(asked) != (here,):
             raise InputError(
                 "--compute-capability",
-                "TensorRT builds for the GPU of this machine alone",
+                "TensorRT builds for the GPU of this machine only",
                 got=", ".join(asked),
                 expected=here or "a GPU",
                 fix="build on the machine that runs the engine, or for RTX cards with --backend tensorrt-rtx",
@@ -154,7 +176,7 @@ def _check_options(trt: TensorRT, settings: Settings) -> None:
             expected=" or ".join(HARDWARE_COMPATIBILITY),
         )
     if settings.workspace is not None and settings.workspace < 0:
-        raise InputError("--workspace", "less than nothing", got=settings.workspace)
+        raise InputError("--workspace", "must not be negative", got=settings.workspace)
     if settings.optimization_level is not None and not 0 <= settings.optimization_level <= 5:
         raise InputError("--optimization-level", "out of range", got=settings.optimization_level, expected="0 to 5")
 
@@ -168,11 +190,11 @@ def _choose(both: Mapping[Way, Engine]) -> Engine:
 
         times = milliseconds(both)
         best = min(times, key=lambda way: times[way])
-        told = ", ".join(f"{way} {value:.3f} ms" for way, value in times.items())
-        reason = f"the faster on this machine: {told}"
+        measured = ", ".join(f"{way} {value:.3f} ms" for way, value in times.items())
+        reason = f"the faster on this machine: {measured}"
     else:
         best = "plugin" if passes["plugin"] < passes["native"] else "native"
-        told = ", ".join(f"{way} {count}" for way, count in passes.items())
-        reason = f"nothing was timed, there is no such GPU here; layers that write to memory: {told}"
+        counts = ", ".join(f"{way} {count}" for way, count in passes.items())
+        reason = f"nothing was timed, there is no such GPU here; layers that write to memory: {counts}"
     record = replace(both[best].frn, reason=reason, passes=passes, milliseconds=times)
     return replace(both[best], frn=record)

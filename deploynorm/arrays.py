@@ -1,4 +1,4 @@
-"""Between NumPy's arrays and torch's tensors, which do not know each other's bfloat16."""
+"""Between NumPy's arrays and torch's tensors, which cannot convert each other's bfloat16."""
 
 from __future__ import annotations
 

@@ -7,7 +7,8 @@ Every host (PyTorch, ONNX, ONNX Runtime, TensorRT) takes the names from here.
 
 from __future__ import annotations
 
-from typing import Final
+from collections.abc import Mapping
+from typing import Final, Literal
 
 __all__ = [
     "BLOCKED_OP_TYPE",
@@ -15,11 +16,14 @@ __all__ = [
     "DOMAIN",
     "DTYPES",
     "INPUTS",
+    "LOWERINGS",
     "MAX_OPSET",
     "METADATA_CPU",
     "METADATA_IMAGE",
     "METADATA_LABELS",
+    "METADATA_SIZES",
     "MIN_OPSET",
+    "Lowering",
     "NODE_ATTRIBUTES",
     "OP_TYPE",
     "OUTPUT",
@@ -40,7 +44,7 @@ VERSION: Final = 1
 """Version of the ONNX domain and, as a string, of the TensorRT plugin."""
 
 BLOCKED_OP_TYPE: Final = "BlockedFilterResponseNormalization"
-"""The operator on ONNX Runtime's blocked layout, which `rewrite --optimize-for-cpu` alone writes."""
+"""The operator on ONNX Runtime's blocked layout, which only `rewrite --optimize-for-cpu` writes."""
 
 BLOCK_ATTRIBUTE: Final = "block"
 """Its attribute: the channels of a block."""
@@ -76,3 +80,15 @@ METADATA_LABELS: Final = "deploynorm.labels"
 
 METADATA_CPU: Final = "deploynorm.optimized_for_cpu"
 """metadata_props key: which machine and ONNX Runtime a file was rewritten for, as JSON."""
+
+METADATA_SIZES: Final = "deploynorm.sizes"
+"""metadata_props key: which sizes the network was found to take, as JSON (`deploynorm.inputs.sizes_to_dict`)."""
+
+Lowering = Literal["custom", "rmsnorm", "primitives"]
+"""A form of the operator's nodes in a graph; deploynorm.lowering has a writer for each."""
+
+LOWERINGS: Final[Mapping[Lowering, str]] = {
+    "custom": "as one node a layer, with its body beside it",
+    "rmsnorm": "on RMSNormalization, opset 23",
+    "primitives": "in primitive operators",
+}

@@ -1,140 +1,79 @@
-"""What the pipeline knows about a network's inputs: shapes, image preprocessing, inputs for the parity check."""
+"""What the pipeline knows about a network's inputs: names, shapes, types, and which sizes a dynamic axis takes."""
 
 from __future__ import annotations
 
-import math
+import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
+from deploynorm.errors import InputError
 
-from deploynorm.errors import BackendError, InputError
+__all__ = [
+    "SHAPE_EXAMPLE",
+    "AxisSizes",
+    "Shape",
+    "TensorSpec",
+    "base_shapes",
+    "parse_input_shapes",
+    "shape_text",
+    "read_sizes",
+    "sizes_to_dict",
+    "with_sizes",
+]
 
-__all__ = ["ImageSpec", "TensorSpec", "parse_input_shapes", "sample_inputs"]
-
-Array = npt.NDArray[Any]
 Shape = tuple[int, ...]
 
-_SHAPE_EXAMPLE = "x:2x3x224x224, x:[2,3,224,224], or 2x3x224x224 for a network with one input"
-_LARGEST_STEP = 31
-"""How far a sample may lie above the base size: no strided layer of a net with total stride 32 gains two pixels."""
-_TOTAL_STRIDE = 32
-_LARGEST_INTEGER = 8
+SHAPE_EXAMPLE = "x:2x3x224x224, x:[2,3,224,224], or 2x3x224x224 for a network with one input"
+
+
+@dataclass(frozen=True)
+class AxisSizes:
+    """The sizes that a dynamic axis takes, as far as they were tried: base, base + step, base + 2 step and so on.
+
+    Attributes:
+        base: The size of the example.
+        step: The smallest growth that the network takes.
+        group: Axes of one group grow together, by equal numbers of steps.
+    """
+
+    base: int
+    step: int
+    group: str
 
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """Name, shape and numpy dtype name of one input or output; a str in the shape is a size that may change."""
+    """One input or output.
+
+    Attributes:
+        name: Its name.
+        shape: A number is a fixed size; a name is one that may change, and is the same wherever the name stands.
+        dtype: NumPy's name of its type.
+        sizes: For each axis what is known of its sizes; empty where nothing is.
+    """
 
     name: str
     shape: tuple[int | str, ...]
     dtype: str
+    sizes: tuple[AxisSizes | None, ...] = field(default=(), compare=False, repr=False)
 
+    @property
+    def base(self) -> Shape | None:
+        """A shape that the network is known to take; None where a dynamic axis has no known size."""
+        shape: list[int] = []
+        for axis, size in enumerate(self.shape):
+            known = self.sizes[axis] if axis < len(self.sizes) else None
+            if isinstance(size, str) and known is None:
+                return None
+            shape.append(size if isinstance(size, int) else known.base)  # type: ignore[union-attr]
+        return tuple(shape)
 
-@dataclass(frozen=True)
-class ImageSpec:
-    """How an image becomes a network's input.
-
-    Args:
-        shape: C, H, W.
-        mean: Subtracted from each channel, whose pixels are scaled to 0..1.
-        std: Each channel is then divided by it.
-
-    Raises:
-        InputError: Not three positive sizes, or not C finite numbers each; the message names the field.
-    """
-
-    shape: tuple[int, int, int]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-
-    def __post_init__(self) -> None:
-        shape: object = self.shape
-        if not (isinstance(shape, tuple) and len(shape) == 3 and all(_is_size(size) for size in shape)):
-            raise InputError("input.shape", "not the shape of an image", got=shape, expected="C, H, W, each at least 1")
-        fields: dict[str, Any] = {"mean": self.mean, "std": self.std}
-        for key, values in fields.items():
-            if not (
-                isinstance(values, tuple)
-                and len(values) == self.shape[0]
-                and all(_is_number(value) for value in values)
-                and (key == "mean" or min(values) > 0)
-            ):
-                kind = "positive numbers" if key == "std" else "numbers"
-                raise InputError(
-                    f"input.{key}", "does not fit the channels", got=values, expected=f"{self.shape[0]} finite {kind}"
-                )
-
-    @classmethod
-    def from_dict(cls, data: object) -> ImageSpec:
-        """Reads {"shape": [C, H, W], "mean": [C numbers], "std": [C numbers]}.
-
-        Raises:
-            InputError: A key is missing, unknown or holds a wrong value; the message names it.
-        """
-        keys = ("shape", "mean", "std")
-        if not isinstance(data, Mapping):
-            raise InputError("input", "not a table", got=type(data).__name__, expected="the keys " + ", ".join(keys))
-        for key in keys:
-            if key not in data:
-                raise InputError(f"input.{key}", "missing", expected="the keys " + ", ".join(keys))
-            if not isinstance(data[key], list | tuple):
-                raise InputError(f"input.{key}", "not a list", got=repr(data[key]))
-        unknown = [str(key) for key in data if key not in keys]
-        if unknown:
-            raise InputError(f"input.{unknown[0]}", "unknown key", expected=", ".join(keys))
-        c_h_w: Any = tuple(data["shape"])
-        return cls(c_h_w, tuple(data["mean"]), tuple(data["std"]))
-
-    def to_dict(self) -> dict[str, list[int] | list[float]]:
-        """As plain lists, which from_dict reads back."""
-        return {"shape": list(self.shape), "mean": list(self.mean), "std": list(self.std)}
-
-    def read(self, path: Path | str) -> npt.NDArray[np.float32]:
-        """Reads an image as this network wants it: grey for C = 1, RGB for C = 3, (pixels / 255 - mean) / std.
-
-        It is resized (bilinear) only where its size differs from H, W. An alpha channel is dropped.
-
-        Returns:
-            Array (1, C, H, W), float32.
-
-        Raises:
-            InputError: No such file, not an image, a depth other than 8 bits, or C other than 1 and 3.
-            BackendError: Pillow is not installed.
-        """
-        channels, height, width = self.shape
-        where = f"image {path}"
-        if channels not in (1, 3):
-            raise InputError(
-                where, "no colour space of that many channels", got=channels, expected="1 (grey) or 3 (RGB)"
-            )
-        try:
-            from PIL import Image
-        except ImportError as error:
-            raise BackendError(where, "reading images needs Pillow", fix='pip install "pillow>=10"') from error
-        try:
-            with Image.open(path) as opened:
-                if opened.mode == "F" or opened.mode.startswith("I"):
-                    raise InputError(
-                        where, "not 8 bits a channel", got=f"mode {opened.mode}", fix="convert it to 8 bits"
-                    )
-                image = opened.convert("L" if channels == 1 else "RGB")
-        except InputError:
-            raise
-        except FileNotFoundError as error:
-            raise InputError(where, "no such file") from error
-        except Exception as error:  # decoders of broken files raise nearly anything
-            raise InputError(where, "not an image that Pillow can read", fix="give a PNG or JPEG file") from error
-        if image.size != (width, height):
-            image = image.resize((width, height), Image.Resampling.BILINEAR)
-        pixels = np.asarray(image, dtype=np.float64).reshape(height, width, channels).transpose(2, 0, 1) / 255
-        mean, std = (np.array(values).reshape(-1, 1, 1) for values in (self.mean, self.std))
-        normalized: npt.NDArray[np.float32] = ((pixels - mean) / std).astype(np.float32)[np.newaxis]
-        return normalized
+    def symbol(self, axis: int) -> str:
+        """Name of a dynamic size; an axis without one ("" or "?") is independent of all others."""
+        size = self.shape[axis]
+        return size if isinstance(size, str) and size not in ("", "?") else f"{self.name}[{axis}]"
 
 
 def parse_input_shapes(texts: Sequence[str]) -> dict[str, Shape]:
@@ -155,143 +94,117 @@ def parse_input_shapes(texts: Sequence[str]) -> dict[str, Shape]:
         parts = [part.strip() for part in re.split("[xX,]", sizes)]
         # fullmatch of [0-9], not isdigit: int() also takes digits of other scripts.
         if not all(re.fullmatch("0*[1-9][0-9]{0,8}", part) for part in parts) or (":" in text and not name.strip()):
-            raise InputError("input shape", "not a shape", got=repr(text), expected=_SHAPE_EXAMPLE)
+            raise InputError("input shape", "not a shape", got=repr(text), expected=SHAPE_EXAMPLE)
         name = name.strip()
         if name in shapes:
             raise InputError("input shape", f"given twice for {name or 'the only input'}", got=repr(text))
         shapes[name] = tuple(int(part) for part in parts)
     if "" in shapes and len(shapes) > 1:
         raise InputError(
-            "input shape", "one shape has no name, but there are several", got=list(texts), expected=_SHAPE_EXAMPLE
+            "input shape", "one shape has no name, but there are several", got=list(texts), expected=SHAPE_EXAMPLE
         )
     return shapes
 
 
-def sample_inputs(
-    specs: Sequence[TensorSpec], *, seed: int, base: Mapping[str, Shape]
-) -> Iterator[tuple[str, dict[str, Array]]]:
-    """Inputs of several shapes for comparing two forms of one network; the same for the same seed.
+def parse_dynamic_axes(texts: Sequence[str]) -> Any:
+    """Reads "none", "batch", "spatial" or "all", or axes by number with their names: `x:0=N,2=H`.
 
-    The base shape comes first. Where the batch (axis 0) may change: batch 1, and one more than the base. Where
-    spatial sizes (axes >= 2) may change: odd sizes, sizes that differ from one another, and the base plus 32. Sizes
-    grow from the base, so that a net that strides takes them too. A size of the same name is the same everywhere.
-
-    Args:
-        specs: Inputs of the network.
-        seed: Chooses sizes and values.
-        base: Shape of each input that has a size in name only; "" for the only input.
-
-    Yields:
-        A label such as "x 2x3x33x47", and an array for each input: standard normal, or integers 0 to 7.
+    Returns:
+        The word; for axes {"x": {0: "N", 2: "H"}}, "" being the only input; None where no text is given.
 
     Raises:
-        InputError: A shape is missing, belongs to no input, or does not fit; or a dtype that numpy does not know.
+        InputError: Another form, a word beside others, or an axis twice.
     """
-    shapes = _base_shapes(specs, base)
-    seen: set[tuple[Shape, ...]] = set()
-    for index, sizes in enumerate(_variants(specs, shapes, np.random.default_rng(seed))):
-        varied = tuple(
-            tuple(sizes.get(_symbol(spec, axis), size) for axis, size in enumerate(shapes[spec.name])) for spec in specs
-        )
-        if varied in seen:
-            continue
-        seen.add(varied)
-        label = ", ".join(
-            f"{spec.name} {'x'.join(map(str, shape)) or 'scalar'}" for spec, shape in zip(specs, varied, strict=True)
-        )
-        rng = np.random.default_rng((seed, index))
-        yield label, {spec.name: _values(spec, shape, rng) for spec, shape in zip(specs, varied, strict=True)}
+    words = ("none", "batch", "spatial", "all")
+    if len(texts) == 1 and texts[0] in words:
+        return texts[0]
+    found: dict[str, dict[int, str]] = {}
+    for text in texts:
+        name, _, axes = text.rpartition(":")
+        for part in axes.split(","):
+            axis, equals, symbol = (each.strip() for each in part.partition("="))
+            if not (equals and re.fullmatch("[0-9]{1,2}", axis) and symbol.isidentifier()):
+                expected = f"{', '.join(words)}, or axes with their names: x:0=N,2=H,3=W"
+                raise InputError("--dynamic", "neither a word nor axes", got=repr(text), expected=expected)
+            if found.setdefault(name.strip(), {}).setdefault(int(axis), symbol) != symbol:
+                raise InputError("--dynamic", f"two names for axis {axis}", got=repr(text))
+    return found or None
 
 
-def _variants(
-    specs: Sequence[TensorSpec], shapes: Mapping[str, Shape], rng: np.random.Generator
-) -> Iterator[dict[str, int]]:
-    """Sizes by symbol, of the symbols that are to differ from the base; the base itself first."""
-    batch: dict[str, int] = {}
-    spatial: dict[str, int] = {}
-    for spec in specs:
-        for axis, size in enumerate(spec.shape):
-            if isinstance(size, str) and axis != 1:
-                (batch if axis == 0 else spatial)[_symbol(spec, axis)] = shapes[spec.name][axis]
-    spatial = {symbol: size for symbol, size in spatial.items() if symbol not in batch}
-    yield {}
-    if batch:
-        yield dict.fromkeys(batch, 1)
-        yield {symbol: size + 1 for symbol, size in batch.items()}
-    if spatial:
-        step = int(rng.integers(1, (_LARGEST_STEP + 1) // 2))
-        # The nearest odd size at or past the step: strides and pools round it, which is where backends differ.
-        yield {symbol: (size + step) | 1 for symbol, size in spatial.items()}
-        steps = rng.choice(np.arange(1, _LARGEST_STEP + 1), size=len(spatial), replace=len(spatial) > _LARGEST_STEP)
-        steps.sort()
-        order = sorted(spatial, key=lambda symbol: spatial[symbol])
-        # Larger sizes get the larger steps, so that equal sizes part and unequal ones never meet.
-        yield {symbol: spatial[symbol] + int(grown) for symbol, grown in zip(order, steps, strict=True)}
-        # A U-net takes multiples of its total stride alone, and refuses the others.
-        yield {symbol: size + _TOTAL_STRIDE for symbol, size in spatial.items()}
+def base_shapes(specs: Sequence[TensorSpec], given: Mapping[str, Shape]) -> dict[str, Shape]:
+    """A whole shape for each input: the given one, else the one that it is known to take.
 
+    Args:
+        specs: The inputs.
+        given: Shapes by input; "" for the only one.
 
-def _base_shapes(specs: Sequence[TensorSpec], base: Mapping[str, Shape]) -> dict[str, Shape]:
+    Raises:
+        InputError: A shape is missing, belongs to no input, or does not fit; or two sizes for one name.
+    """
     names = [spec.name for spec in specs]
-    unknown = [name for name in base if name not in names and not (name == "" and len(names) == 1)]
+    unknown = [name for name in given if name not in names and not (name == "" and len(names) == 1)]
     if unknown:
-        told = f"no input is called {unknown[0]!r}" if unknown[0] else "a shape without a name, but several inputs"
-        raise InputError("input shape", told, got=", ".join(map(repr, base)), expected=", ".join(names))
+        problem = f"no input is called {unknown[0]!r}" if unknown[0] else "a shape without a name, but several inputs"
+        raise InputError("input shape", problem, got=", ".join(map(repr, given)), expected=", ".join(names))
     shapes: dict[str, Shape] = {}
     sizes: dict[str, int] = {}
     for spec in specs:
         where = f"input {spec.name}"
-        shape = base.get(spec.name, base.get(""))
+        shape = given.get(spec.name, given.get("", spec.base))
         if shape is None:
-            shape = tuple(size for size in spec.shape if isinstance(size, int))
-        if len(shape) < len(spec.shape) and spec.name not in base and "" not in base:
             raise InputError(
-                where, "some of its sizes are free", got=_text(spec.shape), fix=f"give a shape: {_SHAPE_EXAMPLE}"
+                where, "some of its axes are dynamic", got=shape_text(spec.shape), fix=f"give a shape: {SHAPE_EXAMPLE}"
             )
         fits = len(shape) == len(spec.shape) and all(
             isinstance(want, str) or want == size for want, size in zip(spec.shape, shape, strict=True)
         )
         if not fits:
-            raise InputError(where, "the given shape does not fit", got=_text(shape), expected=_text(spec.shape))
+            raise InputError(
+                where, "the given shape does not fit", got=shape_text(shape), expected=shape_text(spec.shape)
+            )
         for axis, size in enumerate(shape):
-            if isinstance(spec.shape[axis], str) and sizes.setdefault(_symbol(spec, axis), size) != size:
+            if isinstance(spec.shape[axis], str) and sizes.setdefault(spec.symbol(axis), size) != size:
                 raise InputError(
                     where,
                     f"two sizes for {spec.shape[axis]!r}",
-                    got=f"{sizes[_symbol(spec, axis)]} and {size}",
+                    got=f"{sizes[spec.symbol(axis)]} and {size}",
                     expected="one size for every axis of that name",
                 )
         shapes[spec.name] = shape
     return shapes
 
 
-def _symbol(spec: TensorSpec, axis: int) -> str:
-    """Name of a free size; an axis that has none ("" or "?") is free of all others."""
-    size = spec.shape[axis]
-    return size if isinstance(size, str) and size not in ("", "?") else f"{spec.name}[{axis}]"
-
-
-def _values(spec: TensorSpec, shape: Shape, rng: np.random.Generator) -> Array:
-    try:
-        dtype = np.dtype(spec.dtype)
-    except TypeError as error:
-        raise InputError(f"input {spec.name}", "a dtype that numpy does not know", got=spec.dtype) from error
-    if dtype.kind in "OSU":
-        raise InputError(f"input {spec.name}", "not a numeric dtype", got=spec.dtype)
-    if dtype.kind == "b":
-        return rng.integers(0, 2, shape).astype(dtype)
-    if dtype.kind in "iu":
-        return rng.integers(0, _LARGEST_INTEGER, shape).astype(dtype)
-    return rng.standard_normal(shape).astype(dtype)
-
-
-def _text(shape: Sequence[int | str]) -> str:
+def shape_text(shape: Sequence[int | str]) -> str:
+    """As people type it: 2x3x224x224."""
     return "x".join(map(str, shape)) or "a scalar"
 
 
-def _is_size(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+def sizes_to_dict(specs: Sequence[TensorSpec], notes: Sequence[str]) -> dict[str, Any]:
+    """What is known of the sizes of a file's inputs, as it stands in the file and in its manifest.
+
+    Returns:
+        {"inputs": {name: [[base, step, group] or null for each axis]}, "notes": [sentences]}.
+    """
+    known = {spec.name: [axis and [axis.base, axis.step, axis.group] for axis in spec.sizes] for spec in specs}
+    return {"inputs": known, "notes": list(notes)}
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+def read_sizes(text: str | None) -> dict[str, Any]:
+    """What a file's metadata has of `sizes_to_dict`; empty where that is missing or damaged."""
+    try:
+        found = json.loads(text or "{}")
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def with_sizes(specs: Sequence[TensorSpec], found: Mapping[str, Any]) -> tuple[TensorSpec, ...]:
+    """The inputs of a file with what `sizes_to_dict` wrote of them; as they are where that is missing or damaged."""
+    inputs = found.get("inputs")
+    known: dict[str, tuple[AxisSizes | None, ...]] = {}
+    for name, axes in inputs.items() if isinstance(inputs, Mapping) else ():
+        try:
+            known[name] = tuple(axis and AxisSizes(int(axis[0]), int(axis[1]), str(axis[2])) for axis in axes)
+        except (TypeError, ValueError, LookupError):
+            continue
+    return tuple(replace(spec, sizes=known.get(spec.name, ())) for spec in specs)

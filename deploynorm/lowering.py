@@ -1,8 +1,9 @@
-"""The operator as ONNX knows it: its schema, its function body, and the three ways to write it into a graph."""
+"""The operator as ONNX knows it: its schema, its function body, and the forms in which it is written into a graph."""
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Callable, Mapping
+from typing import Final, NamedTuple
 
 import numpy as np
 import onnx
@@ -12,18 +13,14 @@ import onnxscript
 from onnx.defs import OpSchema
 from onnx_ir.passes.common import InlinePass
 
-from deploynorm.contract import DOMAIN, INPUTS, NODE_ATTRIBUTES, OP_TYPE, OUTPUT, VERSION
-from deploynorm.errors import ModelError
+from deploynorm.contract import DOMAIN, INPUTS, NODE_ATTRIBUTES, OP_TYPE, OUTPUT, VERSION, Lowering
+from deploynorm.dtypes import ONNX_HALF
+from deploynorm.errors import InputError, ModelError
 
 __all__ = ["Lowering", "frn_nodes", "function_proto", "lower", "register_schema", "translate"]
 
-Lowering = Literal["custom", "rmsnorm", "primitives"]
-"""custom: one node a layer, with a function body beside it. primitives: the body's standard operators.
-rmsnorm: the same with RMSNormalization (opset 23) for the normalization itself."""
-
 RMSNORM_OPSET = 23
 _SCALED = OP_TYPE + "Scaled"
-_HALF = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 
 
 def register_schema() -> None:
@@ -82,18 +79,21 @@ def function_proto(opset: int, *, half: bool = False) -> onnx.FunctionProto:
 
 
 def lower(model: ir.Model, lowering: Lowering, *, function: bool = True) -> None:
-    """Writes the operator's nodes in the form asked for, in place.
+    """Writes the operator's nodes in one of the forms, in place.
 
     Args:
         model: A graph with `deploynorm` nodes, straight from translation.
-        lowering: See Lowering.
+        lowering: See deploynorm.contract.Lowering.
         function: Whether a custom node's body goes with the model. Without it only TensorRT with our plugin and
             ONNX Runtime with our library can run the file; TensorRT 10.0 to 10.6 need it so.
 
     Raises:
-        ModelError: Another local function has the operator's name (TensorRT looks functions up by name alone); or
+        InputError: An unknown lowering.
+        ModelError: Another local function has the operator's name (TensorRT looks functions up by name only); or
             rmsnorm is asked for at an opset below 23, for float64, or with an epsilon that is not constant.
     """
+    if lowering not in _WRITERS:
+        raise InputError("export", "unknown lowering", got=repr(lowering), expected=", ".join(_WRITERS))
     for other in model.functions.values():
         if other.name == OP_TYPE:
             raise ModelError(
@@ -106,18 +106,36 @@ def lower(model: ir.Model, lowering: Lowering, *, function: bool = True) -> None
     if not nodes:
         return
     opset = model.opset_imports[""]
-    half = any(node.inputs[0].dtype in _HALF for node in nodes if node.inputs[0] is not None)
-    if lowering == "rmsnorm":
-        _use_rmsnorm(model, nodes, opset, half)
-    elif lowering == "primitives" or function:
-        _attach(model, function_proto(opset, half=half))
-    if lowering != "custom":
-        for node in nodes:
-            for name in NODE_ATTRIBUTES:
-                node.attributes.pop(name, None)
-        InlinePass()(model)
-        model.opset_imports.pop(DOMAIN, None)
-        onnxscript.optimizer.optimize(model)
+    half = any(node.inputs[0].dtype in ONNX_HALF for node in nodes if node.inputs[0] is not None)
+    _WRITERS[lowering](model, nodes, _Form(opset, half, function))
+
+
+class _Form(NamedTuple):
+    """How the operator is to be written: for which opset, with casts around half values, with its body."""
+
+    opset: int
+    half: bool
+    function: bool
+
+
+def _write_custom(model: ir.Model, nodes: list[ir.Node], form: _Form) -> None:
+    if form.function:
+        _attach(model, function_proto(form.opset, half=form.half))
+
+
+def _write_primitives(model: ir.Model, nodes: list[ir.Node], form: _Form) -> None:
+    _attach(model, function_proto(form.opset, half=form.half))
+    _inline(model, nodes)
+
+
+def _inline(model: ir.Model, nodes: list[ir.Node]) -> None:
+    """Puts the bodies of the functions in the place of the nodes."""
+    for node in nodes:
+        for name in NODE_ATTRIBUTES:
+            node.attributes.pop(name, None)
+    InlinePass()(model)
+    model.opset_imports.pop(DOMAIN, None)
+    onnxscript.optimizer.optimize(model)
 
 
 def frn_nodes(model: ir.Model) -> list[ir.Node]:
@@ -125,12 +143,13 @@ def frn_nodes(model: ir.Model) -> list[ir.Node]:
     return [node for node in model.graph.all_nodes() if node.domain == DOMAIN and node.op_type == OP_TYPE]
 
 
-def _use_rmsnorm(model: ir.Model, nodes: list[ir.Node], opset: int, half: bool) -> None:
+def _write_rmsnorm(model: ir.Model, nodes: list[ir.Node], form: _Form) -> None:
     """Attaches bodies on RMSNormalization and gives each node its epsilon attribute.
 
-    RMSNormalization has one epsilon. With an epsilon a channel, FRN(x; eps_c) = RMS(s_c * x; eps_0) with
-    s_c = sqrt(eps_0 / eps_c): such a node carries s in the place of eps.
+    RMSNormalization has one epsilon. With an epsilon per channel, FRN(x; eps_c) = RMS(s_c * x; eps_0) with
+    s_c = sqrt(eps_0 / eps_c): such a node carries s in place of eps.
     """
+    opset, half, _ = form
     if opset < RMSNORM_OPSET:
         raise ModelError(
             "export",
@@ -168,6 +187,7 @@ def _use_rmsnorm(model: ir.Model, nodes: list[ir.Node], opset: int, half: bool) 
         even = Mul (flat, scale_column)
         """
     _attach(model, _function(_SCALED, opset, half, ones + rescale + normalize.format(flat="even"), "<epsilon>"))
+    _inline(model, nodes)
 
 
 def _function(name: str, opset: int, half: bool, core: str, attributes: str = "") -> onnx.FunctionProto:
@@ -204,3 +224,10 @@ def _attach(model: ir.Model, proto: onnx.FunctionProto) -> None:
     function = ir.serde.deserialize_function(proto)
     model.functions[function.identifier()] = function
     model.opset_imports.setdefault(DOMAIN, VERSION)
+
+
+_WRITERS: Final[Mapping[Lowering, Callable[[ir.Model, list[ir.Node], _Form], None]]] = {
+    "custom": _write_custom,
+    "rmsnorm": _write_rmsnorm,
+    "primitives": _write_primitives,
+}

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import io
+import shutil
+import sys
 from collections.abc import Iterable, Sequence
 
-__all__ = ["PLAIN_WIDTH", "table"]
+__all__ = ["table"]
 
-PLAIN_WIDTH = 200
+_PLAIN_WIDTH = 200
 """Columns of a table that no terminal limits: a pipe has no width, and a table folded at 80 cannot be searched."""
 
 
-def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], *, width: int | None = None) -> str:
-    """A table without lines, its title above it.
+def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A table without lines, its title above it. Longer cells are folded at the width of the terminal, if there is one.
 
     Args:
         title: Empty for none.
         columns: Their headings; all empty for a table without a heading.
         rows: A cell for each column. Numbers should come as text, formatted.
-        width: Longer cells are folded; by default at `PLAIN_WIDTH`.
     """
     from rich.console import Console
     from rich.markup import escape
@@ -30,6 +31,7 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], 
     for row in rows:
         grid.add_row(*(escape(str(cell)) for cell in row))
     text = io.StringIO()
-    Console(file=text, width=width or PLAIN_WIDTH, highlight=False, color_system=None).print(grid)
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else _PLAIN_WIDTH
+    Console(file=text, width=width, highlight=False, color_system=None).print(grid)
     lines = [line.rstrip() for line in text.getvalue().splitlines()]
     return "\n".join([title, *lines] if title else lines)

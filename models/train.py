@@ -39,20 +39,20 @@ from torch.nn.parallel import DistributedDataParallel
 
 from deploynorm import checkpoint
 from deploynorm.errors import BackendError, DeployNormError, ModelError
-from deploynorm.inputs import ImageSpec
-from deploynorm.layers import track_loss_scale
+from deploynorm.image import ImageSpec
+from deploynorm.layers import parameter_groups, track_loss_scale
 
 from . import data, frn_resnet, mabn_resnet
 from .batches import Batches, random_seed
 from .training.compilation import compiled
 from .training.last import load_last, save_last
 from .training.logs import Log, draw_curve
-from .training.optimization import averaged, lr_factor, parameter_groups
+from .training.optimization import averaged, lr_factor
 from .training.options import RECIPE, build_parser
 from .training.precision import autocast, check_amp
 from .training.processes import StopSignal, join, over_processes
 
-__all__ = ["lr_factor", "main", "parameter_groups"]
+__all__ = ["lr_factor", "main"]
 
 LOG_STEPS = 50
 """Steps between two readings of the loss. A reading makes the host wait for the device."""

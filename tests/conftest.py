@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import fcntl
 import functools
 import importlib
 import importlib.util
@@ -18,8 +17,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, NoReturn
 
+import compiled
 import pytest
 import torch
+from cuda_kernels import CudaKernel
+from emulated import build_kernels
 
 from deploynorm import libraries
 from deploynorm.errors import BackendError
@@ -82,7 +84,7 @@ def pytest_runtest_setup() -> None:
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:
-    lines = [] if torch.cuda.is_available() else ["tests/gpu: not collected, torch finds no CUDA device"]
+    lines = [] if torch.cuda.is_available() else ["tests/gpu: on the emulation only, torch finds no CUDA device"]
     if config.option.markexpr == "not slow":
         lines.append("tests marked slow: deselected, `pytest -m slow` runs them")
     return lines
@@ -152,37 +154,41 @@ def require() -> Callable[[str], None]:
 
 
 @pytest.fixture(scope="session")
-def kept(pytestconfig: pytest.Config) -> Callable[[str, str, Callable[[Path], object]], Path]:
-    """kept(name, key, build): a folder in pytest's cache, which build(folder) fills once for each key."""
-
-    def kept(name: str, key: str, build: Callable[[Path], object]) -> Path:
-        cache = pytestconfig.cache
-        assert cache is not None
-        folder = cache.mkdir(name) / key
-        with folder.with_suffix(".lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # pytest-xdist's processes share the cache
-            if not (folder / "complete").is_file():
-                shutil.rmtree(folder, ignore_errors=True)
-                build(folder)
-                (folder / "complete").touch()
-        return folder
-
-    return kept
+def build_once(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str, Callable[[Path], object]], Path]:
+    """build_once(name, build): a folder that build(folder) filled, once for each state of the sources, in any run."""
+    cache = request.config.cache
+    parent = tmp_path_factory.mktemp("compiled") if cache is None else cache.mkdir("compiled")
+    key = compiled.digest()
+    return lambda name, build: compiled.build_once(parent / name, key, build)
 
 
 @pytest.fixture(scope="session")
-def cuda_libraries(require: Callable[[str], None], kept: Callable[[str, str, Callable[[Path], object]], Path]) -> Path:
-    """A folder of our libraries with code for all GPUs, built once for each state of the sources."""
+def cuda_libraries(require: Callable[[str], None], build_once: Callable[..., Path]) -> Path:
+    """A folder of our three libraries, with code for all GPUs."""
     require("nvcc")
     require("trt-headers")
-    return kept("cuda-libraries", libraries._source_digest(), lambda folder: libraries.build(folder, cuda=True))
+    return build_once("cuda-libraries", lambda folder: libraries.build(folder, cuda=True))
+
+
+@pytest.fixture(scope="session")
+def emulated_library(require: Callable[[str], None], build_once: Callable[..., Path]) -> Path:
+    """The CUDA kernels, compiled for the CPU."""
+    require("compiler")
+    return build_once("emulated", build_kernels) / "libemulated.so"
+
+
+@pytest.fixture(scope="session")
+def emulated(emulated_library: Path) -> CudaKernel:
+    return CudaKernel(emulated_library, "cpu")
 
 
 @pytest.fixture
 def without_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A machine without our operator library."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "empty cache"))
-    monkeypatch.setattr(libraries, "_installed_library", lambda name: None)
+    monkeypatch.setattr("deploynorm.libraries.find.installed_library", lambda name: None)
     assert libraries.find_library() is None
 
 

@@ -23,10 +23,11 @@ import numpy.typing as npt
 import torch
 from cases import NormCase, make_dy, make_inputs, make_rstd, tolerance, want
 from frn_gradient import Gradients, check_gradients, gradients, sizes
-from kernels import TYPES, BackwardCall, Call, from_lanes, to_lanes
+from kernels import from_blocks, to_blocks
 from tolerances import GRADIENT_ROUNDED, GRADIENT_SUMMED, RSTD
 
 from deploynorm.contract import INPUTS
+from deploynorm.libraries.kernels import TYPES, Backward, Forward, open_kernels
 
 Array = npt.NDArray[Any]
 
@@ -45,8 +46,6 @@ GUARD = 256
 
 INVALID_VALUE = 1
 """cudaErrorInvalidValue."""
-
-_PASS = {Call: "frn", BackwardCall: "frn_backward"}
 
 
 class Guarded:
@@ -87,7 +86,7 @@ def to_layout(x: Array, layout: Layout, fill: float = np.nan) -> Array:
     if layout == "nchw":
         return np.ascontiguousarray(x).reshape(*x.shape[:2], prod(x.shape[2:]), 1)
     channels = x.shape[1]
-    rows = to_lanes(x, channels) if channels else x.reshape(x.shape[0], 1, prod(x.shape[2:]), 0)
+    rows = to_blocks(x, channels) if channels else x.reshape(x.shape[0], 1, prod(x.shape[2:]), 0)
     if layout == "nhwc8":
         rows = np.pad(rows, [(0, 0)] * 3 + [(0, -channels % 8)], constant_values=fill)
     return rows
@@ -98,7 +97,7 @@ def from_layout(y: Array, layout: Layout, shape: tuple[int, ...]) -> Array:
     if layout == "nchw":
         return y.reshape(shape)
     assert not y[..., shape[1] :].any(), "the padding of a row is not zero"
-    return from_lanes(y[..., : shape[1]], shape)
+    return from_blocks(y[..., : shape[1]], shape)
 
 
 class CudaKernel:
@@ -106,35 +105,33 @@ class CudaKernel:
 
     def __init__(self, library: Path, device: Literal["cpu", "cuda"]) -> None:
         self.device = device
-        self._library = ctypes.CDLL(str(library))
+        self.functions = open_kernels(library)
 
     @property
     def variants(self) -> list[str]:
         """All that there are."""
-        names = self._library.deploynorm_cuda_variants
-        names.restype = ctypes.POINTER(ctypes.c_char_p)
-        found = names()
+        found = self.functions.deploynorm_cuda_variants()
         return [name.decode() for name in itertools.takewhile(lambda name: name is not None, found)]
 
-    def workspace_bytes(self, call: Call | BackwardCall) -> int:
-        function = getattr(self._library, f"deploynorm_{_PASS[type(call)]}_cuda_workspace")
-        function.restype = ctypes.c_size_t
-        return int(function(ctypes.byref(call)))
+    def workspace_bytes(self, call: Forward | Backward) -> int:
+        forward = isinstance(call, Forward)
+        name = "deploynorm_frn_cuda_workspace" if forward else "deploynorm_frn_backward_cuda_workspace"
+        return int(getattr(self.functions, name)(ctypes.byref(call)))
 
     def call(
         self,
-        call: Call | BackwardCall,
+        call: Forward | Backward,
         *,
         workspace: int | None = None,
         stream: int = 0,
         variant: str | None = None,
     ) -> int:
         """As it stands in frn.h; nothing is checked."""
-        function = getattr(self._library, f"deploynorm_{_PASS[type(call)]}_cuda")
-        function.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_char_p)
-        return int(function(ctypes.byref(call), workspace, stream, None if variant is None else variant.encode()))
+        name = "deploynorm_frn_cuda" if isinstance(call, Forward) else "deploynorm_frn_backward_cuda"
+        text = None if variant is None else variant.encode()
+        return int(getattr(self.functions, name)(ctypes.byref(call), workspace, stream, text))
 
-    def _run(self, call: Call | BackwardCall, workspace: bool, variant: str | None) -> bool:
+    def _run(self, call: Forward | Backward, workspace: bool, variant: str | None) -> bool:
         """Whether the variant takes these sizes."""
         scratch = Guarded(np.full(self.workspace_bytes(call), 0xFF, np.uint8), self.device)
         pointer = scratch.pointer if workspace else None  # where no bytes are asked for, to what nobody may write
@@ -186,7 +183,7 @@ class CudaKernel:
             name: Guarded(values, self.device)
             for name, values in (("gamma", gamma), ("beta", beta), ("tau", tau), ("eps", eps))
         }
-        call = Call(
+        call = Forward(
             *_sizes(x, laid, layout),
             x=source.pointer,
             y=target.pointer,
@@ -247,7 +244,7 @@ class CudaKernel:
         pointers = {name: guarded.pointer for name, guarded in given.items()}
         if in_place:
             pointers["dx"] = pointers["dy"]
-        taken = self._run(BackwardCall(*_sizes(x, tensors[1], layout), **pointers), True, variant)
+        taken = self._run(Backward(*_sizes(x, tensors[1], layout), **pointers), True, variant)
         written = ({"dy" if in_place else "dx", *Gradients._fields[1:]}) if taken else set()
         for name, guarded in given.items():
             if name not in written:
@@ -259,18 +256,18 @@ class CudaKernel:
 
 
 def _sizes(x: Array, laid: Array, layout: Layout) -> tuple[int, int, int, int, int]:
-    """samples, channels, spatial, lanes and type of x, which is laid out like this."""
-    lanes = 1 if layout == "nchw" else laid.shape[3]
-    return x.shape[0], x.shape[1], prod(x.shape[2:]), lanes, TYPES[x.dtype]
+    """samples, channels, spatial, block and type of x, which is laid out like this."""
+    block = 1 if layout == "nchw" else laid.shape[3]
+    return x.shape[0], x.shape[1], prod(x.shape[2:]), block, TYPES[x.dtype.name]
 
 
 def sized(dtype: str, samples: int, channels: int, spatial: int) -> NormCase:
     return NormCase(f"sized_{samples}x{channels}x{spatial}", (samples, channels, spatial), dtype, eps="per_channel")
 
 
-def variants_to_check(case: NormCase) -> Sequence[str]:
+def variants_to_check(kernel: CudaKernel, case: NormCase) -> Sequence[str]:
     """All; in the emulation, where a large plane takes seconds, of such a one in a single type."""
-    return VARIANTS if prod(case.shape) < 10**5 or case.dtype == "float32" else ()
+    return VARIANTS if kernel.device == "cuda" or prod(case.shape) < 10**5 or case.dtype == "float32" else ()
 
 
 def check(kernel: CudaKernel, case: NormCase, *, statistics: bool = True, **how: object) -> bool:
@@ -318,7 +315,7 @@ def normalised(x: Array, scale: Array, beta: Array) -> Array:
 
 
 def check_one_rounding(kernel: CudaKernel, dtype: str, **how: object) -> bool:
-    """Whether the variant takes these sizes; y must be what check_ties takes it for, to the bit, if it does."""
+    """Whether the variant takes these sizes; y must be what check_ties takes it for, bit for bit, if it does."""
     x, gamma, beta, tau, eps = make_inputs(NormCase("one_rounding", (2, 64, 49), dtype, tlu=False)).values()
     rstd = np.empty(x.shape[:2], gamma.dtype)
     y = kernel(x, gamma, beta, tau, eps, rstd=rstd, **how)  # type: ignore[arg-type]
@@ -328,7 +325,7 @@ def check_one_rounding(kernel: CudaKernel, dtype: str, **how: object) -> bool:
 
 
 def check_ties(kernel: CudaKernel, dtype: str, variants: Sequence[str | None] = (None,), **how: object) -> None:
-    """The backward pass has each element on the side of its threshold on which the forward pass had it, to the bit.
+    """The backward pass has each element on the side of its threshold on which the forward pass had it, bit-exact.
 
     Each channel's threshold is the y of one of its elements, which gets the gradient then. All of dy is 1, so that the
     gradients by beta and tau are counts.

@@ -73,7 +73,7 @@ def build_broken_kernels(folder: Path, source: str, before: str, after: str) -> 
         if path.suffix in (".cu", ".cuh"):
             changed += text.count(before)
             text = text.replace(before, after)
-            text = re.sub(r"\brun<(float|double|__nv_bfloat16)>\(here", "run<__half>(here", text)
+            text = re.sub(r"return run\((float|double|__nv_bfloat16)\(\)\)", "return run(__half())", text)
         (sources / path.name).write_text(text)
     assert changed == 1, before
     return build_kernels(folder, [sources / source])
@@ -99,7 +99,8 @@ def find_faults(libraries: Sequence[Path], check: str) -> list[bool]:
         libraries: Each is looked at in a process of its own: some faults end it.
         check: Source of a function of this name, which raises an error if it finds one, and what it imports.
     """
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+    paths = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
     command = [sys.executable, "-c", check + _FOR_EACH, *map(str, libraries)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     found = [status != "0" for status in done.stdout.split()]

@@ -1,4 +1,4 @@
-"""The gradients of FRN with its threshold in NumPy, computed in float64, and what a form of them may be off by.
+"""The gradients of FRN with its threshold in NumPy, computed in float64, and how far others may be from them.
 
 want = gradients(dy, x, gamma, beta, tau, eps)
 check_gradients(got, want, sizes(dy, x, gamma, beta, tau, eps), tolerance)
@@ -46,7 +46,7 @@ def gradients(dy: Array, x: Array, gamma: Array, beta: Array, tau: Array, eps: A
 
 
 def sizes(dy: Array, x: Array, gamma: Array, beta: Array, tau: Array, eps: Array) -> Gradients:
-    """The same sums over the absolute values of their terms: what a rounding error is relative to."""
+    """The sums of `gradients` over the absolute values of their terms: what a rounding error is relative to."""
     return _gradients(dy, x, gamma, beta, tau, eps, absolute=True)
 
 
@@ -63,8 +63,8 @@ def _gradients(*inputs: Array, absolute: bool) -> Gradients:
         g, rest = np.where(bounded, 0, dy), np.where(bounded, dy, 0)
         # rstd * x is of the size of 1, rstd^3 may be out of range.
         product = rstd * np.sum(g * x, axis=axes, keepdims=True)
-        pull = x * (rstd * (product / spatial))
-        dx = gamma * rstd * (g + pull if absolute else g - pull)
+        correction = x * (rstd * (product / spatial))
+        dx = gamma * rstd * (g + correction if absolute else g - correction)
         deps = gamma * (rstd * product) * rstd / (2 if absolute else -2)
         others = (0, *range(2, x.ndim))
         # Thousands of samples, one after the other, would leave more of an error in float64 than the kernels may have.

@@ -1,7 +1,7 @@
 """The CPU kernel through its C interface, plugins/kernels/frn.h, with NumPy and nothing else of ours.
 
 kernel = Kernel(library)
-y = kernel(x, gamma, beta, tau, eps, lanes=8, variant="avx2")     # x is (N, C, D1..Dk); so is y
+y = kernel(x, gamma, beta, tau, eps, block=8, variant="avx2")     # x is (N, C, D1..Dk); so is y
 
 Every call lays x out as the kernel takes it, between guard bytes that it looks at afterwards, and sees to it that the
 kernel has left its inputs alone. Runs under sanitizers too, in a Python that has no torch.
@@ -18,58 +18,17 @@ from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
-import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 from frn_gradient import Gradients
 
+from deploynorm.libraries.kernels import PARALLEL_FOR, TYPES, Backward, Forward, open_kernels
+
 Array = npt.NDArray[Any]
 Into = Literal["y", "x", "residual"]
 
-TYPES = {
-    np.dtype(np.float32): 0,
-    np.dtype(np.float64): 1,
-    np.dtype(np.float16): 2,
-    np.dtype(ml_dtypes.bfloat16): 3,
-}
-"""Type of x -> deploynorm_type."""
-
-TASK = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64)
-PARALLEL_FOR = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64, TASK, ctypes.c_void_p)
-
 GUARD = 64
 """Bytes around each tensor: a vector of the widest registers."""
-
-
-class Call(ctypes.Structure):
-    """struct deploynorm_frn."""
-
-    _fields_ = (
-        ("samples", ctypes.c_int64),
-        ("channels", ctypes.c_int64),
-        ("spatial", ctypes.c_int64),
-        ("lanes", ctypes.c_int64),
-        ("type", ctypes.c_int32),
-        ("x", ctypes.c_void_p),
-        ("y", ctypes.c_void_p),
-        ("residual", ctypes.c_void_p),
-        ("gamma", ctypes.c_void_p),
-        ("beta", ctypes.c_void_p),
-        ("tau", ctypes.c_void_p),
-        ("eps", ctypes.c_void_p),
-        ("rstd", ctypes.c_void_p),
-    )
-
-
-class BackwardCall(ctypes.Structure):
-    """struct deploynorm_frn_backward."""
-
-    _fields_ = (
-        *((name, ctypes.c_int64) for name in ("samples", "channels", "spatial", "lanes")),
-        ("type", ctypes.c_int32),
-        *((name, ctypes.c_void_p) for name in ("dy", "x", "rstd", "gamma", "beta", "tau")),
-        *((name, ctypes.c_void_p) for name in ("dx", "dgamma", "dbeta", "dtau", "deps")),
-    )
 
 
 @dataclass
@@ -165,23 +124,23 @@ class ParallelFor:
         return cls(order)
 
 
-def to_lanes(x: Array, lanes: int) -> Array:
-    """(N, C, D1..Dk) as (N, C / lanes, D1 * .. * Dk, lanes)."""
+def to_blocks(x: Array, block: int) -> Array:
+    """(N, C, D1..Dk) as (N, C / block, D1 * .. * Dk, block)."""
     samples, channels = x.shape[:2]
-    blocks = x.reshape(samples, channels // lanes, lanes, prod(x.shape[2:]))
+    blocks = x.reshape(samples, channels // block, block, prod(x.shape[2:]))
     return np.ascontiguousarray(np.moveaxis(blocks, 2, 3))
 
 
-def from_lanes(y: Array, shape: tuple[int, ...]) -> Array:
-    """The inverse of to_lanes."""
+def from_blocks(y: Array, shape: tuple[int, ...]) -> Array:
+    """The inverse of to_blocks."""
     return np.ascontiguousarray(np.moveaxis(y, 3, 2)).reshape(shape)
 
 
-def pad_channels(x: Array, lanes: int, value: float = 0.0) -> Array:
-    """Channels (axis 1, or 0 of a parameter) filled up to a multiple of lanes."""
+def pad_channels(x: Array, block: int, value: float = 0.0) -> Array:
+    """Channels (axis 1, or 0 of a parameter) filled up to a multiple of block."""
     axis = min(1, x.ndim - 1)
     widths = [(0, 0)] * x.ndim
-    widths[axis] = (0, -x.shape[axis] % lanes)
+    widths[axis] = (0, -x.shape[axis] % block)
     return np.pad(x, widths, constant_values=value)
 
 
@@ -193,19 +152,8 @@ class Kernel:
     """
 
     def __init__(self, library: Path) -> None:
-        self._library = ctypes.CDLL(str(library))
-        names = self._library.deploynorm_cpu_variants
-        names.restype = ctypes.POINTER(ctypes.c_char_p)
-        self._frn = self._library.deploynorm_frn_cpu
-        self._frn.restype = ctypes.c_int
-        self._frn.argtypes = (ctypes.POINTER(Call), ctypes.c_void_p, ctypes.c_void_p, ctypes.c_char_p)
-        if hasattr(self._library, "deploynorm_frn_backward_cpu"):  # the library for training has it
-            self._workspace = self._library.deploynorm_frn_backward_cpu_workspace
-            self._workspace.restype = ctypes.c_size_t
-            self._backward = self._library.deploynorm_frn_backward_cpu
-            pointer = ctypes.c_void_p
-            self._backward.argtypes = (ctypes.POINTER(BackwardCall), pointer, pointer, pointer, ctypes.c_char_p)
-        self.variants = list(self._names(names()))
+        self.functions = open_kernels(library)
+        self.variants = list(self._names(self.functions.deploynorm_cpu_variants()))
 
     @staticmethod
     def _names(names: Any) -> Iterator[str]:
@@ -214,28 +162,23 @@ class Kernel:
             yield names[index].decode()
             index += 1
 
-    def call(self, call: Call, *, variant: str | None = None, parallel_for: ParallelFor | None = None) -> int:
-        """As it stands in frn.h; nothing is checked."""
-        function = None if parallel_for is None else ctypes.cast(parallel_for.function, ctypes.c_void_p)
-        result: int = self._frn(ctypes.byref(call), function, None, None if variant is None else variant.encode())
-        return result
-
-    def call_backward(
+    def call(
         self,
-        call: BackwardCall,
-        workspace: int,
+        call: Forward | Backward,
+        workspace: int | None = None,
         *,
         variant: str | None = None,
         parallel_for: ParallelFor | None = None,
     ) -> int:
         """As it stands in frn.h; nothing is checked."""
-        function = None if parallel_for is None else ctypes.cast(parallel_for.function, ctypes.c_void_p)
+        threads = None if parallel_for is None else ctypes.cast(parallel_for.function, ctypes.c_void_p)
         name = None if variant is None else variant.encode()
-        result: int = self._backward(ctypes.byref(call), workspace, function, None, name)
-        return result
+        if isinstance(call, Forward):
+            return int(self.functions.deploynorm_frn_cpu(ctypes.byref(call), threads, None, name))
+        return int(self.functions.deploynorm_frn_backward_cpu(ctypes.byref(call), workspace, threads, None, name))
 
-    def workspace_bytes(self, call: BackwardCall) -> int:
-        return int(self._workspace(ctypes.byref(call)))
+    def workspace_bytes(self, call: Backward) -> int:
+        return int(self.functions.deploynorm_frn_backward_cpu_workspace(ctypes.byref(call)))
 
     def backward(
         self,
@@ -246,7 +189,7 @@ class Kernel:
         beta: Array,
         tau: Array,
         *,
-        lanes: int = 1,
+        block: int = 1,
         in_place: bool = False,
         variant: str | None = None,
         parallel_for: ParallelFor | None = None,
@@ -261,21 +204,21 @@ class Kernel:
             gamma: (C,), as are beta and tau.
             beta: See above.
             tau: See above.
-            lanes: Channels side by side; C is filled up to a multiple of it.
+            block: Channels side by side; C is filled up to a multiple of it.
             in_place: Whether dx is written over dy.
             variant: None leaves it to the library.
             parallel_for: None is the kernel's own loop.
             shift: Elements by which every tensor stands off its alignment.
         """
-        padded = pad_channels(x, lanes)
+        padded = pad_channels(x, block)
         shape, channels = padded.shape, padded.shape[1]
         read = {
-            "dy": Guarded(to_lanes(pad_channels(dy, lanes), lanes), shift),
-            "x": Guarded(to_lanes(padded, lanes), shift),
-            "rstd": Guarded(pad_channels(rstd, lanes, 1.0), shift),
+            "dy": Guarded(to_blocks(pad_channels(dy, block), block), shift),
+            "x": Guarded(to_blocks(padded, block), shift),
+            "rstd": Guarded(pad_channels(rstd, block, 1.0), shift),
         }
         read |= {
-            name: Guarded(pad_channels(parameter, lanes, 1.0), shift)
+            name: Guarded(pad_channels(parameter, block, 1.0), shift)
             for name, parameter in (("gamma", gamma), ("beta", beta), ("tau", tau))
         }
         written = {"dx": read.pop("dy")} if in_place else {"dx": Guarded(np.full_like(read["x"].content, -7), shift)}
@@ -283,15 +226,15 @@ class Kernel:
             name: Guarded(np.full(channels, -7, gamma.dtype), shift) for name in ("dgamma", "dbeta", "dtau", "deps")
         }
         pointers = {name: tensor.pointer for name, tensor in (read | written).items()}
-        call = BackwardCall(
-            shape[0], channels, prod(shape[2:]), lanes, TYPES[x.dtype], **({"dy": pointers["dx"]} | pointers)
+        call = Backward(
+            shape[0], channels, prod(shape[2:]), block, TYPES[x.dtype.name], **({"dy": pointers["dx"]} | pointers)
         )
         scratch = Guarded(np.full(self.workspace_bytes(call), 0xFF, np.uint8))
-        assert self.call_backward(call, scratch.pointer, variant=variant, parallel_for=parallel_for) == 0
+        assert self.call(call, scratch.pointer, variant=variant, parallel_for=parallel_for) == 0
         scratch.check("workspace", written=True)
         for name, tensor in (read | written).items():
             tensor.check(name, written=name in written)
-        dx = from_lanes(written["dx"].read(), shape)[:, : x.shape[1]]
+        dx = from_blocks(written["dx"].read(), shape)[:, : x.shape[1]]
         parameters = (written[name].read()[: x.shape[1]] for name in ("dgamma", "dbeta", "dtau", "deps"))
         return Gradients(np.ascontiguousarray(dx), *parameters)
 
@@ -304,7 +247,7 @@ class Kernel:
         eps: Array,
         *,
         residual: Array | None = None,
-        lanes: int = 1,
+        block: int = 1,
         into: Into = "y",
         variant: str | None = None,
         parallel_for: ParallelFor | None = None,
@@ -320,20 +263,20 @@ class Kernel:
             tau: See above.
             eps: See above.
             residual: As x.
-            lanes: Channels side by side; C is filled up to a multiple of it.
+            block: Channels side by side; C is filled up to a multiple of it.
             into: The tensor that y is written over; "y" is one of its own.
             variant: None leaves it to the library.
             parallel_for: None is the kernel's own loop.
             shift: Elements by which every tensor stands off its alignment.
             rstd: (N, C), written into where it is given.
         """
-        padded = pad_channels(x, lanes)
+        padded = pad_channels(x, block)
         # A channel that is only there to fill a block counts for nothing, whatever its parameters.
-        parameters = [pad_channels(p, lanes, 1.0) for p in (gamma, beta, tau, eps)]
+        parameters = [pad_channels(p, block, 1.0) for p in (gamma, beta, tau, eps)]
         shape = padded.shape
-        tensors = {"x": Guarded(to_lanes(padded, lanes), shift)}
+        tensors = {"x": Guarded(to_blocks(padded, block), shift)}
         if residual is not None:
-            tensors["residual"] = Guarded(to_lanes(pad_channels(residual, lanes), lanes), shift)
+            tensors["residual"] = Guarded(to_blocks(pad_channels(residual, block), block), shift)
         if into == "y":
             tensors["y"] = Guarded(np.full_like(tensors["x"].content, -7), shift)
         tensors |= {
@@ -341,15 +284,15 @@ class Kernel:
         }
         if rstd is not None:
             tensors["rstd"] = Guarded(np.full(shape[:2], -7, gamma.dtype), shift)
-        sizes = (shape[0], shape[1], prod(shape[2:]), lanes)
+        sizes = (shape[0], shape[1], prod(shape[2:]), block)
         pointers = {name: tensor.pointer for name, tensor in tensors.items()}
-        call = Call(*sizes, TYPES[x.dtype], **({"y": pointers[into]} | pointers))
+        call = Forward(*sizes, TYPES[x.dtype.name], **({"y": pointers[into]} | pointers))
         assert self.call(call, variant=variant, parallel_for=parallel_for) == 0
         for name, tensor in tensors.items():
             tensor.check(name, written=name in (into, "rstd"))
         if rstd is not None:
             rstd[...] = tensors["rstd"].read()[:, : x.shape[1]]
-        y = from_lanes(tensors[into].read(), shape)
+        y = from_blocks(tensors[into].read(), shape)
         return np.ascontiguousarray(y[:, : x.shape[1]])
 
 

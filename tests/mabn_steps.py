@@ -1,4 +1,4 @@
-"""MABN's formulas as a literal loop, and training steps to hold a layer against it.
+"""MABN's formulas as a literal loop, and training steps to compare a layer with it.
 
 layer, data = trained_affine(MABN2d(C, **SHORT)), batches(20, (3, 2), range(1, 5))
 loop = loop_for(layer)
@@ -6,7 +6,7 @@ for x, dy in data:
     assert_step_agrees(layer, loop, x, dy)
 
 The backward pass of MABN is not the gradient of its forward pass and must not be: after the warm-up the two differ, and
-the loop is the measure.
+the loop is the reference.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SHORT: dict[str, Any] = {"warmup": 5, "renorm_start": 8, "moving_batch_size": 8,
 
 
 class Loop:
-    """The docstring of MABN1d, word by word, on plain lists of all past iterations."""
+    """The docstring of MABN2d, word by word, on plain lists of all past iterations."""
 
     def __init__(
         self, momentum: float, moving_batch_size: int, warmup: int, renorm_start: int, max_renorm: float, eps: float

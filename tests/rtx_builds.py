@@ -1,14 +1,20 @@
-"""Builds with the real TensorRT-RTX, which needs no GPU for it. Each runs in a process of its own: it may abort."""
+"""Builds with the real TensorRT-RTX, which needs no GPU for it.
+
+They run in a process of their own, since TensorRT may abort it: one for all builds, and a new one after it has died.
+"""
 
 from __future__ import annotations
 
+import atexit
 import json
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -22,17 +28,18 @@ from deploynorm import libraries
 from deploynorm.contract import DOMAIN, INPUTS, OP_TYPE, PARAMETERS, VERSION
 from deploynorm.lowering import function_proto
 
-__all__ = ["OPSET", "Built", "build_for_each", "build_rtx", "conv_frn_conv", "plugin_library"]
+__all__ = ["OPSET", "Built", "Outcome", "build_for_each", "build_rtx", "call", "conv_frn_conv", "plugin_library"]
 
 OPSET = 20
 
 _PROGRAM = """
-import json, sys
+import contextlib, io, json, os, sys
 from pathlib import Path
 from deploynorm._build import build
+from deploynorm.cli import main
 from deploynorm.errors import DeployNormError
 
-def told(model, options):
+def built(model, options):
     if options.get("plugins") is not None:
         options["plugins"] = list(map(Path, options["plugins"]))
     try:
@@ -47,9 +54,28 @@ def told(model, options):
     return {"facts": engine.to_dict(), "layers": layers, "size": len(engine.plan), "passes": engine.passes,
             "moves": engine.moves}
 
-model, builds = json.loads(sys.stdin.read())
-print("TOLD", json.dumps([told(model, options) for options in builds]))
+def called(folder, arguments):
+    os.chdir(folder)
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            code = main(arguments)
+        except SystemExit as stop:
+            code = stop.code
+    return [code, out.getvalue(), err.getvalue()]
+
+for line in sys.stdin:
+    task, arguments = json.loads(line)
+    print("\\nANSWER", json.dumps({"built": built, "called": called}[task](*arguments)), flush=True)
 """
+
+
+class Outcome(NamedTuple):
+    """Of one call of the command line."""
+
+    code: int
+    out: str
+    err: str
 
 
 @dataclass(frozen=True)
@@ -81,25 +107,54 @@ class Built:
         return [layer for layer in inner if layer["kind"] != "correlation" and layer["outputs"]]
 
 
+class _Builder:
+    """A process that builds, one task after the other."""
+
+    def __init__(self) -> None:
+        self._stderr = tempfile.TemporaryFile("w+")  # noqa: SIM115  lives as long as the process
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", _PROGRAM],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._stderr,
+            text=True,
+        )
+        atexit.register(self._process.kill)
+
+    def ask(self, task: str, *arguments: object) -> Any:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps([task, arguments], default=str) + "\n")
+        self._process.stdin.flush()
+        said = []
+        for line in self._process.stdout:
+            if line.startswith("ANSWER "):
+                return json.loads(line.removeprefix("ANSWER "))
+            said.append(line)
+        _builder.cache_clear()
+        self._stderr.seek(0)
+        raise AssertionError(f"exit code {self._process.wait()}\n{''.join(said)}\n{self._stderr.read()}")
+
+
+@cache
+def _builder() -> _Builder:
+    return _Builder()
+
+
 def build_rtx(model: Path, **options: object) -> Built:
-    """deploynorm.build.build(model, backend="tensorrt-rtx", **options) in a process of its own."""
-    [built] = _in_a_process(model, [options])
-    return built
+    """deploynorm.build(model, backend="tensorrt-rtx", **options)."""
+    nothing = {"facts": {}, "layers": [], "size": 0, "passes": 0, "moves": 0, "error": "", "message": ""}
+    return Built(**(nothing | _builder().ask("built", model, options)))
 
 
 def build_for_each(model: Path, cards: Sequence[str], **options: object) -> list[Built]:
-    """An engine for each compute capability on its own, one after the other in a process of their own."""
-    return _in_a_process(model, [{"compute_capabilities": [card], **options} for card in cards])
+    """An engine for each compute capability on its own."""
+    return [build_rtx(model, compute_capabilities=[card], **options) for card in cards]
 
 
-def _in_a_process(model: Path, builds: Sequence[Mapping[str, object]]) -> list[Built]:
-    told = json.dumps([str(model), builds], default=str)
-    done = subprocess.run([sys.executable, "-c", _PROGRAM], input=told, capture_output=True, text=True)
-    lines = [line for line in done.stdout.splitlines() if line.startswith("TOLD ")]
-    assert done.returncode == 0, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
-    assert len(lines) == 1, f"{done.stdout}\n{done.stderr}"
-    nothing = {"facts": {}, "layers": [], "size": 0, "passes": 0, "moves": 0, "error": "", "message": ""}
-    return [Built(**(nothing | content)) for content in json.loads(lines[0].removeprefix("TOLD "))]
+def call(*arguments: object) -> Outcome:
+    """The command line in the current folder."""
+    return Outcome(*_builder().ask("called", Path.cwd(), list(map(str, arguments))))
 
 
 def conv_frn_conv(
@@ -140,6 +195,6 @@ def conv_frn_conv(
 
 
 def plugin_library(request: pytest.FixtureRequest) -> Path:
-    """The plugin library, as the fixture cuda_libraries builds it: asked for by those tests alone that need it."""
+    """The plugin library, as the fixture cuda_libraries builds it; only tests that need it ask for it."""
     folder: Path = request.getfixturevalue("cuda_libraries")
     return folder / libraries.TENSORRT_LIBRARY

@@ -152,13 +152,13 @@ def drawn(case: Case, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Te
     return network.to(dtype), torch.randn(case.shape, dtype=dtype)
 
 
-def swapped_as_told(network: nn.Module, x: Tensor, case: Case, norm: Literal["frn", "mabn"]) -> nn.Module:
+def swapped_as_expected(network: nn.Module, x: Tensor, case: Case, norm: Literal["frn", "mabn"]) -> nn.Module:
     """The swapped network: the layers of the case have changed, the report says so, and the network given has not."""
-    values, told = copy.deepcopy(network.state_dict()), repr(network)
+    values, text = copy.deepcopy(network.state_dict()), repr(network)
 
     swapped, report = swap(network, (x,), norm=norm, **case.options)
 
-    assert {change.layer: change.became or "=" for change in report.changes} == case.became
+    assert {change.name: change.became or "=" for change in report.changes} == case.became
     assert case.reason in str([*(change.detail for change in report.changes), *report.notes])
     after = dict(swapped.named_modules())
     for path, layer in network.named_modules():
@@ -168,7 +168,7 @@ def swapped_as_told(network: nn.Module, x: Tensor, case: Case, norm: Literal["fr
         assert (getattr(after[path], "tau", None) is not None) == ("TLU" in case.became.get(path, "")), path
         if not isinstance(layer, torch.fx.GraphModule):  # a copy of one has another class of the same forward
             assert type(after[path]).__name__ == (type(layer).__name__ if became == "=" else became), path
-    assert repr(network) == told
+    assert repr(network) == text
     torch.testing.assert_close(network.state_dict(), values, **EXACT.kwargs())
     return swapped
 

@@ -1,4 +1,4 @@
-"""ONNX -> engine: which TensorRT is told what, and what is refused before or after it has seen the model."""
+"""ONNX -> engine: what each TensorRT is asked for, and what is refused before or after it has seen the model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ import pytest
 from fake_tensorrt import fake_tensorrt, with_builder
 from rtx_builds import conv_frn_conv
 
-from deploynorm import trt
 from deploynorm._build import build
 from deploynorm.contract import OP_TYPE
 from deploynorm.errors import BackendError, InputError, ModelError
@@ -29,8 +28,8 @@ def full(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     def install(version: str, *, gpu: str | None = "9.0", **facts: Any) -> Any:
         module = with_builder(fake_tensorrt(version), gpu=gpu is not None, **facts)
         monkeypatch.setitem(sys.modules, "tensorrt", module)
-        monkeypatch.setattr(trt, "_LOGGERS", {})
-        monkeypatch.setattr(trt, "_LOADED", {})
+        monkeypatch.setattr("deploynorm.trt.log._LOGGERS", {})
+        monkeypatch.setattr("deploynorm.trt.plugins._LOADED", {})
         for name in ("deploynorm._build", "deploynorm.trt.builder"):
             monkeypatch.setattr(importlib.import_module(name), "gpu_here", lambda: gpu)
         return module
@@ -130,7 +129,7 @@ def test_a_plugin_that_was_not_taken_is_an_error(
         build(NET, frn="plugin", plugins=[library])
 
 
-def test_a_library_without_our_plugin_is_told(full: Callable[..., Any], library: Path) -> None:
+def test_a_library_without_our_plugin_is_reported(full: Callable[..., Any], library: Path) -> None:
     full("11.4.0").registry.brings = {("Other", "1", "")}
     with pytest.raises(BackendError, match="none of them brings our FRN plugin"):
         build(NET, frn="plugin", plugins=[library])
@@ -182,7 +181,7 @@ def test_a_model_without_frn_needs_no_way(full: Callable[..., Any]) -> None:
 def test_without_a_driver_tensorrt_itself_cannot_build(full: Callable[..., Any]) -> None:
     full("11.4.0", gpu=None)
     with pytest.raises(
-        BackendError, match=r"needs an NVIDIA GPU.*Fix: install the driver; TensorRT-RTX alone"
+        BackendError, match=r"needs an NVIDIA GPU.*Fix: install the driver; only TensorRT-RTX"
     ) as caught:
         build(NET, frn="native")
     assert caught.value.exit_code == 3
@@ -191,12 +190,12 @@ def test_without_a_driver_tensorrt_itself_cannot_build(full: Callable[..., Any])
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "another GPU than this": (
         {"compute_capabilities": ["8.9"]},
-        "the GPU of this machine alone. Got 8.9; expected 9.0",
+        "the GPU of this machine only. Got 8.9; expected 9.0",
     ),
     "an unknown way": ({"frn": "fast"}, "unknown way for FRN. Got 'fast'"),
     "an unknown backend": ({"backend": "tensorflow"}, "unknown backend. Got 'tensorflow'"),
     "an unknown compatibility": ({"hardware_compatible": "all"}, "--hardware-compatible: unknown"),
-    "less than no workspace": ({"workspace": -1}, "--workspace: less than nothing"),
+    "less than no workspace": ({"workspace": -1}, "--workspace: must not be negative"),
     "a level out of range": ({"optimization_level": 6}, "--optimization-level: out of range. Got 6; expected 0 to 5"),
     "a shape for no input": ({"opt_shapes": {"z": (1,)}}, "no input is called 'z'"),
 }
@@ -212,7 +211,7 @@ def test_options_that_cannot_be_are_refused(name: str, full: Callable[..., Any])
 
 def test_a_free_input_without_a_range_is_named(full: Callable[..., Any]) -> None:
     full("11.4.0")
-    with pytest.raises(InputError, match=r"input x: some of its axes are free.*Got Nx64xHxW.*Fix: --min-shapes"):
+    with pytest.raises(InputError, match=r"input x: some of its axes are dynamic.*Got Nx64xHxW.*Fix: --min-shapes"):
         build(conv_frn_conv("float16", FREE))
 
 

@@ -13,7 +13,9 @@ from PIL import Image
 from tolerances import OP_FLOAT32
 
 from deploynorm.errors import BackendError, InputError
-from deploynorm.inputs import ImageSpec, TensorSpec, parse_input_shapes, sample_inputs
+from deploynorm.image import ImageSpec
+from deploynorm.inputs import TensorSpec, parse_input_shapes
+from deploynorm.samples import sample_inputs
 
 IMAGE = {"shape": [3, 4, 6], "mean": [0.5, 0.25, 0.0], "std": [0.5, 1.0, 2]}
 
@@ -248,7 +250,7 @@ def test_values_suit_the_dtype(dtype: str, low: float, high: float) -> None:
 @pytest.mark.parametrize(
     ("base", "phrase"),
     [
-        ({}, r"input x: some of its sizes are free.*x:2x3x224x224"),
+        ({}, r"input x: some of its axes are dynamic.*x:2x3x224x224"),
         ({"y": (1, 3, 8, 8)}, r"no input is called 'y'"),
         ({"x": (1, 3, 8)}, r"input x: the given shape does not fit. Got 1x3x8; expected Nx3xHxW"),
         ({"x": (1, 4, 8, 8)}, r"the given shape does not fit"),

@@ -26,10 +26,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
+from deploynorm.layers import parameter_groups
 from deploynorm.models import frn_resnet, mabn_resnet
 from deploynorm.models.data import ImageData
 from deploynorm.models.training import compilation
-from deploynorm.models.training.optimization import lr_factor, parameter_groups
+from deploynorm.models.training.optimization import lr_factor
 
 __all__ = [
     "BATCH_FREE",

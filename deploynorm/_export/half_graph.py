@@ -7,8 +7,8 @@ import onnx
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
+from deploynorm.dtypes import ONNX_HALF
 from deploynorm.errors import ModelError
-from deploynorm.graph import HALF
 
 __all__ = ["BFLOAT16_OPSET", "refuse_types", "round_fused_weights"]
 
@@ -30,7 +30,7 @@ def round_fused_weights(model: ir.Model) -> None:
         if node.op_type not in ("Conv", "ConvTranspose", "Gemm") or node.inputs[0] is None:
             continue
         dtype = node.inputs[0].dtype
-        if dtype is None or dtype not in HALF:
+        if dtype is None or dtype not in ONNX_HALF:
             continue
         for position, value in enumerate(node.inputs):
             if value is None or value.dtype != ir.DataType.FLOAT:
@@ -39,7 +39,7 @@ def round_fused_weights(model: ir.Model) -> None:
             if weight is None:
                 raise ModelError(
                     "export",
-                    f"node {node.name}: its weight is computed in float32 where its input is {HALF[dtype]}",
+                    f"node {node.name}: its weight is computed in float32 where its input is {ONNX_HALF[dtype]}",
                     fix="fold the network first, or keep that layer in float32 (--keep-float32)",
                 )
             exact = weight.numpy()
@@ -48,11 +48,11 @@ def round_fused_weights(model: ir.Model) -> None:
             if not np.isfinite(rounded.astype(np.float32)).all():
                 raise ModelError(
                     f"node {node.name}",
-                    f"its weight, with the norm behind it in it, does not fit into {HALF[dtype]}",
+                    f"its weight, multiplied by the norm behind it, does not fit into {ONNX_HALF[dtype]}",
                     got=f"{np.abs(exact).max():.3g}",
                     fix="keep that layer and its norm in float32 (--keep-float32), or use bfloat16",
                 )
-            name = f"{value.name}_{HALF[dtype]}"
+            name = f"{value.name}_{ONNX_HALF[dtype]}"
             if name not in model.graph.initializers:
                 model.graph.register_initializer(ir.val(name, const_value=ir.tensor(rounded, name=name)))
             node.replace_input_with(position, model.graph.initializers[name])
@@ -64,7 +64,7 @@ def round_fused_weights(model: ir.Model) -> None:
 def refuse_types(model: ir.Model) -> None:
     """Raises ModelError for an operator that does not take bfloat16 in the model's opset.
 
-    torch writes it all the same, and no runtime has to take it.
+    torch writes it nevertheless, and runtimes need not take it.
     """
     opset = model.opset_imports[""]
     for node in model.graph.all_nodes():

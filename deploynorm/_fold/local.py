@@ -1,4 +1,4 @@
-"""Rewrites of one layer that need nothing of what stands around it."""
+"""Rewrites of one layer alone, whatever stands around it."""
 
 from __future__ import annotations
 
@@ -35,19 +35,19 @@ FRN = (FRN1d, FRN2d, FRN3d)
 
 
 def rewrite_locally(layer: nn.Module) -> nn.Module | None:
-    """The layer that computes the same with fewer constants left to compute, or None where there is none.
+    """The layer that computes the same values with its constants computed, or None where there is none.
 
-        CenConv -> the torch.nn convolution of the same arguments, with the centred weight
-        MABN -> BatchNorm with mean zero
-        FRN with a learned epsilon -> FRN with the constant eps + |eps_l|
+    1. CenConv -> the torch.nn convolution of the same arguments, with the centred weight.
+    2. MABN -> BatchNorm with mean zero.
+    3. FRN with a learned epsilon -> FRN with the constant eps + |eps_l|.
 
-    A subclass may compute something else, so the classes themselves alone are taken.
+    A subclass may compute something else, so only the classes themselves are rewritten.
     """
-    if type(layer) in PLAIN:
+    if type(layer) in PLAIN:  # case 1
         return _to_plain(layer)
-    if type(layer) in BATCH_NORM:
+    if type(layer) in BATCH_NORM:  # case 2
         return _to_batch_norm(layer)
-    if type(layer) in FRN and layer.eps_l is not None:
+    if type(layer) in FRN and layer.eps_l is not None:  # case 3
         return _to_fixed_eps(layer)
     return None
 
@@ -61,7 +61,7 @@ def centred_weight(layer: nn.Module) -> Tensor:
 def _to_plain(layer: nn.Module) -> nn.Module:
     assert isinstance(layer, nn.modules.conv._ConvNd)
     plain = PLAIN[type(layer)].__new__(PLAIN[type(layer)])
-    # Every argument of a convolution is an attribute, so the plain layer is this one in all but class and weight.
+    # Every argument of a convolution is an attribute, so the plain layer differs only in class and weight.
     plain.__dict__.update(layer.__dict__)
     plain._parameters = dict(layer._parameters)
     plain.weight = nn.Parameter(centred_weight(layer).to(layer.weight.dtype), requires_grad=False)
@@ -70,7 +70,7 @@ def _to_plain(layer: nn.Module) -> nn.Module:
 
 def _to_batch_norm(layer: nn.Module) -> nn.Module:
     assert isinstance(layer, (MABN1d, MABN2d, MABN3d))
-    # The parameters take the statistics' type, which BatchNorm wants beside a half-precision input.
+    # The parameters take the statistics' type, which BatchNorm requires with a half-precision input.
     norm = BATCH_NORM[type(layer)](
         layer.num_features, layer.eps, affine=layer.affine, dtype=layer.running_var.dtype
     ).requires_grad_(False)

@@ -13,8 +13,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import fx, nn
 
-from deploynorm._swap.layers import has_hooks
-from deploynorm._swap.traces import Trace, operator_name
+from deploynorm._swap.observing import Observed
+from deploynorm.trace import TraceReader, has_hooks, operator_name, walk
 
 __all__ = ["CARRIES", "RELU", "Activations", "SeparateTlu", "Thresholds", "decide"]
 
@@ -23,7 +23,7 @@ _aten = torch.ops.aten
 RELU = (_aten.relu.default, _aten.relu_.default)
 
 Thresholds = Literal["own", "all", "none"]
-"""Which ReLUs become TLUs: those alone that are a normalization's own, all that a normalization reaches, or none."""
+"""Which ReLUs become TLUs: only those that are a normalization's own, all that a normalization reaches, or none."""
 
 CARRIES = frozenset(
     {
@@ -94,61 +94,65 @@ class _Call(NamedTuple):
 
 
 def decide(
-    traces: Sequence[Trace], relus: Iterable[nn.ReLU], norms: Collection[nn.Module], thresholds: Thresholds
+    observed: Observed, relus: Iterable[nn.ReLU], norms: Collection[nn.Module], thresholds: Thresholds
 ) -> Activations:
     """Decides on every ReLU module.
 
-    A ReLU is a normalization's own, and is absorbed, where in every trace each of its calls is the only reader of a
-    call of a normalization, and each call of that normalization is read by such a ReLU alone. A module that is
-    called behind several normalizations is the own of each, as long as it is called nowhere else.
-
-    A ReLU that is not becomes a TLU layer where the values of a normalization reach it, directly or through additions,
-    products, concatenation and pooling, and where it has one place in the network.
+    1. A ReLU stays where no thresholds are asked for, where the network is not traced, and where it is a subclass,
+       has hooks, is not reached, or has its `forward` called directly.
+    2. It is a normalization's own, and is absorbed, where in every trace each of its calls is the only reader of a
+       call of a normalization, and each call of that normalization is read by such a ReLU alone. A module that is
+       called behind several normalizations is the own of each, as long as it is called nowhere else.
+    3. It stays where it changes in place a value that others read.
+    4. With thresholds="all" it becomes a TLU layer where the values of a normalization reach it, directly or through
+       additions, products, concatenation and pooling, and where it has one place in the network.
+    5. Every other ReLU stays.
 
     Args:
-        traces: Of the network, in both modes.
+        observed: The traces of the network, in both modes.
         relus: Its nn.ReLU modules, subclasses among them.
         norms: The normalizations that become FRN.
-        thresholds: Which of them may become TLUs at all.
+        thresholds: Which ReLUs may become TLUs at all.
     """
+    traces = observed.traces
     found = Activations()
     calls: dict[nn.ReLU, list[_Call]] = {}
     for relu in relus:
-        if reason := _unfit(relu, traces, thresholds):
+        if reason := _unfit(relu, observed, thresholds):  # case 1
             found.stays[relu] = reason
         else:
             calls[relu] = [_read(call, trace, norms) for trace in traces for call in trace.calls(relu)]
     own = _own(calls, traces)
     for relu in calls:
-        if relu in own:
+        if relu in own:  # case 2
             found.absorbed[relu] = list(dict.fromkeys(call.norm for call in calls[relu] if call.norm is not None))
-        elif any(_changes_what_others_read(relu, call) for trace in traces for call in trace.calls(relu)):
-            found.stays[relu] = "it changes in place what is read past it"
-        elif thresholds == "all" and (tlu := _separate_tlu(relu, traces, norms)):
+        elif any(_changes_what_others_read(relu, call) for trace in traces for call in trace.calls(relu)):  # case 3
+            found.stays[relu] = "it changes in place a value that others read"
+        elif thresholds == "all" and (tlu := _separate_tlu(relu, traces, norms)):  # case 4
             found.tlus[relu] = tlu
-        else:
+        else:  # case 5
             found.stays[relu] = _why(relu, calls[relu], traces)
     return found
 
 
-def _unfit(relu: nn.Module, traces: Sequence[Trace], thresholds: Thresholds) -> str:
-    """What rules a ReLU out whatever stands around it, or nothing."""
+def _unfit(relu: nn.Module, observed: Observed, thresholds: Thresholds) -> str:
+    """Why a ReLU stays whatever stands around it; empty where nothing rules it out."""
     if thresholds == "none":
         return "no thresholds were asked for"
-    if not traces:
+    if not observed.traces:
         return "the network is not traced"
     if type(relu) is not nn.ReLU:
         return f"a {type(relu).__name__} may do more than a ReLU"
-    if has_hooks(relu):
+    if has_hooks(relu, backward=True):
         return "it has hooks"
-    if not any(trace.calls(relu) for trace in traces):
+    if not any(trace.calls(relu) for trace in observed.traces):
         return "it is not reached from the example inputs"
-    if not all(trace.all_calls_seen(relu) for trace in traces):
-        return "its forward is called past the module"
+    if relu in observed.bypassed:
+        return "its forward is called directly, which bypasses the module"
     return ""
 
 
-def _read(call: fx.Node, trace: Trace, norms: Collection[nn.Module]) -> _Call:
+def _read(call: fx.Node, trace: TraceReader, norms: Collection[nn.Module]) -> _Call:
     source = call.args[0]
     assert isinstance(source, fx.Node)
     norm = trace.normalization(source)
@@ -158,8 +162,8 @@ def _read(call: fx.Node, trace: Trace, norms: Collection[nn.Module]) -> _Call:
     return _Call(None, f"what it reads is read by {' and '.join(others)} too") if others else _Call(norm)
 
 
-def _own(calls: Mapping[nn.ReLU, list[_Call]], traces: Sequence[Trace]) -> set[nn.ReLU]:
-    """The ReLUs that can all go: each reads normalizations alone, and leaves none of them bare at another call."""
+def _own(calls: Mapping[nn.ReLU, list[_Call]], traces: Sequence[TraceReader]) -> set[nn.ReLU]:
+    """The ReLUs of case 2: each reads only normalizations, and none of these is called elsewhere without its ReLU."""
     own = {relu for relu in calls if all(call.norm is not None for call in calls[relu])}
     while True:
         read = {call.norm for relu in own for call in calls[relu] if call.norm is not None}
@@ -170,7 +174,7 @@ def _own(calls: Mapping[nn.ReLU, list[_Call]], traces: Sequence[Trace]) -> set[n
         own -= left
 
 
-def _relus_behind(norm: nn.Module, traces: Sequence[Trace]) -> Iterator[nn.Module | None]:
+def _relus_behind(norm: nn.Module, traces: Sequence[TraceReader]) -> Iterator[nn.Module | None]:
     """For each call of a normalization the ReLU module that alone reads it, or None."""
     for trace in traces:
         for call in trace.calls(norm):
@@ -178,8 +182,8 @@ def _relus_behind(norm: nn.Module, traces: Sequence[Trace]) -> Iterator[nn.Modul
             yield trace.module(readers[0]) if len(readers) == 1 and readers[0].target in RELU else None
 
 
-def _separate_tlu(relu: nn.Module, traces: Sequence[Trace], norms: Collection[nn.Module]) -> SeparateTlu | None:
-    """The TLU for the place of the ReLU, or None where normalizations do not reach it in one place alone."""
+def _separate_tlu(relu: nn.Module, traces: Sequence[TraceReader], norms: Collection[nn.Module]) -> SeparateTlu | None:
+    """The TLU of case 4 for the place of the ReLU, or None where there is none."""
     channels: set[object] = set()
     reached: dict[nn.Module, None] = {}
     for trace in traces:
@@ -190,7 +194,7 @@ def _separate_tlu(relu: nn.Module, traces: Sequence[Trace], norms: Collection[nn
         # A block that runs several times runs its normalizations and its ReLU equally often.
         if any(len(trace.calls(norm)) != len(calls) for found in before for norm in found):
             return None
-        # Stochastic depth hides a normalization in training, so one trace that shows it will do.
+        # Stochastic depth hides a normalization in training, so one trace that shows it is enough.
         for found in before:
             reached |= dict.fromkeys(found)
         channels |= {shape[1] if len(shape) > 1 else None for shape in (call.meta["val"].shape for call in calls)}
@@ -199,36 +203,24 @@ def _separate_tlu(relu: nn.Module, traces: Sequence[Trace], norms: Collection[nn
 
 
 def _changes_what_others_read(relu: nn.ReLU, call: fx.Node) -> bool:
-    """Whether it writes into values that are read by others too, who would miss what another layer returns."""
+    """Whether it writes in place into values that others read too, who would miss it from a layer that does not."""
     node = call
     while relu.inplace and (node is call or node.target in _MAY_ALIAS):
         source = node.args[0]
         assert isinstance(source, fx.Node)
-        if len(Trace.readers(source)) > 1:
+        if len(TraceReader.readers(source)) > 1:
             return True
         node = source
     return False
 
 
-def _norms_before(call: fx.Node, trace: Trace, norms: Collection[nn.Module]) -> list[nn.Module]:
-    """The normalizations whose values reach an operator with nothing between that would cut them off."""
-    found: dict[nn.Module, None] = {}
-    seen: set[fx.Node] = set()
-    waiting = list(call.all_input_nodes)
-    while waiting:
-        node = waiting.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        norm = trace.normalization(node)
-        if norm is not None and norm in norms:
-            found[norm] = None
-        elif node.target in CARRIES:
-            waiting += node.all_input_nodes
-    return list(found)
+def _norms_before(call: fx.Node, trace: TraceReader, norms: Collection[nn.Module]) -> list[nn.Module]:
+    """The normalizations whose values reach an operator with only operators of CARRIES between."""
+    ends = (trace.normalization(node) for node in walk([call], lambda node: node.all_input_nodes, CARRIES))
+    return list(dict.fromkeys(norm for norm in ends if norm is not None and norm in norms))
 
 
-def _why(relu: nn.Module, calls: Sequence[_Call], traces: Sequence[Trace]) -> str:
+def _why(relu: nn.Module, calls: Sequence[_Call], traces: Sequence[TraceReader]) -> str:
     reasons = dict.fromkeys(call.reason for call in calls if call.reason)
     why = next(iter(reasons), "the normalization before it is called elsewhere without it")
     times = max(len(trace.calls(relu)) for trace in traces)

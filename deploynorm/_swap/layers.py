@@ -14,6 +14,7 @@ from torch.nn.utils import parametrize
 from deploynorm.layers.cenconv import CenConv1d, CenConv2d, CenConv3d, CenConvTranspose2d
 from deploynorm.layers.frn import FRN1d, FRN2d, FRN3d
 from deploynorm.layers.mabn import MABN1d, MABN2d, MABN3d
+from deploynorm.trace import has_hooks
 
 __all__ = [
     "CENTRED",
@@ -23,7 +24,6 @@ __all__ = [
     "Memo",
     "carried_over",
     "centred",
-    "has_hooks",
     "has_own_activation",
     "is_norm",
     "like",
@@ -57,19 +57,19 @@ _TIMM = "timm.layers.norm_act"
 
 
 def is_norm(layer: nn.Module) -> bool:
-    """Whether the report should name the layer: one of torch's normalizations, or a BatchNorm of any other make."""
+    """Whether the report names the layer: one of torch's normalizations, or another library's BatchNorm."""
     known = isinstance(layer, (nn.modules.batchnorm._BatchNorm, *_OTHER_NORMS))
     return known or {"running_mean", "running_var"} <= layer._buffers.keys()
 
 
 def why_not_swapped(norm: nn.Module) -> str:
-    """Why a normalization stays what it is, whatever stands around it; nothing where it can be swapped."""
+    """Why a normalization is not swapped, whatever stands around it; empty where it can be."""
     name = type(norm).__name__
     if isinstance(norm, _OTHER_NORMS):
         return "it is no batch normalization"
     if not isinstance(norm, nn.modules.batchnorm._BatchNorm):
         return "it is frozen: a constant affine" if "weight" in norm._buffers else f"a {name} is none of torch.nn's"
-    if has_hooks(norm):
+    if has_hooks(norm, backward=True):
         return "it has hooks"
     if parametrize.is_parametrized(norm):
         return "its parameters are parametrized"
@@ -93,15 +93,8 @@ def rank_of(norm: nn.Module) -> int | None:
     return None if kind is None else _BATCH_NORMS[kind]
 
 
-def has_hooks(module: nn.Module) -> bool:
-    """Whether code of the user's runs around the module's forward or backward pass."""
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
-
-
 def like(norm: BatchNorm, model: nn.Module) -> dict[str, Any]:
-    """Device and dtype of a normalization, as arguments of the layer that takes its place."""
+    """Device and dtype of a normalization, as arguments for the layer that takes its place."""
     own = (getattr(norm, name) for name in ("weight", "running_var"))
     floating = (tensor for tensor in (*own, *model.parameters()) if tensor is not None and tensor.is_floating_point())
     tensor = next(floating, torch.empty(()))
@@ -109,7 +102,7 @@ def like(norm: BatchNorm, model: nn.Module) -> dict[str, Any]:
 
 
 def carried_over(norm: BatchNorm, new: nn.Module, memo: Memo) -> nn.Module:
-    """The new layer with gamma, beta and mode of the normalization, and with timm's `drop` and `act` behind it."""
+    """The new layer with the normalization's gamma, beta and mode, and with timm's `drop` and `act` behind it."""
     for name in ("weight", "bias"):
         parameter = getattr(norm, name)
         if parameter is not None:
@@ -126,7 +119,7 @@ def centred(conv: nn.modules.conv._ConvNd, memo: Memo) -> nn.Module:
     """The CenConv layer of the same arguments and weights."""
     kind = CENTRED[type(conv)]
     new = kind.__new__(kind)
-    # Every argument of a convolution is an attribute, so the new layer is this one in all but class.
+    # Every argument of a convolution is an attribute, so the new layer differs only in class.
     new.__dict__.update(copy.deepcopy(conv.__dict__, memo))
     return new
 

@@ -10,10 +10,12 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from deploynorm._swap.layers import BatchNorm, Memo
-from deploynorm._swap.report import Change
-from deploynorm._swap.traces import Observed, Trace
+from deploynorm._swap.observing import Observed
+from deploynorm._swap.report import Outcome
+from deploynorm.changes import Change
+from deploynorm.trace import TraceReader
 
-__all__ = ["Network", "Plan", "SwappedNorm", "left"]
+__all__ = ["Network", "Plan", "SwappedNorm", "planned", "unchanged"]
 
 
 class Plan(NamedTuple):
@@ -32,7 +34,7 @@ class SwappedNorm(NamedTuple):
 
 @dataclass(frozen=True)
 class Network:
-    """The network given, what was seen of it, and the normalizations that a swap takes.
+    """The network given, what was seen of it, and the normalizations that are swapped.
 
     Attributes:
         model: The network given.
@@ -49,7 +51,7 @@ class Network:
     options: Mapping[str, Any]
 
     @property
-    def traces(self) -> Sequence[Trace]:
+    def traces(self) -> Sequence[TraceReader]:
         return self.observed.traces
 
     def seen(self, path: str) -> nn.Module:
@@ -57,10 +59,11 @@ class Network:
         return self.observed.modules[path]
 
     def path(self, seen: nn.Module) -> str:
+        """The path of a layer of the copy that was traced."""
         return self._paths[seen]
 
-    def told(self, seen: nn.Module) -> str:
-        """The same, as it stands in a sentence."""
+    def name(self, seen: nn.Module) -> str:
+        """The path of a layer of the copy, for a sentence."""
         return self._paths[seen] or "the network"
 
     @cached_property
@@ -73,5 +76,13 @@ class Network:
         return {module: path for path, module in self.observed.modules.items()}
 
 
-def left(path: str, layer: nn.Module, reason: str) -> Plan:
-    return Plan(Change(path, type(layer).__name__, "left", "", reason))
+def planned(
+    path: str, layer: nn.Module, outcome: Outcome, became: str, detail: str, build: Callable[[Memo], nn.Module]
+) -> Plan:
+    """The plan of a layer that another takes the place of."""
+    return Plan(Change(path, type(layer).__name__, outcome, became, detail), build)
+
+
+def unchanged(path: str, layer: nn.Module, reason: str) -> Plan:
+    """The plan of a layer that stays."""
+    return Plan(Change(path, type(layer).__name__, "unchanged", "", reason))

@@ -1,4 +1,4 @@
-"""What kind of file a checkpoint is, told from its first bytes and its zip members: nothing is unpickled."""
+"""What kind of file a checkpoint is, by its first bytes and its zip members; nothing is unpickled."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Container = Literal["zip", "legacy", "pt2"]
 ACCEPTED = "a file written by torch.save, by torch.export.save or by deploynorm"
 
 _LEGACY_MAGIC = (0x1950A86A20F9469CFC6C).to_bytes(10, "little")
-"""The number that opens a file of the old torch.save, as it stands in the pickle."""
+"""The number that a file of the old torch.save begins with, as bytes of its pickle."""
 
 _FOREIGN = (
     (b"\x89PNG", "a PNG image"),
@@ -30,7 +30,7 @@ _FOREIGN = (
 
 
 def detect(data: bytes, where: str) -> Container:
-    """Tells the container of a checkpoint.
+    """The container of a checkpoint.
 
     Args:
         data: The whole file.
@@ -41,7 +41,7 @@ def detect(data: bytes, where: str) -> Container:
     """
     if not data:
         raise ModelError(where, "the file is empty", expected=ACCEPTED)
-    # torch too takes a file for a zip archive by its first bytes alone; both must see the same file.
+    # torch too recognises a zip archive by these bytes alone; both must decide alike.
     if data[:4] == b"PK\x03\x04":
         return _detect_zip(data, where)
     if data[:1] == b"\x80":

@@ -6,6 +6,7 @@ import importlib
 import inspect
 import os
 import re
+import shlex
 import sys
 import typing
 from collections.abc import Callable, Iterator, Mapping
@@ -16,10 +17,11 @@ from torch import nn
 
 from deploynorm.errors import ModelError
 
-__all__ = ["build", "check_own", "current_directory_on_path", "is_own"]
+__all__ = ["build", "check_own", "current_directory_on_path", "is_own", "split_name"]
 
 _OWN = "deploynorm.models"
 _EXAMPLE = f"{_OWN}.frn_resnet:resnet20"
+_NAME = re.compile(r"([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*):([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*)")
 
 
 def build(name: str, kwargs: Mapping[str, Any], where: str, *, typed: bool) -> nn.Module:
@@ -29,11 +31,11 @@ def build(name: str, kwargs: Mapping[str, Any], where: str, *, typed: bool) -> n
         name: "pkg.mod:function".
         kwargs: Its keyword arguments.
         where: Path of the checkpoint, for messages.
-        typed: Whether the user typed the name. One that stands in a file is taken from deploynorm.models alone: a
-            file must not choose what code runs.
+        typed: Whether the user typed the name. One from a file must be of deploynorm.models: a file must not
+            choose what code runs.
 
     Raises:
-        ModelError: Not such a name, not from deploynorm.models though it stands in a file, cannot be imported or
+        ModelError: Not such a name, not from deploynorm.models though it came from a file, cannot be imported or
             called, refuses the arguments, raises, or returns no nn.Module.
     """
     if not typed:
@@ -51,7 +53,7 @@ def is_own(name: str) -> bool:
 
 
 def check_own(name: object, where: str) -> Callable[..., Any]:
-    """The factory in deploynorm.models of that name, which may come from a file that nobody vouches for.
+    """The factory in deploynorm.models of that name, which may come from a file of unknown origin.
 
     It must be in its module's __all__, and be an nn.Module class or a function that is declared to return one, so that
     no other function of these modules (training, reading data) can be called.
@@ -65,7 +67,7 @@ def check_own(name: object, where: str) -> Callable[..., Any]:
             "the factory that the file names is not one of deploynorm.models",
             got=repr(name),
             expected=f"a function of {_OWN}, such as {_EXAMPLE}",
-            fix="name it yourself with --factory, if you trust it: a file must not choose what code runs",
+            fix=_typed_again(name, where),
         )
     refused = ModelError(
         where,
@@ -95,6 +97,29 @@ def check_own(name: object, where: str) -> Callable[..., Any]:
     return typing.cast("Callable[..., nn.Module]", factory)
 
 
+def split_name(name: str, where: str) -> tuple[str, str]:
+    """Module and function of a factory's name.
+
+    Raises:
+        ModelError: It is no such name.
+    """
+    parts = _NAME.fullmatch(name)
+    if parts is None:
+        raise ModelError(where, "not a factory", got=repr(name), expected=f"pkg.mod:function, such as {_EXAMPLE}")
+    return parts[1], parts[2]
+
+
+def _typed_again(name: object, where: str) -> str:
+    """What the user of a file is to type who trusts the factory that it names."""
+    if not isinstance(name, str) or _NAME.fullmatch(name) is None:
+        return "name the factory yourself with --factory pkg.mod:function"
+    command = f"deploynorm export {shlex.quote(where)} --factory {name}"
+    return (
+        f"if that is your own network, type its factory: {command}, or deploynorm.load(..., factory={name!r}); "
+        "a file must not choose what code runs"
+    )
+
+
 @contextmanager
 def current_directory_on_path() -> Iterator[None]:
     """Lets imports find modules in the current directory."""
@@ -112,21 +137,19 @@ def current_directory_on_path() -> Iterator[None]:
 
 
 def _import_typed(name: str, where: str) -> Callable[..., Any]:
-    parts = re.fullmatch(r"([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*):([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*)", name)
-    if parts is None:
-        raise ModelError(where, "not a factory", got=repr(name), expected=f"pkg.mod:function, such as {_EXAMPLE}")
+    module, function = split_name(name, where)
     try:
-        found: Any = importlib.import_module(parts[1])
+        found: Any = importlib.import_module(module)
     except (Exception, SystemExit) as error:  # the user's module may raise anything while it is imported
-        missing = isinstance(error, ModuleNotFoundError) and f"{parts[1]}.".startswith(f"{error.name}.")
+        missing = isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}.")
         raise ModelError(
             where,
-            f"the factory {name} cannot be imported: {_told(error)}",
+            f"the factory {name} cannot be imported: {_described(error)}",
             fix="run deploynorm in the folder of that module, or install it"
             if missing
-            else f'make `python -c "import {parts[1]}"` work',
+            else f'make `python -c "import {module}"` work',
         ) from error
-    for attribute in parts[2].split("."):
+    for attribute in function.split("."):
         try:
             found = getattr(found, attribute)
         except AttributeError as error:
@@ -134,7 +157,7 @@ def _import_typed(name: str, where: str) -> Callable[..., Any]:
             raise ModelError(
                 where,
                 f"the factory {name} does not exist",
-                got=f"no {attribute!r} in {parts[1]}",
+                got=f"no {attribute!r} in {module}",
                 expected="one of " + ", ".join(public[:12]) if public else None,
             ) from error
     if not callable(found):
@@ -161,7 +184,7 @@ def _call(factory: Callable[..., Any], name: str, kwargs: Mapping[str, Any], whe
     try:
         network = factory(**kwargs)
     except (Exception, SystemExit) as error:  # the user's function may raise anything
-        raise ModelError(where, f"the factory {name} failed: {_told(error)}") from error
+        raise ModelError(where, f"the factory {name} failed: {_described(error)}") from error
     if not isinstance(network, nn.Module):
         raise ModelError(
             where, f"the factory {name} made no network", got=type(network).__name__, expected="a torch.nn.Module"
@@ -169,6 +192,6 @@ def _call(factory: Callable[..., Any], name: str, kwargs: Mapping[str, Any], whe
     return network
 
 
-def _told(error: BaseException) -> str:
+def _described(error: BaseException) -> str:
     text = str(error).strip().rstrip(".")
     return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from deploynorm.checkpoint._state import find_state_dict
 from deploynorm.errors import InputError, ModelError
-from deploynorm.inputs import ImageSpec
+from deploynorm.image import ImageSpec
 
 __all__ = ["Content", "is_own_format", "outline"]
 
@@ -27,7 +27,7 @@ def is_own_format(content: object) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class Content:
-    """What a deploynorm checkpoint tells of a network."""
+    """What a deploynorm checkpoint says about a network."""
 
     factory: str
     kwargs: Mapping[str, Any]
@@ -37,7 +37,7 @@ class Content:
     training: Mapping[str, Any] | None
 
     def pack(self, where: str) -> dict[str, Any]:
-        """As the dict that is written.
+        """The dict that is written.
 
         Raises:
             InputError: kwargs, labels or training is not plain data.
@@ -58,7 +58,7 @@ class Content:
 
     @classmethod
     def unpack(cls, content: Mapping[str, Any], where: str) -> Content:
-        """From the dict that was read.
+        """Reads that dict.
 
         Raises:
             ModelError: A key is missing, unknown or holds another kind of value.
@@ -84,7 +84,10 @@ class Content:
         state = find_state_dict({"state_dict": content["state_dict"]})
         if state is None:
             raise ModelError(
-                where, "its state_dict is none", got=outline(content["state_dict"]), expected="tensors by their names"
+                where,
+                "its state_dict is none",
+                got=outline(content["state_dict"]),
+                expected="tensors by their names",
             )
         labels = content.get("labels")
         return cls(

@@ -1,4 +1,4 @@
-"""Reading what torch.save wrote, without running code that the file names."""
+"""Reading files of torch.save without running code that they name."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def _globals_of_one(stream: io.BytesIO) -> Iterator[str]:
             module, _, name = str(argument).partition(" ")
             yield f"{_RENAMED.get(module, module)}.{name}"
         elif opcode.name == "STACK_GLOBAL":
-            # Its operands may come from the memo, and then this tells a wrong name; torch refuses the opcode anyway.
+            # Its operands may come from the memo, and then this name is wrong; torch refuses the opcode anyway.
             yield ".".join(strings)
         elif isinstance(argument, str):
             strings = [strings[1], argument]

@@ -37,7 +37,7 @@ def clean(value: Any, field: str = "") -> Any:
     if field in _RULES:
         return _RULES[field](value, field)
     if isinstance(value, dict):
-        # Fields of the schema and names from the graph are told apart by the field that holds them.
+        # Fields of the schema and names from the graph are distinguished by the field that holds them.
         named = field in _TABLES
         return {_matching(key, "key", _KEY): clean(item, "" if named else key) for key, item in value.items()}
     if isinstance(value, list):

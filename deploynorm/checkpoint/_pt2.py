@@ -43,7 +43,7 @@ _CODE = {
 def load_program(data: bytes, where: str, *, trust: bool) -> ExportedProgram:
     """The program in an archive of torch.export.save, moved to the CPU.
 
-    Unless trusted, what tells of the program's origin (stack traces, module names) is left behind.
+    Unless trusted, the program's origin (stack traces, module names) is dropped.
 
     Args:
         data: The whole file.
@@ -136,7 +136,7 @@ def _rewrite(data: bytes, where: str) -> io.BytesIO:
 
 
 def _repickled(content: bytes, where: str) -> bytes:
-    """The same object in a pickle that we wrote: torch.export.load reads any pickle that weights_only refuses."""
+    """The pickled object in a pickle that we wrote: torch.export.load also reads pickles that weights_only refuses."""
     buffer = io.BytesIO()
     torch.save(unpickle(content, where, trust=False, modules=False), buffer)
     return buffer.getvalue()

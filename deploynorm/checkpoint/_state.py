@@ -1,4 +1,4 @@
-"""State dicts: finding one in a checkpoint, loading it strictly, and looking for numbers that are none."""
+"""State dicts: finding one in a checkpoint, loading it strictly, and looking for NaN and infinity."""
 
 from __future__ import annotations
 
@@ -30,31 +30,32 @@ def find_state_dict(content: object) -> tuple[dict[str, Tensor], list[str]] | No
         return None
     key, state = next(iter(found.items()))
     others = "".join(f"; the one under {other!r} is not used" for other in list(found)[1:])
-    return state, [f"the state dict stands under {key!r}{others}"]
+    return state, [f"the state dict is under {key!r}{others}"]
 
 
 def load_strictly(model: nn.Module, state: Mapping[str, Tensor], where: str) -> list[str]:
     """Loads a state dict into a network that it fits name for name and shape for shape.
 
     Returns:
-        What was done to make it fit: prefixes of DataParallel and torch.compile that were taken off every name.
+        What was done to make it fit: prefixes of DataParallel and torch.compile that were removed from every name.
 
     Raises:
-        ModelError: It does not; the message lists what is missing, unexpected or of another shape.
+        ModelError: It does not fit; the message lists what is missing, unexpected or of another shape.
     """
     _check_allocated(chain(model.named_parameters(), model.named_buffers()), where, "build the network on the CPU")
     _check_allocated(state.items(), where, "write the file again from a network that has its values")
-    wanted = {name: tensor.shape for name, tensor in model.state_dict().items() if isinstance(tensor, Tensor)}
-    state, notes = _unwrapped(state, wanted)
+    expected = {name: tensor.shape for name, tensor in model.state_dict().items() if isinstance(tensor, Tensor)}
+    state, notes = _unwrapped(state, expected)
     shapes = [
-        f"{name} {tuple(tensor.shape)} in the file, {tuple(wanted[name])} in the network"
+        f"{name} {tuple(tensor.shape)} in the file, {tuple(expected[name])} in the network"
         for name, tensor in state.items()
-        if name in wanted and tensor.shape != wanted[name]
+        if name in expected and tensor.shape != expected[name]
     ]
     cause: Exception | None = None
-    missing, unexpected = [name for name in wanted if name not in state], [name for name in state if name not in wanted]
+    missing = [name for name in expected if name not in state]
+    unexpected = [name for name in state if name not in expected]
     try:
-        # Not strict, so that the layers' own loading rules (older formats, resized buffers) decide what is amiss.
+        # Not strict, so that the layers' own loading rules (older formats, resized buffers) decide what is wrong.
         result = model.load_state_dict(state, strict=False)
         missing, unexpected, shapes = result.missing_keys, result.unexpected_keys, []
     except Exception as error:  # a layer's loading rule is the user's code
@@ -62,12 +63,12 @@ def load_strictly(model: nn.Module, state: Mapping[str, Tensor], where: str) -> 
     if not (cause or missing or unexpected):
         return notes
     kinds = {"missing from the file": missing, "unknown to the network": unexpected, "of another shape": shapes}
-    told = "; ".join(f"{len(names)} {kind}: {_some(names)}" for kind, names in kinds.items() if names)
+    problems = "; ".join(f"{len(names)} {kind}: {_some(names)}" for kind, names in kinds.items() if names)
     raise ModelError(
         where,
         f"the state dict does not fit {type(model).__name__}",
-        got=told or str(cause),
-        expected=f"the {len(wanted)} tensors of the network, strictly",
+        got=problems or str(cause),
+        expected=f"the {len(expected)} tensors of the network, strictly",
         fix="give the factory (--factory) and its arguments that the file was trained with",
     ) from cause
 
@@ -97,21 +98,21 @@ def check_finite(model: nn.Module, where: str) -> None:
 
 
 def _check_allocated(tensors: Iterable[tuple[str, Tensor]], where: str, fix: str) -> None:
-    """Raises ModelError for tensors on the meta device: copies from and to them change nothing, and say nothing."""
+    """Raises ModelError for tensors on the meta device: copies from and to them do nothing, silently."""
     without = [name for name, tensor in tensors if tensor.is_meta]
     if without:
         raise ModelError(where, "tensors without values (on the meta device)", got=_some(without), fix=fix)
 
 
-def _unwrapped(state: Mapping[str, Tensor], wanted: Mapping[str, Any]) -> tuple[Mapping[str, Tensor], list[str]]:
+def _unwrapped(state: Mapping[str, Tensor], expected: Mapping[str, Any]) -> tuple[Mapping[str, Tensor], list[str]]:
     notes = []
-    # A network may have a part of that name itself, so names that it knows are left alone.
-    while not any(name in wanted for name in state):
+    # A network may have a part of that name itself, so names that it knows keep their prefix.
+    while not any(name in expected for name in state):
         prefix = next((prefix for prefix in _WRAPPERS if all(name.startswith(prefix) for name in state)), None)
         if prefix is None:
             break
         state = {name[len(prefix) :]: tensor for name, tensor in state.items()}
-        notes.append(f"the prefix {prefix!r} of {_WRAPPERS[prefix]} was taken off every name")
+        notes.append(f"the prefix {prefix!r} of {_WRAPPERS[prefix]} was removed from every name")
     return state, notes
 
 

@@ -15,6 +15,7 @@ from typing import TextIO
 import deploynorm
 from deploynorm.cli import build, check, doctor, export, fold, inspect, plugins, rewrite, run
 from deploynorm.errors import DeployNormError
+from deploynorm.packages import naming_missing_packages
 
 __all__ = ["main"]
 
@@ -40,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one verb and returns the exit code."""
     options = _parser().parse_args(arguments)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), naming_missing_packages():
             warnings.showwarning = _show_warning
             return int(options.run(options))
     except DeployNormError as error:

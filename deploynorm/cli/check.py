@@ -7,7 +7,6 @@ A file in half precision runs with every tensor rounded, and overflowing, as on 
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from deploynorm.cli import options
 
@@ -16,23 +15,23 @@ __all__ = ["add_arguments", "run"]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_model(parser)
-    parser.add_argument("candidate", metavar="ONNX", type=Path, help="the file under test")
+    parser.add_argument("candidate", metavar="ONNX", type=options.existing_file, help="the file under test")
     options.add_parity(parser)
     options.add_output_control(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from deploynorm.cli.network import load_network
-    from deploynorm.cli.parity import check_onnx, raise_if_broken
-    from deploynorm.cli.tables import print_checks
+    model = options.model_options(arguments)
+
+    from deploynorm._check import check_file
     from deploynorm.cli.terminal import Terminal
 
-    terminal = Terminal(verbose=arguments.verbose, quiet=arguments.quiet)
-    with terminal.step(f"reading {arguments.model}"):
-        network = load_network(arguments)
-    with terminal.step("checking"):
-        reports = check_onnx(terminal, network, arguments.candidate, arguments)
-    print_checks(terminal, reports)
-    terminal.write_json(arguments.json, {"ok": all(reports), "checks": [report.to_dict() for report in reports]})
-    raise_if_broken(terminal, reports, network, arguments)
+    terminal = Terminal(quiet=arguments.quiet)
+    with terminal.step(f"checking {arguments.candidate}"):
+        parity = check_file(
+            arguments.model, arguments.candidate, backend=arguments.backend, **model, **options.tolerances(arguments)
+        )
+    terminal.show(parity.tables(arguments.verbose))
+    terminal.write_json(arguments.json, parity.to_dict())
+    parity.raise_if_broken()
     return 0

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Final
 
 from deploynorm.doctor.facts import Examination
-from deploynorm.doctor.finding import BUILD, BUILD_CUDA, DRIVERS, Finding, dotted, sound
+from deploynorm.doctor.finding import BUILD_CUDA, DRIVERS, ROWS, Finding, dotted, sound
 from deploynorm.libraries import ORT_LIBRARY
 
 __all__ = ["code_for_gpus", "cuda_libraries", "driver", "toolkit"]
@@ -80,7 +80,7 @@ def code_for_gpus(facts: Examination) -> Iterator[Finding]:
             device = f"{gpu.name} (compute capability {dotted(gpu.capability)})"
             rebuild = f"{BUILD_CUDA} --architectures {gpu.capability[0]}{gpu.capability[1]}"
             if gpu.capability < _FIRST_GPU:
-                rebuild = f"{BUILD[ORT_LIBRARY]}, without CUDA: such a GPU then runs FRN as several operators"
+                rebuild = f"{ROWS[ORT_LIBRARY].command}, without CUDA: such a GPU then runs FRN as several operators"
             if library.code and not fitting:
                 yield Finding("broken", "gpu-code", f"{about}, and nothing for {device}", rebuild)
             elif fitting and all(code.kind == "compute" for code in fitting):
@@ -137,6 +137,6 @@ def toolkit(facts: Examination) -> Iterator[Finding]:
         yield Finding(
             "note",
             "torch-cpu",
-            f"torch {facts.packages['torch']} is for CPUs alone: checks run there, and TensorRT engines cannot be run",
+            f"torch {facts.packages['torch']} is for CPUs only: checks run there, and TensorRT engines cannot be run",
             "install a CUDA torch: https://pytorch.org/get-started",
         )

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from deploynorm.doctor.facts import Examination, Library
-from deploynorm.doctor.finding import BUILD, BUILD_CUDA, Finding, missing_exports
-from deploynorm.libraries import ORT_LIBRARY, TENSORRT_LIBRARY, TORCH_LIBRARY
+from deploynorm.doctor.finding import BUILD_CUDA, ROWS, Finding, missing_exports
+from deploynorm.libraries import TENSORRT_REGISTER_LIBRARY
 
 __all__ = ["libraries"]
 
@@ -42,27 +42,23 @@ def libraries(facts: Examination) -> Iterator[Finding]:
                 f"{library.path} was installed before the sources in this clone were last changed",
                 rebuild,
             )
-    missing_ones = [name for name in (ORT_LIBRARY, TORCH_LIBRARY, TENSORRT_LIBRARY) if facts.library(name) is None]
-    brings = {
-        ORT_LIBRARY: "the fused FRN kernel for onnxruntime; without it FRN runs as several operators, slower",
-        TORCH_LIBRARY: "FRN's kernels for training; without it the layers run in plain PyTorch, slower",
-        TENSORRT_LIBRARY: "FRN in TensorRT as one plugin; without it TensorRT builds the operator's body",
-    }
-    for name in missing_ones:
+    for row in ROWS.values():
+        if row.file == TENSORRT_REGISTER_LIBRARY or facts.library(row.file) is not None:
+            continue
         needs = []
         if facts.compiler is None:
             needs.append("install g++ or clang++, pip install cmake ninja")
-        if name == TENSORRT_LIBRARY and facts.nvcc is None:
+        if row.needs_cuda and facts.nvcc is None:
             needs.append("pip install 'deploynorm[cuda]'")
         stale = "; what was built here is of other sources and is not used" if facts.stale else ""
         yield Finding(
             "note",
             "library-missing",
-            f"{name} is not built: it brings {brings[name]}{stale}",
-            ", then ".join([*needs, BUILD[name]]),
+            f"{row.file} is not built: it brings {row.brings}{stale}",
+            ", then ".join([*needs, row.command]),
         )
 
 
 def _rebuild(library: Library) -> str:
     """A new build, with CUDA where there was some."""
-    return BUILD_CUDA if library.code else BUILD[library.name]
+    return BUILD_CUDA if library.code else ROWS[library.name].command

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from typing import Final
 
 from deploynorm.doctor.facts import Examination
-from deploynorm.doctor.finding import BUILD, BUILD_CUDA, Finding, sound
+from deploynorm.doctor.finding import BUILD_CUDA, ROWS, Finding, sound
 from deploynorm.libraries import ORT_LIBRARY, TENSORRT_LIBRARY
 
-__all__ = ["onnxruntime", "tensorrt", "tensorrt_provider"]
+__all__ = ["onnxruntime", "tensorrt", "tensorrt_provider", "torchvision"]
 
 _OLDEST_ONNXRUNTIME: Final = (1, 18)
 _FIRST_WITH_NUMPY_2: Final = (1, 19)
@@ -63,7 +63,7 @@ def onnxruntime(facts: Examination) -> Iterator[Finding]:
             "broken",
             "onnxruntime-library",
             f"onnxruntime {runtime.version} does not take our operator library: {runtime.library_problem}",
-            BUILD[ORT_LIBRARY],
+            ROWS[ORT_LIBRARY].command,
         )
 
 
@@ -132,6 +132,19 @@ def tensorrt_provider(facts: Examination) -> Iterator[Finding]:
                 f"onnxruntime's TensorRT provider cannot start: it needs TensorRT {wanted}",
                 f"pip install 'tensorrt=={wanted}.*'",
             )
+
+
+def torchvision(facts: Examination) -> Iterator[Finding]:
+    """Its operators are compiled for one torch: with another, such as PyPI's beside a torch for CPUs, import fails."""
+    if facts.torchvision_problem is not None:
+        yield Finding(
+            "broken",
+            "torchvision-import",
+            f"torchvision {facts.packages.get('torchvision', '')} cannot be imported beside torch "
+            f"{facts.packages.get('torch', '')}, which it was not built for: {facts.torchvision_problem}",
+            "install both from one place: https://pytorch.org/get-started (for a torch for CPUs, the torchvision for "
+            "CPUs), or pip uninstall torchvision",
+        )
 
 
 def _numbers(version: str | None) -> tuple[int, ...]:

@@ -1,6 +1,6 @@
-"""Judges the facts: what is broken on this machine, what is missing that would bring something, and the remedies.
+"""Judges the facts: what is broken on this machine, what is missing that would help, and the remedies.
 
-The failures that users of such libraries meet most, with what tells them here:
+The failures that users of such libraries meet most, with the findings that report them:
 
 1. The plugin is not found when a model is read: its library was never built, is that of other sources, or is not one
    of ours (`library-missing`, `library-unreadable`, `library-machine`, `library-not-ours`, `library-does-not-load`,
@@ -13,6 +13,7 @@ The failures that users of such libraries meet most, with what tells them here:
    `driver-old`, `driver-error`).
 6. TensorRT, or what hosts it, ends the process or refuses the library (`tensorrt-plugin`, `tensorrt-rtx-name`,
    `onnxruntime-library`).
+7. torchvision is for another torch (`torchvision-import`).
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import Final
 from deploynorm.doctor import _gpu, _libraries, _runtimes
 from deploynorm.doctor.facts import Examination
 from deploynorm.doctor.finding import Finding
+from deploynorm.doctor.result import Diagnosis
 
 __all__ = ["diagnose"]
 
@@ -31,6 +33,7 @@ _CHECKS: Final[tuple[Callable[[Examination], Iterator[Finding]], ...]] = (
     _libraries.libraries,
     _runtimes.tensorrt,
     _runtimes.tensorrt_provider,
+    _runtimes.torchvision,
     _gpu.driver,
     _gpu.code_for_gpus,
     _gpu.cuda_libraries,
@@ -38,7 +41,7 @@ _CHECKS: Final[tuple[Callable[[Examination], Iterator[Finding]], ...]] = (
 )
 
 
-def diagnose(examination: Examination) -> list[Finding]:
-    """What the facts amount to, what is broken first."""
+def diagnose(examination: Examination) -> Diagnosis:
+    """Judges the facts; in the result, what is broken comes first."""
     found = [finding for check in _CHECKS for finding in check(examination)]
-    return sorted(found, key=lambda finding: finding.level != "broken")
+    return Diagnosis(examination, tuple(sorted(found, key=lambda finding: finding.level != "broken")))

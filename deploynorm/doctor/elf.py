@@ -1,7 +1,7 @@
 """What a shared library says of itself: the processor it is for, what it needs, what it exports, its code for GPUs.
 
 Read from the file, so that nothing in it runs, no program of the system is needed, and one for another processor can
-be told too.
+be read too.
 """
 
 from __future__ import annotations

@@ -18,12 +18,14 @@ from deploynorm import libraries
 from deploynorm.doctor import probes
 from deploynorm.doctor.elf import machine_here, read_library, read_needed
 from deploynorm.doctor.facts import Driver, Examination, Gpu, Library, OnnxRuntime, Provider, TensorRT
+from deploynorm.doctor.finding import ROWS
 from deploynorm.errors import BackendError
+from deploynorm.libraries.find import cache_of_these_sources
 
 __all__ = ["examine"]
 
 _PACKAGES: Final = re.compile(
-    r"deploynorm|torch|numpy|onnx|onnx-ir|onnxscript|onnxruntime.*|tensorrt.*|polygraphy|ort-nightly.*"
+    r"deploynorm|torch|torchvision|numpy|onnx|onnx-ir|onnxscript|onnxruntime.*|tensorrt.*|polygraphy|ort-nightly.*"
     r"|nvidia-(cublas|cuda-nvcc|cuda-runtime|cudnn).*"
 )
 """The packages that matter here, by the names that pip knows."""
@@ -55,19 +57,21 @@ def examine() -> Examination:
     with ThreadPoolExecutor() as pool:
         driver = pool.submit(probes.ask, probes.devices)
         missing = pool.submit(probes.ask, probes.open_libraries, all_needed)
-        found = {name: path for name in libraries.LIBRARIES if (path := libraries.find_library(name)) is not None}
+        found = {name: path for name in ROWS if (path := libraries.find_library(name)) is not None}
         ours = tuple(pool.map(_library, found.keys(), found.values()))
         # A library that cannot even be opened would end the processes of those who are to take it.
         usable = {library.name: library.path for library in ours if library.problem is None}
         runtime = pool.submit(_try, probes.onnxruntime, (), usable.get(libraries.ORT_LIBRARY), "library")
         plugin = usable.get(libraries.TENSORRT_LIBRARY)
         trts = {name: pool.submit(_try, probes.tensorrt, (name,), plugin, "plugin") for name in tensorrts if name}
+        vision = pool.submit(probes.ask, probes.torchvision) if "torchvision" in versions else None
         nvcc, nvcc_release = _nvcc()
         return Examination(
             python=f"{platform.python_version()} ({sys.executable})",
             system=platform.platform(),
             packages=versions,
             torch_cuda=_torch_cuda(),
+            torchvision_problem=None if vision is None else vision.result().get("problem"),
             onnxruntime=_onnxruntime(in_module, versions, runtime.result()) if in_module or module else None,
             providers=tuple(_provider(name, needs, missing.result()) for name, needs in needed.items() if needs),
             tensorrt=tuple(TensorRT(name, **trt.result()) for name, trt in trts.items()),
@@ -86,12 +90,12 @@ def _try(
     probe: Callable[..., dict[str, Any]], arguments: Sequence[str], library: str | None, kind: str
 ) -> dict[str, Any]:
     """Asks a runtime to take a library of ours, and where it dies of it, what it is without."""
-    told = probes.ask(probe, *arguments, library)
-    if library is not None and "problem" in told:
+    found = probes.ask(probe, *arguments, library)
+    if library is not None and "problem" in found:
         alone = probes.ask(probe, *arguments, None)
         if "problem" not in alone:
-            return alone | {f"takes_{kind}": False, f"{kind}_problem": told["problem"]}
-    return told
+            return alone | {f"takes_{kind}": False, f"{kind}_problem": found["problem"]}
+    return found
 
 
 def _packages() -> tuple[dict[str, str], dict[str, Path]]:
@@ -130,14 +134,14 @@ def _torch_cuda() -> str | None:
     return found[1] if found else None
 
 
-def _onnxruntime(packages: tuple[str, ...], versions: dict[str, str], told: dict[str, Any]) -> OnnxRuntime:
+def _onnxruntime(packages: tuple[str, ...], versions: dict[str, str], found: dict[str, Any]) -> OnnxRuntime:
     return OnnxRuntime(
-        version=told.get("version") or next((versions[name] for name in packages), None),
+        version=found.get("version") or next((versions[name] for name in packages), None),
         packages=packages,
-        providers=tuple(told.get("providers", ())),
-        problem=told.get("problem"),
-        takes_library=told.get("takes_library"),
-        library_problem=told.get("library_problem"),
+        providers=tuple(found.get("providers", ())),
+        problem=found.get("problem"),
+        takes_library=found.get("takes_library"),
+        library_problem=found.get("library_problem"),
     )
 
 
@@ -182,17 +186,17 @@ def _nvcc() -> tuple[str | None, tuple[int, int] | None]:
     return f"{nvcc} ({version})", (int(release[1]), int(release[2])) if release else None
 
 
-def _driver(told: dict[str, Any]) -> Driver:
+def _driver(found: dict[str, Any]) -> Driver:
     return Driver(
-        version=told.get("version"),
-        cuda=tuple(told["cuda"]) if "cuda" in told else None,
-        gpus=tuple(Gpu(name, tuple(capability), memory) for name, capability, memory in told.get("gpus", ())),
-        problem=told.get("problem"),
+        version=found.get("version"),
+        cuda=tuple(found["cuda"]) if "cuda" in found else None,
+        gpus=tuple(Gpu(name, tuple(capability), memory) for name, capability, memory in found.get("gpus", ())),
+        problem=found.get("problem"),
     )
 
 
 def _library(name: str, path: Path) -> Library:
-    sources, built_here = libraries.source_folder(), path.is_relative_to(libraries._cache_of_these_sources())
+    sources, built_here = libraries.source_folder(), path.is_relative_to(cache_of_these_sources())
     in_a_clone = sources.is_symlink()
     file = path.stat()
     found = Library(
@@ -219,8 +223,6 @@ def _newest(folder: Path) -> float:
 
 
 def _stale() -> tuple[str, ...]:
-    current = libraries._cache_of_these_sources()
-    others = {path.parents[1] for name in libraries.LIBRARIES for path in current.parent.glob(f"*/*/{name}")} - {
-        current
-    }
+    current = cache_of_these_sources()
+    others = {path.parents[1] for name in ROWS for path in current.parent.glob(f"*/*/{name}")} - {current}
     return tuple(sorted(map(str, others)))

@@ -24,7 +24,7 @@ class Driver:
     """NVIDIA's driver.
 
     Attributes:
-        version: Its own, where it tells.
+        version: Its own, where it is known.
         cuda: The newest CUDA that it knows; None without a driver.
         gpus: What CUDA offers.
         problem: CUDA's name of the error, where it offers nothing.
@@ -70,7 +70,7 @@ class OnnxRuntime:
     """The module onnxruntime.
 
     Attributes:
-        version: As the module tells it, or its package where it cannot be imported.
+        version: As the module has it, or its package where it cannot be imported.
         packages: Those that have put files into the module's folder.
         providers: Its execution providers.
         problem: Why it cannot be imported.
@@ -107,7 +107,7 @@ class TensorRT:
 
     Attributes:
         module: tensorrt, tensorrt_lean or tensorrt_rtx.
-        version: As the module tells it.
+        version: As the module has it.
         problem: Why it cannot be imported or is none that we know.
         takes_plugin: Whether our plugin is in its registry once loaded; None where the plugin is not built.
         plugin_problem: Why not.
@@ -133,6 +133,7 @@ class Examination:
         system: Operating system and processor.
         packages: Versions by the names that pip knows, of those that matter here.
         torch_cuda: The CUDA that torch was built for.
+        torchvision_problem: Why torchvision cannot be imported; None where it can, or is not installed.
         onnxruntime: None where it is not installed.
         providers: Of onnxruntime-gpu.
         tensorrt: Each that is installed.
@@ -150,6 +151,7 @@ class Examination:
     system: str = ""
     packages: Mapping[str, str] = field(default_factory=dict)
     torch_cuda: str | None = None
+    torchvision_problem: str | None = None
     onnxruntime: OnnxRuntime | None = None
     providers: tuple[Provider, ...] = ()
     tensorrt: tuple[TensorRT, ...] = ()

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Final, Literal, NamedTuple
 
 from deploynorm.doctor.facts import Examination, Library
-from deploynorm.libraries import ORT_LIBRARY, TENSORRT_LIBRARY, TENSORRT_REGISTER_LIBRARY, TORCH_LIBRARY
+from deploynorm.libraries import LIBRARIES, TENSORRT_LIBRARY
 
-__all__ = ["BUILD", "BUILD_CUDA", "DRIVERS", "Finding", "dotted", "missing_exports", "sound"]
+__all__ = ["BUILD_CUDA", "DRIVERS", "ROWS", "Finding", "dotted", "missing_exports", "sound"]
 
 
 class Finding(NamedTuple):
@@ -21,30 +21,18 @@ class Finding(NamedTuple):
     remedy: str
 
 
-BUILD: Final = {
-    ORT_LIBRARY: "deploynorm plugins build",
-    TORCH_LIBRARY: "deploynorm plugins build",
-    TENSORRT_LIBRARY: "deploynorm plugins build --cuda",
-    TENSORRT_REGISTER_LIBRARY: "deploynorm plugins build --cuda",
-}
-"""How to get each library. What is built goes into a cache, and is preferred to what is installed."""
+ROWS: Final = {row.file: row for row in LIBRARIES.values()}
+"""What is known of each library of ours, by its file name."""
 
-BUILD_CUDA: Final = BUILD[TENSORRT_LIBRARY]
+BUILD_CUDA: Final = ROWS[TENSORRT_LIBRARY].command
 
 DRIVERS: Final = {11: "450.80", 12: "525.60", 13: "580.65"}
 """The first driver for Linux that runs programs of each major version of CUDA. Source: CUDA's release notes."""
 
-_EXPORTS: Final = {
-    ORT_LIBRARY: ("RegisterCustomOps",),
-    TORCH_LIBRARY: ("deploynorm_frn_cpu", "deploynorm_frn_backward_cpu"),
-    TENSORRT_LIBRARY: ("getCreators", "setLoggerFinder"),
-    TENSORRT_REGISTER_LIBRARY: (),
-}
-"""What the hosts look for in each library."""
-
 
 def missing_exports(library: Library) -> list[str]:
-    return [name for name in _EXPORTS[library.name] if name not in library.exports]
+    """What its host looks for in the library, and does not find."""
+    return [name for name in ROWS[library.name].exports if name not in library.exports]
 
 
 def sound(library: Library | None, facts: Examination) -> bool:
@@ -55,4 +43,5 @@ def sound(library: Library | None, facts: Examination) -> bool:
 
 
 def dotted(version: tuple[int, int]) -> str:
+    """12.8 for (12, 8)."""
     return f"{version[0]}.{version[1]}"

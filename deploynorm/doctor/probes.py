@@ -22,7 +22,7 @@ from deploynorm.contract import DOMAIN, OP_TYPE
 from deploynorm.errors import BackendError, DeployNormError
 from deploynorm.trt.soname import loaded_library
 
-__all__ = ["ask", "devices", "onnxruntime", "open_libraries", "tensorrt"]
+__all__ = ["ask", "devices", "onnxruntime", "open_libraries", "tensorrt", "torchvision"]
 
 _SECONDS: Final = 60
 _RTX: Final = "libtensorrt_rtx.so"
@@ -58,12 +58,12 @@ def ask(probe: Callable[..., dict[str, Any]], *arguments: str | Sequence[str] | 
 def answer(probe: str, arguments: Sequence[Any]) -> None:
     """The other side of `ask`."""
     probes: Mapping[str, Callable[..., dict[str, Any]]] = {
-        each.__name__: each for each in (devices, onnxruntime, open_libraries, tensorrt)
+        each.__name__: each for each in (devices, onnxruntime, open_libraries, tensorrt, torchvision)
     }
     try:
         found = probes[probe](*arguments)
     except DeployNormError as error:
-        found = {"problem": _told(error)}
+        found = {"problem": _reason(error)}
     except Exception as error:  # whatever a broken installation raises is what is asked for
         found = {"problem": f"{type(error).__name__}: {' '.join(str(error).split())}"}
     # On a line of its own: others may have written to this stream, past Python's buffer.
@@ -85,7 +85,7 @@ def onnxruntime(library: str | None) -> dict[str, Any]:
             ort.register(options)
             found["takes_library"] = True
         except BackendError as error:
-            found |= {"takes_library": False, "library_problem": _told(error)}
+            found |= {"takes_library": False, "library_problem": _reason(error)}
     return found
 
 
@@ -94,7 +94,7 @@ def tensorrt(module: str, library: str | None) -> dict[str, Any]:
     flavour: trt.Flavour = "tensorrt-rtx" if module.startswith("tensorrt_rtx") else "tensorrt"
     if module == trt.FLAVOURS[flavour][0]:
         here = trt.import_tensorrt(flavour)
-    else:  # the lean runtime, which has the same interface to plugins
+    else:  # the lean runtime, with an equal interface to plugins
         imported = importlib.import_module(module)
         here = trt.TensorRT(imported, flavour, str(imported.__version__))
     found: dict[str, Any] = {"version": here.version, "nameless": _nameless() if here.rtx else None}
@@ -105,7 +105,7 @@ def tensorrt(module: str, library: str | None) -> dict[str, Any]:
             if not found["takes_plugin"]:
                 found["plugin_problem"] = f"it does not bring {DOMAIN}::{OP_TYPE}"
         except BackendError as error:
-            found |= {"takes_plugin": False, "plugin_problem": _told(error)}
+            found |= {"takes_plugin": False, "plugin_problem": _reason(error)}
     found["creators"] = len(here.module.get_plugin_registry().all_creators)
     return found
 
@@ -119,9 +119,15 @@ def _nameless() -> str | None:
     return None
 
 
-def _told(error: DeployNormError) -> str:
+def _reason(error: DeployNormError) -> str:
     """Without the place, which is this process, and the remedy, which depends on more than it knew."""
     return f"{error.problem}{f' ({error.got})' if error.got else ''}".rstrip(": ")
+
+
+def torchvision() -> dict[str, Any]:
+    """Nothing where torchvision can be imported."""
+    importlib.import_module("torchvision")
+    return {}
 
 
 def open_libraries(names: Sequence[str]) -> dict[str, Any]:
@@ -172,7 +178,7 @@ def _gpu(cuda: ctypes.CDLL, index: int) -> list[Any]:
 
 
 def _driver_version() -> str | None:
-    """Of the driver itself, which CUDA does not tell. Some systems, Jetson for one, do not bring what does."""
+    """Of the driver itself, from NVML; some systems, such as Jetson, do not have it."""
     try:
         nvml = ctypes.CDLL("libnvidia-ml.so.1")
     except OSError:

@@ -1,4 +1,4 @@
-"""Checks that the layers share."""
+"""Checks of arguments and inputs that the layers share."""
 
 from __future__ import annotations
 

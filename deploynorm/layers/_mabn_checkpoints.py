@@ -1,4 +1,4 @@
-"""Checkpoints of MABN: of earlier versions, with another window, or without what only training needs."""
+"""Loading checkpoints into MABN: of earlier versions, with another window, or without what only training requires."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ _OF_THE_AUTHORS = ("iters", "buffer_x2", "buffer_gz", "sta_matrix", "pre_x2", "p
 
 
 def fit(state: dict[str, Any], prefix: str, layer: _MABN) -> None:
-    """Changes the layer's entries of a state_dict, those that begin with prefix, into what the layer can load.
+    """Changes the entries of a state_dict that begin with prefix into what the layer can load.
 
     - Histories of version 1 become those of version 2.
     - Histories of another window are cut to the newest rows, or filled up with empty ones.
-    - running_var may be (1, C, 1, 1), as in the authors' code, and what else that code keeps is dropped.
-    - Where running_var stands without histories or counter, histories start empty and the counter at 1, so that
-      training begins with a warm-up and keeps running_var, and a warning says so.
+    - running_var may be (1, C, 1, 1), as in the authors' code, whose other buffers are dropped.
+    - Where running_var comes without histories or counter, histories start empty and the counter at 1, so that
+      training begins with a warm-up and goes on from running_var, and a warning says so.
     """
     _upgrade(state, prefix)
     R = state.get(f"{prefix}running_var")
@@ -51,10 +51,10 @@ def fit(state: dict[str, Any], prefix: str, layer: _MABN) -> None:
 
 
 def upgraded_pickle(state: dict[str, Any], unsaved: dict[str, Tensor]) -> dict[str, Any]:
-    """The attributes of a pickled layer, of whatever version, as those of this one.
+    """The attributes of a pickled layer of any version, as those of this one.
 
     Args:
-        state: They may lack what a later version has.
+        state: Those of the pickle; they may lack what a later version has.
         unsaved: The buffers that are not in a state_dict, as a new layer has them.
     """
     buffers = dict(state["_buffers"])
@@ -67,7 +67,7 @@ def upgraded_pickle(state: dict[str, Any], unsaved: dict[str, Tensor]) -> dict[s
 
 
 def _upgrade(state: dict[str, Any], prefix: str) -> None:
-    # Version 1: means (K, C) and samples (K,), oldest first. Known by its names, which outlast a lost _metadata.
+    # Version 1: means (K, C) and samples (K,), oldest first. Recognised by its names: _metadata may be lost.
     for name in _HISTORIES:
         samples = state.pop(f"{prefix}{name}_samples", None)
         if samples is not None:

@@ -10,42 +10,16 @@ import ctypes
 import math
 import warnings
 from pathlib import Path
-from typing import Final
 
 import torch
 from torch import Tensor
 
 from deploynorm import libraries
 from deploynorm.errors import BackendError
-from deploynorm.layers._plain import dense
+from deploynorm.layers._handwritten import dense
+from deploynorm.libraries.kernels import TYPES, Backward, Forward, open_kernels
 
 __all__ = ["available", "backward", "forward"]
-
-_TYPES: Final = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
-"""Type of x -> deploynorm_type."""
-
-_SIZES: Final = [(name, ctypes.c_int64) for name in ("samples", "channels", "spatial", "lanes")]
-
-
-class _Forward(ctypes.Structure):
-    """struct deploynorm_frn."""
-
-    _fields_ = (
-        *_SIZES,
-        ("type", ctypes.c_int32),
-        *((name, ctypes.c_void_p) for name in ("x", "y", "residual", "gamma", "beta", "tau", "eps", "rstd")),
-    )
-
-
-class _Backward(ctypes.Structure):
-    """struct deploynorm_frn_backward."""
-
-    _fields_ = (
-        *_SIZES,
-        ("type", ctypes.c_int32),
-        *((name, ctypes.c_void_p) for name in ("dy", "x", "rstd", "gamma", "beta", "tau")),
-        *((name, ctypes.c_void_p) for name in ("dx", "dgamma", "dbeta", "dtau", "deps")),
-    )
 
 
 class _OpenMP(ctypes.Structure):
@@ -55,30 +29,13 @@ class _OpenMP(ctypes.Structure):
 
 
 class _Library:
-    """The library's functions, and PyTorch's threads for them."""
+    """The library's functions, and the threads of PyTorch that they run on."""
 
     def __init__(self, path: Path) -> None:
-        library = ctypes.CDLL(str(path))
-        pointer = ctypes.c_void_p
-        self.cpu_forward = library.deploynorm_frn_cpu
-        self.cpu_forward.argtypes = (pointer, pointer, pointer, pointer)
-        self.cpu_workspace = library.deploynorm_frn_backward_cpu_workspace
-        self.cpu_backward = library.deploynorm_frn_backward_cpu
-        self.cpu_backward.argtypes = (pointer, pointer, pointer, pointer, pointer)
-        self.parallel_for = ctypes.cast(library.deploynorm_openmp_parallel_for, pointer)
+        self.functions = open_kernels(path, "deploynorm_frn_cpu", "deploynorm_frn_backward_cpu")
+        self.parallel_for = ctypes.cast(self.functions.deploynorm_openmp_parallel_for, ctypes.c_void_p)
         self.parallel = _openmp()
-        self.has_cuda = hasattr(library, "deploynorm_frn_cuda")
-        workspaces = [self.cpu_workspace]
-        if self.has_cuda:
-            self.cuda_forward_workspace = library.deploynorm_frn_cuda_workspace
-            self.cuda_forward = library.deploynorm_frn_cuda
-            self.cuda_backward_workspace = library.deploynorm_frn_backward_cuda_workspace
-            self.cuda_backward = library.deploynorm_frn_backward_cuda
-            for function in (self.cuda_forward, self.cuda_backward):
-                function.argtypes = (pointer, pointer, pointer, pointer)
-            workspaces += [self.cuda_forward_workspace, self.cuda_backward_workspace]
-        for workspace in workspaces:
-            workspace.argtypes, workspace.restype = (pointer,), ctypes.c_size_t
+        self.has_cuda = hasattr(self.functions, "deploynorm_frn_cuda")
 
     def threads(self) -> tuple[object, object]:
         """A deploynorm_parallel_for and its host."""
@@ -96,24 +53,25 @@ def available(device: torch.device) -> bool:
 
 
 def forward(x: Tensor, gamma: Tensor, beta: Tensor, tau: Tensor, eps: Tensor) -> tuple[Tensor, Tensor]:
-    """y, and 1 / sqrt(mean(x**2) + eps) of each plane (N, C). All parameters are (C,), in x's compute type.
+    """y, and rstd (N, C), 1 / sqrt(mean(x**2) + eps). All parameters are (C,), in x's compute type.
 
     Raises:
-        BackendError: The device refused.
+        BackendError: The kernel failed.
     """
     library = _opened()
+    kernels = library.functions
     x = dense(x)
     y = torch.empty_like(x)
     rstd = torch.empty(x.shape[:2], dtype=gamma.dtype, device=x.device)
     parameters = [parameter.contiguous() for parameter in (gamma, beta, tau, eps)]
     pointers = [tensor.data_ptr() for tensor in (x, y)] + [None] + [tensor.data_ptr() for tensor in (*parameters, rstd)]
-    call = ctypes.byref(_Forward(*_sizes(x), *pointers))
+    call = ctypes.byref(Forward(*_sizes(x), *pointers))
     if x.device.type == "cpu":
-        code = library.cpu_forward(call, *library.threads(), None)
+        code = kernels.deploynorm_frn_cpu(call, *library.threads(), None)
     else:
         with _on(x.device):
-            scratch = _scratch(library.cuda_forward_workspace(call), x.device)
-            code = library.cuda_forward(call, scratch.data_ptr() or None, _stream(x.device), None)
+            scratch = _scratch(kernels.deploynorm_frn_cuda_workspace(call), x.device)
+            code = kernels.deploynorm_frn_cuda(call, scratch.data_ptr() or None, _stream(x.device), None)
     _check(code, x)
     return y, rstd
 
@@ -121,12 +79,13 @@ def forward(x: Tensor, gamma: Tensor, beta: Tensor, tau: Tensor, eps: Tensor) ->
 def backward(
     dy: Tensor, x: Tensor, rstd: Tensor, gamma: Tensor, beta: Tensor, tau: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, gamma, beta, tau and eps; the formulas stand in plugins/kernels/frn.h.
+    """Gradients of x, gamma, beta, tau and eps; the formulas are in plugins/kernels/frn.h.
 
     Raises:
-        BackendError: The device refused.
+        BackendError: The kernel failed.
     """
     library = _opened()
+    kernels = library.functions
     x = dense(x)
     dx = torch.empty_like(x)
     if dy.stride() != x.stride():
@@ -134,14 +93,14 @@ def backward(
     parameters = [parameter.contiguous() for parameter in (rstd, gamma, beta, tau)]
     gradients = [torch.empty(gamma.shape, dtype=gamma.dtype, device=x.device) for _ in range(4)]
     pointers = [tensor.data_ptr() for tensor in (dy, x, *parameters, dx, *gradients)]
-    call = ctypes.byref(_Backward(*_sizes(x), *pointers))
+    call = ctypes.byref(Backward(*_sizes(x), *pointers))
     if x.device.type == "cpu":
-        scratch = _scratch(library.cpu_workspace(call), x.device)
-        code = library.cpu_backward(call, scratch.data_ptr(), *library.threads(), None)
+        scratch = _scratch(kernels.deploynorm_frn_backward_cpu_workspace(call), x.device)
+        code = kernels.deploynorm_frn_backward_cpu(call, scratch.data_ptr(), *library.threads(), None)
     else:
         with _on(x.device):
-            scratch = _scratch(library.cuda_backward_workspace(call), x.device)
-            code = library.cuda_backward(call, scratch.data_ptr(), _stream(x.device), None)
+            scratch = _scratch(kernels.deploynorm_frn_backward_cuda_workspace(call), x.device)
+            code = kernels.deploynorm_frn_backward_cuda(call, scratch.data_ptr(), _stream(x.device), None)
     _check(code, x)
     dgamma, dbeta, dtau, deps = gradients
     return dx, dgamma, dbeta, dtau, deps
@@ -149,8 +108,8 @@ def backward(
 
 def _sizes(x: Tensor) -> tuple[int, int, int, int, int]:
     samples, channels = x.shape[:2]
-    lanes = 1 if x.is_contiguous() else channels
-    return samples, channels, math.prod(x.shape[2:]), lanes, _TYPES[x.dtype]
+    block = 1 if x.is_contiguous() else channels
+    return samples, channels, math.prod(x.shape[2:]), block, TYPES[str(x.dtype).removeprefix("torch.")]
 
 
 def _scratch(size: int, device: torch.device) -> Tensor:
@@ -200,5 +159,5 @@ def _openmp() -> int | None:
         return None
 
 
-# Opened here and not when it is first wanted: torch.compile cannot trace that.
+# Opened at import and not at the first call: torch.compile cannot trace that.
 LIBRARY = _open()

@@ -1,4 +1,4 @@
-"""The precision that layers keep whatever they are cast to."""
+"""The precision that layers compute in, and the one that their buffers keep whatever the layers are cast to."""
 
 from __future__ import annotations
 
@@ -6,9 +6,26 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+__all__ = ["FullPrecisionBuffers", "cast", "compute_dtype", "per_channel"]
 
 _HALF = (torch.float16, torch.bfloat16)
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The type in which statistics of `dtype` tensors are computed: float32, or float64 for float64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """tensor.to(dtype) that leaves no node in an exported graph where there is nothing to convert."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
+def per_channel(parameter: Tensor, x: Tensor) -> Tensor:
+    """Views a (C,) or () parameter so that it broadcasts over x (N, C, ...), in x's compute type."""
+    return cast(parameter, compute_dtype(x.dtype)).reshape((1, -1) + (1,) * (x.dim() - 2))
 
 
 class FullPrecisionBuffers(nn.Module):

@@ -1,7 +1,7 @@
 """How MABN counts a batch once where activation checkpointing runs its forward pass a second time.
 
-A forward pass that may run again notes in a ring what it normalised by. One that runs inside a backward pass is such a
-second run: it looks up there what the first one used, and moves no statistic.
+A forward pass that may run again notes in a ring buffer what it normalised by. A forward pass inside a backward pass is
+such a second run: it looks up in the ring what the first one used, and changes no statistic.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ class Used(NamedTuple):
 
 
 def recomputing() -> bool:
-    """Whether this forward pass runs inside a backward pass. Compiled code finds out when it runs: see settled."""
+    """Whether this forward pass runs inside a backward pass; for eager code. Compiled code calls `settled`."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def may_run_again() -> bool:
-    """Whether this forward pass may be one that keeps nothing for its backward pass, and is run again there.
+    """Whether activation checkpointing may run this forward pass again.
 
-    Such a one has its gradients off, or puts hooks where tensors are saved.
+    It turns gradients off in the first run, or hooks the saving of tensors.
     """
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return True
@@ -58,14 +58,14 @@ def may_run_again() -> bool:
 
 
 def note(row: Tensor, used: Used, ring: Tensor, passes: Tensor, first_run: Tensor | None = None) -> None:
-    """Puts a pass into the ring, and counts it.
+    """Writes a pass into the ring, and counts it.
 
     Args:
-        row: (C + 1), of the batch: what the pass is found again by.
+        row: (C + 1), of the batch: the key by which `recalled` finds the pass.
         used: What it normalises by.
         ring: (K, 3 C + 3), a row and what was used for each of the last passes; changed in place.
         passes: (), int64, how many there were; changed in place.
-        first_run: (), bool; False leaves both as they were.
+        first_run: (), bool; False changes neither. None is True.
     """
     place = (passes % len(ring)).reshape(1)
     entry = torch.cat([row, used.packed()])
@@ -74,10 +74,10 @@ def note(row: Tensor, used: Used, ring: Tensor, passes: Tensor, first_run: Tenso
 
 
 def recalled(row: Tensor, ring: Tensor, passes: Tensor) -> Used:
-    """What the pass used whose row is nearest: the same, if the same numbers made it; of equals the newest.
+    """What the pass with the nearest row in the ring was normalised by; of several that are as near, the newest.
 
-    The nearest and not the equal one, because an index is found without making the host wait for the device. Compiled
-    code may have summed in another order, so rows count as equal that differ by rounding.
+    The nearest and not an equal one, because its index is found without making the host wait for the device. Rows
+    that differ by rounding are as near: compiled code may sum in another order.
     """
     distance = (ring[:, : len(row)] - row).abs().sum(1).nan_to_num(torch.inf, posinf=torch.inf)
     rounding = row.sum().nan_to_num(0.0, 0.0) * torch.finfo(row.dtype).eps * 64
@@ -88,11 +88,11 @@ def recalled(row: Tensor, ring: Tensor, passes: Tensor) -> Used:
 
 
 def settled(row: Tensor, used: Used, ring: Tensor, passes: Tensor) -> tuple[Used, Tensor]:
-    """For compiled code: what this pass is to normalise by, and whether it is the first run and moves the statistics.
+    """For compiled code: what this pass is to normalise by, and whether it is the first run, which commits.
 
-    It is an operator. So it is decided when the code runs and not when it is compiled; and the compiler, which may
-    compute anything a second time in the backward pass, when the statistics have moved on, can either keep what comes
-    out of it or come here again.
+    It is an operator, so that this is decided when the code runs and not when it is compiled. The compiler may compute
+    anything a second time in the backward pass, when the statistics have changed: of an operator it can either save the
+    result or call it again.
 
     Returns:
         used or, in a second run, what the first one used; (), bool.

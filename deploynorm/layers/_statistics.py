@@ -1,8 +1,8 @@
-"""How MABN measures a batch, remembers it, and shares it between processes.
+"""The second moments of a batch as MABN measures, averages and shares them between processes.
 
-A row (C + 1) holds one iteration: for each channel the sum over the samples of the mean over a sample's positions,
-and last the number of samples. So rows of several processes or iterations add up to the row of all of them. A
-history (K, C + 1) holds rows, newest first, and zeros where there is none yet.
+A row (C + 1) is one iteration: for each channel the sum over the samples of the mean over a sample's positions, and
+last the number of samples. So rows of several processes or iterations add up to the row of all of them. A history
+(K, C + 1) is K rows, newest first, and zeros where there is none yet.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from deploynorm.layers import functional
-from deploynorm.layers._plain import cast, per_channel
+from deploynorm.layers._precision import cast, per_channel
 
 __all__ = [
     "average",
@@ -33,7 +33,7 @@ def second_moment_sum(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Sum of x**2 for each channel of x (N, C, ...), in dtype and without a copy of x in that type."""
     slow = x.device.type == "cpu" and layout(x) != torch.contiguous_format and not torch.compiler.is_compiling()
     if x.dim() == 2 or slow:
-        # The norm below is slow where channels stand last in memory on a CPU. In pieces, which stay in its cache.
+        # The norm below is slow for channels-last memory on a CPU. In pieces that fit into the cache.
         channels = x.shape[1]
         positions = x.movedim(1, -1).reshape(-1, channels)
         pieces = torch.split(positions, max(_CACHED // channels, 1)) if slow else (positions,)
@@ -59,8 +59,8 @@ def normalized(x: Tensor, second_moment: Tensor, scale: Tensor, bias: Tensor | N
     """scale * x / sqrt(second_moment + eps) + bias, for each channel, in x's type."""
     if not torch.compiler.is_compiling():
         return functional.normalize_by_second_moment(x, second_moment, scale, bias, eps)
-    # Not as batch normalization with mean 0: inductor takes `x - 0` for x, and marks x as what that was marked, so that
-    # under activation checkpointing it is to be computed a second time, and compilation fails (torch 2.13).
+    # Not as batch normalization with mean 0: inductor replaces `x - 0` by x and gives x its mark, so that x is to be
+    # recomputed under activation checkpointing, and compilation fails (torch 2.13).
     y = x * per_channel(scale * torch.rsqrt(second_moment + eps), x)
     return cast(y if bias is None else y + per_channel(bias, x), x.dtype)
 
@@ -70,11 +70,11 @@ def channel_sums(grad: Tensor, x: Tensor, inverse: Tensor) -> tuple[Tensor, Tens
 
     These are the gradients of batch normalization's weight and bias where the mean is 0 and 1/deviation is inverse.
     """
-    if torch.compiler.is_compiling():  # which fuses it, and would not see through a mean of 0; see normalized
+    if torch.compiler.is_compiling():  # which fuses this, and not a batch normalization with mean 0; see normalized
         positions = (0, *range(2, x.dim()))
         return (grad.to(inverse.dtype) * x).sum(positions) * inverse, grad.sum(positions, dtype=inverse.dtype)
     zero = torch.zeros_like(inverse)
-    if x.numel() == 0:  # where torch's kernel divides by zero, and the process ends
+    if x.numel() == 0:  # torch's kernel divides by zero then, which ends the process
         return zero, zero
     _, products, sums = torch.ops.aten.native_batch_norm_backward.default(
         grad, x, inverse, None, None, zero, inverse, True, 0.0, [False, True, True]
@@ -89,7 +89,7 @@ def row(sums: Tensor, x: Tensor) -> Tensor:
 
 
 def shifted(history: Tensor, row: Tensor) -> Tensor:
-    """The history (K, C + 1) with one more iteration, and without its oldest."""
+    """The history (K, C + 1) with a new row first, and without its oldest."""
     return torch.cat([row[None], history[:-1]])
 
 
@@ -114,7 +114,7 @@ def processes(group: dist.ProcessGroup | None) -> int:
 def over_all_ranks(row: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """The row of one iteration over every process of the group.
 
-    A process without samples takes part with zeros: the others would wait for it for ever.
+    A process without samples takes part with zeros: without it the others would wait for ever.
     """
     if processes(group) > 1:
         row = row.clone()

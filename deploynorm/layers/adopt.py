@@ -1,4 +1,4 @@
-"""Other projects' FRN layers, taken over as ours."""
+"""FRN layers of timm, replaced by ours."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _TIMM = "timm.layers.filter_response_norm"
 def adopt(model: nn.Module) -> nn.Module:
     """Replaces the FRN layers of timm by FRN2d layers that compute the same, in place.
 
-    Only the classes themselves are known, by identity: a subclass may compute something else and is left alone.
+    Only these classes themselves are replaced, and no subclass, which may compute something else.
 
         FilterResponseNormTlu2d            -> FRN2d(tlu=True); without apply_act, tlu=False
         FilterResponseNormAct2d            -> FRN2d(tlu=False) and the layer's own activation
@@ -28,7 +28,7 @@ def adopt(model: nn.Module) -> nn.Module:
         The network; another object only where the network itself is such a layer.
 
     Source: timm/layers/filter_response_norm.py. timm's epsilon is 1e-5 where the paper has 1e-6, and it squares
-        in half precision before it casts; the layers here take the epsilon over and not the overflow.
+        in half precision before it casts; the new layers keep the epsilon and do not overflow.
     """
     timm_frn = sys.modules.get(_TIMM)
     if timm_frn is None:  # not imported, so no such layer exists
@@ -45,7 +45,7 @@ def adopt(model: nn.Module) -> nn.Module:
                 taken[layer] = layer
         return taken[layer]
 
-    # A layer that stands in two places is one object there and must stay one.
+    # A layer that is used in two places is one object and must stay one.
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):
             if child is not None and ours(child) is not child:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from math import prod
-from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -14,61 +13,75 @@ from deploynorm.layers.functional import center_weight
 __all__ = ["CenConv1d", "CenConv2d", "CenConv3d", "CenConvTranspose2d"]
 
 
-def _refuse_fan_in_one(layer: nn.Module, channels_per_group: int, kernel_size: tuple[int, ...]) -> None:
-    if channels_per_group * prod(kernel_size) == 1:
-        raise InputError(
-            type(layer).__name__,
-            "a fan-in of 1 leaves nothing after centring: the weight would be zero for ever",
-            got=f"1 input channel per group and kernel_size={kernel_size}",
-            fix="use the plain convolution here",
-        )
-
-
 class _CenConv(nn.modules.conv._ConvNd):
-    """Mixed in before a torch convolution: the same layer, computed with its weight centred."""
+    """What the centred convolutions share; mixed in before a torch convolution, whose arguments they take."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        _refuse_fan_in_one(self, self.in_channels // self.groups, self.kernel_size)
+    def reset_parameters(self) -> None:
+        if self.in_channels // self.groups * prod(self.kernel_size) == 1:
+            raise InputError(
+                type(self).__name__,
+                "a fan-in of 1 leaves nothing after centring: the weight would be zero for ever",
+                got=f"1 input channel per group and kernel_size={self.kernel_size}",
+                fix="use the plain convolution here",
+            )
+        super().reset_parameters()
 
     def forward(self, input: Tensor) -> Tensor:
+        """The convolution with the centred weight."""
         return self._conv_forward(input, center_weight(self.weight), self.bias)
 
 
 class CenConv1d(_CenConv, nn.Conv1d):
-    """1-D convolution with weight centralisation; arguments and shapes of torch.nn.Conv1d. See CenConv2d."""
+    """1-D convolution with weight centralisation, over a (N, C, L) input; see CenConv2d."""
 
 
 class CenConv2d(_CenConv, nn.Conv2d):
     """2-D convolution with weight centralisation: y = conv(x, W - mean(W)) + b.
 
-    The mean is over the fan-in of each output filter, in float32. The stored weight is not centred, so that an
-    optimiser moves it freely; `deploynorm.fold` writes the centred weight into a plain Conv2d.
-    Arguments and shapes are those of torch.nn.Conv2d.
+    The other half of MABN, which subtracts no mean: a centred filter does not see
+    a constant that is added to its input. The mean is over the fan-in of each
+    output filter, in_channels/groups * kh * kw values, in float32 (float64 for
+    float64). Training and evaluation compute the same.
+
+    The stored weight is not centred, so that an optimiser moves it freely. So it
+    is not the weight of a plain Conv2d that computes the same: `deploynorm.fold`
+    writes that one.
+
+    Args:
+        Those of torch.nn.Conv2d, with its defaults: in_channels, out_channels,
+        kernel_size, stride=1, padding=0, dilation=1, groups=1, bias=True,
+        padding_mode="zeros", device, dtype.
+
+    Shape:
+        x (N, in_channels, H, W) -> y (N, out_channels, H', W'), as torch.nn.Conv2d.
+
+    Parameters, which start as those of torch.nn.Conv2d:
+        weight (out_channels, in_channels/groups, kh, kw): Decays as usual.
+        bias (out_channels,): Should not decay (see `parameter_groups`).
 
     Raises:
-        InputError: The fan-in is 1 (depthwise 1x1), where centring makes the weight zero.
+        InputError: The fan-in is 1 (depthwise 1x1), where centring makes the
+            weight zero.
 
-    Source: Yan et al., ICLR 2020, arXiv:2001.06838, section 4.3.
+    Source: Yan et al., ICLR 2020, arXiv:2001.06838, section 4.3;
+        megvii-model/MABN@995e8f5, MABN.py, CenConv2d.
     """
 
 
 class CenConv3d(_CenConv, nn.Conv3d):
-    """3-D convolution with weight centralisation; arguments and shapes of torch.nn.Conv3d. See CenConv2d."""
+    """3-D convolution with weight centralisation, over a (N, C, D, H, W) input; see CenConv2d."""
 
 
-class CenConvTranspose2d(nn.ConvTranspose2d):
+class CenConvTranspose2d(_CenConv, nn.ConvTranspose2d):
     """Transposed 2-D convolution with weight centralisation; see CenConv2d.
 
-    The weight is (in, out/groups, kh, kw); the mean of an output filter runs over the inputs of its group and
-    the kernel. Arguments and shapes are those of torch.nn.ConvTranspose2d.
+    Arguments and shapes are those of torch.nn.ConvTranspose2d. The weight is
+    (in_channels, out_channels/groups, kh, kw), and the mean of an output filter is
+    over the inputs of its group and the kernel.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        _refuse_fan_in_one(self, self.in_channels // self.groups, self.kernel_size)
-
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        """The transposed convolution with the centred weight; output_size as for torch.nn.ConvTranspose2d."""
         output_padding = self._output_padding(
             input,
             output_size,

@@ -13,21 +13,21 @@ __all__ = ["freeze_mabn", "unfreeze_mabn"]
 
 
 def freeze_mabn(model: nn.Module, within: str | Sequence[str] = (), *, affine: bool = True) -> list[str]:
-    """Fixes MABN layers as they stand: in training mode too they compute what they compute in evaluation.
+    """Fixes MABN layers with their present statistics: in training they compute what they compute in evaluation.
 
         y = weight * x / sqrt(running_var + eps) + bias
 
-    The gradient of x is that of this expression. Statistics stay as they are, whatever `train()` and `eval()` are
-    called with; loading a state_dict replaces them, and the layer stays frozen. copy.deepcopy and pickles keep it
-    frozen, a state_dict does not tell of it. Folding and export see no difference. `recalibrate` leaves it alone.
+    The gradient of x is that of this expression. Statistics do not change, in training mode either; loading a
+    state_dict replaces them, and the layer stays frozen. Copies by copy.deepcopy and pickle are frozen too; a
+    state_dict does not record it. Folding and export see no difference. `recalibrate` skips the layer.
 
-    Freeze before you make the optimiser, or leave parameters without gradient to it: an optimiser with momentum
+    Freeze before you make the optimiser (`parameter_groups` leaves fixed parameters out): an optimiser with momentum
     moves a parameter for as long as it has a gradient.
 
     Args:
         model: Changed in place.
         within: Names of submodules, as in model.named_modules(), to freeze the MABN in; by default the whole model.
-        affine: Whether weight and bias are fixed too. False leaves them as they are: trained, if they were.
+        affine: Whether weight and bias are fixed too. False leaves them trainable, if they were.
 
     Returns:
         The names of the layers that are frozen now.
@@ -48,10 +48,10 @@ def freeze_mabn(model: nn.Module, within: str | Sequence[str] = (), *, affine: b
 
 
 def unfreeze_mabn(model: nn.Module, within: str | Sequence[str] = ()) -> list[str]:
-    """Undoes `freeze_mabn`: statistics move again, and the parameters that it fixed are trained again.
+    """Undoes `freeze_mabn`: statistics change again, and the parameters that it fixed are trained again.
 
     Args:
-        model: Changed in place. Layers that are not frozen are left alone.
+        model: Changed in place. Layers that are not frozen do not change.
         within: As for `freeze_mabn`.
 
     Returns:

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from deploynorm.errors import InputError
 from deploynorm.layers import functional
 from deploynorm.layers._checks import check_input, check_positive
-from deploynorm.layers._plain import cast, compute_dtype
-from deploynorm.layers._precision import FullPrecisionBuffers
+from deploynorm.layers._precision import FullPrecisionBuffers, cast, compute_dtype
 
 __all__ = ["FRN1d", "FRN2d", "FRN3d"]
 
@@ -91,6 +90,7 @@ class _FRN(FullPrecisionBuffers):
         return self.eps + cast(self.eps_l.abs(), compute_dtype(self.eps_l.dtype))
 
     def forward(self, x: Tensor) -> Tensor:
+        """z, as the class says."""
         check_input(type(self).__name__, x, self.num_features, self._ranks)
         if x.dim() == 2 and self.eps_l is None and not torch.compiler.is_compiling():
             warnings.warn(
@@ -107,43 +107,63 @@ class _FRN(FullPrecisionBuffers):
 
 
 class FRN1d(_FRN):
-    """Filter response normalization and TLU over the length of each sample and channel.
+    """Filter response normalization and TLU over a (N, C) or (N, C, L) input; see FRN2d.
 
-        nu2 = mean_l(x**2);  y = weight * x / sqrt(nu2 + eps) + bias;  z = max(y, tau)
-
-    Nothing is shared between samples and nothing is tracked: training and evaluation compute the same.
-
-    Shape: (N, C, L) -> the same. (N, C) is taken too; a fixed eps makes it a sign function there, and warns.
-
-    Args:
-        num_features: C.
-        eps: Added to the mean square: a number, or a tensor (C,). With learned_eps it is the floor.
-        learned_eps: "layer" or "channel" adds |eps_l| to eps, eps_l being a parameter () or (C,) that starts
-            at 1e-4. For layers whose maps may be 1x1.
-        tlu: False leaves the threshold out.
-
-    Raises:
-        InputError: Wrong rank, number of channels or dtype of the input; eps not positive.
-
-    Source: Singh & Krishnan, arXiv:1911.09737, eq. 1 to 3 and section 3.3.
+    On a (N, C) input each value is its own mean, so with a fixed eps the output is a sign function; the layer warns.
     """
 
     _ranks = (2, 3)
 
 
 class FRN2d(_FRN):
-    """Filter response normalization and TLU over height and width of each sample and channel.
+    """Filter response normalization and thresholded linear unit (TLU).
 
-    Shape: (N, C, H, W) -> the same. Arguments, formula and source as FRN1d.
+    For each sample and channel of x, nu2 being the mean over H and W:
+
+        nu2 = mean(x^2)
+        y   = weight * x / sqrt(nu2 + eps + |eps_l|) + bias
+        z   = max(y, tau)
+
+    Nothing is shared between samples and nothing is tracked: training and
+    evaluation compute the same. The activation is included: no ReLU after it.
+    Statistics are computed in float32 (float64 for float64) whatever x is.
+    Backward saves only x and one scalar per (sample, channel).
+
+    Args:
+        num_features: C, the channels of the input.
+        eps: Added to the mean square; 1e-6. A number, or a tensor (C,), which
+            becomes a buffer. With learned_eps it is the lower bound.
+        learned_eps: "layer" or "channel" adds the parameter eps_l, for layers
+            whose maps may be as small as 1x1; None, the default, does not.
+        tlu: False leaves the threshold out, for where an addition stands between
+            the layer and its activation; see TLU.
+        device, dtype: Of the parameters, as for torch's layers.
+
+    Shape:
+        x and z are (N, C, H, W), of one type and one memory format.
+
+    Parameters, which should not decay (see `parameter_groups`):
+        weight (C,): gamma, 1 at the start.
+        bias (C,): beta, 0 at the start.
+        tau (C,): The threshold, 0 at the start; None without tlu.
+        eps_l () or (C,): 1e-4 at the start; None without learned_eps.
+
+    Buffers:
+        eps (C,): Where eps was given as a tensor; float32 (float64 for float64)
+            whatever the layer is cast to.
+
+    Raises:
+        InputError: Wrong rank, number of channels or type of the input; eps not
+            positive or of another shape; unknown learned_eps.
+
+    Source: Singh & Krishnan, CVPR 2020, arXiv:1911.09737, eq. 1 to 3 and section
+        3.3. Their eq. 7, the gradient of x, lacks a factor 1/(H*W).
     """
 
     _ranks = (4,)
 
 
 class FRN3d(_FRN):
-    """Filter response normalization and TLU over depth, height and width of each sample and channel.
-
-    Shape: (N, C, D, H, W) -> the same. Arguments, formula and source as FRN1d.
-    """
+    """Filter response normalization and TLU over a (N, C, D, H, W) input; see FRN2d."""
 
     _ranks = (5,)

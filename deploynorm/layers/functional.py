@@ -12,7 +12,8 @@ from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
 
 from deploynorm.layers import _native, ops
-from deploynorm.layers._plain import cast, composed, compute_dtype, per_channel
+from deploynorm.layers._composed import composed
+from deploynorm.layers._precision import cast, compute_dtype, per_channel
 
 __all__ = ["center_weight", "compute_dtype", "filter_response_norm", "normalize_by_second_moment", "tlu"]
 
@@ -32,7 +33,7 @@ def filter_response_norm(x: Tensor, weight: Tensor, bias: Tensor, tau: Tensor | 
     Returns:
         Tensor of x's shape and dtype.
 
-    Numerics: squares, mean and affine are in float32 (float64 for float64 x) and rounded once, so float16
+    Numerics: squares, mean and affine are computed in float32 (float64 for float64 x) and rounded once, so float16
         inputs of any size are safe. At a tie y == tau the gradient goes to y and none to tau (eq. 4).
     Source: Singh & Krishnan, arXiv:1911.09737, eq. 1 to 3. Their eq. 7 lacks a factor 1/N; autograd has it.
     """
@@ -54,8 +55,8 @@ def tlu(x: Tensor, tau: Tensor) -> Tensor:
     Returns:
         Tensor of x's shape and dtype; a NaN in x stays NaN.
 
-    Numerics: the backward pass keeps the output, which the next layer keeps anyway, and not x. So at a tie the gradient
-        goes to tau, where eq. 4 has it go to x: that of a ReLU is zero there too.
+    Numerics: backward saves the output, which the next layer saves anyway, and not x. So at a tie the gradient goes to
+        tau, where eq. 4 has it go to x: that of a ReLU is zero there too.
     Source: Singh & Krishnan, arXiv:1911.09737, eq. 3.
     """
     bound = cast(per_channel(tau, x), x.dtype)
@@ -138,14 +139,14 @@ def center_weight(weight: Tensor, *, groups: int = 1, transposed: bool = False) 
 
 
 def _composed_is_better(x: Tensor) -> bool:
-    """Where PyTorch has to see through the operator: to transform it, or to fuse it for want of a kernel of ours."""
+    """Whether PyTorch must see inside the operator: to transform it, or to fuse it where we have no kernel."""
     if torch.compiler.is_compiling():
         return not _native.available(x.device)
     return transformed()
 
 
 def transformed() -> bool:
-    """Whether torch.func or forward-mode differentiation is at work, which look into what a function is made of."""
+    """Whether torch.func or forward-mode differentiation is active: both require a function of PyTorch's operators."""
     if torch.compiler.is_compiling():
         return False
     return peek_interpreter_stack() is not None or forward_ad._current_level >= 0

@@ -12,19 +12,18 @@ __all__ = ["track_loss_scale"]
 
 
 def track_loss_scale(model: nn.Module, scaler: torch.amp.GradScaler | None) -> None:
-    """Tells every MABN in a model which scaler multiplies its loss; call it once, before training.
+    """Links every MABN in a model to the scaler that multiplies its loss; call it once, before training.
 
         scaler = torch.amp.GradScaler()
         track_loss_scale(model, scaler)
 
-    MABN remembers psi, a mean of gradients, over several iterations. The scaler changes its scale between them, and
-    psi of a step before would be too large or too small by the same factor: after each change, until the window has
-    passed, the gradients of x would lack part of what MABN takes from them, or lose too much. Told of the scaler, MABN
-    divides psi by the scale when it stores it, and multiplies by the one in use when it reads it. The checkpoint holds
-    psi of the unscaled loss, so a run may go on with another scale or with none.
+    MABN averages psi, a mean of gradients, over several iterations. When the scaler changes its scale between them, the
+    psi of earlier steps is too large or too small by that factor, and the gradients of x are wrong until the window has
+    passed. So a linked MABN divides psi by the scale when it stores it, and multiplies by the current one when it reads
+    it. The checkpoint holds psi of the unscaled loss, so a run may go on with another scale or with none.
 
-    It reads the scaler's own tensor, which stays on the device: the host waits for nothing, and a compiled step has no
-    break. A copy of the model made by copy.deepcopy follows the same scaler; one loaded from a file follows none.
+    It reads the scaler's own tensor, which stays on the device: the host does not wait, and a compiled step has no
+    graph break. A copy made by copy.deepcopy has this scaler too; a model loaded from a file has none.
 
     Args:
         model: On the device on which it is trained: the scaler makes its tensor there if it has none yet.
@@ -32,7 +31,7 @@ def track_loss_scale(model: nn.Module, scaler: torch.amp.GradScaler | None) -> N
             the loss is not scaled.
 
     Raises:
-        InputError: The model has no MABN, or stands on another kind of device than the scaler.
+        InputError: The model has no MABN, or is on another kind of device than the scaler.
         BackendError: This version of PyTorch keeps the scale in another place.
     """
     layers = [layer for layer in model.modules() if isinstance(layer, _MABN)]
@@ -48,7 +47,7 @@ def _scale_of(scaler: torch.amp.GradScaler, device: torch.device) -> Tensor:
     if kind != device.type:
         raise InputError(
             "track_loss_scale",
-            "the model is not where the scaler works",
+            "the model is on another kind of device than the scaler",
             got=f"a model on {device}",
             expected=kind,
             fix="move the model to its device first",

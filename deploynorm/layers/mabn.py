@@ -12,76 +12,20 @@ from torch import Tensor, nn
 
 from deploynorm.errors import InputError
 from deploynorm.layers import _mabn_checkpoints as checkpoints
-from deploynorm.layers import _statistics as statistics
 from deploynorm.layers import functional
 from deploynorm.layers._checks import check_input, check_positive
-from deploynorm.layers._plain import compute_dtype, per_channel
-from deploynorm.layers._precision import FullPrecisionBuffers
-from deploynorm.layers._recomputation import Used, may_run_again, note, recalled, recomputing, settled
+from deploynorm.layers._mabn_training import FIX, MABNFunction, step
+from deploynorm.layers._precision import FullPrecisionBuffers, compute_dtype
+from deploynorm.layers._recomputation import may_run_again
 
 __all__ = ["MABN1d", "MABN2d", "MABN3d"]
 
 _REMEMBERED_PASSES = 16
 """Forward passes of one layer that activation checkpointing can come back to: uses before the backward pass."""
 
-_FIXED = "put the layer in evaluation mode or freeze it (freeze_mabn): then it is an affine map with all derivatives"
-
-
-class _MABNFunction(torch.autograd.Function):
-    """y = weight * r * z + bias with z = x / chi, and the backward pass of Algorithm 1.
-
-    The gradient of x is not that of the forward expression: the batch statistic psi = E[g * z] in it is replaced
-    by its moving average, which is the point of the method (arXiv:2001.06838, eq. 16 and Algorithm 1).
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        second_moment: Tensor,
-        r: Tensor,
-        window: Tensor,
-        kept: Tensor,
-        recent_gz: Tensor,
-        layer: _MABN,
-    ) -> Tensor:
-        ctx.save_for_backward(x, weight, second_moment, r, window, kept)
-        # Not saved for backward, for it changes there, also for a second use of the layer. Nor looked up in the layer
-        # then: torch.func.functional_call has put the layer's own tensor back.
-        ctx.recent_gz = recent_gz
-        ctx.layer = layer
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        scale = r if weight is None else weight.to(r.dtype) * r
-        return statistics.normalized(x, second_moment, scale, bias, layer.eps)
-
-    @staticmethod
-    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            problem = "the gradient of a training step has no derivative"
-            raise InputError(type(ctx.layer).__name__, problem, got="create_graph=True", fix=_FIXED)
-        x, weight, second_moment, r, window, kept = ctx.saved_tensors
-        layer: _MABN = ctx.layer
-        dtype = compute_dtype(x.dtype)
-        # One layout for both: sums over two layouts are slow, and the gradient goes on in the one that x came in.
-        grad_y = grad_y.contiguous(memory_format=statistics.layout(x))
-        inverse = torch.rsqrt(second_moment + layer.eps).to(dtype)
-        z_grad_y, grad_bias = statistics.channel_sums(grad_y, x, inverse)
-        r = r.to(dtype)
-        scale = r if weight is None else weight.to(dtype) * r
-
-        psi = layer._average_psi(scale * z_grad_y, x, ctx.recent_gz, window, kept).to(dtype)
-        grad_x = None
-        if ctx.needs_input_grad[0]:
-            grad_x = grad_y * per_channel(scale * inverse, x)
-            grad_x = grad_x.addcmul_(x, per_channel(psi * inverse.square(), x), value=-1).to(x.dtype)
-        grad_weight = None if weight is None else (z_grad_y * r).to(weight.dtype)
-        return grad_x, grad_weight, grad_bias.to(ctx.bias_dtype) if ctx.bias_dtype else None, *(None,) * 6
-
 
 def _unsaved(running_var: Tensor) -> dict[str, Tensor]:
-    """The buffers of a layer that are not in its state_dict: what tells of batches, and what recognises them again."""
+    """The buffers that are not in a state_dict: a count of skipped batches, and what recognises a batch again."""
     channels = len(running_var)
     count = torch.zeros((), dtype=torch.int64, device=running_var.device)
     ring = running_var.new_zeros(_REMEMBERED_PASSES, 3 * channels + 3)
@@ -158,7 +102,7 @@ class _MABN(FullPrecisionBuffers):
         self.reset_parameters()
 
     def reset_running_stats(self) -> None:
-        """Forgets every statistic: the next training step is the first, warm-up included."""
+        """Resets every statistic: the next training step is the first of a new warm-up."""
         self.running_var.fill_(1)
         for history in (self.recent_x2, self.recent_gz, self.recent_passes):
             history.zero_()
@@ -166,19 +110,20 @@ class _MABN(FullPrecisionBuffers):
             count.zero_()
 
     def reset_parameters(self) -> None:
-        """Sets weight 1, bias 0 and forgets the statistics."""
+        """Sets weight 1 and bias 0, and resets the statistics."""
         self.reset_running_stats()
         if self.affine:
             nn.init.ones_(self.weight)
             nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        """y, as the class says for the layer's mode."""
         check_input(type(self).__name__, x, self.num_features, self._ranks)
         if not self.training or self.frozen:
             return functional.normalize_by_second_moment(x, self.running_var, self.weight, self.bias, self.eps)
         if functional.transformed():
             problem = "it cannot train under a transform of torch.func or in forward mode"
-            raise InputError(type(self).__name__, problem, fix=_FIXED)
+            raise InputError(type(self).__name__, problem, fix=FIX)
         if x.numel() == 0:
             warnings.warn(
                 f"{type(self).__name__}: an empty batch of shape {tuple(x.shape)} added nothing to the statistics",
@@ -186,72 +131,14 @@ class _MABN(FullPrecisionBuffers):
             )
         again = may_run_again()
         with torch.no_grad():
-            used = self._step(x, again)
-        y: Tensor = _MABNFunction.apply(  # type: ignore[no-untyped-call]
+            used = step(self, x, again)
+        y: Tensor = MABNFunction.apply(  # type: ignore[no-untyped-call]
             x, self.weight, self.bias, *used, self.recent_gz, self
         )
         return y
 
-    def _step(self, x: Tensor, again: bool) -> Used:
-        """Measures the batch, and moves the statistics on unless it was measured before; again: it may come again."""
-        R, tracked = self.running_var, self.num_batches_tracked
-        row = statistics.row(statistics.second_moment_sum(x, torch.promote_types(x.dtype, R.dtype)).to(R.dtype), x)
-        row = statistics.over_all_ranks(row, self.process_group)
-        if recomputing():
-            return recalled(row, self.recent_passes, self.passes)
-
-        largest = row.amax()  # no value is negative, and the number of samples is among them
-        finite = largest < torch.inf
-        kept = finite & (largest > 0)
-        iteration = tracked + kept
-        window = (iteration > self.warmup) * self.moving_batch_size
-        history = statistics.shifted(self.recent_x2, row)
-        # A batch that is left out is normalised by what evaluation uses.
-        second_moment = torch.where(kept, statistics.average(history, window), R)
-        r = ((second_moment + self.eps) / (R + self.eps)).sqrt_().clamp_(1 / self.max_renorm, self.max_renorm)
-        r.masked_fill_(iteration <= max(self.warmup, self.renorm_start), 1)
-        used = Used(second_moment, r, window, kept)
-
-        first_run = None
-        if torch.compiler.is_compiling():
-            used, first_run = settled(row, used, self.recent_passes, self.passes)
-            kept, finite = kept & first_run, finite | ~first_run
-            second_moment = torch.where(first_run, second_moment, R)
-        if again:
-            note(row, used, self.recent_passes, self.passes, first_run)
-
-        # The first batch sets the average: started from 1 it would be far off for hundreds of steps.
-        torch.where(tracked == 0, second_moment, R.lerp(second_moment, self.momentum), out=R)
-        torch.where(kept, history, self.recent_x2, out=self.recent_x2)
-        tracked.add_(kept)
-        self.skipped_batches.add_(~finite)
-        return used
-
-    def _average_psi(self, z_grad_z: Tensor, x: Tensor, history: Tensor, window: Tensor, kept: Tensor) -> Tensor:
-        """The moving average of psi = E[g * z]; psi itself in the warm-up.
-
-        The history is kept in units of the loss over all processes, whose gradient is the mean of theirs, and before
-        the loss scale: so it outlasts a change of either. The average is returned in the units of z_grad_z.
-        """
-        units = self._units(x.device)
-        row = statistics.row((z_grad_z if units is None else z_grad_z / units).to(history.dtype), x)
-        row = statistics.over_all_ranks(row, self.process_group)
-        # Of a batch that the forward pass left out, the gradient is left out as well.
-        kept = kept & (torch.linalg.vector_norm(row, torch.inf) < torch.inf)
-        newest = statistics.shifted(history, row)
-        torch.where(kept, newest, history, out=history)
-        psi = torch.where(kept, statistics.average(newest, window), 0.0)
-        return psi if units is None else psi * units
-
-    def _units(self, device: torch.device) -> int | Tensor | None:
-        """The gradient of this process's scaled loss, in units of that of the loss over all processes; None for 1."""
-        processes = statistics.processes(self.process_group)
-        if self._loss_scale is not None:
-            return self._loss_scale.to(device, non_blocking=True) * processes
-        return processes if processes > 1 else None
-
     def train(self, mode: bool = True) -> _MABN:
-        # Told here and not in the step: reading the counter makes the host wait for the device.
+        # Warned of here and not in the step: reading the counter makes the host wait for the device.
         if not mode and self.training and not self.skipped_batches.is_meta:
             skipped = int(self.skipped_batches)
             if skipped:
@@ -294,64 +181,112 @@ class _MABN(FullPrecisionBuffers):
 
 
 class MABN1d(_MABN):
-    """Moving average batch normalization over a (N, C) or (N, C, L) input.
-
-    Normalises each channel by the root of its second moment, with no mean (weight centralisation, see CenConv2d,
-    stands in for that), and replaces the two batch statistics by moving averages:
-
-        chi2_B = E[x^2];  chi2 = mean of chi2_B over the window: the newest iterations, weighted by their samples,
-        that fit whole into moving_batch_size samples, the current one always among them; chi2_B itself in the warm-up
-        z = x / sqrt(chi2 + eps);  r = clip(sqrt(chi2 + eps) / sqrt(R + eps), 1/max_renorm, max_renorm)
-        y = weight * r * z + bias;  R <- (1 - momentum) R + momentum chi2
-        backward: g = dy * weight * r;  psi_B = E[g * z];  dx = (g - z * psi) / sqrt(chi2 + eps)
-
-    psi is the mean of psi_B over the same kind of window, and r is a constant: 1 until renorm_start. In evaluation
-    y = weight * x / sqrt(R + eps) + bias, which `deploynorm.fold` writes into the convolution before.
-
-    R is the buffer `running_var`, named as in the authors' code; it is a second moment and not a variance.
-    Statistics are float32 (float64 for float64) whatever the layer is cast to. A batch that is empty or not finite
-    leaves them alone; the layer warns of it, for values that are not finite when it is next put in evaluation mode,
-    because reading the counter earlier would make the host wait for the device.
-
-    - torch.distributed: statistics, backward ones too, are those of all processes of the group. So each has to make the
-      same forward and backward passes, if with empty batches. Any process's checkpoint is that of all.
-    - GradScaler: call `track_loss_scale` once, or psi jumps with the scale.
-    - Activation checkpointing, compiled too: a batch counts once. A layer may be used up to 16 times before backward.
-    - Gradients: a backward pass moves psi, so one backward pass for each forward pass. There are no second
-      derivatives, and no transforms of torch.func, in training; in evaluation and frozen there are.
-    - Fine-tuning: `freeze_mabn`. Other data or few steps: `recalibrate`.
-    - Resuming with another moving_batch_size keeps the newest iterations; with another batch size, all.
-
-    Args:
-        num_features: C.
-        eps: Added to second moments.
-        momentum: Weight of the new value in R, in torch's sense (the authors' 0.98 is 0.02 here).
-        moving_batch_size: Samples that a moving average covers; any batch size goes with it. With a batch of 2,
-            32 are 16 iterations; a batch of this size or larger is its own average.
-        warmup: Iterations that use their own batch's statistics (the authors use 100).
-        renorm_start: Iterations before r is used (the authors use 1000).
-        max_renorm: Bound of r.
-        affine: False leaves weight and bias out.
-        process_group: Processes that share statistics; None for all. A group of one for none.
-
-    Raises:
-        InputError: Wrong rank, number of channels or dtype of the input; an argument out of its range.
-
-    Source: Yan et al., ICLR 2020, arXiv:2001.06838, Algorithm 1; megvii-model/MABN@995e8f5, MABN.py. Differs
-        from that code: the first batch sets R, the window follows the batch size, and none of the faults of
-        in-place history (a layer used twice, one batch that is not finite) remain.
-    """
+    """Moving average batch normalization over a (N, C) or (N, C, L) input; see MABN2d."""
 
     _ranks = (2, 3)
 
 
 class MABN2d(_MABN):
-    """Moving average batch normalization over a (N, C, H, W) input. Arguments, formulas and source as MABN1d."""
+    """Moving average batch normalization over a (N, C, H, W) input.
+
+    Divides each channel by the root of its second moment E[x^2], without a mean
+    (weight centralisation stands in for that: CenConv2d), and replaces the two
+    statistics of a batch, that of forward and that of backward, by moving
+    averages. So it trains with batches of one or two samples.
+
+    Training, for each channel, E being the mean over N, H and W; forward:
+
+        chi2_B = E[x^2]
+        chi2   = mean of chi2_B over the window
+        z      = x / sqrt(chi2 + eps)
+        r      = clip(sqrt(chi2 + eps) / sqrt(R + eps), 1/max_renorm, max_renorm)
+        y      = weight * r * z + bias
+        R     <- (1 - momentum) * R + momentum * chi2
+
+    and backward:
+
+        g      = dy * weight * r
+        psi_B  = E[g * z]
+        psi    = mean of psi_B over the window
+        dx     = (g - z * psi) / sqrt(chi2 + eps)
+
+    The window is the newest iterations, weighted by their samples, that fit
+    whole into moving_batch_size samples; the current one is always among them,
+    and alone in the warm-up. r is a constant in backward, and 1 until
+    renorm_start. The first batch sets R. dx is not the gradient of the forward
+    expression: that is the method, and so a training step has no second
+    derivatives and no transforms of torch.func.
+
+    Evaluation, and training of a layer that `freeze_mabn` froze:
+
+        y = weight * x / sqrt(R + eps) + bias
+
+    with all derivatives. `deploynorm.fold` writes it into the convolution before.
+
+    Args:
+        num_features: C, the channels of the input.
+        eps: Added to second moments; 1e-5.
+        momentum: Weight of the new value in R, in torch's sense; 0.02, which is
+            0.98 in the authors' code.
+        moving_batch_size: Samples that the window covers; 32. With batches of 2
+            these are 16 iterations. A batch of this size or larger is its own
+            average.
+        warmup: Iterations that use the statistics of their own batch; 100, as
+            the authors do.
+        renorm_start: Iterations in which r is 1; 1000, as the authors do.
+        max_renorm: Bound of r and of 1/r; 5.
+        affine: False leaves weight and bias out.
+        process_group: Processes of torch.distributed that share statistics; None
+            for all of them. A group of one process shares nothing.
+        device, dtype: Of the parameters, as for torch's layers.
+
+    Shape:
+        x and y are (N, C, H, W), of one type and one memory format.
+
+    Parameters, which should not decay (see `parameter_groups`):
+        weight (C,): gamma, 1 at the start.
+        bias (C,): beta, 0 at the start.
+
+    Buffers, in float32 (float64 for float64) whatever the layer is cast to:
+        running_var (C,): R, named as in the authors' code; a second moment and
+            not a variance.
+        num_batches_tracked (): Training steps that entered the statistics, int64.
+        recent_x2, recent_gz (moving_batch_size, C + 1): The windows of chi2_B and
+            psi_B: sums over samples and the number of samples, newest first.
+        skipped_batches, recent_passes, passes: Not saved. Batches that were not
+            finite; what activation checkpointing finds its batch again by.
+
+    Raises:
+        InputError: Wrong rank, number of channels or type of the input; an
+            argument out of its range; a second derivative or a transform of
+            torch.func in training.
+
+    Notes:
+        - A batch that is empty or not finite leaves the statistics alone, with a
+          warning; that of the latter comes when the layer is next put in
+          evaluation mode, because reading the counter makes the host wait.
+        - torch.distributed: statistics, backward ones too, are those of all
+          processes of the group. So each has to make as many forward and backward
+          passes as the others, if with empty batches. Their checkpoints are equal.
+        - GradScaler: call `track_loss_scale` once, or psi jumps with the scale.
+        - Activation checkpointing, compiled too: a batch counts once. A layer may
+          be used up to 16 times before backward.
+        - A backward pass moves psi: make one for each forward pass.
+        - Fine-tuning: `freeze_mabn`. Other data or few steps: `recalibrate`.
+        - Resuming with another moving_batch_size keeps the newest iterations that
+          fit; with another batch size, all.
+
+    Source: Yan et al., ICLR 2020, arXiv:2001.06838, Algorithm 1;
+        megvii-model/MABN@995e8f5, MABN.py. Differs from that code: the first
+        batch sets R, the window follows the batch size, and none of the faults of
+        its in-place history (a layer used twice, one batch that is not finite)
+        remain.
+    """
 
     _ranks = (4,)
 
 
 class MABN3d(_MABN):
-    """Moving average batch normalization over a (N, C, D, H, W) input. Arguments and source as MABN1d."""
+    """Moving average batch normalization over a (N, C, D, H, W) input; see MABN2d."""
 
     _ranks = (5,)

@@ -15,15 +15,26 @@ __all__ = ["TLU"]
 class TLU(nn.Module):
     """Thresholded linear unit: z = max(x, tau), with a learned threshold per channel.
 
-    Shape: (N, C, ...) -> the same.
+    FRN2d has one of its own; this one is for where an addition stands between the
+    two: relu(x + frn(y)) becomes tlu(x + frn(y)), with FRN2d(..., tlu=False).
+    Training and evaluation compute the same.
 
     Args:
-        num_features: C.
+        num_features: C, the channels of the input.
+        device, dtype: Of the parameter, as for torch's layers.
+
+    Shape:
+        x and z are (N, C, ...), of one type.
+
+    Parameters, which should not decay (see `parameter_groups`):
+        tau (C,): The threshold, 0 at the start, which makes it a ReLU.
 
     Raises:
-        InputError: The input has fewer than two axes, another number of channels, or no floating type.
+        InputError: The input has fewer than two axes, another number of channels,
+            or no floating type.
 
-    Source: Singh & Krishnan, arXiv:1911.09737, eq. 3 (tau starts at 0: a ReLU).
+    Source: Singh & Krishnan, CVPR 2020, arXiv:1911.09737, eq. 3. At a tie the
+        gradient goes to tau, where their eq. 4 has it go to x.
     """
 
     def __init__(
@@ -42,6 +53,7 @@ class TLU(nn.Module):
         nn.init.zeros_(self.tau)
 
     def forward(self, x: Tensor) -> Tensor:
+        """z, as the class says."""
         if x.dim() < 2:
             raise InputError(
                 "TLU",

@@ -44,7 +44,7 @@ class CudaTools(NamedTuple):
 
     @property
     def flags(self) -> list[str]:
-        """For CMake. pip's packages have their libraries in lib, where nvcc itself looks in lib64 alone."""
+        """For CMake. pip's packages have their libraries in lib, where nvcc itself looks in lib64 only."""
         toolkit = self.nvcc.resolve().parents[1]
         from_pip = (toolkit / "lib").is_dir() and not (toolkit / "lib64").is_dir()
         return [f"-DCMAKE_CUDA_FLAGS=-L{toolkit / 'lib'}"] if from_pip else []
@@ -120,9 +120,9 @@ def _unpack_headers(folder: Path) -> None:
         done = subprocess.run([*pip, HEADERS_PACKAGE], capture_output=True, text=True)
         wheels = list(Path(work).glob("*.whl"))
         if done.returncode != 0 or len(wheels) != 1:
-            told = (done.stderr or done.stdout).strip().splitlines()[-1:]
+            words = (done.stderr or done.stdout).strip().splitlines()[-1:]
             raise BackendError(
-                _WHERE, f"pip cannot get TensorRT's headers ({HEADERS_PACKAGE})", got="".join(told), fix=fix
+                _WHERE, f"pip cannot get TensorRT's headers ({HEADERS_PACKAGE})", got="".join(words), fix=fix
             )
         digest = sha256(wheels[0])
         if digest != HEADERS_SHA256:
@@ -154,6 +154,6 @@ def run(command: list[str | Path]) -> str:
             _WHERE,
             f"{Path(command[0]).name} failed with exit code {done.returncode}",
             got="\n".join(["", *words]),
-            fix="mend what it names, or choose another compiler with CXX",
+            fix="fix what it names, or choose another compiler with CXX",
         )
     return done.stdout

@@ -1,4 +1,4 @@
-"""ONNX Runtime: sessions with our operator library, its errors in our words, what a rewritten file asks of a machine.
+"""ONNX Runtime: sessions with our operator library, its errors, what a rewritten file asks of a machine.
 
 For people with their own ONNX Runtime code:
 
@@ -8,13 +8,8 @@ For people with their own ONNX Runtime code:
 """
 
 from deploynorm.libraries import library_path
-from deploynorm.ort.session import (
-    PROVIDERS,
-    explain,
-    import_onnxruntime,
-    quiet_options,
-    register,
-    session,
-)
+from deploynorm.ort.errors import explain
+from deploynorm.ort.runtime import PROVIDERS, import_onnxruntime, quiet_options
+from deploynorm.ort.sessions import register, session
 
 __all__ = ["PROVIDERS", "explain", "import_onnxruntime", "library_path", "quiet_options", "register", "session"]

@@ -1,4 +1,4 @@
-"""Files that were rewritten for one machine: what they say of it, and whether this is such a machine."""
+"""Files that were rewritten for one machine: what they say of it, and whether this machine is like it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from deploynorm.errors import BackendError, ModelError
 __all__ = ["block_size", "check_this_machine", "describe", "processor_name"]
 
 _BINDING = {"onnxruntime": "onnxruntime {}", "machine": "{}", "block": "blocks of {} channels"}
-"""The facts that must be the same where a rewritten file runs, and how an error tells them."""
+"""The facts that must be equal where a rewritten file runs, and their words in an error."""
 
 
 def describe(runtime: Any, source_sha256: str | None = None) -> dict[str, str | int | None]:
@@ -53,8 +53,8 @@ def check_this_machine(where: str, metadata_json: str, runtime: Any) -> None:
         ModelError: The entry is not what `deploynorm rewrite` writes.
     """
     try:
-        wanted = json.loads(metadata_json)
-        facts = {key: wanted[key] for key in _BINDING}
+        note = json.loads(metadata_json)
+        facts = {key: note[key] for key in _BINDING}
     except (ValueError, TypeError, KeyError) as error:
         raise ModelError(
             where,
@@ -67,8 +67,8 @@ def check_this_machine(where: str, metadata_json: str, runtime: Any) -> None:
         raise BackendError(
             where,
             "was rewritten for another machine or another onnxruntime",
-            got=f"{_told(facts)}, rewritten on {wanted.get('processor') or 'an unknown processor'}",
-            expected=f"{_told(here)}, as here",
+            got=f"{_words(facts)}, rewritten on {note.get('processor') or 'an unknown processor'}",
+            expected=f"{_words(here)}, as here",
             fix="run here, on the file it was made from: deploynorm rewrite ORIGINAL.onnx --optimize-for-cpu",
         )
 
@@ -77,7 +77,7 @@ def check_this_machine(where: str, metadata_json: str, runtime: Any) -> None:
 def block_size(runtime: Any) -> int:
     """How many channels ONNX Runtime puts side by side on this processor: 16 with AVX-512, 8 with AVX.
 
-    It has no call that tells. It pads the output channels of a convolution to whole blocks, so a convolution with one
+    It has no call that says so. It pads the output channels of a convolution to whole blocks, so a convolution with one
     is optimised, and its weight read.
 
     Raises:
@@ -97,7 +97,7 @@ def block_size(runtime: Any) -> int:
     probe = onnx.helper.make_model(graph, ir_version=8, opset_imports=[onnx.helper.make_opsetid("", 13)])
     with tempfile.TemporaryDirectory(prefix="deploynorm-probe-") as folder:
         options = runtime.SessionOptions()
-        options.log_severity_level = 4  # it warns that what it writes is for this machine alone, which is the point
+        options.log_severity_level = 4  # it would warn that what it writes is for this machine only, as it should be
         options.optimized_model_filepath = str(Path(folder) / "probe.onnx")
         runtime.InferenceSession(probe.SerializeToString(), options, providers=["CPUExecutionProvider"])
         optimized = onnx.load(options.optimized_model_filepath)
@@ -114,12 +114,12 @@ def block_size(runtime: Any) -> int:
     )
 
 
-def _told(facts: dict[str, str | int | None]) -> str:
+def _words(facts: dict[str, str | int | None]) -> str:
     return ", ".join(text.format(facts[key]) for key, text in _BINDING.items())
 
 
 def processor_name() -> str:
-    """The processor's name as people know it, which Python has on no system but Linux's own file."""
+    """The processor's name as people know it: from Linux's /proc/cpuinfo, else what Python says."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:

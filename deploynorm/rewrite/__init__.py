@@ -1,11 +1,11 @@
-"""ONNX -> ONNX: passes over an exported graph, one a file.
+"""ONNX -> ONNX: passes over an exported graph, one a file, listed in `PASSES`.
 
-optimize_for_cpu: FRN and what surrounds it on the channel-blocked layout of ONNX Runtime's convolutions
+rewritten = rewrite("model.onnx", ["optimize_for_cpu"])
+print(rewritten)
+rewritten.save("model.cpu.onnx")
 """
 
-from __future__ import annotations
+from deploynorm.rewrite.passes import PASSES, Pass, RewritePass, sequence
+from deploynorm.rewrite.rewriting import Rewritten, rewrite
 
-from deploynorm.rewrite.optimize_for_cpu import optimize_for_cpu
-from deploynorm.rewrite.result import Change, RewriteResult
-
-__all__ = ["Change", "RewriteResult", "optimize_for_cpu"]
+__all__ = ["PASSES", "Pass", "RewritePass", "Rewritten", "rewrite", "sequence"]

@@ -10,16 +10,16 @@ import numpy.typing as npt
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
+from deploynorm.changes import Change
 from deploynorm.contract import BLOCK_ATTRIBUTE, BLOCKED_OP_TYPE, DOMAIN, OP_TYPE, PARAMETERS
-from deploynorm.rewrite.result import Change
 
 __all__ = ["NCHWC", "move_reorders"]
 
 NCHWC: Final = "com.microsoft.nchwc"
-"""Domain of ONNX Runtime's operators on (N, C/block, H, W, block), whose shape is told as (N, C, H, W)."""
+"""Domain of ONNX Runtime's operators on (N, C/block, H, W, block), whose shape stands in the graph as (N, C, H, W)."""
 
 _PADDING: Final = dict(zip(PARAMETERS, (0.0, 0.0, -np.inf, 1.0), strict=True))
-"""Parameters of the channels that fill up the last block: whatever comes in leaves as zero, or as the residual."""
+"""Parameters of the channels that fill up the last block: any input gives zero, or the residual."""
 
 _TAU: Final = 3  # inputs of the blocked FRN
 _RESIDUAL: Final = 5
@@ -43,7 +43,7 @@ def move_reorders(model: ir.Model, block: int) -> tuple[Change, ...]:
 
 
 class _RefusedError(Exception):
-    """Why a node stays as it is."""
+    """Why a node stays unchanged."""
 
 
 class _Reordered(NamedTuple):
@@ -54,6 +54,8 @@ class _Reordered(NamedTuple):
 
 
 class _Blocking:
+    """One run of the pass. Each rule handles a node in place and returns what it became, or raises _RefusedError."""
+
     def __init__(self, graph: ir.Graph, block: int) -> None:
         self._graph = graph
         self._block = block
@@ -79,19 +81,20 @@ class _Blocking:
                 continue
             name = str(node.outputs[0].name)
             try:
-                changes.append(Change(name, node.op_type, "rewritten", rule(node)))
+                changes.append(Change(name, node.op_type, "rewritten", became=rule(node)))
             except _RefusedError as reason:
-                changes.append(Change(name, node.op_type, "left", str(reason)))
+                changes.append(Change(name, node.op_type, "unchanged", detail=str(reason)))
         for node in self._graph.all_nodes():
             if node.graph is not self._graph and (node.domain, node.op_type) == (DOMAIN, OP_TYPE):
-                changes.append(Change(str(node.outputs[0].name), OP_TYPE, "left", "it is inside a branch or a loop"))
+                inside = "it is inside a branch or a loop"
+                changes.append(Change(str(node.outputs[0].name), OP_TYPE, "unchanged", detail=inside))
         return changes
 
     def _rule(self, node: ir.Node) -> Callable[[ir.Node], str] | None:
         return self._rules.get(f"{node.domain}::{node.op_type}")
 
     def _need_gain(self, node: ir.Node) -> None:
-        """Refuses a node that would only add a reorder: none before it could go, and none behind it would."""
+        """Refuses a node that would only add a reorder: none before or behind it could then be removed."""
 
         def plain(value: ir.Value, besides: ir.Node | None = None) -> bool:
             readers = [reader for reader in value.consumers() if reader is not besides]
@@ -99,9 +102,10 @@ class _Blocking:
 
         before = [value for value in node.inputs if value is not None and _reordered(value)]
         if all(plain(value, besides=node) for value in before) and plain(node.outputs[0]):
-            raise _RefusedError("what it reads and what it gives are both needed in the plain layout")
+            raise _RefusedError("its inputs and its output are both needed in the plain layout")
 
     def _frn(self, node: ir.Node) -> str:
+        # Case 1.
         x, parameters = _need(node.inputs[0]), node.inputs[1:]
         if self._padded(x.channels) != x.channels:
             constants = [_constant(value) for value in parameters]
@@ -116,6 +120,7 @@ class _Blocking:
         return BLOCKED_OP_TYPE
 
     def _reorder_input(self, node: ir.Node) -> str:
+        # Case 2.
         x = _need(node.inputs[0])
         if node.attributes.get_int("channels_last", 0) != 0:
             raise _RefusedError("it reads channels that come last")
@@ -133,10 +138,10 @@ class _Blocking:
             for value, other in zip((a, b), reversed(both), strict=True)
             if (frn := _only_read_here(value)) and len(frn.inputs) == _RESIDUAL and _has_no_threshold(frn)
         }
-        if not frns:
+        if not frns:  # Case 3.
             self._replace(node, "Add", [x.blocked for x in both])
             return "Add of blocked values"
-        # Of two, the later: its input is the one still in the processor's cache.
+        # Case 4. Of two, the later: its input is the one still in the processor's cache.
         frn = max(frns, key=self._made.index)
         self._replace(node, BLOCKED_OP_TYPE, [*frn.inputs, frns[frn]], frn.attributes, DOMAIN)
         return "the residual of the FRN before it"
@@ -151,12 +156,12 @@ class _Blocking:
         if bound is None:
             raise _RefusedError("its bound is not constant")
         frn = _only_read_here(value)
-        if frn is None:
+        if frn is None:  # Case 6.
             if bound.size != 1 or bound.ndim > 4:
                 raise _RefusedError("the node before it is no FRN, or is read by another node too")
             self._replace(node, node.op_type, [x.blocked, *plain])
             return f"{node.op_type} of a blocked value"
-        tau = _constant(frn.inputs[_TAU])
+        tau = _constant(frn.inputs[_TAU])  # Case 5.
         if tau is None:
             raise _RefusedError("the threshold of the FRN before it is not constant")
         bound = self._fill(_per_channel(bound, x.channels), _PADDING["tau"])
@@ -166,6 +171,7 @@ class _Blocking:
         return "the threshold of the FRN before it"
 
     def _pool(self, node: ir.Node) -> str:
+        # Case 7, with the next rule.
         if len(node.outputs) != 1:
             raise _RefusedError("its indices are read, which the blocked form does not give")
         if node.attributes.get_int("ceil_mode", 0) and node.attributes.get_int("count_include_pad", 0):
@@ -174,10 +180,11 @@ class _Blocking:
         return f"{NCHWC}::{node.op_type}"
 
     def _reduce_mean(self, node: ir.Node) -> str:
+        # Case 7.
         x = _need(node.inputs[0])
         axes = _constant(node.inputs[1]) if len(node.inputs) > 1 else None
         if axes is None or sorted(axis % 4 for axis in axes.tolist()) != [2, 3]:
-            raise _RefusedError("its axes are not constant, or not H and W alone")
+            raise _RefusedError("its axes are not constant, or not H and W only")
         if node.attributes.get_int("keepdims", 1) != 1:
             raise _RefusedError("it drops the axes H and W")
         self._replace(node, "GlobalAveragePool", [x.blocked], domain=NCHWC)
@@ -199,7 +206,7 @@ class _Blocking:
         made = ir.node(op_type, inputs, attributes, domain=domain, outputs=[blocked], name=blocked.name)
         reorder = ir.node("ReorderOutput", [blocked], {"channels": channels, "channels_last": 0}, domain=NCHWC)
         self._made.append(made)
-        # It hands the old output's name, shape and type on.
+        # The new output takes the name, shape and type of the old one.
         ir.convenience.replace_nodes_and_values(self._graph, node, [node], [made, reorder], [output], reorder.outputs)
 
     def _parameter(self, node: ir.Node, name: str, array: _Array) -> ir.Value:
@@ -233,9 +240,8 @@ def _reorders_that_stay(graph: ir.Graph) -> list[Change]:
             value = node.outputs[0]
             readers = sorted({reader.op_type for reader in value.consumers()})
             readers += ["the caller"] if value.is_graph_output() else []
-            changes.append(
-                Change(str(value.name), node.op_type, "left", f"read in the plain layout by {', '.join(readers)}")
-            )
+            detail = f"read in the plain layout by {', '.join(readers)}"
+            changes.append(Change(str(value.name), node.op_type, "unchanged", detail=detail))
     return changes
 
 
@@ -270,7 +276,7 @@ def _constant(value: ir.Value | None) -> npt.NDArray[Any] | None:
 
 
 def _same_shape(a: ir.Value | None, b: ir.Value | None) -> bool:
-    """Whether both have one shape for certain, free sizes by their names."""
+    """Whether both have one shape for certain, dynamic sizes by their names."""
     if a is None or b is None or a.shape is None or b.shape is None:
         return False
     # ONNX Runtime writes -1 for a size that an operator of a library leaves unknown.

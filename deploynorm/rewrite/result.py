@@ -1,41 +1,28 @@
-"""What a rewrite returns."""
+"""What a rewriting pass returns."""
 
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from dataclasses import dataclass, replace
 
 import onnx_ir as ir
 
-__all__ = ["Change", "RewriteResult"]
+from deploynorm.changes import Change
+from deploynorm.tables import table
 
-
-class Change(NamedTuple):
-    """What became of one node.
-
-    Attributes:
-        node: Name of its first output, which is unique where node names are not.
-        kind: Its operator.
-        outcome: "rewritten" or "left".
-        detail: What it is now, or the reason why it stays.
-    """
-
-    node: str
-    kind: str
-    outcome: Literal["rewritten", "left"]
-    detail: str
+__all__ = ["RewriteResult"]
 
 
 @dataclass(frozen=True)
 class RewriteResult:
-    """A rewritten graph, and what was done.
+    """A rewritten graph, and what was done; `print` shows it.
 
     Attributes:
         model: The new model; the one given is untouched.
-        changes: One entry for each node that the pass looked at, in the graph's order.
+        changes: One entry for each node that the pass looked at, in the graph's order. Outcomes: "rewritten", with
+            what it became, and "unchanged", with the reason.
         before: Nodes of each operator in the graph that the pass started from.
-        after: The same of the result.
+        after: Likewise of the result.
     """
 
     model: ir.Model
@@ -46,4 +33,20 @@ class RewriteResult:
     @property
     def modified(self) -> bool:
         """Whether anything was rewritten."""
-        return any(change.outcome != "left" for change in self.changes)
+        return any(change.outcome == "rewritten" for change in self.changes)
+
+    def then(self, later: RewriteResult) -> RewriteResult:
+        """The results of two passes, the second on the result of the first, as one."""
+        return replace(later, changes=(*self.changes, *later.changes), before=self.before)
+
+    def __str__(self) -> str:
+        """What was rewritten, what was not and why, and the nodes before and after."""
+        done = Counter((change.kind, change.became) for change in self.changes if change.outcome == "rewritten")
+        rows = ((kind, count, became) for (kind, became), count in done.items())
+        unchanged = [(x.name, x.kind, x.detail) for x in self.changes if x.outcome == "unchanged"]
+        nodes = ((n, self.before[n] or "-", self.after[n] or "-") for n in sorted(self.before | self.after))
+        parts = [table("Rewritten", ("operator", "count", "is now"), rows)]
+        if unchanged:
+            parts.append(table("Unchanged, and why", ("value", "operator", "reason"), unchanged))
+        parts.append(table("Nodes", ("operator", "before", "rewritten"), nodes))
+        return "\n\n".join(parts)

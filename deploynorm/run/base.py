@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol, TypeVar
-
-import numpy as np
-import numpy.typing as npt
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from deploynorm.errors import InputError
 from deploynorm.inputs import TensorSpec
+
+if TYPE_CHECKING:  # the command line lists the backends before it may import NumPy
+    import numpy.typing as npt
 
 __all__ = ["Runner", "check_feeds", "closed_error"]
 
@@ -23,8 +23,8 @@ class Runner(Protocol):
 
     Attributes:
         name: Backend, device and type, as tables and messages show it.
-        inputs: What `infer` takes. A string in a shape is a size that may change, the same wherever the name
-            stands; "?" is free of all others.
+        inputs: What `infer` takes. A string in a shape is a size that may change, one size wherever the name
+            stands; "?" is independent of all others.
         output_names: What `infer` returns, in the network's order.
         precision: The half type that the network computes in, whatever type its outputs have; None of a network in
             full precision, or where it is not known.
@@ -35,11 +35,16 @@ class Runner(Protocol):
     output_names: tuple[str, ...]
     precision: str | None = None
 
+    @classmethod
+    def check_available(cls) -> None:
+        """Raises BackendError where this machine lacks what every runner of this class needs."""
+        return
+
     def infer(self, feeds: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
         """Runs the network once.
 
         Args:
-            feeds: One array for each of `inputs`; they are left as they are.
+            feeds: One array for each of `inputs`; they are not changed.
 
         Returns:
             Arrays by output name, in the order of the network's outputs, that no later call changes.
@@ -113,6 +118,8 @@ def check_feeds(where: str, specs: Sequence[TensorSpec], feeds: Mapping[str, npt
 
 
 def _check_array(where: str, spec: TensorSpec, value: npt.NDArray[Any]) -> None:
+    import numpy as np
+
     if not isinstance(value, np.ndarray):
         raise InputError(
             where,

@@ -14,18 +14,17 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 import onnx
 import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass, RemoveUnusedNodesPass, ShapeInferencePass
 
-from deploynorm import graph
 from deploynorm.contract import MIN_OPSET
+from deploynorm.dtypes import ONNX_HALF, numpy_dtype
 from deploynorm.errors import BackendError, DeployNormError, ModelError
-from deploynorm.graph import HALF
 from deploynorm.lowering import frn_nodes, function_proto
+from deploynorm.onnx_file import OnnxFile, OnnxSource, save
 from deploynorm.run.base import Runner
 from deploynorm.run.onnxruntime import OnnxRuntimeRunner
 
@@ -43,7 +42,7 @@ class HalfRunner(Runner):
     the kernels do: in float32, rounded once.
 
     Args:
-        model: A file, with its external data beside it, or a model in memory.
+        model: A file, with its external data beside it, or a model in memory; see OnnxFile.read.
         threads: Threads within an operator; None leaves it to ONNX Runtime.
 
     Raises:
@@ -51,24 +50,27 @@ class HalfRunner(Runner):
         ModelError: The model cannot be read or run, or holds a value of unknown type.
     """
 
-    def __init__(self, model: str | Path | onnx.ModelProto, *, threads: int | None = None) -> None:
-        where = "HalfRunner" if isinstance(model, onnx.ModelProto) else str(model)
-        rounded = ir.from_proto(model) if isinstance(model, onnx.ModelProto) else _read(Path(model))
-        types = graph.half_types(rounded)
-        for name in types:
+    def __init__(self, model: OnnxSource, *, threads: int | None = None) -> None:
+        file = OnnxFile.read(model)
+        where, rounded = file.where, file.to_ir()
+        for name in file.half_types:
             _assert_rounding(name)
         round_outputs(rounded, where)
         with tempfile.TemporaryDirectory() as folder:  # a file and not bytes, which end at 2 GB
             path = Path(folder) / "rounded.onnx"
-            graph.save(rounded, path)
+            save(rounded, path)
             try:
                 self._runner = OnnxRuntimeRunner(path, plugins=[], threads=threads, optimize=False)
             except DeployNormError as error:
                 raise type(error)(where, error.problem, got=error.got, fix=error.fix) from error
-        self.name = f"half ({' and '.join(types) or 'nothing in half'}, each tensor rounded)"
-        self.precision = types[-1] if types else None
+        self.name = f"half ({' and '.join(file.half_types) or 'nothing in half'}, each tensor rounded)"
+        self.precision = file.half_type
         self.inputs = self._runner.inputs
         self.output_names = self._runner.output_names
+
+    @classmethod
+    def check_available(cls) -> None:
+        OnnxRuntimeRunner.check_available()
 
     def infer(self, feeds: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
         return self._runner.infer(feeds)
@@ -119,7 +121,7 @@ def _is_half(value: ir.Value, where: str) -> bool:
             got=None if producer is None else f"the output of {producer.domain or 'ai.onnx'}::{producer.op_type}",
             fix="export it with its function bodies and types",
         )
-    return isinstance(value.type, ir.TensorType) and value.dtype in HALF
+    return isinstance(value.type, ir.TensorType) and value.dtype in ONNX_HALF
 
 
 def _is_graph(attribute: ir.Attr) -> bool:
@@ -142,13 +144,13 @@ def _widen(model: ir.Model, node: ir.Node, value: ir.Value) -> ir.Value:
 
 
 def _use_float32(node: ir.Node) -> None:
-    """What an attribute says of a half output, said of a float32 one."""
+    """Changes attributes that ask for a half output to ask for a float32 one."""
     for name in _TYPE_ATTRIBUTES:
         attribute = node.attributes.get(name)
-        if attribute is not None and attribute.value in HALF:
+        if attribute is not None and attribute.value in ONNX_HALF:
             node.attributes[name] = ir.AttrInt64(name, ir.DataType.FLOAT)
     fill = node.attributes.get("value")
-    if fill is not None and fill.type == ir.AttributeType.TENSOR and fill.value.dtype in HALF:  # ConstantOfShape
+    if fill is not None and fill.type == ir.AttributeType.TENSOR and fill.value.dtype in ONNX_HALF:  # ConstantOfShape
         node.attributes["value"] = ir.AttrTensor("value", ir.tensor(fill.value.numpy().astype(np.float32)))
 
 
@@ -168,20 +170,10 @@ def _cast(source: ir.Value, target: ir.Value) -> ir.Node:
     return ir.node("Cast", [source], {"to": int(target.dtype)}, outputs=[target], name=f"{target.name}_cast")
 
 
-def _read(path: Path) -> ir.Model:
-    """The model, its external data left where it is until needed."""
-    if not path.is_file():
-        raise ModelError(str(path), "no such file", fix="check the path")
-    try:
-        return ir.load(path)
-    except Exception as error:
-        raise ModelError(str(path), f"not an ONNX file, or cut short: {error}", fix="export it again") from error
-
-
 @lru_cache
 def _assert_rounding(name: str) -> None:
-    """Raises BackendError unless this ONNX Runtime rounds where it is told to, and to infinity where it must."""
-    element = onnx.helper.np_dtype_to_tensor_dtype(np.dtype(getattr(ml_dtypes, name, name)))
+    """Raises BackendError unless this ONNX Runtime rounds at casts, and to infinity past the largest number."""
+    element = onnx.helper.np_dtype_to_tensor_dtype(numpy_dtype(name))
     x = onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, ["N"])
     y = onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, ["N"])
     nodes = [onnx.helper.make_node("Mul", ["x", "x"], ["square"])]
@@ -195,7 +187,7 @@ def _assert_rounding(name: str) -> None:
     )
     values = np.array([1.01, 300, 2e19], np.float32)
     with np.errstate(over="ignore"):
-        want = np.sqrt((values * values).astype(getattr(ml_dtypes, name, name)).astype(np.float32))
+        want = np.sqrt((values * values).astype(numpy_dtype(name)).astype(np.float32))
     with OnnxRuntimeRunner(model.SerializeToString(), plugins=[], optimize=False) as runner:
         got = runner.infer({"x": values})["y"]
     if not np.array_equal(got, want):

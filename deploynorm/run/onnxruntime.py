@@ -7,17 +7,21 @@ import re
 from collections.abc import Mapping, Sequence
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
+from deploynorm.contract import METADATA_SIZES
+from deploynorm.dtypes import numpy_dtype
 from deploynorm.errors import ModelError
-from deploynorm.inputs import TensorSpec
+from deploynorm.inputs import TensorSpec, read_sizes
 from deploynorm.ort import explain, import_onnxruntime, quiet_options
 from deploynorm.ort import session as open_session
 from deploynorm.run.base import Runner, check_feeds, closed_error
+
+if TYPE_CHECKING:
+    from deploynorm.onnx_file import OnnxFile
 
 __all__ = ["OnnxRuntimeRunner"]
 
@@ -28,7 +32,7 @@ class OnnxRuntimeRunner(Runner):
     """Runs an ONNX model in one session of ONNX Runtime.
 
     Args:
-        model: A file, with its external data beside it, or the bytes of a model.
+        model: A file, with its external data beside it, the bytes of a model, or what OnnxFile.read has read.
         providers: As for deploynorm.ort.session.
         plugins: Libraries of custom operators instead of ours; empty for the stock runtime, which takes function
             bodies for our operator. By default ours is used where it is built.
@@ -43,7 +47,7 @@ class OnnxRuntimeRunner(Runner):
 
     def __init__(
         self,
-        model: str | Path | bytes,
+        model: str | Path | bytes | OnnxFile,
         *,
         providers: Sequence[str] = ("cpu",),
         plugins: Sequence[Path] | None = None,
@@ -51,6 +55,8 @@ class OnnxRuntimeRunner(Runner):
         optimize: bool = True,
     ) -> None:
         ort = import_onnxruntime()
+        if not isinstance(model, str | Path | bytes):
+            model = model.proto.SerializeToString() if model.path is None else model.path
         self._where = "model (bytes)" if isinstance(model, bytes) else str(model)
         self.name = f"onnxruntime ({', '.join(providers)})"
         options = quiet_options()
@@ -63,8 +69,13 @@ class OnnxRuntimeRunner(Runner):
         outputs = [_spec(self._where, value) for value in session.get_outputs()]
         self.output_names = tuple(spec.name for spec in outputs)
         self._has_bfloat16 = any(spec.dtype == "bfloat16" for spec in (*self.inputs, *outputs))
+        self._limits = read_sizes(session.get_modelmeta().custom_metadata_map.get(METADATA_SIZES)).get("notes")
         self._value = ort.OrtValue
         self._session: Any = session
+
+    @classmethod
+    def check_available(cls) -> None:
+        import_onnxruntime()
 
     def infer(self, feeds: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
         if self._session is None:
@@ -73,7 +84,11 @@ class OnnxRuntimeRunner(Runner):
         try:
             results = self._run_values(feeds) if self._has_bfloat16 else self._session.run(None, dict(feeds))
         except Exception as error:
-            raise explain(self._where, error) from error
+            explained = explain(self._where, error)
+            if self._limits and isinstance(explained, ModelError):
+                takes = f"feed sizes that the network takes: {'; '.join(map(str, self._limits))}"
+                explained = ModelError(explained.where, explained.problem, got=explained.got, fix=takes)
+            raise explained from error
         return dict(zip(self.output_names, results, strict=True))
 
     def close(self) -> None:
@@ -86,7 +101,7 @@ class OnnxRuntimeRunner(Runner):
             None,
             {
                 name: self._value.ortvalue_from_numpy_with_onnx_type(array, _BFLOAT16)
-                if array.dtype == ml_dtypes.bfloat16
+                if array.dtype.name == "bfloat16"
                 else self._value.ortvalue_from_numpy(array)
                 for name, array in arrays.items()
             },
@@ -107,5 +122,5 @@ def _bfloat16_array(value: Any) -> npt.NDArray[Any]:
     shape = tuple(value.shape())
     memory = (ctypes.c_uint16 * prod(shape)).from_address(value.data_ptr())
     # np.array copies: the memory goes with the value.
-    array: npt.NDArray[Any] = np.array(memory, np.uint16).view(ml_dtypes.bfloat16)
+    array: npt.NDArray[Any] = np.array(memory, np.uint16).view(numpy_dtype("bfloat16"))
     return array.reshape(shape)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from deploynorm.arrays import to_array
-from deploynorm.errors import InputError, ModelError
+from deploynorm.errors import BackendError, InputError, ModelError
 from deploynorm.inputs import Shape, TensorSpec
 from deploynorm.libraries import TENSORRT_LIBRARY, find_library
 from deploynorm.run.base import Runner, check_feeds, closed_error
@@ -56,7 +56,7 @@ class TensorRTRunner(Runner):
 
     Raises:
         BackendError: TensorRT, a GPU or a plugin is missing, or the engine is for another version or GPU.
-        ModelError: The file is not an engine, is damaged, or wants input that lies in the processor's memory.
+        ModelError: The file is not an engine, is damaged, or has an input that lies in the processor's memory.
         InputError: The engine holds code that it may not run.
     """
 
@@ -96,9 +96,15 @@ class TensorRTRunner(Runner):
         self._cuda_graphs = cuda_graphs
         self._captured: OrderedDict[tuple[Shape, ...], _Captured] = OrderedDict()
 
+    @classmethod
+    def check_available(cls) -> None:
+        found = import_tensorrt()
+        if gpu_here() is None:
+            raise BackendError(found.name, "is here, but PyTorch finds no GPU", fix="deploynorm doctor says why")
+
     @property
     def device(self) -> torch.device:
-        """The GPU that `run` wants its tensors on."""
+        """The GPU on which `run` takes its tensors."""
         return self._gpu.device
 
     def infer(self, feeds: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
@@ -173,7 +179,7 @@ class TensorRTRunner(Runner):
             context.set_tensor_address(name, self._gpu.address(tensor))
         missing = context.infer_shapes()
         if missing:
-            raise ModelError(self._where, f"TensorRT cannot tell the output shapes: {missing} are not set")
+            raise ModelError(self._where, f"TensorRT does not know the output shapes: {missing} are not set")
         outputs: dict[str, Tensor] = {}
         waiting: dict[str, WaitingOutput] = {}
         for name, spec in self._outputs.items():
@@ -205,7 +211,7 @@ class TensorRTRunner(Runner):
         return {name: tensor.clone() for name, tensor in captured.outputs.items()}
 
     def _capture(self, feeds: Mapping[str, Tensor]) -> _Captured:
-        context = self._new_context()  # a graph is good only as long as its context is left alone
+        context = self._new_context()  # a graph is valid only as long as its context is not used for anything else
         inputs = {spec.name: feeds[spec.name].clone(memory_format=torch.contiguous_format) for spec in self.inputs}
         with listen() as heard:
             outputs, waiting = self._bind(context, inputs, heard)
@@ -233,7 +239,7 @@ class TensorRTRunner(Runner):
 
 @dataclass
 class _Captured:
-    """A CUDA graph of one shape, the memory that it reads and writes, and the context that it is a picture of."""
+    """A CUDA graph of one shape, the memory that it reads and writes, and the context that it was captured from."""
 
     context: Any
     inputs: dict[str, Tensor]

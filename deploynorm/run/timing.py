@@ -1,4 +1,4 @@
-"""How long engines take, taken in turns so that all meet the same machine."""
+"""How long engines take, measured in turns, so that all meet one state of the machine."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _WARM_UP = 10
 def milliseconds(engines: Mapping[Name, Engine]) -> dict[Name, float]:
     """The median time of one inference of each engine, of the opt shapes, as CUDA graphs on the current device.
 
-    The copies of inputs and outputs around a graph are in it, the same ones for each.
+    The copies of inputs and outputs around a graph are in it, equal ones for each.
 
     Random inputs; clocks settle in the calls before the first round; each round runs every engine.
     """

@@ -1,14 +1,39 @@
 """One traced network, and all that is asked of it."""
 
+from deploynorm.trace.reader import LINEAR_OPERATORS, TraceReader, has_hooks, operator_name, walk
+from deploynorm.trace.sizes import Sizes, axis_letter, find_sizes
 from deploynorm.trace.tracing import (
     Dynamic,
+    DynamicKind,
     NarrowedAxis,
+    argument_names,
+    as_inputs,
+    dynamic_places,
     first_line,
     inference_copy,
     narrowed_axes,
     quiet,
-    sizes_taken,
     trace,
 )
 
-__all__ = ["Dynamic", "NarrowedAxis", "first_line", "inference_copy", "narrowed_axes", "quiet", "sizes_taken", "trace"]
+__all__ = [
+    "LINEAR_OPERATORS",
+    "Dynamic",
+    "DynamicKind",
+    "NarrowedAxis",
+    "Sizes",
+    "TraceReader",
+    "argument_names",
+    "as_inputs",
+    "axis_letter",
+    "dynamic_places",
+    "find_sizes",
+    "first_line",
+    "has_hooks",
+    "inference_copy",
+    "narrowed_axes",
+    "operator_name",
+    "quiet",
+    "trace",
+    "walk",
+]

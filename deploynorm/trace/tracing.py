@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import inspect
+import logging
 import warnings
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
 
@@ -14,11 +16,27 @@ from torch.export import Dim, ExportedProgram
 
 from deploynorm.errors import InputError, ModelError
 from deploynorm.layers.adopt import adopt
+from deploynorm.trace.sizes import Place, Sizes, find_sizes
 
-__all__ = ["Dynamic", "NarrowedAxis", "first_line", "inference_copy", "narrowed_axes", "quiet", "sizes_taken", "trace"]
+__all__ = [
+    "Dynamic",
+    "DynamicKind",
+    "NarrowedAxis",
+    "argument_names",
+    "as_inputs",
+    "dynamic_places",
+    "first_line",
+    "inference_copy",
+    "narrowed_axes",
+    "quiet",
+    "trace",
+]
 
-Dynamic = Literal["none", "batch", "spatial", "all"]
+DynamicKind = Literal["none", "batch", "spatial", "all"]
 """Which input axes may change: axis 0 is the batch, axes 2 and up are spatial."""
+
+Dynamic = DynamicKind | Mapping[str, Mapping[int, str]]
+"""A word, or for each input the axes that may change, with a name for each: {"x": {0: "N", 2: "H", 3: "W"}}."""
 
 
 def inference_copy(model: nn.Module) -> nn.Module:
@@ -49,50 +67,105 @@ class NarrowedAxis(NamedTuple):
     told: str
 
 
+def as_inputs(where: str, example_inputs: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Positional inputs of forward as a tuple; a bare tensor is the only one.
+
+    Raises:
+        InputError: There is none, or one of them is not a tensor.
+    """
+    if isinstance(example_inputs, Tensor):
+        return (example_inputs,)
+    fix = "pass the tensors that forward takes, in order: (x,) or x"
+    given: object = example_inputs
+    if isinstance(given, str) or not isinstance(given, Sequence):
+        raise InputError(where, "example_inputs is no tuple of tensors", got=type(given).__name__, fix=fix)
+    for position, example in enumerate(given):
+        if not isinstance(example, Tensor):
+            raise InputError(where, f"example input {position} is not a tensor", got=type(example).__name__, fix=fix)
+    if not given:
+        raise InputError(where, "there are no example inputs", fix=fix)
+    return tuple(given)
+
+
 def trace(
     model: nn.Module,
-    example_inputs: Sequence[Tensor],
+    example_inputs: Tensor | Sequence[Tensor],
     dynamic: Dynamic | None = None,
     *,
     fixed: Collection[str] = (),
-    takes: Collection[str] | None = None,
+    sizes: Sizes | None = None,
 ) -> ExportedProgram:
     """Traces a network with torch.export.
 
     Args:
         model: Network in evaluation mode.
         example_inputs: Positional inputs of forward. Sizes above 1 on the axes that are to be dynamic.
-        dynamic: Axes that must stay free. None frees the axes that the network leaves free: it is run with other
-            sizes first, and one that it refuses to change stays as in the example. One that it branches on is free
-            in the trace, which then holds for some sizes only: `narrowed_axes` tells.
+        dynamic: Axes that must be dynamic, as a word or by input and axis ({"x": {0: "N", 2: "H"}}). None makes those
+            dynamic that the network takes in other sizes (`find_sizes`); one that it branches on is dynamic in the
+            trace, which then holds for some sizes only: see `narrowed_axes`.
         fixed: With None, the kinds of axes ("batch", "spatial") that stay as in the example all the same.
-        takes: What `sizes_taken` said of the network in a faster type; None asks the network itself.
+        sizes: What `find_sizes` found, where it was asked already.
 
     Returns:
         The program, with ATen and deploynorm operators.
 
     Raises:
-        InputError: An example input is not a tensor.
-        ModelError: torch.export cannot trace the network, or the network fixes an axis that must stay free.
+        InputError: An example input is not a tensor, or `dynamic` names an input or axis that is not there.
+        ModelError: torch.export cannot trace the network, or the network fixes an axis that must be dynamic.
     """
-    for position, example in enumerate(example_inputs):
-        if not isinstance(example, Tensor):
-            raise InputError("trace", f"example input {position} is not a tensor", got=type(example).__name__)
-    example_inputs = [example.detach().cpu() for example in example_inputs]  # the copy that is traced lies there
-    if takes is None:
-        takes = sizes_taken(model, example_inputs) if dynamic != "none" else ()
+    # The copy that is traced lies on the CPU.
+    examples = [example.detach().cpu() for example in as_inputs("trace", example_inputs)]
+    if dynamic == "none":
+        return _export(model, examples, (), Dim.AUTO)
+    if sizes is None:
+        sizes = find_sizes(model, examples)
     if dynamic is None:
-        return _export(model, example_inputs, set(takes) - set(fixed), Dim.AUTO)
-    wanted = set[str]({"batch", "spatial"} if dynamic == "all" else {dynamic} - {"none"})
-    if not any(example.dim() > 2 for example in example_inputs):
-        wanted -= {"spatial"}
-    if not wanted <= set(takes):
-        raise _not_free(model, dynamic, f"it refuses another {' or '.join(sorted(wanted - set(takes)))} size")
-    program = _export(model, example_inputs, wanted, Dim.DYNAMIC)
+        places = [place for place in sizes.places if ("spatial" if place[1] else "batch") not in fixed]
+        return _export(model, examples, places, Dim.AUTO)
+    wanted = dynamic_places(model, examples, dynamic)
+    if refused := sorted(wanted - sizes.places):
+        raise _not_free(model, dynamic, f"it refuses another {' or '.join(map(_kind, refused))} size")
+    program = _export(model, examples, wanted, Dim.DYNAMIC)
     narrowed = narrowed_axes(program)
     if narrowed:
         raise _not_free(model, dynamic, f"it branches on {'; '.join(axis.told for axis in narrowed)}")
     return program
+
+
+def dynamic_places(model: nn.Module, examples: Sequence[Tensor], dynamic: Dynamic) -> set[Place]:
+    """The axes that `dynamic` names, by position of the input.
+
+    Raises:
+        InputError: There is no such input or axis.
+    """
+    axes = {(i, axis) for i, example in enumerate(examples) for axis in range(example.dim())}
+    if isinstance(dynamic, str):
+        kinds = {"all": ("batch", "spatial"), "none": ()}.get(dynamic, (dynamic,))
+        return {place for place in axes if place[1] != 1 and _kind(place) in kinds}
+    names = argument_names(model, len(examples))
+    wanted: set[Place] = set()
+    for name, named in dynamic.items():
+        if name not in names and not (name == "" and len(names) == 1):
+            raise InputError("dynamic", f"the network has no input {name!r}", expected=", ".join(names))
+        position = names.index(name) if name else 0
+        wanted |= {(position, axis) for axis in named}
+    if missing := sorted(wanted - axes):
+        position, axis = missing[0]
+        raise InputError(
+            "dynamic", f"input {names[position]} has no axis {axis}", expected=f"0 to {examples[position].dim() - 1}"
+        )
+    return wanted
+
+
+def argument_names(model: nn.Module, count: int) -> list[str]:
+    """Names of the first positional arguments of forward; x, x_1 and so on where it takes any number (*args)."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    named = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    return (
+        [*named, "x", *(f"x_{position}" for position in range(1, count))][:count]
+        if len(named) < count
+        else named[:count]
+    )
 
 
 def narrowed_axes(program: ExportedProgram) -> list[NarrowedAxis]:
@@ -118,11 +191,17 @@ def narrowed_axes(program: ExportedProgram) -> list[NarrowedAxis]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keeps torch's warnings about its own internals from the user of export."""
+    """Keeps torch's warnings and logs about its own internals from the user of export: what matters is raised."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=FutureWarning)
         warnings.filterwarnings("ignore", category=DeprecationWarning)
-        yield
+        torch_logger = logging.getLogger("torch")
+        level = torch_logger.level
+        torch_logger.setLevel(logging.CRITICAL)
+        try:
+            yield
+        finally:
+            torch_logger.setLevel(level)
 
 
 def first_line(error: BaseException) -> str:
@@ -131,12 +210,21 @@ def first_line(error: BaseException) -> str:
     return lines[0].rstrip(".") if lines else type(error).__name__
 
 
-def _export(model: nn.Module, example_inputs: Sequence[Tensor], free: set[str], kind: Any) -> ExportedProgram:
+def _kind(place: Place) -> str:
+    return "spatial" if place[1] else "batch"
+
+
+def _export(
+    model: nn.Module, example_inputs: Sequence[Tensor], places: Collection[Place], kind: Any
+) -> ExportedProgram:
+    # A trace takes a size of 1 for a constant.
+    example_inputs = [
+        torch.cat([example, example]) if (position, 0) in places and len(example) == 1 else example
+        for position, example in enumerate(example_inputs)
+    ]
     shapes = tuple(
-        dict.fromkeys(
-            [axis for axis in range(example.dim()) if axis != 1 and ("spatial" if axis else "batch") in free], kind
-        )
-        for example in example_inputs
+        {axis: kind for axis in range(example.dim()) if (position, axis) in places}
+        for position, example in enumerate(example_inputs)
     )
     code = getattr(type(model).forward, "__code__", None)
     takes_star_args = code is not None and code.co_flags & 0x04 and code.co_argcount == 1
@@ -145,48 +233,27 @@ def _export(model: nn.Module, example_inputs: Sequence[Tensor], free: set[str], 
         with torch.no_grad(), quiet():
             return torch.export.export(model, tuple(example_inputs), dynamic_shapes=dynamic_shapes)
     except Exception as error:
-        raise _explain(model, example_inputs, free, error) from error
+        raise _explain(model, example_inputs, places, error) from error
 
 
-def sizes_taken(model: nn.Module, example_inputs: Sequence[Tensor]) -> set[str]:
-    """Of "batch" and "spatial", those that the network runs with larger: by 1, or by 32 as U-nets need."""
-
-    def runs(batch: int, spatial: int) -> bool:
-        grown = [
-            example.new_zeros([size + (batch, 0, spatial)[min(axis, 2)] for axis, size in enumerate(example.shape)])
-            for example in example_inputs
-        ]
-        try:
-            with torch.no_grad(), warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                model(*grown)
-        except Exception:  # any refusal of a size is an answer here, whatever its type
-            return False
-        return True
-
-    taken = set()
-    if runs(1, 0):
-        taken.add("batch")
-    if any(example.dim() > 2 for example in example_inputs) and (runs(0, 1) or runs(0, 32)):
-        taken.add("spatial")
-    return taken
-
-
-def _not_free(model: nn.Module, dynamic: str, reason: str) -> ModelError:
+def _not_free(model: nn.Module, dynamic: Dynamic, reason: str) -> ModelError:
     return ModelError(
         f"trace of {type(model).__name__}",
-        f"the network fixes a size that dynamic={dynamic!r} wants free: {reason}",
+        f"the network fixes a size that dynamic={dynamic!r} requires to be dynamic: {reason}",
         fix="leave the choice out, or name fewer axes (none, batch, spatial, all)",
     )
 
 
-def _explain(model: nn.Module, example_inputs: Sequence[Tensor], free: set[str], error: Exception) -> ModelError:
+def _explain(
+    model: nn.Module, example_inputs: Sequence[Tensor], places: Collection[Place], error: Exception
+) -> ModelError:
     where = f"trace of {type(model).__name__}"
     shapes = "inputs of shape " + ", ".join(str(tuple(example.shape)) for example in example_inputs)
     if isinstance(error, InputError):
         return ModelError(where, f"the network refuses the example input: {error}", got=shapes)
     if "Constraints violated" in str(error) or ("marked" in str(error) and "specialized" in str(error)):
-        return _not_free(model, "all" if len(free) == 2 else "".join(free), first_line(error))
+        kinds = set(map(_kind, places))
+        return _not_free(model, "all" if len(kinds) == 2 else "".join(kinds), first_line(error))  # type: ignore[arg-type]
     return ModelError(
         where,
         f"torch.export cannot trace the network: {type(error).__name__}: {first_line(error)}",

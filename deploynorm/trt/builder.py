@@ -1,11 +1,9 @@
-"""One engine from one model: what TensorRT is told, and whether it did that."""
+"""One engine from one model: what TensorRT is asked for, and whether it did that."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from deploynorm import libraries
 from deploynorm.errors import BackendError, ModelError
@@ -14,30 +12,11 @@ from deploynorm.trt import TensorRT, dtype_name, gpu_here, has_plugin, listen, l
 from deploynorm.trt.engine import Engine, FrnRecord
 from deploynorm.trt.errors import explain
 from deploynorm.trt.layers import Layer, layers_of_inspector, layers_of_log, products_in_other_types
-from deploynorm.trt.model import TensorRTModel, Way
-from deploynorm.trt.profile import Range
+from deploynorm.trt.manifest import origin
+from deploynorm.trt.model import TensorRTModel
+from deploynorm.trt.settings import HARDWARE_COMPATIBILITY, Settings, Way
 
-__all__ = ["HARDWARE_COMPATIBILITY", "Settings", "build_way", "load_plugins"]
-
-HARDWARE_COMPATIBILITY: Final = {"ampere+": "AMPERE_PLUS", "same": "SAME_COMPUTE_CAPABILITY"}
-"""Our words for the GPUs besides its own that an engine of TensorRT runs on, and TensorRT's."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What a build was asked for, less the model."""
-
-    ranges: Mapping[str, Range]
-    targets: tuple[str, ...]
-    named_targets: bool
-    tf32: bool
-    plugins: Sequence[Path] | None
-    embed_plugin: bool
-    timing_cache: bytes | None
-    workspace: int | None
-    version_compatible: bool
-    hardware_compatible: str | None
-    optimization_level: int | None
+__all__ = ["build_way", "load_plugins"]
 
 
 def load_plugins(trt: TensorRT, settings: Settings, way: Way) -> tuple[Path, ...]:
@@ -56,37 +35,37 @@ def load_plugins(trt: TensorRT, settings: Settings, way: Way) -> tuple[Path, ...
 
 
 def build_way(trt: TensorRT, model: TensorRTModel, way: Way, settings: Settings, reason: str) -> Engine:
-    """One engine, whose layers were seen to be what was asked for."""
-    libraries = load_plugins(trt, settings, way)
+    """One engine, whose layers were checked to be what was asked for."""
+    loaded = load_plugins(trt, settings, way)
     with listen() as heard:
         try:
             builder = trt.module.Builder(logger(trt))
-        except (TypeError, RuntimeError) as error:  # which is how it says that there is no driver
+        except (TypeError, RuntimeError) as error:  # raised where there is no driver
             raise explain("build", trt.name, heard or str(error)) from error
         network = _parse(trt, builder, model, way)
         expected = _plugins_in(trt, network)
         outputs = tuple(_output(network.get_output(index)) for index in range(network.num_outputs))
         config = _config(trt, builder, model, settings)
-        if settings.embed_plugin and libraries:
-            config.plugins_to_serialize = [str(path) for path in libraries]
+        if settings.embed_plugin and loaded:
+            config.plugins_to_serialize = [str(path) for path in loaded]
         plan = builder.build_serialized_network(network, config)
         if plan is None:
-            raise explain(model.where, trt.name, heard)
+            raise explain(model.file.where, trt.name, heard)
         content = bytes(plan)
         layers = layers_of_log(heard) or _inspect(trt, content)
         cache = None if settings.timing_cache is None else bytes(config.get_timing_cache().serialize())
     verified, wrong = products_in_other_types(layers, model.products)
     if wrong:
         raise ModelError(
-            model.where,
+            model.file.where,
             f"{trt.name} built {len(wrong)} of {len(model.products)} products in another type than the graph has",
             got=", ".join(wrong[:3]),
-            fix="report it: an engine whose type is not what it says would be no good",
+            fix="please report it, with the file and the version of TensorRT",
         )
     taken = [layer for layer in layers if layer.plugin]
     if way == "plugin" and layers and len(taken) < expected:
         raise ModelError(
-            model.where,
+            model.file.where,
             f"{trt.name} did not keep the plugin for every FRN layer",
             got=len(taken),
             expected=expected,
@@ -99,7 +78,7 @@ def build_way(trt: TensorRT, model: TensorRTModel, way: Way, settings: Settings,
         backend=trt.flavour,
         version=trt.version,
         compute_capabilities=settings.targets,
-        inputs=model.inputs,
+        inputs=model.file.inputs,
         ranges=settings.ranges,
         outputs=outputs,
         frn=FrnRecord(
@@ -114,8 +93,10 @@ def build_way(trt: TensorRT, model: TensorRTModel, way: Way, settings: Settings,
         products=len(model.products),
         tf32=settings.tf32,
         hardware_compatible=settings.hardware_compatible,
-        embedded=tuple(path.name for path in libraries) if settings.embed_plugin else (),
+        embedded=tuple(path.name for path in loaded) if settings.embed_plugin else (),
         timing_cache=cache,
+        origin=origin(model.file, loaded),
+        source=model.file.path,
     )
 
 
@@ -128,23 +109,23 @@ def _parse(trt: TensorRT, builder: Any, model: TensorRTModel, way: Way) -> Any:
     try:
         content = model.prepared(way).SerializeToString()
     except ValueError as error:
-        raise ModelError(model.where, "is past 2 GB in one piece", fix="export it with --external-data") from error
-    read = parser.parse(content) if model.path is None else parser.parse(content, str(model.path))
+        raise ModelError(model.file.where, "is past 2 GB in one piece", fix="export it with --external-data") from error
+    read = parser.parse(content) if model.file.path is None else parser.parse(content, str(model.file.path))
     if not read:
         errors = [parser.get_error(index) for index in range(parser.num_errors)]
         said = "; ".join(" ".join(f"{e.node_operator()} {e.node_name()}: {e.desc()}".split()) for e in errors)
-        raise explain(model.where, trt.name, said)
+        raise explain(model.file.where, trt.name, said)
     for index in range(network.num_inputs):
         if network.get_input(index).is_shape_tensor:
             raise ModelError(
-                model.where,
+                model.file.where,
                 f"input {network.get_input(index).name!r} holds sizes that other tensors take",
                 fix="export with those sizes fixed, or taken from a tensor's shape",
             )
     found = _plugins_in(trt, network)
     if way == "plugin" and found < len(model.frn):
         raise ModelError(
-            model.where,
+            model.file.where,
             f"the parser of {trt.name} did not take the plugin for every FRN layer",
             got=found,
             expected=len(model.frn),
@@ -161,7 +142,7 @@ def _plugins_in(trt: TensorRT, network: Any) -> int:
 def _config(trt: TensorRT, builder: Any, model: TensorRTModel, settings: Settings) -> Any:
     module = trt.module
     config = builder.create_builder_config()
-    config.profiling_verbosity = module.ProfilingVerbosity.DETAILED  # or no layer would tell its types
+    config.profiling_verbosity = module.ProfilingVerbosity.DETAILED  # without it layers have no types
     if not settings.tf32:
         config.clear_flag(module.BuilderFlag.TF32)
     strict_nans = getattr(module.BuilderFlag, "STRICT_NANS", None)  # a NaN that goes in comes out
@@ -184,7 +165,7 @@ def _config(trt: TensorRT, builder: Any, model: TensorRTModel, settings: Setting
         config.num_compute_capabilities = len(names)
         for index, name in enumerate(names):
             config.set_compute_capability(getattr(module.ComputeCapability, name), index)
-    free = [spec.name for spec in model.inputs if any(isinstance(size, str) for size in spec.shape)]
+    free = [spec.name for spec in model.file.inputs if any(isinstance(size, str) for size in spec.shape)]
     if free:
         profile = builder.create_optimization_profile()
         for name in free:

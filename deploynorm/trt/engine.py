@@ -1,4 +1,4 @@
-"""A built TensorRT engine as a value, and the manifest that stands beside its file."""
+"""A built TensorRT engine as a value."""
 
 from __future__ import annotations
 
@@ -8,14 +8,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from deploynorm.errors import ModelError
-from deploynorm.inputs import TensorSpec
-from deploynorm.trt import Flavour
-from deploynorm.trt.layers import Layer, table
-from deploynorm.trt.model import Way
+from deploynorm.errors import InputError
+from deploynorm.files import staging
+from deploynorm.inputs import TensorSpec, shape_text
+from deploynorm.tables import table
+from deploynorm.trt.importing import Flavour
+from deploynorm.trt.layers import Layer, layer_counts
+from deploynorm.trt.manifest import manifest, manifest_path
 from deploynorm.trt.profile import Range
+from deploynorm.trt.settings import Way
 
-__all__ = ["Engine", "FrnRecord", "manifest_path", "read_manifest"]
+__all__ = ["Engine", "FrnRecord"]
 
 
 @dataclass(frozen=True)
@@ -41,26 +44,28 @@ class FrnRecord:
 
 @dataclass(frozen=True)
 class Engine:
-    """An engine and what is known of it.
+    """An engine and what is known of it; `print` shows what `deploynorm build` shows.
 
     Attributes:
         plan: What TensorRT reads.
-        backend: Which TensorRT built it, and alone can run it.
+        backend: Which TensorRT built it, and can run it.
         version: Of that.
         compute_capabilities: Of the GPUs that it runs on.
-        inputs: Names, shapes (a free axis by its name) and dtypes.
+        inputs: Names, shapes (a dynamic axis by its name) and dtypes.
         ranges: The shapes that each input may have.
-        outputs: As inputs; TensorRT has no names for free axes.
+        outputs: As inputs; TensorRT has no names for dynamic axes.
         frn: See FrnRecord.
         layers: As TensorRT lists them.
-        precision: Type of the convolutions and matrix products, as the engine's own layers tell it; "mixed" where it
-            is not one; None where TensorRT did not tell.
-        verified_products: How many of them told.
+        precision: Type of the convolutions and matrix products, as the engine's own layers say; "mixed" where it is
+            not one; None where TensorRT did not say.
+        verified_products: How many of them were found in the layers.
         products: How many the graph has.
         tf32: Whether float32 products may be rounded to TF32.
         hardware_compatible: The GPUs besides those that it runs on; see `build`.
         embedded: Names of the plugin libraries inside the plan.
         timing_cache: To be given to the next build; None for TensorRT-RTX, which times nothing.
+        origin: What it was built from; see deploynorm.trt.manifest.origin.
+        source: The ONNX file that it was built from, which no engine is to overwrite.
     """
 
     plan: bytes = field(repr=False)
@@ -79,6 +84,8 @@ class Engine:
     hardware_compatible: str | None = None
     embedded: tuple[str, ...] = ()
     timing_cache: bytes | None = field(default=None, repr=False)
+    origin: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    source: Path | None = None
 
     @property
     def passes(self) -> int:
@@ -89,6 +96,66 @@ class Engine:
     def moves(self) -> int:
         """How many layers copy into another layout and compute nothing."""
         return sum(layer.moves_only for layer in self.layers)
+
+    def __str__(self) -> str:
+        return self.tables()
+
+    def tables(self, verbose: bool = False) -> str:
+        """What the engine is for, its shapes, and its layers by kind.
+
+        Args:
+            verbose: Whether with each layer.
+        """
+        shapes = ((x.name, x.dtype, *map(shape_text, (x.shape, *self.ranges[x.name]))) for x in self.inputs)
+        parts = [
+            table("Engine", ("", ""), self._facts()),
+            table("Shapes", ("input", "type", "in the graph", "min", "opt", "max"), shapes),
+            table("Layers", ("kind", "types", "count"), layer_counts(self.layers)),
+        ]
+        if verbose:
+            columns = ("layer", "kind", "types", "computes")
+            each = ((x.name, x.kind, ", ".join(x.dtypes) or "-", ", ".join(x.nodes) or "-") for x in self.layers)
+            parts.append(table("Each layer", columns, each))
+        return "\n\n".join(parts)
+
+    def _facts(self) -> list[tuple[str, str]]:
+        precision = self.precision or "not reported by TensorRT"
+        if self.precision is not None:
+            precision += f" ({self.verified_products} of {self.products} products checked)"
+        rows = [
+            ("for", f"{self.backend} {self.version}, compute capability {', '.join(self.compute_capabilities)}"),
+            ("type", precision + (", with TF32" if self.tf32 and self.precision == "float32" else "")),
+            ("size", f"{len(self.plan) / 2**20:.1f} MiB"),
+        ]
+        if self.frn.way is not None:
+            rows += [("FRN", f"{self.frn.nodes} layers, {self.frn.way}"), ("why", self.frn.reason)]
+        return rows + ([("plugins inside", ", ".join(self.embedded))] if self.embedded else [])
+
+    def save(self, path: Path | str, *, timing_cache: Path | str | None = None) -> dict[str, Any]:
+        """Writes the engine and its manifest beside it, both or none; then the timing cache.
+
+        Args:
+            path: The engine's file; its manifest is `<path>.json`.
+            timing_cache: The file of the cache. Nothing is written for an engine without one.
+
+        Returns:
+            The manifest.
+
+        Raises:
+            InputError: The path is the ONNX file itself, or cannot be written to.
+        """
+        path = Path(path)
+        if self.source is not None and path.exists() and path.samefile(self.source):
+            raise InputError(f"output {path}", "is MODEL itself", fix="choose another output file")
+        with staging(path) as folder:
+            written = folder / path.name
+            written.write_bytes(self.plan)
+            record = manifest(self.to_dict(), self.origin, written)
+            manifest_path(written).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        if timing_cache is not None and self.timing_cache is not None:
+            with staging(Path(timing_cache)) as folder:
+                (folder / Path(timing_cache).name).write_bytes(self.timing_cache)
+        return record
 
     def to_dict(self) -> dict[str, Any]:
         """All but the plan, in what JSON has."""
@@ -116,28 +183,7 @@ class Engine:
                 "layers_that_write": dict(self.frn.passes),
                 "milliseconds": dict(self.frn.milliseconds),
             },
-            "layers": [{"kind": kind, "dtypes": dtypes, "count": count} for kind, dtypes, count in table(self.layers)],
+            "layers": [
+                {"kind": kind, "dtypes": dtypes, "count": count} for kind, dtypes, count in layer_counts(self.layers)
+            ],
         }
-
-
-def manifest_path(engine: Path) -> Path:
-    """model.engine.json beside model.engine."""
-    return engine.with_name(engine.name + ".json")
-
-
-def read_manifest(engine: Path) -> dict[str, Any] | None:
-    """What the manifest beside an engine says; None where there is none.
-
-    Raises:
-        ModelError: It is not what `deploynorm build` writes.
-    """
-    path = manifest_path(engine)
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise ModelError(str(path), f"cannot be read: {error}", fix="remove it, or build the engine again") from error
-    if not isinstance(content, dict) or not isinstance(content.get("engine"), dict):
-        raise ModelError(str(path), "is not a manifest of an engine", fix="remove it, or build the engine again")
-    return content

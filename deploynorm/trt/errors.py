@@ -1,4 +1,4 @@
-"""What TensorRT says when it fails, in our words."""
+"""The errors of TensorRT, as ours."""
 
 from __future__ import annotations
 
@@ -119,10 +119,10 @@ _KNOWN: Final = (
         "|initialization failure",
         BackendError,
         "needs an NVIDIA GPU with a driver that is new enough, and {name} finds none here",
-        "install the driver; TensorRT-RTX alone also builds without a GPU, with --compute-capability",
+        "install the driver; only TensorRT-RTX also builds without a GPU, with --compute-capability",
     ),
 )
-"""In order: the first that matches is told. A missing driver comes last, because without one TensorRT-RTX tells of it
+"""In order: the first that matches counts. A missing driver comes last, because without one TensorRT-RTX reports it
 beside every other error."""
 
 
@@ -138,7 +138,7 @@ def explain(where: str, name: str, said: Sequence[Message] | str) -> DeployNormE
     for known in _KNOWN:
         if re.search(known.text, text):
             return known.kind(where, known.problem.format(name=name), got=text or None, fix=known.fix)
-    return ModelError(where, f"{name} cannot take it", got=text or "no word from TensorRT")
+    return ModelError(where, f"{name} cannot take it", got=text or "no message from TensorRT")
 
 
 def words(heard: Sequence[Message]) -> str:

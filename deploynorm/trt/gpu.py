@@ -53,7 +53,7 @@ class Gpu:
 
     @contextmanager
     def current(self) -> Iterator[None]:
-        """Makes the device the current one of this thread, as TensorRT wants it."""
+        """Makes the device the current one of this thread, as TensorRT requires."""
         with torch.cuda.device(self.device):
             yield
 

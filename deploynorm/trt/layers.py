@@ -1,6 +1,6 @@
 """The layers of a built engine, as TensorRT lists them: where there is a GPU by its inspector, else in the build's log.
 
-An engine is believed to compute in float16 when its layers say so, and not because it was asked for.
+That an engine computes in float16 is read from its layers, and not taken from what was asked for.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, Final, NamedTuple
 
 from deploynorm.trt.errors import Message
 
-__all__ = ["Layer", "Tensor", "layers_of_inspector", "layers_of_log", "products_in_other_types", "table"]
+__all__ = ["Layer", "Tensor", "layer_counts", "layers_of_inspector", "layers_of_log", "products_in_other_types"]
 
 _DTYPES: Final = {
     "float": "float32",
@@ -39,7 +39,7 @@ _IN_LOG = re.compile(
 
 
 class Tensor(NamedTuple):
-    """One side of a layer; what TensorRT does not tell is empty."""
+    """One side of a layer; what TensorRT does not say is empty."""
 
     name: str
     dtype: str
@@ -80,7 +80,7 @@ class Layer:
 
 
 def layers_of_log(heard: Iterable[Message]) -> tuple[Layer, ...]:
-    """The layers that a build with detailed verbosity tells at the end; empty where it did not."""
+    """The layers that a build with detailed verbosity lists at the end; empty where it did not."""
     for _, text in heard:
         if text.startswith("Layers:"):
             return tuple(
@@ -97,7 +97,7 @@ def layers_of_log(heard: Iterable[Message]) -> tuple[Layer, ...]:
 
 
 def layers_of_inspector(text: str) -> tuple[Layer, ...]:
-    """The same out of the JSON of an engine inspector; empty where the engine was built without details."""
+    """The layers in the JSON of an engine inspector; empty where the engine was built without details."""
     try:
         listed = list(json.loads(text)["Layers"])
     except (ValueError, KeyError, TypeError):
@@ -146,7 +146,7 @@ def _float_inputs(layer: Layer) -> set[str]:
     return {tensor.dtype for tensor in layer.inputs} & {"float32", "float16", "bfloat16"}
 
 
-def table(layers: Iterable[Layer]) -> list[tuple[str, str, int]]:
+def layer_counts(layers: Iterable[Layer]) -> list[tuple[str, str, int]]:
     """Kind, types and number of the layers, the most frequent first."""
     counts = Counter((layer.kind, ", ".join(layer.dtypes) or "-") for layer in layers)
     return [(kind, dtypes, count) for (kind, dtypes), count in counts.most_common()]
@@ -170,11 +170,11 @@ def _braced(text: str) -> list[dict[str, str]]:
 
 
 def _tensor(entry: Any) -> Tensor:
-    if not isinstance(entry, Mapping):  # an engine built without details lists names alone
+    if not isinstance(entry, Mapping):  # an engine built without details lists names only
         return Tensor(str(entry), "", "")
     layout = str(entry.get("Format", entry.get("Format/Datatype", "")))
-    told = f"{entry.get('Datatype', '')} {entry.get('Format/Datatype', '')}".lower()
-    dtype = next((_DTYPES[word] for word in re.findall(r"\w+", told) if word in _DTYPES), "")
+    words = f"{entry.get('Datatype', '')} {entry.get('Format/Datatype', '')}".lower()
+    dtype = next((_DTYPES[word] for word in re.findall(r"\w+", words) if word in _DTYPES), "")
     return Tensor(str(entry.get("Name", "")), dtype, layout)
 
 

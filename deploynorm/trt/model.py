@@ -1,4 +1,4 @@
-"""An ONNX model as TensorRT is to get it: checked where TensorRT would not look, and sent down one of two ways.
+"""An ONNX model as TensorRT is to get it: checked for what TensorRT does not check, and prepared for one of two ways.
 
 The plugin is taken when the node names it and no function body of the model stands in its way (TensorRT before 10.7
 prefers a body). The body is taken when its name is one that no plugin has. Both are changes of a copy in memory, so
@@ -9,29 +9,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal
 
-import google.protobuf.message
 import onnx
 import onnx.shape_inference
 
 from deploynorm.contract import DOMAIN, INPUTS, METADATA_CPU, MIN_OPSET, NODE_ATTRIBUTES, OP_TYPE, OUTPUT, PARAMETERS
+from deploynorm.dtypes import ONNX_HALF
 from deploynorm.errors import ModelError
-from deploynorm.inputs import TensorSpec
 from deploynorm.lowering import function_proto, register_schema
+from deploynorm.onnx_file import OnnxFile, OnnxSource, all_nodes
+from deploynorm.trt.settings import Way
 
-__all__ = ["BODY", "TensorRTModel", "Way"]
-
-Way = Literal["plugin", "native"]
-"""plugin: our kernel. native: the operator's body in standard operators, which TensorRT fuses as it can."""
+__all__ = ["BODY", "TensorRTModel"]
 
 BODY = f"{OP_TYPE}Body"
 """Name of the function body on the native way: TensorRT finds plugins and functions by name."""
 
 _PRODUCTS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
-_HALF = (onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16)
-_CHILDREN = (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS)
 
 
 @dataclass(frozen=True)
@@ -39,25 +33,19 @@ class TensorRTModel:
     """A model that passed the checks.
 
     Attributes:
-        where: Its file, for messages.
-        proto: As read, the external part of its weights left outside.
-        path: The file, beside which TensorRT looks for external data; None for a model in memory.
-        inputs: Name, shape and dtype of each input.
+        file: As read; TensorRT looks for external data beside its path.
         frn: Names of the nodes of our operator, as TensorRT calls them.
         products: Element type of each convolution and matrix product, by the name of its node.
         half: Whether one of our nodes works on float16 or bfloat16.
     """
 
-    where: str
-    proto: onnx.ModelProto
-    path: Path | None
-    inputs: tuple[TensorSpec, ...]
+    file: OnnxFile
     frn: tuple[str, ...]
     products: Mapping[str, str]
     half: bool
 
     @classmethod
-    def read(cls, model: str | Path | onnx.ModelProto) -> TensorRTModel:
+    def read(cls, model: OnnxSource) -> TensorRTModel:
         """Reads and checks a model.
 
         Raises:
@@ -65,12 +53,11 @@ class TensorRTModel:
                 the contract has it, a function of its name in another domain, or float64, which TensorRT lacks and
                 takes for float32 without a word.
         """
-        path = None if isinstance(model, onnx.ModelProto) else Path(model)
-        where = "model (in memory)" if path is None else str(path)
-        proto = model if isinstance(model, onnx.ModelProto) else _load(Path(model))
+        file = OnnxFile.read(model)
+        where, proto = file.where, file.proto
         if not proto.graph.node:
-            raise ModelError(where, "an ONNX file without a graph, or cut short", fix="export it again")
-        if any(entry.key == METADATA_CPU for entry in proto.metadata_props):
+            raise ModelError(where, "has a graph without nodes", fix="export it again")
+        if METADATA_CPU in file.metadata:
             raise ModelError(
                 where, "was rewritten for ONNX Runtime on a processor", fix="build from the file it was made from"
             )
@@ -78,15 +65,12 @@ class TensorRTModel:
         for node in nodes:
             _check_node(where, node)
         types = _types(proto)
-        _check_types(where, proto, nodes, types)
+        _check_types(file, nodes, types)
         return cls(
-            where,
-            proto,
-            path,
-            tuple(_spec(where, value) for value in _fed(proto.graph)),
+            file,
             tuple(map(_name, nodes)),
             _products(proto, types),
-            any(types[node.input[0]].elem_type in _HALF for node in nodes if node.input[0] in types),
+            any(types[node.input[0]].elem_type in ONNX_HALF for node in nodes if node.input[0] in types),
         )
 
     def prepared(self, way: Way) -> onnx.ModelProto:
@@ -97,13 +81,13 @@ class TensorRTModel:
                 the file brings no body, and its opset is too old for ours.
         """
         proto = onnx.ModelProto()
-        proto.CopyFrom(self.proto)
+        proto.CopyFrom(self.file.proto)
         others = [f for f in proto.functions if (f.domain, f.name) != (DOMAIN, OP_TYPE)]
         clash = next((f for f in others if f.name in (OP_TYPE, BODY)), None)
         if clash is not None and self.frn:
             raise ModelError(
-                self.where,
-                "another local function has the operator's name, and TensorRT finds functions by name alone",
+                self.file.where,
+                "another local function has the operator's name, and TensorRT finds functions by name only",
                 got=f"{clash.domain}::{clash.name}",
                 fix="rename that function",
             )
@@ -125,13 +109,13 @@ class TensorRTModel:
 
     def _body(self) -> onnx.FunctionProto:
         own: onnx.FunctionProto
-        for own in self.proto.functions:
+        for own in self.file.proto.functions:
             if (own.domain, own.name) == (DOMAIN, OP_TYPE):
                 return own
-        opset = _opset(self.proto)
+        opset = _opset(self.file.proto)
         if opset < MIN_OPSET:
             raise ModelError(
-                self.where,
+                self.file.where,
                 "brings no function body, and its opset is too old for ours",
                 got=f"opset {opset}",
                 expected=f"{MIN_OPSET} or later",
@@ -144,32 +128,12 @@ def _opset(proto: onnx.ModelProto) -> int:
     return next((entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx")), 0)
 
 
-def _load(path: Path) -> onnx.ModelProto:
-    if not path.is_file():
-        raise ModelError(str(path), "no such file", fix="check the path")
-    try:
-        return onnx.load(path, load_external_data=False)
-    except google.protobuf.message.DecodeError as error:
-        raise ModelError(str(path), "not an ONNX file, or cut short", fix="export it again") from error
-    except OSError as error:
-        raise ModelError(str(path), f"cannot be read: {error.strerror}") from error
-
-
 def _all_nodes(proto: onnx.ModelProto) -> Iterator[onnx.NodeProto]:
     """Of the graph, its subgraphs, and the functions other than our own body."""
-    yield from _nodes(proto.graph.node)
+    yield from all_nodes(proto.graph.node)
     for function in proto.functions:
         if (function.domain, function.name) != (DOMAIN, OP_TYPE):
-            yield from _nodes(function.node)
-
-
-def _nodes(nodes: Iterator[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
-    for node in nodes:
-        yield node
-        for attribute in node.attribute:
-            if attribute.type in _CHILDREN:
-                for graph in (attribute.g, *attribute.graphs):
-                    yield from _nodes(graph.node)
+            yield from all_nodes(function.node)
 
 
 def _is_frn(node: onnx.NodeProto) -> bool:
@@ -234,13 +198,12 @@ def _types(proto: onnx.ModelProto) -> dict[str, onnx.TypeProto.Tensor]:
     return types
 
 
-def _check_types(
-    where: str, proto: onnx.ModelProto, nodes: list[onnx.NodeProto], types: Mapping[str, onnx.TypeProto.Tensor]
-) -> None:
-    for value in (*_fed(proto.graph), *(x for x in proto.graph.output)):
-        if value.type.tensor_type.elem_type == onnx.TensorProto.DOUBLE:
+def _check_types(file: OnnxFile, nodes: list[onnx.NodeProto], types: Mapping[str, onnx.TypeProto.Tensor]) -> None:
+    where = file.where
+    for name in (*(spec.name for spec in file.inputs), *file.output_names):
+        if name in types and types[name].elem_type == onnx.TensorProto.DOUBLE:
             raise ModelError(
-                f"{where}, {value.name}", "TensorRT has no float64", fix="export the network in float32 or float16"
+                f"{where}, {name}", "TensorRT has no float64", fix="export the network in float32 or float16"
             )
     for node in nodes:
         x = types.get(node.input[0])
@@ -272,16 +235,3 @@ def _products(proto: onnx.ModelProto, types: Mapping[str, onnx.TypeProto.Tensor]
         if node.domain in ("", "ai.onnx") and node.op_type in _PRODUCTS and known:
             found[_name(node)] = str(onnx.helper.tensor_dtype_to_np_dtype(known[0]).name)
     return found
-
-
-def _fed(graph: onnx.GraphProto) -> list[onnx.ValueInfoProto]:
-    constants = {tensor.name for tensor in graph.initializer}
-    return [value for value in graph.input if value.name not in constants]
-
-
-def _spec(where: str, value: onnx.ValueInfoProto) -> TensorSpec:
-    tensor = value.type.tensor_type
-    if not tensor.HasField("shape") or tensor.elem_type in (0, onnx.TensorProto.STRING):
-        raise ModelError(where, f"input {value.name!r} is not a numeric tensor of known rank", fix="export it again")
-    sizes = (dim.dim_value if dim.HasField("dim_value") else dim.dim_param or "?" for dim in tensor.shape.dim)
-    return TensorSpec(value.name, tuple(sizes), onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type).name)

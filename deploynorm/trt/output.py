@@ -16,7 +16,7 @@ __all__ = ["WaitingOutput"]
 
 
 class WaitingOutput:
-    """An output whose size TensorRT tells while it runs."""
+    """An output whose size TensorRT reports while it runs."""
 
     def __init__(self, gpu: Gpu, dtype: torch.dtype) -> None:
         self._gpu, self._dtype = gpu, dtype

@@ -1,4 +1,4 @@
-"""Which shapes an engine is built for: the range of every input that has free axes."""
+"""Which shapes an engine is built for: the range of every input that has dynamic axes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from deploynorm.errors import InputError
-from deploynorm.inputs import Shape, TensorSpec
+from deploynorm.inputs import Shape, TensorSpec, shape_text
 
 __all__ = ["Range", "ranges"]
 
@@ -28,7 +28,7 @@ def ranges(
 ) -> dict[str, Range]:
     """The range of each input, in order.
 
-    Where one of the three is not given: opt is max, else min; max is opt; min is opt with a free batch of 1.
+    Where one of the three is not given: opt is max, else min; max is opt; min is opt with a dynamic batch of 1.
 
     Args:
         specs: Inputs of the model.
@@ -37,7 +37,7 @@ def ranges(
         maximum: Largest shapes.
 
     Raises:
-        InputError: An input with free axes has no range, or its range does not fit or is upside down; two sizes
+        InputError: An input with dynamic axes has no range, or its range does not fit or is upside down; two sizes
             for one name; or a shape for an input that is not there.
     """
     given = {"min": minimum, "opt": optimum, "max": maximum}
@@ -45,8 +45,8 @@ def ranges(
     for option, shapes in given.items():
         for name in shapes:
             if name not in names and not (name == "" and len(names) == 1):
-                told = f"no input is called {name!r}" if name else "a shape without a name, but several inputs"
-                raise InputError(f"--{option}-shapes", told, got=", ".join(map(repr, shapes)), expected=names)
+                problem = f"no input is called {name!r}" if name else "a shape without a name, but several inputs"
+                raise InputError(f"--{option}-shapes", problem, got=", ".join(map(repr, shapes)), expected=names)
     found: dict[str, Range] = {}
     sizes: dict[tuple[str, str], int] = {}
     for spec in specs:
@@ -69,7 +69,7 @@ def ranges(
             raise InputError(
                 f"input {spec.name}",
                 "its shapes are not in order",
-                got=f"min {_text(low)}, opt {_text(best)}, max {_text(high)}",
+                got=f"min {shape_text(low)}, opt {shape_text(best)}, max {shape_text(high)}",
                 expected="min <= opt <= max on every axis",
             )
     return found
@@ -84,8 +84,8 @@ def _range(spec: TensorSpec, low: Shape | None, best: Shape | None, high: Shape 
         example = "x".join(str(size) if isinstance(size, int) else "8" for size in spec.shape)
         raise InputError(
             f"input {spec.name}",
-            "some of its axes are free, and no range was given for it",
-            got=_text(spec.shape),
+            "some of its axes are dynamic, and no range was given for it",
+            got=shape_text(spec.shape),
             fix=f"--min-shapes, --opt-shapes and --max-shapes {spec.name}:{example}; one of them is enough",
         )
     batch_of_one = (1, *best[1:]) if isinstance(spec.shape[0], str) else best
@@ -98,9 +98,8 @@ def _check_fit(spec: TensorSpec, option: str, shape: Shape) -> None:
     )
     if not fits:
         raise InputError(
-            f"--{option}-shapes", f"does not fit input {spec.name}", got=_text(shape), expected=_text(spec.shape)
+            f"--{option}-shapes",
+            f"does not fit input {spec.name}",
+            got=shape_text(shape),
+            expected=shape_text(spec.shape),
         )
-
-
-def _text(shape: Sequence[int | str]) -> str:
-    return "x".join(map(str, shape)) or "a scalar"

@@ -1,7 +1,7 @@
 """A second name for a shared library that this process has loaded, for a program that opens it by that name.
 
 TensorRT-RTX's ONNX parser opens "libtensorrt_rtx.so" when it meets a plugin, its wheel brings libtensorrt_rtx.so.1
-alone, and the parser ends the process when the name is not found. A file of that name would have to stand in a folder
+only, and the parser ends the process when the name is not found. A file of that name would have to stand in a folder
 of LD_LIBRARY_PATH before Python starts. The loader also takes a library that is there under its DT_SONAME: so the name
 is given to an empty one, made here, that needs the real one. No compiler is needed, and nothing touches the disk.
 """
@@ -22,7 +22,7 @@ __all__ = ["also_known_as", "empty_library", "loaded_library"]
 
 @cache
 def also_known_as(name: str, library: str) -> None:
-    """Makes `name` findable for dlopen in this process, with the symbols of `library` behind it. Linux alone.
+    """Makes `name` findable for dlopen in this process, with the symbols of `library` behind it. Linux only.
 
     Args:
         name: As the program opens it, such as "libtensorrt_rtx.so".

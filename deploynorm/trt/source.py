@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from deploynorm.dtypes import HALF
 from deploynorm.errors import BackendError, ModelError
 from deploynorm.inputs import TensorSpec
 from deploynorm.trt import FLAVOURS, Flavour, TensorRT
-from deploynorm.trt.engine import Engine, read_manifest
+from deploynorm.trt.engine import Engine
+from deploynorm.trt.manifest import read_manifest
 
 __all__ = ["EngineSource"]
 
@@ -38,8 +40,8 @@ class EngineSource:
 
     @property
     def backend(self) -> Flavour | Literal["auto"]:
-        told = self.known.get("backend")
-        return next((flavour for flavour in FLAVOURS if flavour == told), "auto")
+        named = self.known.get("backend")
+        return next((flavour for flavour in FLAVOURS if flavour == named), "auto")
 
     @property
     def needs_plugin(self) -> bool:
@@ -48,7 +50,7 @@ class EngineSource:
     @property
     def half_type(self) -> str | None:
         precision = self.known.get("precision")
-        return precision if precision in ("float16", "bfloat16") else None
+        return precision if precision in HALF else None
 
     def check_version(self, trt: TensorRT) -> None:
         built = self.known.get("version")
@@ -75,7 +77,7 @@ class EngineSource:
             )
 
     def named(self, spec: TensorSpec) -> TensorSpec:
-        """With the names that free axes had in the ONNX graph, where they are known."""
+        """With the names that dynamic axes had in the ONNX graph, where they are known."""
         for entry in self.known.get("inputs", ()):
             if entry.get("name") == spec.name and len(entry.get("shape", ())) == len(spec.shape):
                 return TensorSpec(spec.name, tuple(entry["shape"]), spec.dtype)

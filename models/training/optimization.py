@@ -1,15 +1,15 @@
-"""Which parameters decay, the learning rate of each step, and the moving average of weights and statistics."""
+"""The learning rate of each step, and the moving average of weights and statistics."""
 
 from __future__ import annotations
 
 import math
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-__all__ = ["averaged", "lr_factor", "parameter_groups"]
+__all__ = ["averaged", "lr_factor"]
 
 Tensors: TypeAlias = "list[Tensor] | tuple[Tensor, ...]"
 
@@ -19,19 +19,6 @@ def lr_factor(step: int, warmup: int, total: int) -> float:
     if step < warmup:
         return 0.5 - 0.5 * math.cos(math.pi * (step + 1) / (warmup + 1))
     return 0.5 + 0.5 * math.cos(math.pi * (step - warmup) / (total - warmup))
-
-
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Parameters in two groups, with and without weight decay.
-
-    Only the weights of convolutions and linear layers decay. Norm parameters, tau, eps_l and biases, all of one axis
-    or none, do not: shrinking them changes what the network can express and regularises nothing.
-    """
-    parameters = list(model.parameters())
-    return [
-        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
-    ]
 
 
 def averaged(model: nn.Module, decay: float) -> AveragedModel:

@@ -1,4 +1,4 @@
-// How the CUDA kernels read and write each element type, alone and in packs of 16 bytes.
+// How the CUDA kernels read and write each element type, alone and in vectors of 16 bytes.
 
 #ifndef DEPLOYNORM_KERNELS_ELEMENT_CUH_
 #define DEPLOYNORM_KERNELS_ELEMENT_CUH_
@@ -13,7 +13,7 @@
 namespace deploynorm {
 namespace {
 
-constexpr int kPackBytes = 16;  // the widest access that every device has
+constexpr int kVecBytes = 16;  // the widest load and store that every device has
 
 // The type that an element is computed in, and the one rounding on the way back.
 template <typename Storage>
@@ -58,21 +58,20 @@ __device__ __forceinline__ double normalised(double x, double scale, double beta
 
 // Neighbouring elements, read or written by one instruction where there are as many as 16 bytes hold. 16-bit elements
 // stay two to a register: alone, each would take a whole one.
-template <typename Storage, int kCount>
-struct Pack {
-  using Element = Storage;
-  static constexpr int kElements = kCount;
-  static constexpr bool kWhole = kCount * sizeof(Storage) == kPackBytes;
-  static_assert(kWhole || kCount == 1, "16 bytes, or one element");
+template <typename Storage, int kVecSize>
+struct Vec {
+  static constexpr int kSize = kVecSize;
+  static constexpr bool kWhole = kVecSize * sizeof(Storage) == kVecBytes;
+  static_assert(kWhole || kVecSize == 1, "16 bytes, or one element");
   static constexpr bool kPairs = kWhole && sizeof(Storage) == 2;
   using Word = std::conditional_t<kPairs, uint32_t, Storage>;
 
-  __align__(kWhole ? kPackBytes : sizeof(Storage)) Word words[kPairs ? kCount / 2 : kCount];
+  __align__(kWhole ? kVecBytes : sizeof(Storage)) Word words[kPairs ? kVecSize / 2 : kVecSize];
 
-  static __device__ __forceinline__ Pack load(const Storage* from) {
-    Pack pack;
-    copy(from, reinterpret_cast<Storage*>(pack.words));
-    return pack;
+  static __device__ __forceinline__ Vec load(const Storage* from) {
+    Vec vec;
+    copy(from, reinterpret_cast<Storage*>(vec.words));
+    return vec;
   }
 
   // To global memory. The function is one instruction; of an assignment the compiler may make four of 4 bytes.
@@ -95,43 +94,43 @@ struct Pack {
     }
   }
 
-  __device__ __forceinline__ Arithmetic<Storage> get(int lane) const {
+  __device__ __forceinline__ Arithmetic<Storage> get(int i) const {
     if constexpr (kPairs) {
-      const uint16_t bits = static_cast<uint16_t>(words[lane / 2] >> (lane % 2 * 16));
+      const uint16_t bits = static_cast<uint16_t>(words[i / 2] >> (i % 2 * 16));
       Storage element;
       memcpy(&element, &bits, sizeof element);
       return widen(element);
     } else {
-      return widen(words[lane]);
+      return widen(words[i]);
     }
   }
 
-  // Makes of each lane work(lane, what is in it).
+  // Replaces each element i by work(i, element).
   template <typename Work>
   __device__ __forceinline__ void transform(Work work) {
     if constexpr (kPairs) {
 #pragma unroll
-      for (int lane = 0; lane < kElements; lane += 2) {
-        words[lane / 2] = narrow_pair<Storage>(work(lane, get(lane)), work(lane + 1, get(lane + 1)));
+      for (int i = 0; i < kSize; i += 2) {
+        words[i / 2] = narrow_pair<Storage>(work(i, get(i)), work(i + 1, get(i + 1)));
       }
     } else {
 #pragma unroll
-      for (int lane = 0; lane < kElements; ++lane) narrow(work(lane, get(lane)), &words[lane]);
+      for (int i = 0; i < kSize; ++i) narrow(work(i, get(i)), &words[i]);
     }
   }
 
-  // Makes a lane zero.
-  __device__ __forceinline__ void clear(int lane) {
+  // Makes an element zero.
+  __device__ __forceinline__ void clear(int i) {
     if constexpr (kPairs) {
-      words[lane / 2] &= ~(0xffffu << (lane % 2 * 16));
+      words[i / 2] &= ~(0xffffu << (i % 2 * 16));
     } else {
-      narrow(Arithmetic<Storage>(0), &words[lane]);
+      narrow(Arithmetic<Storage>(0), &words[i]);
     }
   }
 };
 
 template <typename Storage>
-constexpr int kPackElements = kPackBytes / sizeof(Storage);
+constexpr int kWholeVec = kVecBytes / sizeof(Storage);  // elements of a vector of 16 bytes
 
 }  // namespace
 }  // namespace deploynorm

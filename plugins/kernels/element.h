@@ -7,6 +7,14 @@
 
 #include <stdint.h>
 
+#include <type_traits>
+
+#include "frn.h"
+
+// Where a call would pass vectors through memory.
+#define DEPLOYNORM_INLINE inline __attribute__((always_inline))
+#define DEPLOYNORM_INLINED __attribute__((always_inline))  // of a lambda
+
 namespace deploynorm {
 namespace {
 
@@ -18,13 +26,22 @@ constexpr int kVectorBytes = 32;
 constexpr int kVectorBytes = 16;
 #endif
 
-template <typename Scalar, int kLanes>
+template <typename Scalar, int kVecSize>
 struct VectorOf {
-  typedef Scalar Type __attribute__((vector_size(kLanes * sizeof(Scalar))));
+  typedef Scalar Type __attribute__((vector_size(kVecSize * sizeof(Scalar))));
 };
 
+// work(index) for each index below kCount, a constant: what arrays hold in such a loop stays in registers.
+template <int kCount, typename Work>
+DEPLOYNORM_INLINE void unrolled(Work work) {
+  if constexpr (kCount > 0) {
+    unrolled<kCount - 1>(work);
+    work(std::integral_constant<int, kCount - 1>());
+  }
+}
+
 template <typename To, typename From>
-inline To bits_as(From from) {
+DEPLOYNORM_INLINE To bits_as(From from) {
   static_assert(sizeof(To) == sizeof(From), "the same bits");
   To to;
   __builtin_memcpy(&to, &from, sizeof to);
@@ -32,33 +49,33 @@ inline To bits_as(From from) {
 }
 
 template <typename Vector, typename Scalar>
-inline Vector unaligned(const Scalar* from) {
+DEPLOYNORM_INLINE Vector unaligned(const Scalar* from) {
   Vector vector;
   __builtin_memcpy(&vector, from, sizeof vector);
   return vector;
 }
 
-// to[0] to to[lanes - 1] += vector.
+// to[0] and so on += vector.
 template <typename Vector, typename Scalar>
-inline void add_to(Scalar* to, Vector vector) {
+DEPLOYNORM_INLINE void add_unaligned(Scalar* to, Vector vector) {
   const Vector sum = unaligned<Vector>(to) + vector;
   __builtin_memcpy(to, &sum, sizeof sum);
 }
 
-constexpr int kFloatLanes = kVectorBytes / 4;
-using FloatVector = VectorOf<float, kFloatLanes>::Type;
-using BitsVector = VectorOf<uint32_t, kFloatLanes>::Type;
-using HalfVector = VectorOf<uint16_t, kFloatLanes>::Type;
+constexpr int kFloats = kVectorBytes / 4;
+using FloatVector = VectorOf<float, kFloats>::Type;
+using BitsVector = VectorOf<uint32_t, kFloats>::Type;
+using HalfVector = VectorOf<uint16_t, kFloats>::Type;
 
 // The types whose arithmetic is their own.
 template <typename Scalar>
 struct Native {
   using Storage = Scalar;
   using Arithmetic = Scalar;
-  static constexpr int kLanes = kVectorBytes / sizeof(Scalar);
-  using Vector = typename VectorOf<Scalar, kLanes>::Type;
-  static Vector load(const Scalar* from) { return unaligned<Vector>(from); }
-  static void store(Vector value, Scalar* to) { __builtin_memcpy(to, &value, sizeof value); }
+  static constexpr int kVecSize = kVectorBytes / sizeof(Scalar);
+  using Vector = typename VectorOf<Scalar, kVecSize>::Type;
+  static DEPLOYNORM_INLINE Vector load(const Scalar* from) { return unaligned<Vector>(from); }
+  static DEPLOYNORM_INLINE void store(Vector value, Scalar* to) { __builtin_memcpy(to, &value, sizeof value); }
 };
 
 using Float32 = Native<float>;
@@ -69,12 +86,12 @@ template <typename Bits>
 struct Half {
   using Storage = uint16_t;
   using Arithmetic = float;
-  static constexpr int kLanes = kFloatLanes;
+  static constexpr int kVecSize = kFloats;
   using Vector = FloatVector;
-  static Vector load(const uint16_t* from) {
+  static DEPLOYNORM_INLINE Vector load(const uint16_t* from) {
     return Bits::widen(__builtin_convertvector(unaligned<HalfVector>(from), BitsVector));
   }
-  static void store(Vector value, uint16_t* to) {
+  static DEPLOYNORM_INLINE void store(Vector value, uint16_t* to) {
     const HalfVector half = __builtin_convertvector(Bits::narrow(value), HalfVector);
     __builtin_memcpy(to, &half, sizeof half);
   }
@@ -84,7 +101,7 @@ struct Half {
 struct Binary16 {
   static constexpr uint32_t kRebias = (127u - 15u) << 23;
 
-  static FloatVector widen(BitsVector half) {
+  static DEPLOYNORM_INLINE FloatVector widen(BitsVector half) {
     const BitsVector magnitude = (half & 0x7fffu) << 13;
     const BitsVector normal = magnitude + kRebias;
     const BitsVector not_finite = normal + kRebias;  // exponent 31 becomes 255
@@ -96,7 +113,7 @@ struct Binary16 {
     return bits_as<FloatVector>(value | (half & 0x8000u) << 16);
   }
 
-  static BitsVector narrow(FloatVector value) {
+  static DEPLOYNORM_INLINE BitsVector narrow(FloatVector value) {
     const BitsVector bits = bits_as<BitsVector>(value);
     const BitsVector magnitude = bits & 0x7fffffffu;
     // Half a unit of the kept fraction, less one where that fraction is even: ties go to even.
@@ -113,9 +130,9 @@ struct Binary16 {
 
 // The upper half of a float32.
 struct Upper16 {
-  static FloatVector widen(BitsVector half) { return bits_as<FloatVector>(half << 16); }
+  static DEPLOYNORM_INLINE FloatVector widen(BitsVector half) { return bits_as<FloatVector>(half << 16); }
 
-  static BitsVector narrow(FloatVector value) {
+  static DEPLOYNORM_INLINE BitsVector narrow(FloatVector value) {
     const BitsVector bits = bits_as<BitsVector>(value);
     const BitsVector rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
     return (bits & 0x7fffffffu) > 0x7f800000u ? (bits >> 16 | 0x40u) : rounded;
@@ -125,19 +142,60 @@ struct Upper16 {
 using Float16 = Half<Binary16>;
 using BFloat16 = Half<Upper16>;
 
+// run(Element()) for the element of a type. Returns 0; 1 for a type that is not there.
+template <typename Run>
+inline int run_with_type(int32_t type, Run run) {
+  switch (type) {
+    case DEPLOYNORM_FLOAT32:
+      run(Float32());
+      return 0;
+    case DEPLOYNORM_FLOAT64:
+      run(Float64());
+      return 0;
+    case DEPLOYNORM_FLOAT16:
+      run(Float16());
+      return 0;
+    case DEPLOYNORM_BFLOAT16:
+      run(BFloat16());
+      return 0;
+    default:
+      return 1;
+  }
+}
+
 // Fewer elements than a vector: the lanes beyond are zero, and are not written.
 template <typename Element>
 inline typename Element::Vector load_some(const typename Element::Storage* from, int count) {
-  typename Element::Storage lanes[Element::kLanes] = {};
+  typename Element::Storage lanes[Element::kVecSize] = {};
   for (int i = 0; i < count; ++i) lanes[i] = from[i];
   return Element::load(lanes);
 }
 
 template <typename Element>
 inline void store_some(typename Element::Vector value, typename Element::Storage* to, int count) {
-  typename Element::Storage lanes[Element::kLanes];
+  typename Element::Storage lanes[Element::kVecSize];
   Element::store(value, lanes);
   for (int i = 0; i < count; ++i) to[i] = lanes[i];
+}
+
+// The elements from `first` on, with zeros before them.
+template <typename Element>
+DEPLOYNORM_INLINE typename Element::Vector from_lane(int first, typename Element::Vector vector) {
+  typename Element::Vector lane;
+  for (int i = 0; i < Element::kVecSize; ++i) lane[i] = static_cast<typename Element::Arithmetic>(i);
+  return lane >= static_cast<typename Element::Arithmetic>(first) ? vector : typename Element::Vector{};
+}
+
+// The sum of a vector's lanes. Halves are added until one lane is left; compilers add the lanes one after the other.
+template <typename Scalar, int kVecSize>
+DEPLOYNORM_INLINE Scalar reduce_add(typename VectorOf<Scalar, kVecSize>::Type vector) {
+  if constexpr (kVecSize == 1) {
+    return vector[0];
+  } else {
+    typename VectorOf<Scalar, kVecSize / 2>::Type halves[2];
+    __builtin_memcpy(halves, &vector, sizeof vector);
+    return reduce_add<Scalar, kVecSize / 2>(halves[0] + halves[1]);
+  }
 }
 
 }  // namespace

@@ -1,13 +1,10 @@
-// Which CUDA kernel runs, cut how, and its launch: the C interface of frn.h.
+// The forward pass on CUDA: y = max(scale * x + beta, tau) with scale = gamma / sqrt(mean(x^2) + eps).
 //
-// What has to move, S being the bytes of x: S read and S written where a group fits on the chip, else 2 S read and S
-// written, of which a last-level cache that holds the groups in flight serves the second reading. The parameters are
-// nothing beside that, nor is arithmetic: some 10 instructions an element, where a device has time for 50 and more.
-// At the bandwidth of a copy, B bytes read and written a second, the time is 2 S / B. On an H200 (B about 4e12 of its
-// 4.8e12) and an H100 (about 2.8e12 of 3.35e12), for ResNet-50's shapes in float16 at batch 64:
-//     64x64x112x112  103 MB   51 us   73 us       64x512x28x28   51 MB   26 us   37 us
-//     64x256x56x56   103 MB   51 us   73 us       64x1024x14x14  26 MB   13 us   18 us   (fits the second-level cache)
-// and twice that in float32. Batch 1 is a matter of the launch, 2 to 3 us, not of bytes.
+// Bytes moved, S being those of x: S read and S written where a group fits on the chip, else 2 S read and S written, of
+// which a last-level cache that holds the groups in flight serves the second reading. The parameters are nothing beside
+// that, nor is arithmetic: some 10 instructions an element, where a device has time for 50 and more. So the bound is
+// the time of a copy. Measured on an H100 for ResNet-50's shapes at batch 32, the time of PyTorch's copy was 0.81 to
+// 0.95 of ours in float32 NCHW, 0.60 to 0.93 in bfloat16 (benchmarks/README.md, benchmarks/results/gpu_h100.json).
 //
 // variant     layout  one block has                      runs where
 // packed      NCHW    several planes, shared memory      a plane is at most 4 KiB (2 of 16-bit types of odd size)
@@ -15,168 +12,117 @@
 // two_passes  both    a group, read twice                it is larger, and there are groups for all multiprocessors
 // split       both    a part of a group, two launches    it is larger, there are few, and there is a workspace
 
-#include "frn.cuh"
 #include "frn.h"
 #include "launch.cuh"
 
 namespace deploynorm {
 namespace {
 
-// For each capacity that registers is compiled for, whether `packs` of a group fit into a block's.
-bool hold(int64_t packs, int most_threads, int most_held, Plan* plan) {
-  for (int held = 4; held <= most_held; held *= 2) {
-    if (packs <= int64_t{held} * most_threads) {
-      plan->held = held;
-      return true;
-    }
-  }
-  return false;
-}
+template <typename Storage_>
+struct Forward {
+  using Storage = Storage_;
+  using A = Arithmetic<Storage>;
+  static constexpr int kInputs = 1;  // x
+  static constexpr int kSums = 1;    // sum of squares
+  static constexpr int kPartialSumsBlocks = kSplitBlocks;
 
-void plan_planes(const deploynorm_frn& call, const Device& device, int64_t bytes_of_one, bool aligned, bool workspace,
-                 const char* wanted, Plan* plan) {
-  const int64_t plane_bytes = call.spatial * bytes_of_one;
-  const int whole = static_cast<int>(kPackBytes / bytes_of_one);
-  const bool fits_packed = fit_packed(call.spatial, bytes_of_one);
-  plan->groups = call.samples * call.channels;
-  // Packs begin at 16 bytes: of two tensors that stand off those differently, elements are read one by one.
-  plan->pack = aligned ? whole : 1;
-  const int64_t packs = divided_up(call.spatial, whole);
-  const bool fits_registers = aligned && hold(packs, kMaxThreads, 8, plan);
-  const bool few = plan->groups < device.multiprocessors && plane_bytes >= kWorthSplitting;
-  const char* best = fits_packed && (!fits_registers || better_packed(call.spatial, whole)) ? kPacked
-                     : fits_registers                                                       ? kRegisters
-                     : workspace && few                                                     ? kSplit
-                                                                                            : kTwoPasses;
-  const char* variant = wanted == nullptr ? best : wanted;
-  if (variant == kPacked && !fits_packed) return;
-  if (variant == kRegisters && !fits_registers) return;
-  if (variant == kSplit && (!workspace || plan->groups > kBlocksWanted)) return;
-  plan->variant = variant;
-  if (variant == kRegisters) {
-    plan->threads = whole_warps(divided_up(packs, plan->held), kMaxThreads);
-    plan->teams = find_team(call.spatial, whole, &plan->team_bits);
-  } else {
-    plan_two_passes_over_planes(call.spatial, plan);
+  // Vectors of a strip's row.
+  __host__ __device__ static constexpr int max_columns(bool channels_last, int) { return channels_last ? kWarp : 1; }
+  // Vectors that a thread holds. Planes are held in whole vectors alone, strips in single elements too.
+  __host__ __device__ static constexpr int max_held(bool channels_last, int vec_size) {
+    return channels_last ? 16 : vec_size > 1 ? 8 : 0;
   }
-}
+  static int max_held_of_strip(int, int, bool narrowest) { return narrowest ? 16 : 8; }
+  // On a multiprocessor, where the compiler would take registers for one; 0 leaves it to the compiler.
+  static constexpr int min_blocks(bool channels_last, int vec_size, int held) {
+    return channels_last && vec_size == 4 && held == 8 ? 2 : 0;
+  }
 
-void plan_strips(const deploynorm_frn& call, const Device& device, int64_t bytes_of_one, bool aligned, bool workspace,
-                 const char* wanted, Plan* plan) {
-  const int whole = static_cast<int>(kPackBytes / bytes_of_one);
-  plan->channels_last = true;
-  plan->pack = aligned && call.lanes % whole == 0 ? whole : 1;
-  const int64_t columns = call.lanes / plan->pack;
-  const int widest = static_cast<int>(smaller(bits_for(columns), bits_for(kWarp)));
-  // As wide as fits, but not so wide that multiprocessors stand idle; 32 bytes is what memory gives at least. What
-  // fits stays so as it gets narrower.
-  const int narrowest = static_cast<int>(smaller(widest, plan->pack == 1 ? 3 : 1));
-  int bits = widest;
-  bool fits_registers = false;
-  for (;; --bits) {
-    const int64_t blocks = call.samples * divided_up(columns, int64_t{1} << bits);
-    fits_registers = hold(call.spatial << bits, kMaxStripThreads, bits == narrowest ? 16 : 8, plan);
-    if (bits == narrowest || (fits_registers && blocks >= device.multiprocessors)) break;
-  }
-  const int64_t groups_if_wide = call.samples * divided_up(columns, int64_t{1} << widest);
-  const char* best = fits_registers ? kRegisters : workspace && groups_if_wide < kBlocksWanted ? kSplit : kTwoPasses;
-  const char* variant = wanted == nullptr ? best : wanted;
-  if (variant == kPacked) return;
-  if (variant == kRegisters && !fits_registers) return;
-  if (variant == kSplit && (!workspace || groups_if_wide >= kBlocksWanted)) return;
-  plan->variant = variant;
-  plan->column_bits = variant == kSplit ? widest : bits;
-  const int64_t width = int64_t{1} << plan->column_bits;
-  plan->strips = divided_up(columns, width);
-  plan->groups = call.samples * plan->strips;
-  if (variant == kRegisters) {
-    plan->threads = whole_warps(divided_up(call.spatial, plan->held) * width, kMaxStripThreads);
-  } else {
-    plan_two_passes_over_strips(call.spatial, width, plan);
-  }
-}
+  struct Problem : ProblemOf<Storage, kInputs> {
+    const A* eps;
+    A* rstd;  // may be null
+  };
 
-template <typename Storage, int kLanes, bool kChannelsLast>
-cudaError_t launch_groups(const Plan& plan, const Device& device, const Problem<Storage>& problem,
-                          cudaStream_t stream) {
-  if (plan.variant == kTwoPasses) {
-    return launch(device, problem.tiles, plan.threads, stream, frn_in_two_passes<Storage, kLanes, kChannelsLast>,
-                  problem);
-  }
-  if (plan.variant == kSplit) {
-    const cudaError_t error =
-        launch(device, problem.tiles, plan.threads, stream, frn_partial_sums<Storage, kLanes, kChannelsLast>, problem);
-    if (error != cudaSuccess) return error;
-    return launch(device, problem.tiles, plan.threads, stream, frn_from_partial_sums<Storage, kLanes, kChannelsLast>,
-                  problem);
-  }
-  if constexpr (!kChannelsLast && kLanes > 1) {
-    if (plan.teams) return launch_teams(plan, device, stream, frn_by_teams<Storage, kLanes>, problem);
-  }
-  // Planes are held in whole packs alone, strips in single elements too.
-  if constexpr (kChannelsLast || kLanes > 1) {
-    if (plan.held == 4) {
-      return launch(device, problem.tiles, plan.threads, stream, frn_in_registers<Storage, kLanes, kChannelsLast, 4>,
-                    problem);
+  template <typename T>
+  struct Thread {
+    const Problem& problem;
+    const T& tile;
+    A sums[T::kChannels] = {};
+    A scale[T::kChannels], beta[T::kChannels], tau[T::kChannels];
+
+    __device__ Thread(const Problem& problem, const T& tile) : problem(problem), tile(tile) {}
+
+    template <typename V>
+    __device__ __forceinline__ void add(V (&in)[kInputs], int i, int channel, A (&to)[T::kChannels]) const {
+      const A x = in[0].get(i);
+      to[channel] += x * x;
     }
-    if (plan.held == 8) {
-      return launch(device, problem.tiles, plan.threads, stream, frn_in_registers<Storage, kLanes, kChannelsLast, 8>,
-                    problem);
+
+    template <typename V>
+    __device__ __forceinline__ void mask(V (&)[kInputs]) const {}
+
+    // Of the channel `index` of the row. The root and the quotients are taken once for each channel.
+    __device__ __forceinline__ A rstd_of(A sum_of_squares, int index, bool writes) const {
+      const A mean = sum_of_squares / static_cast<A>(problem.spatial);
+      const A rstd = A(1) / sqrt(mean + problem.eps[tile.channel + index]);
+      if (problem.rstd != nullptr && writes) problem.rstd[tile.statistic + index] = rstd;
+      return rstd;
     }
-    if constexpr (kChannelsLast) {
-      return launch(device, problem.tiles, plan.threads, stream, frn_in_registers<Storage, kLanes, kChannelsLast, 16>,
-                    problem);
+
+    // The next tile may follow without a barrier: before it writes to what is read last here, all threads have to come
+    // to a barrier of its own.
+    __device__ void finish() {
+      constexpr int kValues = max_columns(T::kStrip, T::V::kSize) * T::kChannels;
+      __shared__ __align__(kVecBytes) A scales[kValues], betas[kValues], taus[kValues];
+      for_block_sums<Forward>(problem, tile, sums, [&](int, int index, A sum_of_squares) {
+        const int64_t channel = tile.channel + index;
+        scales[index] = problem.gamma[channel] * rstd_of(sum_of_squares, index, tile.chunk == 0);
+        betas[index] = problem.beta[channel];
+        taus[index] = problem.tau[channel];
+      });
+      __syncthreads();
+#pragma unroll
+      for (int i = 0; i < T::kChannels; ++i) {
+        const int index = tile.column * T::kChannels + i;
+        scale[i] = scales[index];
+        beta[i] = betas[index];
+        tau[i] = taus[index];
+      }
     }
-  }
-  return cudaErrorInvalidValue;
-}
+
+    __device__ void finish_in_subwarp(int log2_threads) {
+      const A sum_of_squares = sum_of_threads(sums[0], log2_threads);
+      scale[0] = problem.gamma[tile.channel] * rstd_of(sum_of_squares, 0, tile.row == 0 && tile.inside);
+      beta[0] = problem.beta[tile.channel];
+      tau[0] = problem.tau[tile.channel];
+    }
+
+    template <typename V>
+    __device__ __forceinline__ A apply(const V (&in)[kInputs], int i, int channel) const {
+      const A y = normalised(in[0].get(i), scale[channel], beta[channel]);
+      // In this order NaN stays NaN. What fills a row up may be anything, NaN too, and becomes zero.
+      return i < tile.valid ? y < tau[channel] ? tau[channel] : y : A(0);
+    }
+  };
+};
 
 template <typename Storage>
-cudaError_t launch_packed(const Plan& plan, const Device& device, Problem<Storage> problem, cudaStream_t stream) {
-  constexpr int kWhole = kPackElements<Storage>;
-  const PackedTiles packed(plan.groups, problem.spatial, kPackedBytes / sizeof(Storage), kWhole, device);
-  problem.tiles = packed.tiles;
-  auto* kernel = plan.pack > 1 ? frn_packed<Storage, kWhole> : frn_packed<Storage, 1>;
-  return launch(device, problem.tiles, kPackedThreads, stream, kernel, problem, plan.groups, packed.planes,
-                packed.team_bits);
-}
-
-template <typename Storage>
-cudaError_t run(const deploynorm_frn& call, void* workspace, cudaStream_t stream, const char* wanted) {
+cudaError_t run(const deploynorm_frn& call, void* workspace, cudaStream_t stream, const char* variant) {
+  using A = Arithmetic<Storage>;
   Device device;
   if (const cudaError_t error = device.read()) return error;
-  const uintptr_t x = reinterpret_cast<uintptr_t>(call.x), y = reinterpret_cast<uintptr_t>(call.y);
-  Plan plan;
-  const bool planes = call.lanes == 1;
-  // A packed tile and a row of NHWC begin at 16 bytes only if the tensor does; a plane alone may have a head.
-  const bool whole = x % kPackBytes == 0 && y % kPackBytes == 0;
-  const bool alike = x % kPackBytes == y % kPackBytes;
-  (planes ? plan_planes : plan_strips)(call, device, sizeof(Storage), planes ? alike : whole, workspace != nullptr,
-                                       wanted, &plan);
-  if (plan.variant == nullptr) return cudaErrorInvalidValue;
-
-  using A = Arithmetic<Storage>;
-  Problem<Storage> problem = {};
-  static_cast<Cut&>(problem) = plan.cut(call.channels, call.spatial, call.lanes);
-  problem.x = static_cast<const Storage*>(call.x);
-  problem.y = static_cast<Storage*>(call.y);
-  problem.gamma = static_cast<const A*>(call.gamma);
-  problem.beta = static_cast<const A*>(call.beta);
-  problem.tau = static_cast<const A*>(call.tau);
-  problem.eps = static_cast<const A*>(call.eps);
-  problem.rstd = static_cast<A*>(call.rstd);
-  problem.partials = static_cast<A*>(workspace);
-  if (plan.variant == kPacked) {
-    if (!whole) plan.pack = 1;
-    return launch_packed(plan, device, problem, stream);
-  }
-  constexpr int kWhole = kPackElements<Storage>;
-  if (plan.channels_last) {
-    return plan.pack > 1 ? launch_groups<Storage, kWhole, true>(plan, device, problem, stream)
-                         : launch_groups<Storage, 1, true>(plan, device, problem, stream);
-  }
-  return plan.pack > 1 ? launch_groups<Storage, kWhole, false>(plan, device, problem, stream)
-                       : launch_groups<Storage, 1, false>(plan, device, problem, stream);
+  const Request request(call, workspace != nullptr, variant, {call.x, call.y});
+  return plan_and_launch<Forward<Storage>>(request, device, stream,
+                                           [&](const Plan&, typename Forward<Storage>::Problem* problem) {
+                                             problem->inputs[0] = static_cast<const Storage*>(call.x);
+                                             problem->output = static_cast<Storage*>(call.y);
+                                             problem->gamma = static_cast<const A*>(call.gamma);
+                                             problem->beta = static_cast<const A*>(call.beta);
+                                             problem->tau = static_cast<const A*>(call.tau);
+                                             problem->eps = static_cast<const A*>(call.eps);
+                                             problem->rstd = static_cast<A*>(call.rstd);
+                                             problem->partials = static_cast<A*>(workspace);
+                                           });
 }
 
 }  // namespace
@@ -190,33 +136,26 @@ size_t deploynorm_frn_cuda_workspace(const struct deploynorm_frn* call) {
   if (bytes == 0) return 0;
   const int64_t sum = bytes == 8 ? 8 : 4;
   // A split has at most kBlocksWanted blocks and as many as there are groups, each with a sum for every column.
-  if (call->lanes == 1) {
+  if (call->channel_block == 1) {
     return call->spatial * bytes <= kSmallPlane ? 0 : static_cast<size_t>(2 * kBlocksWanted * sum);
   }
-  const int64_t width = smaller(call->lanes, kWarp * kPackBytes / bytes);
-  return static_cast<size_t>((kBlocksWanted * width + call->samples * call->lanes) * sum);
+  const int64_t width = smaller(call->channel_block, kWarp * kVecBytes / bytes);
+  return static_cast<size_t>((kBlocksWanted * width + call->samples * call->channel_block) * sum);
 }
 
 int deploynorm_frn_cuda(const struct deploynorm_frn* call, void* workspace, void* stream, const char* variant) {
   using namespace deploynorm;
   const char* wanted = nullptr;
-  const bool layout = call->lanes == 1 || call->lanes >= call->channels;
+  const bool layout = call->channel_block == 1 || call->channel_block >= call->channels;
   if (!find_variant(variant, &wanted) || !layout || call->residual != nullptr || bytes_of(call->type) == 0) {
     return cudaErrorInvalidValue;
   }
   if (call->samples <= 0 || call->channels <= 0 || call->spatial <= 0) return cudaSuccess;
   deploynorm_frn here = *call;
-  if (here.spatial == 1 && here.lanes == here.channels) here.lanes = 1;  // one position: the two layouts are one
-  if (deploynorm_frn_cuda_workspace(&here) == 0) workspace = nullptr;    // a host may pass a pointer to nothing
-  const cudaStream_t cuda_stream = static_cast<cudaStream_t>(stream);
-  switch (here.type) {
-    case DEPLOYNORM_FLOAT32:
-      return run<float>(here, workspace, cuda_stream, wanted);
-    case DEPLOYNORM_FLOAT64:
-      return run<double>(here, workspace, cuda_stream, wanted);
-    case DEPLOYNORM_FLOAT16:
-      return run<__half>(here, workspace, cuda_stream, wanted);
-    default:
-      return run<__nv_bfloat16>(here, workspace, cuda_stream, wanted);
-  }
+  // One position: the two layouts are one.
+  if (here.spatial == 1 && here.channel_block == here.channels) here.channel_block = 1;
+  if (deploynorm_frn_cuda_workspace(&here) == 0) workspace = nullptr;  // a host may pass a pointer to nothing
+  return run_with_type(here.type, [&](auto element) {
+    return run<decltype(element)>(here, workspace, static_cast<cudaStream_t>(stream), wanted);
+  });
 }

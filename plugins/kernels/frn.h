@@ -29,16 +29,16 @@ enum deploynorm_type {
   DEPLOYNORM_BFLOAT16 = 3,
 };
 
-// One call. The tensors are dense, in the order (samples, channels / lanes, spatial, lanes): `lanes` is how many
-// channels lie side by side, so 1 is NCHW, `channels` is NHWC, and 8 or 16 is ONNX Runtime's blocked NCHWc.
+// One call. The tensors are dense, in the order (samples, channels / channel_block, spatial, channel_block), so that a
+// channel_block of 1 is NCHW, of `channels` NHWC, and of 8 or 16 ONNX Runtime's blocked NCHWc.
 // A size may be 0. The caller has checked shapes and types, and that every eps is positive.
-// The CUDA kernels take `lanes` above `channels` too: NHWC whose rows are filled up to `lanes` elements, as TensorRT's
-// kHWC8 is. What fills the rows of x counts for nothing, and y's becomes zero. Blocked layouts they do not take.
+// The CUDA kernels take no blocked layouts, but a channel_block above `channels`: NHWC whose rows are padded to as many
+// elements, as TensorRT's kHWC8 is. The padding of x is ignored, and that of y becomes zero.
 struct deploynorm_frn {
   int64_t samples;
-  int64_t channels;  // a multiple of lanes
+  int64_t channels;  // a multiple of channel_block
   int64_t spatial;   // product of the spatial sizes; 1 for (N, C)
-  int64_t lanes;
+  int64_t channel_block;
   int32_t type;          // deploynorm_type
   const void* x;         // samples * channels * spatial elements
   void* y;               // the same; may be x or residual itself
@@ -62,7 +62,7 @@ struct deploynorm_frn_backward {
   int64_t samples;
   int64_t channels;
   int64_t spatial;
-  int64_t lanes;
+  int64_t channel_block;
   int32_t type;
   const void* dy;  // samples * channels * spatial elements
   const void* x;
@@ -91,20 +91,21 @@ DEPLOYNORM_API const char* const* deploynorm_cpu_variants(void);
 DEPLOYNORM_API int deploynorm_frn_cpu(const struct deploynorm_frn* call, deploynorm_parallel_for parallel_for,
                                       void* host, const char* variant);
 
-// Bytes of scratch memory, aligned to 8, that the backward pass wants; never null where it is called.
+// Bytes of scratch memory, aligned to 8, that the backward pass requires; its pointer must not be null.
 DEPLOYNORM_API size_t deploynorm_frn_backward_cpu_workspace(const struct deploynorm_frn_backward* call);
 
 // Computes dx and the gradients of the parameters, as above.
 DEPLOYNORM_API int deploynorm_frn_backward_cpu(const struct deploynorm_frn_backward* call, void* workspace,
                                                deploynorm_parallel_for parallel_for, void* host, const char* variant);
 
-// ---- The same on a device. Only a library that was built with CUDA has these.
+// ---- On a device. Only a library that was built with CUDA has these functions.
 
 // Bytes of scratch memory, aligned to 16, with which few large planes are shared out over the whole device. It never
 // shrinks as a size grows, so what serves the largest shapes serves all. 0 where no shape up to these needs any.
 DEPLOYNORM_API size_t deploynorm_frn_cuda_workspace(const struct deploynorm_frn* call);
 
-// Names of the variants of the CUDA kernel; null after the last. Not every one takes every size.
+// Names of the variants of the CUDA kernels of both passes, which frn.cu describes; null after the last. Not every one
+// takes every size.
 DEPLOYNORM_API const char* const* deploynorm_cuda_variants(void);
 
 // Enqueues the computation of y on a stream (a cudaStream_t) of the current device. All pointers are the device's.
@@ -117,11 +118,11 @@ DEPLOYNORM_API const char* const* deploynorm_cuda_variants(void);
 DEPLOYNORM_API int deploynorm_frn_cuda(const struct deploynorm_frn* call, void* workspace, void* stream,
                                        const char* variant);
 
-// Bytes of scratch memory, aligned to 16, that the backward pass wants; never null where it is called.
+// Bytes of scratch memory, aligned to 16, that the backward pass requires; its pointer must not be null.
 DEPLOYNORM_API size_t deploynorm_frn_backward_cuda_workspace(const struct deploynorm_frn_backward* call);
 
 // Enqueues the backward pass, as above. Deterministic: the sums over samples are taken in a fixed order.
-//   variant: "registers", "two_passes" or "split", or null for what suits the sizes and the device.
+//   variant: as for the forward pass.
 DEPLOYNORM_API int deploynorm_frn_backward_cuda(const struct deploynorm_frn_backward* call, void* workspace,
                                                 void* stream, const char* variant);
 

@@ -1,161 +1,221 @@
-// Which CUDA kernels of the backward pass run, cut how, and their launch: the C interface of frn.h.
+// The backward pass on CUDA: dx and the gradients of the parameters, as frn.h defines them.
 //
-// What has to move, S being the bytes of x: dy and x are read and dx is written, 3 S, where a group fits on the chip,
-// else dy and x are read twice, 5 S, of which a second-level cache that holds the groups in flight serves the second
-// reading. The sums of each group, 12 bytes a sample and channel written and read by the sums over the samples, are
-// 1 part in 25 of that for planes of 7x7 in 16 bits, and less for all others. Arithmetic is some 25 instructions an
-// element, where a device has time for 30 and more in 16 bits, and for twice that in float32. So the time is 3 S / B at
-// a copy's bandwidth B of bytes read and written a second (frn.cu), and one launch of 2 to 3 us for the parameters. On
-// an H200 and an H100, for ResNet-50's shapes in float16 at batch 64:
-//     64x64x112x112  103 MB   77 us  110 us       64x512x28x28   51 MB   39 us   55 us
-//     64x256x56x56   103 MB   77 us  110 us       64x1024x14x14  26 MB   19 us   28 us
-// and twice that in float32; split, and thus NHWC of 112x112, takes up to 5 / 3 of it. None of this was measured.
+// Bytes moved, S being those of x: dy and x are read and dx is written, 3 S, where a group fits on the chip, else dy
+// and x are read twice, 5 S, of which a second-level cache that holds the groups in flight serves the second reading.
+// The sums of each group, 12 bytes for each sample and channel, written and read by the sums over the samples, are 1
+// part in 25 of that for planes of 7x7 in 16 bits, and less for all others. Arithmetic is some 25 instructions an
+// element, where a device has time for 30 and more in 16 bits, and for twice that in float32. So the bound is the time
+// of an addition of two tensors, and one launch of 2 to 3 us for the parameters. Measured on an H100 for ResNet-50's
+// shapes at batch 32, the time of PyTorch's addition was 0.79 to 0.98 of ours in float32 NCHW, 0.48 to 0.93 in bfloat16
+// (benchmarks/README.md, benchmarks/results/gpu_h100.json).
 //
 // variant     layout  one block has                      runs where
 // packed      NCHW    several planes, shared memory      a plane is at most 4 KiB (2 of 16-bit types of odd size)
-// registers   both    a group, in registers              a plane is at most 64 KiB; a strip 32 bytes by 1024 rows
-// two_passes  both    a group, read twice                it is larger, and the groups in flight fit the cache or are
-// many split       both    a part of a group, two launches    it is larger, and there are few
-//
-// The same source is what every host uses and what the emulation of tests/emulation checks on a machine without a GPU.
+// registers   both    a group, in registers              a plane is at most 64 KiB; a strip 32 bytes by 2048 rows
+// two_passes  both    a group, read twice                it is larger, and there are groups for all multiprocessors
+// split       both    a part of a group, two launches    it is larger, and there are few
 
 #include "frn.h"
-#include "frn_backward.cuh"
 #include "launch.cuh"
 
 namespace deploynorm {
 namespace {
 
-constexpr int kMemoryBits = 2;  // packs that memory gives at once, 64 bytes, are 2^kMemoryBits
+// The sums over a group. g is dy where y is not below the threshold, and 0 where it is clamped to it.
+enum { kSumG, kSumClamped, kDot, kGradientSums };  // of g, of dy - g, of g * x
 
-// The sums of each group stand before the partial ones of a split, which begin at 16 bytes.
-int64_t sums_bytes(const deploynorm_frn_backward& call, int64_t sum) {
-  return divided_up(kKinds * call.samples * call.channels * sum, kPackBytes) * kPackBytes;
-}
+constexpr int kStripColumns = 8;  // vectors of a strip's row at most: 128 bytes
 
-void plan_planes(const deploynorm_frn_backward& call, const Device& device, int64_t bytes_of_one, bool aligned,
-                 const char* wanted, Plan* plan) {
-  const int whole = static_cast<int>(kPackBytes / bytes_of_one);
-  const bool fits_packed = fit_packed(call.spatial, bytes_of_one);
-  plan->groups = call.samples * call.channels;
-  // Packs begin at 16 bytes: of tensors that stand off those differently, elements are read one by one.
-  plan->pack = aligned ? whole : 1;
-  const int64_t packs = divided_up(call.spatial, whole);
-  const bool fits_registers = aligned && packs <= int64_t{kPacksHeld} * kMaxThreads;
-  const bool few = plan->groups < device.multiprocessors && call.spatial * bytes_of_one >= kWorthSplitting;
-  const char* best = fits_packed && (!fits_registers || better_packed(call.spatial, whole)) ? kPacked
-                     : fits_registers                                                       ? kRegisters
-                     : few                                                                  ? kSplit
-                                                                                            : kTwoPasses;
-  const char* variant = wanted == nullptr ? best : wanted;
-  if (variant == kPacked && !fits_packed) return;
-  if (variant == kRegisters && !fits_registers) return;
-  if (variant == kSplit && plan->groups > kBlocksWanted) return;
-  plan->variant = variant;
-  if (variant == kRegisters) {
-    plan->threads = whole_warps(divided_up(packs, kPacksHeld), kMaxThreads);
-    plan->teams = find_team(call.spatial, whole, &plan->team_bits);
-  } else {
-    plan_two_passes_over_planes(call.spatial, plan);
-  }
-}
+template <typename Storage_>
+struct Backward {
+  using Storage = Storage_;
+  using A = Arithmetic<Storage>;
+  static constexpr int kInputs = 2;  // dy, x
+  static constexpr int kSums = kGradientSums;
+  static constexpr int kPartialSumsBlocks = 0;  // as many as there are registers for
 
-void plan_strips(const deploynorm_frn_backward& call, const Device& device, int64_t bytes_of_one, bool aligned,
-                 const char* wanted, Plan* plan) {
-  const int whole = static_cast<int>(kPackBytes / bytes_of_one);
-  plan->channels_last = true;
-  plan->pack = aligned && call.lanes % whole == 0 ? whole : 1;
-  const int64_t columns = call.lanes / plan->pack;
-  const bool packs = plan->pack > 1;
-  const int widest = static_cast<int>(smaller(bits_for(columns), bits_for(packs ? kStripColumns : kWarp)));
-  // As wide as leaves room for two blocks on a multiprocessor, of which one reads while the other writes, but not so
-  // wide that multiprocessors stand idle. At 64 bytes, what memory gives at once, or at half of it a block may be
-  // alone.
-  const int narrowest = static_cast<int>(smaller(widest, packs ? 1 : 3));
-  int bits = widest;
-  bool fits_registers = false;
-  for (;; --bits) {
-    const int64_t blocks = call.samples * divided_up(columns, int64_t{1} << bits);
-    const int64_t held = call.spatial << bits;
-    fits_registers = packs && held <= int64_t{kMaxStripThreads} * (bits > kMemoryBits ? kPacksHeld / 2 : kMostHeld);
-    if (bits == narrowest || (fits_registers && blocks >= device.multiprocessors)) break;
+  // Vectors of a strip's row.
+  __host__ __device__ static constexpr int max_columns(bool channels_last, int vec_size) {
+    return !channels_last ? 1 : vec_size > 1 ? kStripColumns : kWarp;
   }
-  const int64_t groups_if_wide = call.samples * divided_up(columns, int64_t{1} << widest);
-  const char* best = fits_registers ? kRegisters : groups_if_wide < kBlocksWanted ? kSplit : kTwoPasses;
-  const char* variant = wanted == nullptr ? best : wanted;
-  if (variant == kPacked) return;
-  if (variant == kRegisters && !fits_registers) return;
-  if (variant == kSplit && groups_if_wide >= kBlocksWanted) return;
-  plan->variant = variant;
-  plan->column_bits = variant == kSplit ? widest : bits;
-  const int64_t width = int64_t{1} << plan->column_bits;
-  plan->strips = divided_up(columns, width);
-  plan->groups = call.samples * plan->strips;
-  if (variant == kRegisters) {
-    plan->held = call.spatial << bits <= int64_t{kPacksHeld} * kMaxStripThreads ? kPacksHeld : kMostHeld;
-    plan->threads = whole_warps(divided_up(call.spatial, plan->held) * width, kMaxStripThreads);
-  } else {
-    plan_two_passes_over_strips(call.spatial, width, plan);
+  // Vectors of dy, and of x, that a thread holds.
+  __host__ __device__ static constexpr int max_held(bool channels_last, int vec_size) {
+    return vec_size == 1 ? 0 : channels_last ? 8 : 4;
   }
-}
+  // Two blocks have room on a multiprocessor, of which one reads while the other writes; but at 64 bytes of a row,
+  // which memory gives at once, or half of it, a block may be alone.
+  static int max_held_of_strip(int vec_size, int log2_columns, bool) {
+    return vec_size == 1 ? 0 : log2_columns > 2 ? 2 : 8;
+  }
+  static constexpr int min_blocks(bool, int, int) { return 0; }  // left to the compiler
 
-template <typename Storage, int kLanes, bool kChannelsLast>
-cudaError_t launch_groups(const Plan& plan, const Device& device, const BackwardProblem<Storage>& problem,
-                          cudaStream_t stream) {
-  if (plan.variant == kSplit) {
-    const cudaError_t error = launch(device, problem.tiles, plan.threads, stream,
-                                     frn_backward_partial_sums<Storage, kLanes, kChannelsLast>, problem);
-    if (error != cudaSuccess) return error;
-    return launch(device, problem.tiles, plan.threads, stream,
-                  frn_backward_from_partial_sums<Storage, kLanes, kChannelsLast>, problem);
-  }
-  if constexpr (!kChannelsLast && kLanes > 1) {
-    if (plan.teams) return launch_teams(plan, device, stream, frn_backward_by_teams<Storage, kLanes>, problem);
-  }
-  if constexpr (kLanes > 1) {
-    if (plan.variant == kRegisters && plan.held == kMostHeld) {
-      if constexpr (kChannelsLast) {
-        return launch(device, problem.tiles, plan.threads, stream,
-                      frn_backward_in_registers<Storage, kLanes, kChannelsLast, kMostHeld>, problem);
+  struct Problem : ProblemOf<Storage, kInputs> {
+    const A* rstd;
+    A* sums;             // [kSums][samples][channels]
+    int64_t statistics;  // samples * channels
+  };
+
+  template <typename T>
+  struct Thread {
+    const Problem& problem;
+    const T& tile;
+    const A* rstds;  // of a strip's row
+    A rstd;          // of a plane
+    A scale[T::kChannels], beta[T::kChannels], tau[T::kChannels];
+    A x_coefficient[T::kChannels];  // dx = scale * (g - x_coefficient * x)
+    A sums[kSums * T::kChannels] = {};
+
+    __device__ Thread(const Problem& problem, const T& tile) : problem(problem), tile(tile) {
+      if constexpr (T::kStrip) {
+        constexpr int kValues = max_columns(true, T::V::kSize) * T::kChannels;
+        __shared__ __align__(kVecBytes) A scales[kValues], betas[kValues], taus[kValues], shared_rstds[kValues];
+        rstds = shared_rstds;
+        for (int index = threadIdx.x; index < T::kChannels << tile.log2_columns; index += blockDim.x) {
+          const int64_t channel = tile.channel + index;
+          if (channel >= problem.channels) break;  // beyond the row
+          shared_rstds[index] = problem.rstd[tile.statistic + index];
+          scales[index] = problem.gamma[channel] * shared_rstds[index];
+          betas[index] = problem.beta[channel];
+          taus[index] = problem.tau[channel];
+        }
+        __syncthreads();
+#pragma unroll
+        for (int i = 0; i < T::kChannels; ++i) {
+          const int index = tile.column * T::kChannels + i;
+          scale[i] = scales[index];
+          beta[i] = betas[index];
+          tau[i] = taus[index];
+        }
+      } else {
+        rstd = problem.rstd[tile.statistic];
+        scale[0] = problem.gamma[tile.channel] * rstd;
+        beta[0] = problem.beta[tile.channel];
+        tau[0] = problem.tau[tile.channel];
       }
     }
-    if (plan.variant == kRegisters) {
-      return launch(device, problem.tiles, plan.threads, stream,
-                    frn_backward_in_registers<Storage, kLanes, kChannelsLast, kPacksHeld>, problem);
+
+    // Where the threshold was above y, which then had no part in the output. False for a NaN.
+    __device__ __forceinline__ bool clamped(A x, int channel) const {
+      return normalised(x, scale[channel], beta[channel]) < tau[channel];
     }
-  }
-  return launch(device, problem.tiles, plan.threads, stream, frn_backward_in_two_passes<Storage, kLanes, kChannelsLast>,
-                problem);
-}
 
-template <typename Storage>
-cudaError_t launch_packed(const Plan& plan, const Device& device, BackwardProblem<Storage> problem,
-                          cudaStream_t stream) {
-  constexpr int kWhole = kPackElements<Storage>;
-  const PackedTiles packed(plan.groups, problem.spatial, kPackedBytes / sizeof(Storage), kWhole, device);
-  problem.tiles = packed.tiles;
-  auto* kernel = plan.pack > 1 ? frn_backward_packed<Storage, kWhole> : frn_backward_packed<Storage, 1>;
-  return launch(device, problem.tiles, kPackedThreads, stream, kernel, problem, packed.planes, packed.team_bits);
-}
+    // Makes dy g, too.
+    template <typename V>
+    __device__ __forceinline__ void add(V (&in)[kInputs], int i, int channel, A (&to)[kSums * T::kChannels]) const {
+      const A dy = in[0].get(i), x = in[1].get(i);
+      const bool is_clamped = clamped(x, channel);
+      const A g = is_clamped ? A(0) : dy;
+      to[kSumG * T::kChannels + channel] += g;
+      to[kSumClamped * T::kChannels + channel] += is_clamped ? dy : A(0);
+      to[kDot * T::kChannels + channel] += g * x;
+      if (is_clamped) in[0].clear(i);
+    }
 
-template <typename Storage>
-cudaError_t run_groups(const Plan& plan, const Device& device, const BackwardProblem<Storage>& problem,
-                       cudaStream_t stream) {
-  constexpr int kWhole = kPackElements<Storage>;
-  if (plan.variant == kPacked) return launch_packed(plan, device, problem, stream);
-  if (plan.channels_last) {
-    return plan.pack > 1 ? launch_groups<Storage, kWhole, true>(plan, device, problem, stream)
-                         : launch_groups<Storage, 1, true>(plan, device, problem, stream);
+    template <typename V>
+    __device__ __forceinline__ void mask(V (&in)[kInputs]) const {
+#pragma unroll
+      for (int i = 0; i < V::kSize; ++i) {
+        if (clamped(in[1].get(i), T::kStrip ? i : 0)) in[0].clear(i);
+      }
+    }
+
+    // rstd * x is of the size of 1, and so is what is multiplied here: rstd^3 would be out of float32's range where x
+    // is very large or very small.
+    __device__ __forceinline__ A coefficient_of(A rstd, A dot) const {
+      return rstd * (rstd * (dot / static_cast<A>(problem.spatial)));
+    }
+
+    // The next tile may follow without a barrier: before it writes to what is read last here, all threads have to come
+    // to a barrier of its own.
+    __device__ void finish() {
+      __shared__ __align__(kVecBytes) A coefficients[max_columns(T::kStrip, T::V::kSize) * T::kChannels];
+      for_block_sums<Backward>(problem, tile, sums, [&](int sum, int index, A total) {
+        if (tile.chunk == 0) problem.sums[sum * problem.statistics + tile.statistic + index] = total;
+        if (sum == kDot) coefficients[index] = coefficient_of(T::kStrip ? rstds[index] : rstd, total);
+      });
+      __syncthreads();
+#pragma unroll
+      for (int i = 0; i < T::kChannels; ++i) x_coefficient[i] = coefficients[tile.column * T::kChannels + i];
+    }
+
+    __device__ void finish_in_subwarp(int log2_threads) {
+#pragma unroll
+      for (A& sum : sums) sum = sum_of_threads(sum, log2_threads);
+      if (tile.row == 0 && tile.inside) {
+#pragma unroll
+        for (int sum = 0; sum < kSums; ++sum) problem.sums[sum * problem.statistics + tile.statistic] = sums[sum];
+      }
+      x_coefficient[0] = coefficient_of(rstd, sums[kDot]);
+    }
+
+    template <typename V>
+    __device__ __forceinline__ A apply(const V (&in)[kInputs], int i, int channel) const {
+      return scale[channel] * (in[0].get(i) - x_coefficient[channel] * in[1].get(i));
+    }
+  };
+};
+
+// What the sums over the samples work on.
+template <typename A>
+struct ParameterProblem {
+  const A *sums, *rstd, *gamma;
+  A *dgamma, *dbeta, *dtau, *deps;
+  int64_t samples, channels;
+};
+
+constexpr int kParameterBits = 3, kParameterChannels = 1 << kParameterBits;  // channels of a block
+constexpr int kMaxParameterThreads = 1024;                                   // of it
+
+// The gradients of the parameters: sums over the samples, kParameterChannels channels a block, always in the same
+// order. In float32 a sum of N samples is off by (N / 128 + 37) * 2^-24 of its terms' sizes at most.
+template <typename A>
+__global__ void __launch_bounds__(kMaxParameterThreads) frn_parameter_gradients(const ParameterProblem<A> problem) {
+  enum { kGamma, kBeta, kTau, kEps, kParameters };
+  const int column = threadIdx.x % kParameterChannels, row = threadIdx.x / kParameterChannels;
+  const int rows = blockDim.x / kParameterChannels;
+  const int64_t statistics = problem.samples * problem.channels;
+  for (int64_t first = int64_t{blockIdx.x} * kParameterChannels; first < problem.channels;
+       first += int64_t{gridDim.x} * kParameterChannels) {
+    A sums[kParameters] = {};
+    if (first + column < problem.channels) {
+#pragma unroll 4
+      for (int64_t sample = row; sample < problem.samples; sample += rows) {
+        const int64_t at = sample * problem.channels + first + column;
+        const A rstd = problem.rstd[at], product = rstd * problem.sums[kDot * statistics + at];
+        sums[kGamma] += product;
+        sums[kBeta] += problem.sums[kSumG * statistics + at];
+        sums[kTau] += problem.sums[kSumClamped * statistics + at];
+        sums[kEps] += rstd * product * rstd;
+      }
+    }
+    const BlockSums<A, kParameters, kParameterChannels, kMaxParameterThreads> block(kParameterBits, sums);
+    const int index = threadIdx.x;
+    const int64_t channel = first + index / kParameters;
+    if (index < block.width && channel < problem.channels) {
+      const A sum = block.total(index);
+      switch (index % kParameters) {
+        case kGamma:
+          problem.dgamma[channel] = sum;
+          break;
+        case kBeta:
+          problem.dbeta[channel] = sum;
+          break;
+        case kTau:
+          problem.dtau[channel] = sum;
+          break;
+        default:
+          problem.deps[channel] = A(-0.5) * problem.gamma[channel] * sum;
+      }
+    }
+    __syncthreads();  // before the next channels come in
   }
-  return plan.pack > 1 ? launch_groups<Storage, kWhole, false>(plan, device, problem, stream)
-                       : launch_groups<Storage, 1, false>(plan, device, problem, stream);
 }
 
 template <typename A>
-cudaError_t run_parameters(const deploynorm_frn_backward& call, const Device& device, const A* sums,
+cudaError_t run_parameters(const deploynorm_frn_backward& call, const Device& device, const void* sums,
                            cudaStream_t stream) {
   ParameterProblem<A> problem = {};
-  problem.sums = sums;
+  problem.sums = static_cast<const A*>(sums);
   problem.rstd = static_cast<const A*>(call.rstd);
   problem.gamma = static_cast<const A*>(call.gamma);
   problem.dgamma = static_cast<A*>(call.dgamma);
@@ -164,46 +224,42 @@ cudaError_t run_parameters(const deploynorm_frn_backward& call, const Device& de
   problem.deps = static_cast<A*>(call.deps);
   problem.samples = call.samples;
   problem.channels = call.channels;
-  problem.means = call.samples * call.channels;
-  const int rows = 1 << bits_for(smaller(larger(call.samples, kWarp / kMeanColumns), kMaxMeanThreads / kMeanColumns));
-  return launch(device, divided_up(call.channels, kMeanColumns), rows * kMeanColumns, stream,
+  const int64_t most_rows = kMaxParameterThreads / kParameterChannels;
+  const int rows = 1 << log2_up(smaller(larger(call.samples, kWarp / kParameterChannels), most_rows));
+  return launch(device, divided_up(call.channels, kParameterChannels), rows * kParameterChannels, stream,
                 frn_parameter_gradients<A>, problem);
 }
 
+// The sums of each group stand before the partial ones of a split, which begin at 16 bytes.
+int64_t sums_bytes(const deploynorm_frn_backward& call, int64_t sum) {
+  return divided_up(kGradientSums * call.samples * call.channels * sum, kVecBytes) * kVecBytes;
+}
+
 template <typename Storage>
-cudaError_t run(const deploynorm_frn_backward& call, void* workspace, cudaStream_t stream, const char* wanted) {
+cudaError_t run(const deploynorm_frn_backward& call, void* workspace, cudaStream_t stream, const char* variant) {
   using A = Arithmetic<Storage>;
   Device device;
   if (const cudaError_t error = device.read()) return error;
-  if (call.samples == 0) return run_parameters<A>(call, device, nullptr, stream);
-  const uintptr_t x = reinterpret_cast<uintptr_t>(call.x);
-  Plan plan;
-  const bool planes = call.lanes == 1;
-  // A packed tile and a row of NHWC begin at 16 bytes only if the tensor does; a plane alone may have a head.
-  bool whole = true, alike = true;
-  for (const void* each : {call.dy, call.x, static_cast<const void*>(call.dx)}) {
-    whole = whole && reinterpret_cast<uintptr_t>(each) % kPackBytes == 0;
-    alike = alike && reinterpret_cast<uintptr_t>(each) % kPackBytes == x % kPackBytes;
+  if (call.samples > 0) {
+    const Request request(call, true, variant, {call.dy, call.x, call.dx});
+    const cudaError_t error = plan_and_launch<Backward<Storage>>(
+        request, device, stream, [&](const Plan& plan, typename Backward<Storage>::Problem* problem) {
+          problem->inputs[0] = static_cast<const Storage*>(call.dy);
+          problem->inputs[1] = static_cast<const Storage*>(call.x);
+          problem->output = static_cast<Storage*>(call.dx);
+          problem->rstd = static_cast<const A*>(call.rstd);
+          problem->gamma = static_cast<const A*>(call.gamma);
+          problem->beta = static_cast<const A*>(call.beta);
+          problem->tau = static_cast<const A*>(call.tau);
+          problem->sums = static_cast<A*>(workspace);
+          problem->statistics = call.samples * call.channels;
+          problem->partials = problem->sums + sums_bytes(call, sizeof(A)) / sizeof(A);
+          const int64_t width = plan.channels_last ? call.channel_block : call.channels;
+          problem->partials_of_one_sum = call.samples * width * plan.chunks;
+        });
+    if (error != cudaSuccess) return error;
   }
-  (planes ? plan_planes : plan_strips)(call, device, sizeof(Storage), planes ? alike : whole, wanted, &plan);
-  if (plan.variant == nullptr) return cudaErrorInvalidValue;
-  if (plan.variant == kPacked && !whole) plan.pack = 1;
-
-  BackwardProblem<Storage> problem = {};
-  static_cast<Cut&>(problem) = plan.cut(call.channels, call.spatial, call.lanes);
-  problem.dy = static_cast<const Storage*>(call.dy);
-  problem.x = static_cast<const Storage*>(call.x);
-  problem.dx = static_cast<Storage*>(call.dx);
-  problem.rstd = static_cast<const A*>(call.rstd);
-  problem.gamma = static_cast<const A*>(call.gamma);
-  problem.beta = static_cast<const A*>(call.beta);
-  problem.tau = static_cast<const A*>(call.tau);
-  problem.sums = static_cast<A*>(workspace);
-  problem.partials = problem.sums + sums_bytes(call, sizeof(A)) / sizeof(A);
-  problem.means = call.samples * call.channels;
-  problem.statistics = (planes ? problem.means : call.samples * call.lanes) * plan.chunks;
-  if (const cudaError_t error = run_groups(plan, device, problem, stream)) return error;
-  return run_parameters<A>(call, device, problem.sums, stream);
+  return run_parameters<A>(call, device, workspace, stream);
 }
 
 }  // namespace
@@ -214,32 +270,24 @@ size_t deploynorm_frn_backward_cuda_workspace(const struct deploynorm_frn_backwa
   const int64_t bytes = bytes_of(call->type), sum = bytes == 8 ? 8 : 4;
   if (bytes == 0) return 0;
   // A split has at most kBlocksWanted blocks and as many as there are groups, each with its sums for every column.
-  const int64_t width = call->lanes == 1 ? 1 : smaller(call->lanes, kStripColumns * kPackBytes / bytes);
-  const int64_t groups = call->lanes == 1 ? kBlocksWanted : call->samples * call->lanes;
-  const int64_t partials = kKinds * (kBlocksWanted * width + groups) * sum;
-  return static_cast<size_t>(sums_bytes(*call, sum) + divided_up(partials, kPackBytes) * kPackBytes);
+  const int64_t width = call->channel_block == 1 ? 1 : smaller(call->channel_block, kStripColumns * kVecBytes / bytes);
+  const int64_t groups = call->channel_block == 1 ? kBlocksWanted : call->samples * call->channel_block;
+  const int64_t partials = kGradientSums * (kBlocksWanted * width + groups) * sum;
+  return static_cast<size_t>(sums_bytes(*call, sum) + divided_up(partials, kVecBytes) * kVecBytes);
 }
 
 int deploynorm_frn_backward_cuda(const struct deploynorm_frn_backward* call, void* workspace, void* stream,
                                  const char* variant) {
   using namespace deploynorm;
   const char* wanted = nullptr;
-  const bool layout = call->lanes == 1 || call->lanes == call->channels;
+  const bool layout = call->channel_block == 1 || call->channel_block == call->channels;
   if (!find_variant(variant, &wanted) || !layout || bytes_of(call->type) == 0) return cudaErrorInvalidValue;
   if (call->channels <= 0) return cudaSuccess;
   deploynorm_frn_backward here = *call;
-  if (here.spatial <= 0) here.samples = 0;  // there is nothing to sum
-  if (here.spatial == 1) here.lanes = 1;    // one position: the two layouts are one
+  if (here.spatial <= 0) here.samples = 0;        // there is nothing to sum
+  if (here.spatial == 1) here.channel_block = 1;  // one position: the two layouts are one
   if (here.samples > 0 && workspace == nullptr) return cudaErrorInvalidValue;
-  const cudaStream_t cuda_stream = static_cast<cudaStream_t>(stream);
-  switch (here.type) {
-    case DEPLOYNORM_FLOAT32:
-      return run<float>(here, workspace, cuda_stream, wanted);
-    case DEPLOYNORM_FLOAT64:
-      return run<double>(here, workspace, cuda_stream, wanted);
-    case DEPLOYNORM_FLOAT16:
-      return run<__half>(here, workspace, cuda_stream, wanted);
-    default:
-      return run<__nv_bfloat16>(here, workspace, cuda_stream, wanted);
-  }
+  return run_with_type(here.type, [&](auto element) {
+    return run<decltype(element)>(here, workspace, static_cast<cudaStream_t>(stream), wanted);
+  });
 }

@@ -4,12 +4,11 @@
 
 #include <math.h>
 
-#include "affine.h"
 #include "columns.h"
 #include "element.h"
 #include "frn.h"
+#include "rows.h"
 #include "sizes.h"
-#include "squares.h"
 
 namespace deploynorm {
 namespace {
@@ -17,36 +16,38 @@ namespace {
 float square_root(float value) { return sqrtf(value); }
 double square_root(double value) { return sqrt(value); }
 
-template <typename Element>
+template <typename Element_, bool kResidual>
 class Forward {
-  using Storage = typename Element::Storage;
-  using Arithmetic = typename Element::Arithmetic;
-
  public:
-  static constexpr int kSums = 1;
-  using State = Affine<Arithmetic>;
+  using Element = Element_;
+  using Arithmetic = typename Element::Arithmetic;
+  using Storage = typename Element::Storage;
+  using Vector = typename Element::Vector;
+  static constexpr int kInputs = kResidual ? 2 : 1, kSummed = 1;  // x, residual
+  static constexpr int kSums = 1;                                 // sum of squares
+  static constexpr int kUnroll = 4;
+  enum { kScale, kBeta, kTau, kCoefficients, kBefore = 0 };
+  using State = Arithmetic[kCoefficients][kWidth];
 
-  explicit Forward(const deploynorm_frn& call) : call_(call) {}
+  const Storage* inputs[2];
+  Storage* output;
 
-  void reduce(const Column& at, int64_t begin, int64_t rows, double (*sums)[kWidth]) const {
-    const int64_t lanes = call_.lanes;
-    const Storage* x = static_cast<const Storage*>(call_.x) + at.offset + begin * lanes;
-    if (lanes == 1) {
-      for (int j = 0; j < at.width; ++j) sums[0][j] += squares_of_plane<Element>(x + j * call_.spatial, rows);
-      return;
-    }
-    using Sums = Arithmetic(*)[kWidth];
-    reduce_tiles<Element, kSums>(
-        tile_rows(call_.spatial, at.width), rows, at.width, sums,
-        [&](int64_t row, int64_t count, int first, auto vectors, Sums partial) {
-          add_squares_of_lanes<Element, vectors>(x + row * lanes + first, count, lanes, partial[0] + first);
-        },
-        [&](int64_t row, int64_t count, int first, int some, Sums partial) {
-          add_squares_of_some_lanes<Element>(x + row * lanes + first, count, lanes, some, partial[0] + first);
-        });
+  explicit Forward(const deploynorm_frn& call)
+      : inputs{static_cast<const Storage*>(call.x), static_cast<const Storage*>(call.residual)},
+        output(static_cast<Storage*>(call.y)),
+        call_(call) {}
+
+  static DEPLOYNORM_INLINE void accumulate(const Vector*, const Vector* in, Vector* sums) { sums[0] += in[0] * in[0]; }
+
+  static DEPLOYNORM_INLINE Vector apply(const Vector* of, const Vector* in) {
+    Vector value = in[0] * of[kScale] + of[kBeta];
+    if (kResidual) value += in[kInputs - 1];
+    return value < of[kTau] ? of[kTau] : value;  // a NaN is not less than tau, and so stays
   }
 
-  void prepare(const Column& at, const double (*sums)[kWidth], State* state) const {
+  void before(const Column&, State&) const {}
+
+  void after(const Column& at, const double (*sums)[kWidth], State& state) const {
     const Arithmetic* gamma = static_cast<const Arithmetic*>(call_.gamma) + at.channel;
     const Arithmetic* beta = static_cast<const Arithmetic*>(call_.beta) + at.channel;
     const Arithmetic* tau = static_cast<const Arithmetic*>(call_.tau) + at.channel;
@@ -56,81 +57,34 @@ class Forward {
 #pragma omp simd
     for (int j = 0; j < at.width; ++j) {
       rstd[j] = 1 / square_root(static_cast<Arithmetic>(sums[0][j] * share) + eps[j]);
-      state->scale[j] = gamma[j] * rstd[j];
-      state->beta[j] = beta[j];
-      state->tau[j] = tau[j];
+      state[kScale][j] = gamma[j] * rstd[j];
+      state[kBeta][j] = beta[j];
+      state[kTau][j] = tau[j];
     }
     if (call_.rstd == nullptr) return;
-    Arithmetic* kept = static_cast<Arithmetic*>(call_.rstd) + at.statistic;
-    for (int j = 0; j < at.width; ++j) kept[j] = rstd[j];
-  }
-
-  void map(const Column& at, const State& affine, int64_t begin, int64_t rows) const {
-    if (call_.residual == nullptr) {
-      map_to<false>(at, affine, begin, rows);
-    } else {
-      map_to<true>(at, affine, begin, rows);
-    }
+    Arithmetic* saved = static_cast<Arithmetic*>(call_.rstd) + at.statistic;
+    for (int j = 0; j < at.width; ++j) saved[j] = rstd[j];
   }
 
  private:
-  template <bool kResidual>
-  void map_to(const Column& at, const State& affine, int64_t begin, int64_t rows) const {
-    const int64_t lanes = call_.lanes;
-    const int64_t offset = at.offset + begin * lanes;
-    const Storage* x = static_cast<const Storage*>(call_.x) + offset;
-    const Storage* residual = kResidual ? static_cast<const Storage*>(call_.residual) + offset : nullptr;
-    Storage* y = static_cast<Storage*>(call_.y) + offset;
-    if (lanes == 1) {
-      for (int j = 0; j < at.width; ++j) {
-        const int64_t plane = j * call_.spatial;
-        map_plane<Element, kResidual>(map_of_channel<Element, kResidual>(affine, j), x + plane,
-                                      residual + (kResidual ? plane : 0), y + plane, rows);
-      }
-      return;
-    }
-    over_tiles<Element>(
-        tile_rows(call_.spatial, at.width), rows, at.width,
-        [&](int64_t row, int64_t count, int first, auto vectors) {
-          map_lanes<Element, vectors, kResidual>(affine, first, x, residual, y, row, count, lanes);
-        },
-        [&](int64_t row, int64_t count, int first, int some) {
-          const Map<Element, kResidual> map = map_of_lanes<Element, kResidual>(affine, first);
-          for (int64_t i = row; i < row + count; ++i) map.some(x, residual, y, i * lanes + first, some);
-        });
-  }
-
   const deploynorm_frn& call_;
 };
 
-template <typename Element>
+template <typename Element, bool kResidual>
 void run(const deploynorm_frn& call, const Threads& threads) {
-  if (call.samples == 0 || call.channels == 0 || call.spatial == 0) return;
-  const deploynorm_frn flat = in_lanes_if_flat(call);
-  const Forward<Element> forward(flat);
-  Columns<Forward<Element>>(forward, flat, threads).run();
+  const Forward<Element, kResidual> forward(call);
+  Columns<Forward<Element, kResidual>>(forward, call, threads).run();
 }
 
 }  // namespace
 
 int DEPLOYNORM_VARIANT(const deploynorm_frn& call, deploynorm_parallel_for parallel_for, void* host) {
-  const Threads threads = {parallel_for, host};
-  switch (call.type) {
-    case DEPLOYNORM_FLOAT32:
-      run<Float32>(call, threads);
-      return 0;
-    case DEPLOYNORM_FLOAT64:
-      run<Float64>(call, threads);
-      return 0;
-    case DEPLOYNORM_FLOAT16:
-      run<Float16>(call, threads);
-      return 0;
-    case DEPLOYNORM_BFLOAT16:
-      run<BFloat16>(call, threads);
-      return 0;
-    default:
-      return 1;
-  }
+  return run_with_type(call.type, [&](auto element) {
+    if (call.samples == 0 || call.channels == 0 || call.spatial == 0) return;
+    const deploynorm_frn flat = side_by_side_if_flat(call);
+    (call.residual == nullptr ? run<decltype(element), false> : run<decltype(element), true>)(flat,
+                                                                                              {parallel_for, host});
+  });
 }
 
 }  // namespace deploynorm

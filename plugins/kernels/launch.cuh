@@ -1,4 +1,4 @@
-// How a launch is cut to the sizes and the device, for the forward and the backward pass.
+// Which kernel runs, cut how, for both passes: by the sizes, the alignment and the device.
 
 #ifndef DEPLOYNORM_KERNELS_LAUNCH_CUH_
 #define DEPLOYNORM_KERNELS_LAUNCH_CUH_
@@ -6,7 +6,7 @@
 #include <string.h>
 
 #include "frn.h"
-#include "walk.cuh"
+#include "kernels.cuh"
 
 namespace deploynorm {
 namespace {
@@ -27,7 +27,7 @@ int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
 // 2 to this power is count, or the next power of two above it.
-int bits_for(int64_t count) {
+int log2_up(int64_t count) {
   int bits = 0;
   while ((int64_t{1} << bits) < count) ++bits;
   return bits;
@@ -44,6 +44,21 @@ int64_t bytes_of(int32_t type) {
       return 2;
     default:
       return 0;
+  }
+}
+
+// run(element), for an element of the type, which is one that there is.
+template <typename Run>
+cudaError_t run_with_type(int32_t type, Run run) {
+  switch (type) {
+    case DEPLOYNORM_FLOAT32:
+      return run(float());
+    case DEPLOYNORM_FLOAT64:
+      return run(double());
+    case DEPLOYNORM_FLOAT16:
+      return run(__half());
+    default:
+      return run(__nv_bfloat16());
   }
 }
 
@@ -70,22 +85,57 @@ struct Device {
   }
 };
 
-// A call with its sizes in the kernels' terms, and how it is cut.
+// What the choice depends on.
+struct Request {
+  int64_t samples, channels, spatial, channel_block;
+  bool whole;           // whether all tensors begin at 16 bytes,
+  bool alike;           // or are misaligned to them by the same amount
+  bool workspace;       // whether there is one
+  const char* variant;  // that is asked for; null for none
+
+  template <typename Call, int kTensors>
+  Request(const Call& call, bool workspace, const char* variant, const void* const (&tensors)[kTensors])
+      : samples(call.samples),
+        channels(call.channels),
+        spatial(call.spatial),
+        channel_block(call.channel_block),
+        whole(true),
+        alike(true),
+        workspace(workspace),
+        variant(variant) {
+    for (const void* each : tensors) {
+      const uintptr_t misaligned = reinterpret_cast<uintptr_t>(each) % kVecBytes;
+      whole = whole && misaligned == 0;
+      alike = alike && misaligned == reinterpret_cast<uintptr_t>(tensors[0]) % kVecBytes;
+    }
+  }
+};
+
+// How a request is met.
 struct Plan {
   const char* variant = nullptr;  // null: none takes these sizes
   bool channels_last = false;
-  int pack = 1;  // elements of an access
+  int vec_size = 1;
   int threads = 0;
-  int held = 0;        // packs that a thread holds, for registers
-  bool teams = false;  // for registers: 2^team_bits threads have a plane, not a block
-  int team_bits = 0;
-  int column_bits = 0;
+  int held = 0;           // for registers: vectors that a thread holds
+  bool subwarps = false;  // for registers: 2^log2_threads threads have a plane, not a block
+  int log2_threads = 0;
+  int log2_columns = 0;
   int64_t strips = 1;
   int64_t groups = 0;
   int64_t chunks = 1;
 
-  Cut cut(int64_t channels, int64_t spatial, int64_t lanes) const {
-    return {channels, spatial, lanes, groups * chunks, chunks, static_cast<int>(strips), column_bits};
+  Tiling tiling(const Request& request) const {
+    return {request.channels, request.spatial,          request.channel_block, groups * chunks,
+            chunks,           static_cast<int>(strips), log2_columns};
+  }
+
+  // Whether the vectors of a group fit into the registers of a block whose threads hold so many at most; the kernels
+  // are compiled for 4, 8 and so on.
+  bool hold(int64_t vectors, int max_threads, int max_held) {
+    if (vectors > int64_t{max_held} * max_threads) return false;
+    for (held = 4; vectors > int64_t{held} * max_threads;) held *= 2;
+    return true;
   }
 };
 
@@ -94,79 +144,117 @@ int whole_warps(int64_t threads, int most) {
   return static_cast<int>(smaller(divided_up(larger(threads, 1), kWarp) * kWarp, most));
 }
 
-// For planes of so few packs that a team of threads holds one, how many threads it has, and false for larger ones. It
-// is as small as can hold them: what a team does once is done for fewer threads. Where planes begin anywhere, a team
-// has a thread for each element that may stand before or behind the whole packs.
-bool find_team(int64_t spatial, int64_t pack, int* team_bits) {
-  const int64_t threads = divided_up(divided_up(spatial, pack), kTeamHeld);
-  *team_bits = bits_for(spatial % pack == 0 ? threads : larger(threads, 2 * pack));
+// For planes of so few vectors that a subwarp holds one, how many threads it has, and false for larger ones. It is as
+// small as can hold them: what a subwarp does once is done for fewer threads. Where planes begin anywhere, it has a
+// thread for each element that may stand before or behind the whole vectors.
+bool fit_subwarp(int64_t spatial, int64_t whole_vec, int* log2_threads) {
+  const int64_t threads = divided_up(divided_up(spatial, whole_vec), kSubwarpHeld);
+  *log2_threads = log2_up(spatial % whole_vec == 0 ? threads : larger(threads, 2 * whole_vec));
   return threads <= kWarp;
 }
 
-// Whether small planes are better packed than held by teams: most of a team is there for the edges alone.
-bool better_packed(int64_t spatial, int64_t pack) { return spatial % pack != 0 && spatial < 3 * pack * pack; }
+// Whether small planes are better packed than held by subwarps: most of a subwarp is there for the edges alone.
+bool better_packed(int64_t spatial, int64_t whole_vec) {
+  return spatial % whole_vec != 0 && spatial < 3 * whole_vec * whole_vec;
+}
+
+// How many planes, end to end, make up whole vectors.
+int64_t planes_of_whole_vectors(int64_t spatial, int64_t whole_vec) {
+  int64_t count = 1;
+  while (count * spatial % whole_vec != 0) count *= 2;
+  return count;
+}
+
+// Whether planes of this size are packed.
+bool fit_packed(int64_t spatial, int64_t element_bytes) {
+  const int64_t plane_bytes = spatial * element_bytes;
+  return plane_bytes <= kSmallPlane &&
+         planes_of_whole_vectors(spatial, kVecBytes / element_bytes) * plane_bytes <= kPackedBytes;
+}
 
 // Into how many chunks a split cuts a group that has work for at most so many blocks.
 int64_t chunks_of_split(int64_t groups, int64_t most) {
   return larger(1, smaller(divided_up(kBlocksWanted, groups), most));
 }
 
-// Threads and chunks of the variants that read a plane twice; packed has its own.
-void plan_two_passes_over_planes(int64_t spatial, Plan* plan) {
-  const int64_t packs = spatial / plan->pack;
-  if (plan->variant == kTwoPasses) {
-    plan->threads = whole_warps(divided_up(packs, kUnroll), kMaxThreads);
-  } else if (plan->variant == kSplit) {
-    plan->threads = kSplitThreads;
-    plan->chunks = chunks_of_split(plan->groups, divided_up(packs, int64_t{plan->threads} * kUnroll));
-  }
-}
-
-// The same of strips that are `width` packs wide.
-void plan_two_passes_over_strips(int64_t spatial, int64_t width, Plan* plan) {
-  if (plan->variant == kTwoPasses) {
-    plan->threads = whole_warps(divided_up(spatial, kUnroll) * width, kMaxStripThreads);
+template <typename Op>
+Plan plan_planes(const Request& request, const Device& device) {
+  constexpr int kElementBytes = sizeof(typename Op::Storage), kWhole = kWholeVec<typename Op::Storage>;
+  Plan plan;
+  plan.groups = request.samples * request.channels;
+  // Vectors begin at 16 bytes: of tensors that are misaligned differently, elements are read one by one.
+  plan.vec_size = request.alike ? kWhole : 1;
+  const int64_t vectors = divided_up(request.spatial, kWhole);
+  const bool fits_packed = fit_packed(request.spatial, kElementBytes);
+  const bool fits_registers = request.alike && plan.hold(vectors, kMaxThreads, Op::max_held(false, kWhole));
+  const bool few = plan.groups < device.multiprocessors && request.spatial * kElementBytes >= kWorthSplitting;
+  const char* best = fits_packed && (!fits_registers || better_packed(request.spatial, kWhole)) ? kPacked
+                     : fits_registers                                                           ? kRegisters
+                     : request.workspace && few                                                 ? kSplit
+                                                                                                : kTwoPasses;
+  const char* variant = request.variant == nullptr ? best : request.variant;
+  if (variant == kPacked && !fits_packed) return plan;
+  if (variant == kRegisters && !fits_registers) return plan;
+  if (variant == kSplit && (!request.workspace || plan.groups > kBlocksWanted)) return plan;
+  plan.variant = variant;
+  const int64_t read = request.spatial / plan.vec_size;
+  if (variant == kPacked) {
+    if (!request.whole) plan.vec_size = 1;
+  } else if (variant == kRegisters) {
+    plan.threads = whole_warps(divided_up(vectors, plan.held), kMaxThreads);
+    plan.subwarps = fit_subwarp(request.spatial, kWhole, &plan.log2_threads);
+  } else if (variant == kTwoPasses) {
+    plan.threads = whole_warps(divided_up(read, kUnroll), kMaxThreads);
   } else {
-    plan->threads = kSplitThreads;
-    const int64_t rows = larger(kRowsOfAChunk, kUnroll * plan->threads / width);
-    plan->chunks = chunks_of_split(plan->groups, divided_up(spatial, rows));
+    plan.threads = kSplitThreads;
+    plan.chunks = chunks_of_split(plan.groups, divided_up(read, int64_t{plan.threads} * kUnroll));
   }
+  return plan;
 }
 
-// How many planes, end to end, make up whole packs.
-int64_t planes_of_whole_packs(int64_t spatial, int64_t pack) {
-  int64_t count = 1;
-  while (count * spatial % pack != 0) count *= 2;
-  return count;
-}
-
-// Whether planes of this size are packed.
-bool fit_packed(int64_t spatial, int64_t bytes_of_one) {
-  const int64_t plane_bytes = spatial * bytes_of_one;
-  return plane_bytes <= kSmallPlane &&
-         planes_of_whole_packs(spatial, kPackBytes / bytes_of_one) * plane_bytes <= kPackedBytes;
-}
-
-// How planes are packed.
-struct PackedTiles {
-  int planes;     // of a tile
-  int team_bits;  // 2^team_bits threads have a plane
-  int64_t tiles;
-
-  // capacity: elements of a tile.
-  PackedTiles(int64_t groups, int64_t spatial, int64_t capacity, int64_t pack, const Device& device) {
-    // So many planes that the next tile begins at 16 bytes, and so few that every multiprocessor has some.
-    const int64_t multiple = planes_of_whole_packs(spatial, pack);
-    const int64_t share = divided_up(groups, int64_t{2} * device.multiprocessors);
-    const int64_t count = larger(smaller(capacity / spatial, share) / multiple * multiple, multiple);
-    planes = static_cast<int>(count);
-    tiles = divided_up(groups, count);
-    // As many threads a plane as leave none of a block idle.
-    const int64_t most = smaller(larger(kPackedThreads / count, 1), smaller(spatial, kWarp));
-    team_bits = bits_for(most);
-    if ((int64_t{1} << team_bits) > most) --team_bits;
+template <typename Op>
+Plan plan_strips(const Request& request, const Device& device) {
+  constexpr int kWhole = kWholeVec<typename Op::Storage>;
+  Plan plan;
+  plan.channels_last = true;
+  plan.vec_size = request.whole && request.channel_block % kWhole == 0 ? kWhole : 1;
+  const int64_t columns = request.channel_block / plan.vec_size;
+  const int widest = static_cast<int>(smaller(log2_up(columns), log2_up(Op::max_columns(true, plan.vec_size))));
+  // As wide as fits, but not so wide that multiprocessors are idle; 32 bytes is what memory gives at least. What fits
+  // still fits when it is narrower.
+  const int narrowest = static_cast<int>(smaller(widest, plan.vec_size == 1 ? 3 : 1));
+  int width = widest;
+  bool fits_registers = false;
+  for (;; --width) {
+    const int64_t blocks = request.samples * divided_up(columns, int64_t{1} << width);
+    const int max_held = Op::max_held_of_strip(plan.vec_size, width, width == narrowest);
+    fits_registers = plan.hold(request.spatial << width, kMaxStripThreads, max_held);
+    if (width == narrowest || (fits_registers && blocks >= device.multiprocessors)) break;
   }
-};
+  const int64_t groups_if_wide = request.samples * divided_up(columns, int64_t{1} << widest);
+  const char* best = fits_registers                                        ? kRegisters
+                     : request.workspace && groups_if_wide < kBlocksWanted ? kSplit
+                                                                           : kTwoPasses;
+  const char* variant = request.variant == nullptr ? best : request.variant;
+  if (variant == kPacked) return plan;
+  if (variant == kRegisters && !fits_registers) return plan;
+  if (variant == kSplit && (!request.workspace || groups_if_wide >= kBlocksWanted)) return plan;
+  plan.variant = variant;
+  plan.log2_columns = variant == kSplit ? widest : width;
+  const int64_t row = int64_t{1} << plan.log2_columns;
+  plan.strips = divided_up(columns, row);
+  plan.groups = request.samples * plan.strips;
+  if (variant == kRegisters) {
+    plan.threads = whole_warps(divided_up(request.spatial, plan.held) * row, kMaxStripThreads);
+  } else if (variant == kTwoPasses) {
+    plan.threads = whole_warps(divided_up(request.spatial, kUnroll) * row, kMaxStripThreads);
+  } else {
+    plan.threads = kSplitThreads;
+    const int64_t rows = larger(kRowsOfAChunk, kUnroll * plan.threads / row);
+    plan.chunks = chunks_of_split(plan.groups, divided_up(request.spatial, rows));
+  }
+  return plan;
+}
 
 template <typename... Parameters, typename... Arguments>
 cudaError_t launch(const Device& device, int64_t blocks, int threads, cudaStream_t stream,
@@ -178,11 +266,76 @@ cudaError_t launch(const Device& device, int64_t blocks, int threads, cudaStream
   return cudaLaunchKernelEx(&config, kernel, arguments...);
 }
 
-template <typename Kernel, typename Problem>
-cudaError_t launch_teams(const Plan& plan, const Device& device, cudaStream_t stream, Kernel* kernel,
-                         const Problem& problem) {
-  return launch(device, divided_up(problem.tiles, kTeamThreads >> plan.team_bits), kTeamThreads, stream, kernel,
-                problem, plan.team_bits);
+template <typename Op>
+cudaError_t launch_packed(const Plan& plan, const Device& device, typename Op::Problem problem, cudaStream_t stream) {
+  constexpr int kWhole = kWholeVec<typename Op::Storage>;
+  // So many planes to a tile that the next tile begins at 16 bytes, and so few that every multiprocessor has some.
+  const int64_t multiple = planes_of_whole_vectors(problem.spatial, kWhole);
+  const int64_t share = divided_up(plan.groups, int64_t{2} * device.multiprocessors);
+  const int64_t capacity = kPackedBytes / sizeof(typename Op::Storage) / problem.spatial;
+  const int64_t planes = larger(smaller(capacity, share) / multiple * multiple, multiple);
+  problem.tiles = divided_up(plan.groups, planes);
+  // As many threads for a plane as leave none of a block idle.
+  const int64_t most = smaller(larger(kPackedThreads / planes, 1), smaller(problem.spatial, kWarp));
+  const int log2_threads = log2_up(most + 1) - 1;
+  auto* kernel = plan.vec_size > 1 ? frn_packed<Op, kWhole> : frn_packed<Op, 1>;
+  return launch(device, problem.tiles, kPackedThreads, stream, kernel, problem, plan.groups, static_cast<int>(planes),
+                log2_threads);
+}
+
+// By the number of vectors that a thread holds: kHeld, or the double, up to what the pass has kernels for.
+template <typename Op, int kVecSize, bool kChannelsLast, int kHeld>
+cudaError_t launch_in_registers(const Plan& plan, const Device& device, const typename Op::Problem& problem,
+                                cudaStream_t stream) {
+  if constexpr (kHeld > Op::max_held(kChannelsLast, kVecSize)) {
+    return cudaErrorInvalidValue;
+  } else {
+    if (plan.held > kHeld) {
+      return launch_in_registers<Op, kVecSize, kChannelsLast, 2 * kHeld>(plan, device, problem, stream);
+    }
+    return launch(device, problem.tiles, plan.threads, stream, frn_in_registers<Op, kVecSize, kChannelsLast, kHeld>,
+                  problem);
+  }
+}
+
+template <typename Op, int kVecSize, bool kChannelsLast>
+cudaError_t launch_groups(const Plan& plan, const Device& device, const typename Op::Problem& problem,
+                          cudaStream_t stream) {
+  if (plan.variant == kTwoPasses) {
+    return launch(device, problem.tiles, plan.threads, stream, frn_in_two_passes<Op, kVecSize, kChannelsLast>, problem);
+  }
+  if (plan.variant == kSplit) {
+    const cudaError_t error =
+        launch(device, problem.tiles, plan.threads, stream, frn_partial_sums<Op, kVecSize, kChannelsLast>, problem);
+    if (error != cudaSuccess) return error;
+    return launch(device, problem.tiles, plan.threads, stream, frn_from_partial_sums<Op, kVecSize, kChannelsLast>,
+                  problem);
+  }
+  if constexpr (!kChannelsLast && kVecSize > 1) {
+    if (plan.subwarps) {
+      return launch(device, divided_up(problem.tiles, kSubwarpThreads >> plan.log2_threads), kSubwarpThreads, stream,
+                    frn_in_subwarps<Op, kVecSize>, problem, plan.log2_threads);
+    }
+  }
+  return launch_in_registers<Op, kVecSize, kChannelsLast, 4>(plan, device, problem, stream);
+}
+
+// Plans and launches. fill(plan, problem) adds what of a problem is not in the request.
+template <typename Op, typename Fill>
+cudaError_t plan_and_launch(const Request& request, const Device& device, cudaStream_t stream, Fill fill) {
+  constexpr int kWhole = kWholeVec<typename Op::Storage>;
+  const Plan plan = request.channel_block == 1 ? plan_planes<Op>(request, device) : plan_strips<Op>(request, device);
+  if (plan.variant == nullptr) return cudaErrorInvalidValue;
+  typename Op::Problem problem = {};
+  static_cast<Tiling&>(problem) = plan.tiling(request);
+  fill(plan, &problem);
+  if (plan.variant == kPacked) return launch_packed<Op>(plan, device, problem, stream);
+  if (plan.channels_last) {
+    return plan.vec_size > 1 ? launch_groups<Op, kWhole, true>(plan, device, problem, stream)
+                             : launch_groups<Op, 1, true>(plan, device, problem, stream);
+  }
+  return plan.vec_size > 1 ? launch_groups<Op, kWhole, false>(plan, device, problem, stream)
+                           : launch_groups<Op, 1, false>(plan, device, problem, stream);
 }
 
 }  // namespace

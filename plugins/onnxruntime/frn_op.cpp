@@ -152,12 +152,12 @@ OrtStatus* compute(void* opaque, OrtKernelContext* context) {
   call.channels = shape.sizes[1];
   call.spatial = 1;
   for (size_t axis = 2; axis < shape.rank; ++axis) call.spatial *= shape.sizes[axis];
-  call.lanes = kernel.block == 0 ? 1 : kernel.block;
+  call.channel_block = kernel.block == 0 ? 1 : kernel.block;
   call.type = op.type;
-  if (call.channels % call.lanes != 0) {
+  if (call.channels % call.channel_block != 0) {
     return refuse(api, kInvalidArgument,
                   "%s: the channels are no multiple of the block. Got %lld; expected blocks of %lld", kBlockedOpType,
-                  static_cast<long long>(call.channels), static_cast<long long>(call.lanes));
+                  static_cast<long long>(call.channels), static_cast<long long>(call.channel_block));
   }
   const void** parameters[kInputs] = {&call.x, &call.gamma, &call.beta, &call.tau, &call.eps};
   for (int index = 1; index < kInputs; ++index) {

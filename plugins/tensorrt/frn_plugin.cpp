@@ -53,9 +53,9 @@ deploynorm_frn call_of(const Dims& x, DataType type, TensorFormat format) {
   call.channels = x.d[1];
   call.spatial = 1;
   for (int32_t axis = 2; axis < x.nbDims; ++axis) call.spatial *= x.d[axis];
-  call.lanes = format == TensorFormat::kHWC    ? call.channels
-               : format == TensorFormat::kHWC8 ? (call.channels + 7) / 8 * 8
-                                               : 1;
+  call.channel_block = format == TensorFormat::kHWC    ? call.channels
+                       : format == TensorFormat::kHWC8 ? (call.channels + 7) / 8 * 8
+                                                       : 1;
   call.type = type == DataType::kHALF   ? DEPLOYNORM_FLOAT16
               : type == DataType::kBF16 ? DEPLOYNORM_BFLOAT16
                                         : DEPLOYNORM_FLOAT32;

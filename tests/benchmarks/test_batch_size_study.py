@@ -17,9 +17,9 @@ from results import Results, Run, Settings, draw, read_rows, row_of, table
 from tolerances import EXACT, FLOAT64
 from torch import nn
 
-from deploynorm.layers import FRN2d, MABN2d
+from deploynorm.layers import FRN2d, MABN2d, parameter_groups
 from deploynorm.models import data, frn_resnet, mabn_resnet
-from deploynorm.models.training.optimization import lr_factor, parameter_groups
+from deploynorm.models.training.optimization import lr_factor
 
 ROOT = Path(__file__).parents[2]
 NORMS = ["bn", "gn", "frn", "mabn"]

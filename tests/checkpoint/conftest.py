@@ -57,6 +57,6 @@ def rewrite() -> Rewrite:
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty current directory, which imports do not look into of themselves."""
+    """An empty current directory that is not on sys.path."""
     monkeypatch.chdir(tmp_path)
     return tmp_path

@@ -1,4 +1,4 @@
-"""Every refusal of load, with the phrase that tells it; and files that are broken anyhow."""
+"""Every refusal of load, with the phrases of its message; and files with random damage."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ FILES: dict[str, tuple[bytes, dict[str, Any], tuple[str, ...]]] = {
         ("would run code", "Got argparse.Namespace;"),
     ),
     "protocol 4": (saved(STATE, pickle_protocol=4), TYPED, ("a form of pickle that", "--trust-pickle")),
-    "no factory": (saved(STATE), {}, ("a state dict of 2 tensors does not tell which network", "--factory")),
+    "no factory": (saved(STATE), {}, ("a state dict of 2 tensors does not say which network", "--factory")),
     # whether it fits
     "missing": (conv(bias=None), TYPED, ("does not fit Conv2d", "1 missing from the file: bias")),
     "unexpected": (conv(**{f"x{i}": NAN for i in range(7)}), TYPED, ("7 unknown to the network: x0, x1", "(2 more)")),
@@ -135,7 +135,12 @@ FILES: dict[str, tuple[bytes, dict[str, Any], tuple[str, ...]]] = {
     "input": (own(input={"shape": [1, 8, 8], "mean": [0.5], "std": [0]}), {}, ("its input.std is wrong", "Got (0,)")),
     "state": (own(state_dict={"a": 1}), {}, ("its state_dict is none", "'a' (int)")),
     "misfit": (own(), {}, ("does not fit ResNet",)),
-    "factory of a file": (own(factory="load_errors_nets:conv"), {}, ("not one of deploynorm.models", "--factory")),
+    "factory of a file": (
+        own(factory="load_errors_nets:conv"), {}, ("not one of deploynorm.models", " --factory load_errors_nets:conv,"),
+    ),
+    "hostile factory of a file": (
+        own(factory="nets:f; rm -r ~"), {}, ("not one of deploynorm.models", "with --factory pkg.mod:function."),
+    ),
     "wrong kwargs of a file": (own(kwargs={"colour": 1}), {}, ("does not take the arguments", "colour")),
     # what the user typed
     "not a name": (conv(), {"factory": "nets.conv"}, ("not a factory", "pkg.mod:function")),

@@ -1,10 +1,12 @@
-"""Every kind of file that load takes, and what it tells of it."""
+"""Every kind of file that load accepts, and what it says about each."""
 
 from __future__ import annotations
 
 import argparse
 import hashlib
 import io
+import re
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +21,7 @@ from torch import Tensor, nn
 
 from deploynorm.checkpoint import load, save
 from deploynorm.errors import InputError, ModelError
-from deploynorm.inputs import ImageSpec
+from deploynorm.image import ImageSpec
 from deploynorm.layers import FRN2d, MABN2d
 from deploynorm.models.frn_resnet import resnet20
 
@@ -81,6 +83,7 @@ def test_a_saved_checkpoint_is_tensors_and_plain_data_alone(tmp_path: Path, netw
         ({"training": {"rate": np.float64(0.1), "seen": [{"at": torch.ones(1)}]}}, InputError),
         ({"factory": "deploynorm.models.train:main"}, ModelError),
         ({"factory": "deploynorm.models.frn_resnet:resnet21"}, ModelError),
+        ({"factory": "nets.unet"}, ModelError),
     ],
     ids=lambda value: str(next(iter(value.items()))) if isinstance(value, dict) else value.__name__,
 )
@@ -135,7 +138,7 @@ def prefixed(prefix: str) -> Callable[[dict[str, Tensor]], Any]:
     ],
 )
 @pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
-def test_a_state_dict_is_found_and_its_prefixes_are_told(
+def test_a_state_dict_is_found_and_its_prefixes_are_noted(
     tmp_path: Path, network: nn.Module, wrap: Callable[[dict[str, Tensor]], Any], notes: list[str], legacy: bool
 ) -> None:
     torch.save(wrap(network.state_dict()), tmp_path / "w.pt", _use_new_zipfile_serialization=not legacy)
@@ -188,6 +191,20 @@ def test_the_current_directory_is_searched_for_typed_factories_and_left_again(ne
     assert sys.path == before
 
 
+def test_the_refusal_of_an_own_network_has_the_command_that_loads_it(nets: Path) -> None:
+    path = nets / "own network.pt"
+    network = nn.ModuleDict({"module": nn.Conv2d(1, 5, 3)})
+    save(path, factory="user_nets:Wrapped", kwargs={"width": 5}, model=network, labels=["cat"])
+    with pytest.raises(ModelError) as refused:
+        load(path)
+    command = re.search(r"(deploynorm export .*), or deploynorm\.load\(\.\.\., (factory=.*)\);", str(refused.value))
+    assert command is not None
+    assert shlex.split(command[1]) == ["deploynorm", "export", str(path), "--factory", "user_nets:Wrapped"]
+    assert command[2] == "factory='user_nets:Wrapped'"
+    got = load(path, factory="user_nets:Wrapped")
+    assert (got.model.module.out_channels, got.labels) == (5, ("cat",))
+
+
 def test_a_typed_factory_and_typed_arguments_win_over_those_in_the_file(nets: Path, network: nn.Module) -> None:
     (nets / "user_nets.py").write_text("from deploynorm.models.frn_resnet import resnet20 as mine")
     save(nets / "model.pt", factory="elsewhere:gone", kwargs={"num_classes": 9}, model=network)
@@ -229,7 +246,7 @@ def test_a_pickled_timm_network_is_read(tmp_path: Path, timm: ModuleType) -> Non
 def test_data_parallel_is_taken_off_a_pickled_network(tmp_path: Path, network: nn.Module) -> None:
     torch.save(nn.DataParallel(network), tmp_path / "net.pt")
     got = load(tmp_path / "net.pt")
-    assert got.notes == ("DataParallel was taken off the network",)
+    assert got.notes == ("DataParallel was removed from the network",)
     assert_same(got.model, network)
 
 

@@ -33,7 +33,7 @@ def tables(value: Any) -> Iterator[Any]:
 def reaches_torch(program: Any) -> bool:
     try:
         return CODE in json.dumps(clean(program))
-    except (RefusedError, ValueError):  # a ValueError is told as a damaged archive
+    except (RefusedError, ValueError):  # a ValueError is reported as a damaged archive
         return False
 
 

@@ -401,7 +401,8 @@ NOTHING = [
 
 
 def _check(case: Case, *, broken: bool) -> None:
-    found = diagnose(case.facts)
+    diagnosis = diagnose(case.facts)
+    found = list(diagnosis.findings)
     assert {finding.name for finding in found} == set(case.findings), found
     assert len(set(found)) == len(found), "two GPUs of one kind are one finding"
     for finding in found:
@@ -409,11 +410,12 @@ def _check(case: Case, *, broken: bool) -> None:
         assert re.search(problem, finding.problem), finding
         assert re.search(remedy, finding.remedy), finding
     assert any(finding.level == "broken" for finding in found) is broken
+    assert bool(diagnosis) is not broken
     assert found == sorted(found, key=lambda finding: finding.level != "broken"), "what is broken comes first"
 
 
 @pytest.mark.parametrize("case", BROKEN, ids=lambda case: case.name)
-def test_what_is_broken_is_told_with_its_remedy(case: Case) -> None:
+def test_what_is_broken_is_reported_with_its_remedy(case: Case) -> None:
     _check(case, broken=True)
 
 
@@ -423,7 +425,7 @@ def test_what_is_missing_is_a_note_and_breaks_nothing(case: Case) -> None:
 
 
 @pytest.mark.parametrize("case", NOTHING, ids=lambda case: case.name)
-def test_what_works_is_not_told(case: Case) -> None:
+def test_what_works_is_not_reported(case: Case) -> None:
     _check(case, broken=False)
 
 
@@ -436,7 +438,7 @@ def test_every_failure_of_the_list_has_a_case() -> None:
 
 def test_findings_are_single_lines_without_a_full_stop() -> None:
     for case in (*BROKEN, *NOTES):
-        for finding in diagnose(case.facts):
+        for finding in diagnose(case.facts).findings:
             for text in (finding.problem, finding.remedy):
                 assert text == text.strip().rstrip("."), finding
                 assert "\n" not in text, finding

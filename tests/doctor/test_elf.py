@@ -62,10 +62,10 @@ def test_the_same_as_readelf_says_of_our_own_library(require: Callable[[str], No
     require("native")
     path = libraries.library_path()
     try:
-        told = subprocess.run(["readelf", "-dW", path], capture_output=True, text=True, check=True).stdout
+        found = subprocess.run(["readelf", "-dW", path], capture_output=True, text=True, check=True).stdout
     except FileNotFoundError:
         pytest.skip("readelf is not installed")
-    needed = [line.partition("[")[2].rstrip("]") for line in told.splitlines() if "(NEEDED)" in line]
+    needed = [line.partition("[")[2].rstrip("]") for line in found.splitlines() if "(NEEDED)" in line]
     assert list(read_library(path).needed) == needed
     assert "RegisterCustomOps" in read_library(path).exports
 

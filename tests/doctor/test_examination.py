@@ -17,6 +17,7 @@ import pytest
 from deploynorm import libraries
 from deploynorm.doctor import Examination, Finding, diagnose, examine
 from deploynorm.doctor import examination as examination_module
+from deploynorm.libraries.find import cache_of_these_sources
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="ELF")
 
@@ -56,13 +57,13 @@ def add_onnxruntime(folder: Path, version: str = "1.32.0", *, registration: str 
 def built_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty folder for what was built on this machine of the sources that the package brings."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    folder = libraries._cache_of_these_sources() / "key"
+    folder = cache_of_these_sources() / "key"
     folder.mkdir(parents=True)
     return folder
 
 
 def broken(examination: Examination) -> dict[str, Finding]:
-    return {finding.name: finding for finding in diagnose(examination) if finding.level == "broken"}
+    return {finding.name: finding for finding in diagnose(examination).findings if finding.level == "broken"}
 
 
 def test_this_machine_as_it_is(require: Callable[[str], None]) -> None:
@@ -190,7 +191,7 @@ def test_a_machine_without_our_libraries(site_packages: Path) -> None:
     assert found.libraries == ()
     assert found.onnxruntime is not None
     assert found.onnxruntime.takes_library is None
-    assert "library-missing" in {finding.name for finding in diagnose(found)}
+    assert "library-missing" in {finding.name for finding in diagnose(found).findings}
 
 
 def test_a_library_whose_entry_point_has_another_name(built_here: Path, require: Callable[[str], None]) -> None:
@@ -247,7 +248,7 @@ def test_all_libraries_as_they_are_built(
     for library in cuda_libraries.glob("*.so"):
         shutil.copy2(library, built_here)
     found = examine()
-    assert tuple(library.name for library in found.libraries) == libraries.LIBRARIES
+    assert tuple(library.name for library in found.libraries) == tuple(row.file for row in libraries.LIBRARIES.values())
     operators, training, plugin, register = found.libraries
     for library in found.libraries:
         assert (library.origin, library.problem, library.outdated) == ("built here", None, False)
@@ -262,7 +263,7 @@ def test_all_libraries_as_they_are_built(
 def test_libraries_of_other_sources_are_named(built_here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (built_here / libraries.ORT_LIBRARY).write_bytes(b"")
     assert examination_module._stale() == ()
-    monkeypatch.setattr(libraries, "_source_digest", lambda: "other sources")
+    monkeypatch.setattr("deploynorm.libraries.find.source_digest", lambda: "other sources")
     assert examination_module._stale() == (str(built_here.parent),)
 
 
@@ -279,7 +280,7 @@ def test_an_installed_library_that_is_older_than_the_sources_of_the_clone(
     built.parent.mkdir()
     built.write_bytes(b"")
     monkeypatch.setattr(libraries, "source_folder", lambda: sources)
-    monkeypatch.setattr(libraries, "_cache_of_these_sources", lambda: built.parent)
+    monkeypatch.setattr(examination_module, "cache_of_these_sources", lambda: built.parent)
     for age, outdated in ((-10, False), (10, True)):
         changed = library.stat().st_mtime + age
         os.utime(sources / "kernels" / "frn.cu", (changed, changed))

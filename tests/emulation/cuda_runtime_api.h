@@ -54,8 +54,8 @@ inline cudaError_t cudaGetDevice(int* device) {
 // for devices and tensors of all sizes are taken with small ones.
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int /*device*/) {
   const bool grid = attribute == cudaDevAttrMaxGridDimX;
-  const char* told = getenv(grid ? "EMULATED_MAX_GRID" : "EMULATED_MULTIPROCESSORS");
-  *value = told != nullptr ? atoi(told) : grid ? 0x7fffffff : 8;
+  const char* set = getenv(grid ? "EMULATED_MAX_GRID" : "EMULATED_MULTIPROCESSORS");
+  *value = set != nullptr ? atoi(set) : grid ? 0x7fffffff : 8;
   return cudaSuccess;
 }
 

@@ -1,4 +1,4 @@
-"""The libraries as nvcc builds them for the GPU that is here."""
+"""The CUDA kernels on the emulation, and the libraries as nvcc builds them for the GPU that is here."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ from cuda_kernels import CudaKernel
 from deploynorm import libraries
 from deploynorm.layers import _native
 
-# Without a GPU nothing here is collected (tests/conftest.py says so at the top of a run), unless one is required.
-if not torch.cuda.is_available() and "gpu" not in os.environ.get("DEPLOYNORM_REQUIRE", "").split(","):
-    collect_ignore_glob = ["test_*.py"]
+# Without a GPU only the emulation is tested (tests/conftest.py says so at the top of a run), unless one is required.
+GPU = torch.cuda.is_available() or "gpu" in os.environ.get("DEPLOYNORM_REQUIRE", "").split(",")
+if not GPU:
+    on_both = ("test_backward.py", "test_broken.py", "test_forward.py")
+    collect_ignore = [path.name for path in Path(__file__).parent.glob("test_*.py") if path.name not in on_both]
 
 
 @pytest.fixture(scope="session")
@@ -31,7 +33,7 @@ def architecture(require: Callable[[str], None]) -> str:
 def library(architecture: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The operator library with CUDA kernels."""
     folder = tmp_path_factory.mktemp("library")
-    return libraries.build(folder, cuda=True, tensorrt=False, architectures=[architecture])
+    return libraries.build(folder, cuda=True, tensorrt=False, architectures=[architecture]).library
 
 
 @pytest.fixture(scope="session")
@@ -41,8 +43,15 @@ def training_library(library: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def kernel(training_library: Path) -> CudaKernel:
+def gpu_kernel(training_library: Path) -> CudaKernel:
     return CudaKernel(training_library, "cuda")
+
+
+@pytest.fixture(scope="session", params=["emulated", "gpu"] if GPU else ["emulated"])
+def kernel(request: pytest.FixtureRequest) -> CudaKernel:
+    """The kernels on each device that there is."""
+    found: CudaKernel = request.getfixturevalue("emulated" if request.param == "emulated" else "gpu_kernel")
+    return found
 
 
 @pytest.fixture

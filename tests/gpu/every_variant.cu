@@ -34,9 +34,9 @@ bool finish(int error, const char* variant) {
   return true;
 }
 
-void run(int64_t samples, int64_t channels, int64_t spatial, int64_t lanes, int type, const char* variant) {
+void run(int64_t samples, int64_t channels, int64_t spatial, int64_t block, int type, const char* variant) {
   const size_t sizes[] = {4, 8, 2, 2};
-  const size_t elements = static_cast<size_t>(samples * spatial * (lanes == 1 ? channels : lanes)) * sizes[type];
+  const size_t elements = static_cast<size_t>(samples * spatial * (block == 1 ? channels : block)) * sizes[type];
   const size_t parameter = static_cast<size_t>(channels) * (type == DEPLOYNORM_FLOAT64 ? 8 : 4);
   void *given[6], *written[6];
   for (void*& each : given) each = device_bytes(&each < given + 2 ? elements : parameter, 0x3c);  // small and positive
@@ -47,7 +47,7 @@ void run(int64_t samples, int64_t channels, int64_t spatial, int64_t lanes, int 
   call.samples = samples;
   call.channels = channels;
   call.spatial = spatial;
-  call.lanes = lanes;
+  call.channel_block = block;
   call.type = type;
   call.x = given[0];
   call.y = written[0];
@@ -66,7 +66,7 @@ void run(int64_t samples, int64_t channels, int64_t spatial, int64_t lanes, int 
   back.samples = samples;
   back.channels = channels;
   back.spatial = spatial;
-  back.lanes = lanes;
+  back.channel_block = block;
   back.type = type;
   back.dy = given[1];
   back.x = given[0];

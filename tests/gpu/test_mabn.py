@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from deploynorm.layers import CenConv2d, MABN2d
 from deploynorm.layers.loss_scale import track_loss_scale
-from deploynorm.layers.recalibrate import recalibrate
+from deploynorm.layers.recalibration import recalibrate
 
 DEVICE = "cuda"
 TOLERANCES = {torch.float64: FLOAT64, torch.float32: OP_FLOAT32, torch.float16: OP_FLOAT16, torch.bfloat16: OP_BFLOAT16}

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from deploynorm.errors import BackendError
-from deploynorm.layers import FRN2d, _native, _plain
+from deploynorm.layers import FRN2d, _handwritten, _native
+from deploynorm.layers._composed import composed
 
 pytestmark = pytest.mark.usefixtures("native")
 
@@ -43,7 +44,7 @@ def leaves(layer: FRN2d, x: Tensor) -> list[Tensor]:
 def definition(layer: FRN2d, x: Tensor) -> Tensor:
     """The same in float64, by autograd."""
     assert layer.eps_l is not None
-    return _plain.composed(x, layer.weight, layer.bias, layer.tau, layer.eps + layer.eps_l.abs())
+    return composed(x, layer.weight, layer.bias, layer.tau, layer.eps + layer.eps_l.abs())
 
 
 def largest(tensor: Tensor) -> float:
@@ -63,8 +64,8 @@ def nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> Any:
         raise AssertionError("not on our kernels")
 
-    monkeypatch.setattr(_plain, "forward", fail)
-    monkeypatch.setattr(_plain, "backward", fail)
+    monkeypatch.setattr(_handwritten, "forward", fail)
+    monkeypatch.setattr(_handwritten, "backward", fail)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -184,8 +185,8 @@ def test_compiled_it_is_the_same(layout: str) -> None:
     torch._dynamo.reset()
 
 
-def test_a_refusal_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_refusal_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     assert _native.LIBRARY is not None
-    monkeypatch.setattr(_native.LIBRARY, "cuda_forward", lambda *_: 700)
+    monkeypatch.setattr(_native.LIBRARY.functions, "deploynorm_frn_cuda", lambda *_: 700)
     with pytest.raises(BackendError, match="code 700"):
         make_layer(4)(draw((1, 4, 5, 5), "float32"))

@@ -1,4 +1,4 @@
-"""What the layers refuse, and with which words."""
+"""What the layers refuse, and with which messages."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""FRN1d, FRN2d and FRN3d against the reference, and what else a layer owes: gradients, state, casts, export."""
+"""FRN1d, FRN2d and FRN3d against the reference, and their gradients, state, casts and export."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What people do to a layer in training: FRN must come out right of all of it."""
+"""FRN in all that people do with a layer in training."""
 
 from __future__ import annotations
 

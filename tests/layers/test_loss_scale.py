@@ -79,7 +79,7 @@ def test_a_scale_that_grows_changes_no_gradient(accumulate: int) -> None:
     assert len(scales) == STEPS // accumulate // 3
 
 
-def test_untold_of_the_scaler_the_gradients_are_off() -> None:
+def test_without_knowing_the_scaler_the_gradients_are_off() -> None:
     net = new_net()
     plain = copy.deepcopy(net)
     got, _ = train(net, growing())
@@ -169,7 +169,7 @@ def test_a_run_goes_on_with_another_scale_or_none_from_its_checkpoint() -> None:
         track_loss_scale(resumed, resumed_scaler)
         resumed.load_state_dict(state)
         if not results:
-            resumed_scaler.load_state_dict(scaler_state)  # the model was told before
+            resumed_scaler.load_state_dict(scaler_state)  # after track_loss_scale
         resumed_scaler.scale(loss_of(resumed, data()[12])).backward()
         results.append([g / resumed_scaler.get_scale() for g in gradients(resumed)])
     for other in results[1:]:
@@ -192,20 +192,23 @@ def test_a_scaler_that_is_off_or_none_is_no_scale() -> None:
         assert [layer._loss_scale for layer in net if isinstance(layer, MABN2d)] == [None, None]
 
 
-def test_the_scale_stays_what_it_was_when_told() -> None:
+def test_tracking_a_scaler_leaves_its_scale() -> None:
     scaler = GradScaler("cpu", init_scale=2.0**7)
     track_loss_scale(MABN2d(C), scaler)
     assert scaler.get_scale() == 2.0**7
 
 
-def test_what_cannot_be_tracked_is_told() -> None:
+def test_what_cannot_be_tracked_is_refused() -> None:
     with pytest.raises(InputError, match=r"^track_loss_scale: the model has no MABN\. Got ReLU"):
         track_loss_scale(nn.ReLU(), growing())
-    with pytest.raises(InputError, match=r"^track_loss_scale: the model is not where the scaler works.* on meta.* cpu"):
+    with pytest.raises(
+        InputError,
+        match=r"^track_loss_scale: the model is on another kind of device.* on meta.* cpu",
+    ):
         track_loss_scale(MABN2d(C, device="meta"), growing())
 
 
-def test_another_kind_of_scaler_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_kind_of_scaler_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     class Scaler(GradScaler):
         def scale(self, outputs: Any) -> Any:
             self._factor = math.pi

@@ -31,15 +31,14 @@ class LoopOfIterations(Loop):
 
 
 @pytest.mark.parametrize(("kind", "spatial"), RANKS, ids=RANK_IDS)
-@pytest.mark.parametrize("resume_at", [3, 151])
-def test_300_steps_of_changing_size_follow_the_formulas_and_a_resume(
-    kind: type[_MABN], spatial: tuple[int, ...], resume_at: int
+def test_300_steps_of_changing_size_follow_the_formulas_and_two_resumes(
+    kind: type[_MABN], spatial: tuple[int, ...]
 ) -> None:
     settings = {"warmup": 20, "renorm_start": 40, "dtype": torch.float64}
     layer = trained_affine(kind(C, **settings))
     loop = loop_for(layer)
     for step, (x, dy) in enumerate(batches(300, spatial, range(1, 41))):
-        if step == resume_at:
+        if step in (3, 151):
             state = copy.deepcopy(layer.state_dict())
             layer = kind(C, **settings)
             layer.load_state_dict(state)
@@ -79,7 +78,7 @@ def test_warm_up_is_mean_free_batch_normalization_with_its_true_gradients(
         expected = (y, *torch.autograd.grad(y, [expected_x, layer.weight, layer.bias], dy))
         for got, want in zip(run_step(layer, x, dy), expected, strict=True):
             torch.testing.assert_close(got, want, **FLOAT64.kwargs())
-    # And not a step longer.
+    # The step after it is another.
     got, want = layer(2 * x), plain(2 * x, layer)
     assert (got - want).abs().max() > 0.1
 
@@ -102,7 +101,7 @@ def test_after_the_warm_up_the_gradient_is_the_methods_and_not_that_of_the_forwa
     # The forward pass was w * x / sqrt(R + eps) + b with constant R, and this is its gradient.
     true = dy * (layer.weight.detach() / (R + layer.eps).sqrt()).reshape(C, 1, 1)
     difference = (got - true).norm() / true.norm()
-    assert difference > 0.1, "somebody mended the gradient of MABN; see the docstring of MABN1d"
+    assert difference > 0.1, "somebody corrected the gradient of MABN; see the docstring of MABN2d"
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,6 @@ import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 from deploynorm.errors import ModelError
 from deploynorm.layers import CenConv2d, MABN2d
-from deploynorm.layers.recalibrate import recalibrate
+from deploynorm.layers.recalibration import recalibrate
 
 C = 3
 PROCESSES = 2
@@ -117,7 +116,7 @@ def compiled(net: nn.Module) -> nn.Module:
 
 
 def in_one_process(sizes: list[tuple[int, int]], accumulate: int = 1) -> dict[str, Tensor]:
-    """The same on both processes' batches together, with the mean of their losses: DDP takes the mean of gradients."""
+    """One process with both batches of each step, and the mean of their losses, as DDP takes the mean of gradients."""
     net = new_net()
     batches = data(sizes)
 
@@ -195,16 +194,17 @@ def main(rank: int, folder: str) -> None:
 def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, Any]]]:
     """What each process got in each run."""
     folder = tmp_path_factory.mktemp("processes")
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     workers = [
         subprocess.Popen([sys.executable, __file__, str(rank), str(folder)], env=environment)
         for rank in range(PROCESSES)
     ]
     try:
-        assert [worker.wait(timeout=120) for worker in workers] == [0] * PROCESSES
+        assert [worker.wait(timeout=600) for worker in workers] == [0] * PROCESSES
     finally:
         for worker in workers:
             worker.kill()
+            worker.wait()
     return [torch.load(folder / f"results{rank}.pt") for rank in range(PROCESSES)]
 
 
@@ -259,7 +259,7 @@ def test_recalibration_that_fails_in_one_process_fails_in_all_and_changes_none(
 ) -> None:
     of_0, of_1 = (result["beside_a_failure"] for result in results)
     assert of_0 == {
-        "error": "ModelError: recalibrate: another process failed. Fix: see what it says.",
+        "error": "ModelError: recalibrate: another process failed. Fix: see its message.",
         "unchanged": True,
     }
     assert of_1 == {"error": "OSError: the disk is gone", "unchanged": True}

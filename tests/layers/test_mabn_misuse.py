@@ -1,4 +1,4 @@
-"""What people do to a layer with statistics, and what breaks other MABN."""
+"""MABN in all that people do with a layer in training, and what breaks other implementations."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_an_empty_batch_warns_and_leaves_everything_alone(batch: tuple[int, ...]
 
 @pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan, 1e200])
 @pytest.mark.parametrize("steps_before", [0, 10])
-def test_a_batch_that_is_not_finite_is_left_out_and_told_of_at_eval(bad: float, steps_before: int) -> None:
+def test_a_batch_that_is_not_finite_is_left_out_and_warned_of_at_eval(bad: float, steps_before: int) -> None:
     layer, clean = MABN2d(C, **SHORT), MABN2d(C, **SHORT)
     data = list(batches(steps_before + 5, (3, 3), range(2, 3)))
     for step, (x, dy) in enumerate(data):

@@ -20,11 +20,14 @@ from torch.library import opcheck
 
 from deploynorm import libraries
 from deploynorm.errors import InputError
-from deploynorm.layers import FRN2d, _native, _plain, ops
+from deploynorm.layers import FRN2d, _native, ops
+from deploynorm.layers._composed import composed
 from deploynorm.layers.functional import filter_response_norm
 
 FORWARD = torch.ops.deploynorm.frn_forward.default
 BACKWARD = torch.ops.deploynorm.frn_backward.default
+RULES = ["test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
+"""The tests of opcheck, all of them."""
 
 
 @pytest.fixture(params=["native", "plain"])
@@ -59,11 +62,14 @@ def differentiable(tensors: list[Tensor]) -> list[Tensor]:
 @pytest.mark.parametrize("shape", [(2, 3, 5, 6), (2, 3, 7), (2, 3, 2, 3, 4)], ids=str)
 def test_operators_keep_the_rules_of_torch(shape: tuple[int, ...], dtype: torch.dtype, layout: str, way: str) -> None:
     inputs = operands(*shape, dtype=dtype, layout=layout)
-    opcheck(FORWARD, differentiable(inputs))
+    # Tracing takes most of the time and does not depend on the type, but for whether the parameters have another.
+    traced = dtype == torch.float32 or (dtype == torch.float16 and len(shape) == 4)
+    rules = RULES if traced else [rule for rule in RULES if rule != "test_aot_dispatch_dynamic"]
+    opcheck(FORWARD, differentiable(inputs), test_utils=rules)
     with torch.no_grad():
         y, rstd = FORWARD(*inputs)
     x, *parameters = (t.detach() for t in inputs)
-    opcheck(BACKWARD, (torch.randn_like(y), x, rstd, *parameters[:3]))
+    opcheck(BACKWARD, (torch.randn_like(y), x, rstd, *parameters[:3]), test_utils=rules)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -97,13 +103,13 @@ def test_outputs_have_the_layout_of_x_whatever_that_of_the_gradient_is(of_x: str
     assert y.stride() == x.stride()
     assert x.grad is not None
     assert x.grad.stride() == x.stride()
-    want = torch.autograd.grad(ops._plain.composed(x, *parameters), x, dy)[0]
+    want = torch.autograd.grad(composed(x, *parameters), x, dy)[0]
     torch.testing.assert_close(x.grad, want)
 
 
 @pytest.mark.parametrize("tlu", [True, False])
 @pytest.mark.parametrize("learned_eps", [None, "layer"])
-def test_the_backward_pass_keeps_x_and_one_number_a_plane(tlu: bool, learned_eps: Any, way: str) -> None:
+def test_backward_saves_only_x_and_one_scalar_per_sample_and_channel(tlu: bool, learned_eps: Any, way: str) -> None:
     layer = FRN2d(8, tlu=tlu, learned_eps=learned_eps)
     kept: dict[int, int] = {}
 
@@ -140,11 +146,11 @@ def test_torchs_own_threads_are_used(require: Callable[[str], None], monkeypatch
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     assert _native.LIBRARY.parallel, "PyTorch's OpenMP was not found"
     assert _native.LIBRARY.threads() != (None, None)
-    # Without it one thread does all.
+    # Without OpenMP one thread does everything.
     monkeypatch.setattr(_native.LIBRARY, "parallel", None)
     assert _native.LIBRARY.threads() == (None, None)
     x, *parameters = operands(4, 40, 33, 31)
-    torch.testing.assert_close(FORWARD(x, *parameters)[0], ops._plain.composed(x, *parameters))
+    torch.testing.assert_close(FORWARD(x, *parameters)[0], composed(x, *parameters))
 
 
 def test_a_gradient_can_be_differentiated(way: str) -> None:
@@ -188,7 +194,7 @@ def test_transformations_of_torch_func_see_through_the_operator(way: str) -> Non
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # PyTorch's own, in inductor
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compiled_with_free_sizes_and_without_a_graph_break(backend: str, way: str) -> None:
     torch._dynamo.reset()
     layer = FRN2d(4, learned_eps="channel")
@@ -241,7 +247,7 @@ def test_wrong_shapes_never_reach_the_kernel(way: str) -> None:
         FORWARD(x, gamma[:2], *others)
 
 
-def test_a_library_that_cannot_be_loaded_is_told_of_once_and_training_goes_on(
+def test_a_library_that_cannot_be_loaded_is_warned_of_once_and_training_goes_on(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     damaged = tmp_path / libraries.TORCH_LIBRARY
@@ -284,5 +290,5 @@ def test_exported_operator_takes_constants_of_another_type(way: str) -> None:
     x, gamma, beta, tau = torch.randn(2, 3, 4, 4, dtype=torch.float64), *torch.randn(3, 3, dtype=torch.float64)
     eps = torch.full((3,), 1e-3)
     got = ops.filter_response_norm(x, gamma, beta, tau, eps)
-    want = _plain.composed(x, gamma, beta, tau, eps.double())
+    want = composed(x, gamma, beta, tau, eps.double())
     torch.testing.assert_close(got, want, **FLOAT64.kwargs())

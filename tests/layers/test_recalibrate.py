@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import os
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -19,7 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from deploynorm.errors import InputError, ModelError
 from deploynorm.layers import MABN1d, MABN2d
 from deploynorm.layers.freeze import freeze_mabn
-from deploynorm.layers.recalibrate import recalibrate
+from deploynorm.layers.recalibration import recalibrate
 
 
 class Net(nn.Module):
@@ -195,11 +194,11 @@ def test_a_layer_used_several_times_has_the_second_moment_of_all_its_inputs() ->
     torch.testing.assert_close(net.last.running_var, entering(net, x)["last"], **FLOAT64.kwargs())
 
 
-def test_a_layer_that_is_not_reached_is_told_and_left() -> None:
+def test_a_layer_that_is_not_reached_is_warned_of_and_unchanged() -> None:
     net = trained_net()
     net.auxiliary = MABN2d(C, **SHORT)
     net.auxiliary.running_var.fill_(5)
-    with pytest.warns(UserWarning, match=r"^recalibrate: never reached in evaluation, .* as they were: auxiliary$"):
+    with pytest.warns(UserWarning, match=r"^recalibrate: never reached in evaluation, and unchanged: auxiliary$"):
         moved = recalibrate(net, [images()])
     assert list(moved) == ORDER
     assert net.auxiliary.running_var.tolist() == [5] * C
@@ -236,13 +235,36 @@ def test_recalibration_repairs_a_network_whose_statistics_are_off() -> None:
     torch.testing.assert_close(net(x), expected, **FLOAT64.kwargs())
 
 
+class Two(Net):
+    """A network of two inputs."""
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return super().forward(x + y)
+
+
 ERRORS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any], str]] = {
     "no_mabn": (nn.ReLU, lambda: [images()], r"the model has no MABN that is not frozen\. Got ReLU"),
     "all_frozen": (lambda: frozen(Net()), lambda: [images()], r"the model has no MABN that is not frozen\. Got Net"),
-    "once": (Net, lambda: iter([images()]), r"can be run through only once\. Got list_iterator.*give a DataLoader, or"),
-    "generator": (Net, lambda: (x for x in [images()]), r"can be run through only once\. Got generator"),
+    "once": (Net, lambda: iter([images()]), r"can be iterated only once\. Got list_iterator.*give a DataLoader, or"),
+    "generator": (Net, lambda: (x for x in [images()]), r"can be iterated only once\. Got generator"),
     "empty": (Net, list, r"the loader is empty\. Got list"),
-    "strings": (Net, lambda: ["image.png"], r"a batch that it does not know how to run\. Got str; expected a tensor"),
+    "strings": (
+        Net,
+        lambda: ["image.png"],
+        r"called with a batch of the loader\. Got str; expected a tensor",
+    ),
+    "two_inputs": (
+        Two,
+        lambda: [(images(), images())],
+        r"missing 1 required positional argument: 'y'\. Got tuple of Tensor \(14, 3, 4, 4\), Tensor \(14, 3, 4, 4\); "
+        r".*pass forward=, for example forward=lambda model, batch: model\(\*batch\)",
+    ),
+    "nested": (
+        lambda: MABN2d(C),
+        lambda: [([images()], 3)],
+        r"called with a batch of the loader: .*\. Got tuple of list of Tensor \(14, 3, 4, 4\), int; .*forward=",
+    ),
+    "other_keys": (Net, lambda: [{"image": images()}], r"'image'\. Got dict of image: Tensor .*forward="),
 }
 
 
@@ -252,14 +274,14 @@ def frozen(net: nn.Module) -> nn.Module:
 
 
 @pytest.mark.parametrize("name", ERRORS)
-def test_what_it_cannot_work_with_is_told(name: str) -> None:
+def test_what_it_cannot_work_with_is_refused(name: str) -> None:
     net, loader, message = ERRORS[name]
     with pytest.raises(InputError, match=f"^recalibrate: .*{message}"):
         recalibrate(net(), loader())
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_data_that_are_not_finite_are_told_by_the_layer_that_they_reach(bad: float) -> None:
+def test_data_that_are_not_finite_are_reported_with_the_layer_that_they_reach(bad: float) -> None:
     net, x = trained_net(), images()
     before = copy.deepcopy(net.state_dict())
     x[3, 0, 0, 0] = bad
@@ -268,7 +290,7 @@ def test_data_that_are_not_finite_are_told_by_the_layer_that_they_reach(bad: flo
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
 
 
-def test_a_forward_that_runs_nothing_is_told() -> None:
+def test_a_forward_that_runs_nothing_is_refused() -> None:
     with pytest.raises(ModelError, match=r"^recalibrate: no MABN was reached\. Fix: give a `forward`"):
         recalibrate(Net(), [images()], forward=lambda model, batch: None)
 
@@ -286,20 +308,14 @@ def test_away_from_a_terminal_nothing_is_shown(
     assert capfd.readouterr() == ("", "")
 
 
-SCRIPT = """
-import torch
-from deploynorm.layers import MABN2d
-from deploynorm.layers.recalibrate import recalibrate
-recalibrate(MABN2d(2), [torch.randn(2, 2, 3, 3)] * 3)
-"""
-
-
-def test_a_progress_bar_stands_on_a_terminals_stderr() -> None:
+def test_a_progress_bar_is_shown_on_a_terminals_stderr(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     ours, theirs = os.openpty()
-    try:
-        run = subprocess.run([sys.executable, "-c", SCRIPT], stdout=subprocess.PIPE, stderr=theirs, check=True)
-    finally:
-        os.close(theirs)
+    with os.fdopen(theirs, "w") as terminal:
+        monkeypatch.setattr(sys, "stderr", terminal)
+        recalibrate(MABN2d(C, **SHORT), [images()] * 3)
+        monkeypatch.undo()
     shown = b""
     try:
         while part := os.read(ours, 4096):
@@ -308,6 +324,6 @@ def test_a_progress_bar_stands_on_a_terminals_stderr() -> None:
         pass
     finally:
         os.close(ours)
-    assert run.stdout == b""
+    assert capfd.readouterr() == ("", "")
     assert b"recalibrate" in shown
     assert b"6/6" in shown

@@ -64,7 +64,7 @@ def test_nothing_is_kept_but_the_output() -> None:
 @pytest.mark.filterwarnings("ignore:<class .torch.autograd.function.Function.> should not be instantiated")  # by dynamo
 @pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # PyTorch's own, in inductor
 def test_compiled_in_a_network_it_keeps_no_mask() -> None:
-    """Which inductor's code for CPUs stores so slowly that ResNet-20 takes half as long again."""
+    """Inductor's code for CPUs stores masks so slowly that ResNet-20 would take 1.5 times as long."""
     kept: list[torch.dtype] = []
     network = nn.Sequential(nn.Conv2d(3, 3, 3), TLU(3), nn.Conv2d(3, 3, 3))
     compiled = torch.compile(network, fullgraph=True, backend="aot_eager_decomp_partition")
@@ -102,7 +102,7 @@ def test_layer_survives_copying_pickling_and_its_state_dict() -> None:
         assert twin.tau is not layer.tau
 
 
-def test_layer_is_built_where_and_in_what_type_it_is_told() -> None:
+def test_layer_is_built_on_the_device_and_in_the_type_that_are_asked_for() -> None:
     assert TLU(4, device="meta").tau.is_meta
     assert TLU(4, dtype=torch.float16).tau.dtype == torch.float16
     assert repr(TLU(4)) == "TLU(4)"

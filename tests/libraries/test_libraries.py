@@ -15,6 +15,8 @@ import pytest
 from deploynorm import libraries
 from deploynorm.errors import BackendError
 from deploynorm.libraries import tools as plugin_tools
+from deploynorm.libraries.compile import cache_key
+from deploynorm.libraries.find import cache_of_these_sources
 from deploynorm.libraries.tools import CudaTools, find_program
 
 
@@ -61,11 +63,11 @@ def test_a_missing_library_is_an_error_of_the_environment_with_a_remedy() -> Non
 def test_what_is_built_here_is_preferred_until_the_sources_change(
     empty_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    built = libraries.build()
+    built = libraries.build().library
     assert built.is_relative_to(empty_cache)
     assert libraries.library_path() == built
     assert libraries.cpu_variants(built)[-1] == "baseline"
-    monkeypatch.setattr(libraries, "_source_digest", lambda: "other sources")
+    monkeypatch.setattr("deploynorm.libraries.find.source_digest", lambda: "other sources")
     assert libraries.find_library() != built
 
 
@@ -74,21 +76,21 @@ def test_compiler_and_flags_are_in_the_key(empty_cache: Path, monkeypatch: pytes
     tools = libraries.find_tools()
     cuda = CudaTools(Path("nvcc"), "release 13.0")
     keys = {
-        libraries._cache_key(tools, None, []),
-        libraries._cache_key(tools._replace(compiler_version="another"), None, []),
-        libraries._cache_key(tools, None, ["-DDEPLOYNORM_CUDA_ARCHITECTURES=90"]),
-        libraries._cache_key(tools, cuda, []),
-        libraries._cache_key(tools, cuda._replace(version="release 12.9"), []),
+        cache_key(tools, None, []),
+        cache_key(tools._replace(compiler_version="another"), None, []),
+        cache_key(tools, None, ["-DDEPLOYNORM_CUDA_ARCHITECTURES=90"]),
+        cache_key(tools, cuda, []),
+        cache_key(tools, cuda._replace(version="release 12.9"), []),
     }
     monkeypatch.setenv("CXXFLAGS", "-O1")
-    keys.add(libraries._cache_key(tools, None, []))
+    keys.add(cache_key(tools, None, []))
     assert len(keys) == 6
-    assert {key.parent for key in keys} == {libraries._cache_of_these_sources()}
+    assert {key.parent for key in keys} == {cache_of_these_sources()}
 
 
 @pytest.mark.usefixtures("compiler")
 def test_processes_that_build_at_once_do_not_break_each_other(empty_cache: Path) -> None:
-    program = "from deploynorm import libraries; print(libraries.cpu_variants(libraries.build())[-1])"
+    program = "from deploynorm import libraries; print(libraries.cpu_variants(libraries.build().library)[-1])"
     command = [sys.executable, "-c", program]
     running = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(3)]
     for process in running:
@@ -101,7 +103,7 @@ def test_processes_that_build_at_once_do_not_break_each_other(empty_cache: Path)
 
 @pytest.mark.usefixtures("compiler")
 def test_a_library_in_use_survives_a_new_build(empty_cache: Path) -> None:
-    library = libraries.build()
+    library = libraries.build().library
     before = library.stat()
     time.sleep(0.01)
     program = (

@@ -10,10 +10,9 @@ import sys
 import pytest
 import torch
 from tolerances import EXACT
-from torch import nn
 from train_runs import FILES, few_digits, load, read_log, run
 
-from deploynorm.models import data, frn_resnet, mabn_resnet, train
+from deploynorm.models import data, train
 from deploynorm.models.training import options as training_options
 
 NORMS = ["frn", "mabn", "bn", "gn"]
@@ -171,25 +170,6 @@ def test_an_argument_out_of_range_is_a_usage_error(argument, capsys):
     with pytest.raises(SystemExit, match="2"):
         train.main(["--norm", "frn", argument])
     assert argument.split("=")[0] in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    "model",
-    [
-        frn_resnet.resnet20(learned_eps="layer"),
-        frn_resnet.resnet20(learned_eps="channel"),
-        mabn_resnet.resnet20(norm="mabn"),
-        mabn_resnet.resnet20(norm="bn"),
-        mabn_resnet.resnet20(norm="gn"),
-    ],
-    ids=["frn, eps per layer", "frn, eps per channel", "mabn", "bn", "gn"],
-)
-def test_weights_of_convolutions_and_the_classifier_decay_and_nothing_else_does(model):
-    decaying, others = train.parameter_groups(model, 0.01)
-    assert (decaying["weight_decay"], others["weight_decay"]) == (0.01, 0.0)
-    want = {id(m.weight) for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)}
-    assert {id(p) for p in decaying["params"]} == want
-    assert {id(p) for p in others["params"]} == {id(p) for p in model.parameters()} - want
 
 
 def test_the_learning_rate_climbs_from_near_0_to_the_peak_and_falls_to_near_0():

@@ -19,6 +19,7 @@ from deploynorm import libraries, ort
 from deploynorm.contract import OP_TYPE
 from deploynorm.errors import BackendError, InputError, ModelError
 from deploynorm.lowering import function_proto
+from deploynorm.ort.sessions import _REGISTERED
 from deploynorm.reference import filter_response_norm
 
 X = np.random.default_rng(0).normal(size=(2, CHANNELS, 3, 5)).astype(np.float32)
@@ -125,12 +126,12 @@ def test_the_library_is_for_sessions_on_devices_that_it_has_kernels_for(
     )
     monkeypatch.setattr(native, "InferenceSession", lambda *_, **__: session)
     monkeypatch.setattr(native, "get_available_providers", lambda: there)
-    monkeypatch.setattr(ort, "cuda_variants", lambda library: ["packed"] if cuda_kernels else [])
+    monkeypatch.setattr("deploynorm.ort.sessions.cuda_variants", lambda library: ["packed"] if cuda_kernels else [])
     options = native.SessionOptions()
     expected = pytest.warns(RuntimeWarning, match=warning) if warning else contextlib.nullcontext()
     with expected:
         assert ort.session(content(body=True), providers=providers, options=options) is session
-    assert (options in ort._REGISTERED) == registered
+    assert (options in _REGISTERED) == registered
 
 
 def test_cuda_that_pip_has_brought_is_opened_for_sessions_on_a_device_alone(
@@ -181,7 +182,7 @@ def test_it_is_not_said_of_a_model_without_our_operator() -> None:
 
 
 @pytest.mark.usefixtures("onnxruntime", "without_library")
-def test_without_body_and_library_the_remedy_is_told() -> None:
+def test_without_body_and_library_the_remedy_is_reported() -> None:
     with pytest.raises(ModelError, match=r"without its function body.*Fix: run `deploynorm plugins build`"):
         ort.session(content(body=False))
 
@@ -197,7 +198,7 @@ def test_registering_a_library_that_is_not_there_is_an_error_of_the_environment(
 def test_a_broken_library_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, native: Any) -> None:
     path = tmp_path / libraries.ORT_LIBRARY
     path.write_text("text")
-    monkeypatch.setattr(libraries, "_installed_library", lambda name: path)
+    monkeypatch.setattr("deploynorm.libraries.find.installed_library", lambda name: path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     with pytest.raises(BackendError, match=f"{libraries.ORT_LIBRARY}: ONNX Runtime cannot load this plugin library"):
         ort.session(content(body=True))

@@ -6,8 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from cuda_kernels import CudaKernel
-from emulated import build_kernels
 from kernels import Kernel
 
 from deploynorm.libraries import library_path
@@ -23,15 +21,3 @@ def library(require: Callable[[str], None]) -> Path:
 @pytest.fixture(scope="session")
 def kernel(library: Path) -> Kernel:
     return Kernel(library)
-
-
-@pytest.fixture(scope="session")
-def emulated_library(require: Callable[[str], None], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The CUDA kernels, compiled for the CPU."""
-    require("compiler")
-    return build_kernels(tmp_path_factory.mktemp("emulated"))
-
-
-@pytest.fixture(scope="session")
-def emulated(emulated_library: Path) -> CudaKernel:
-    return CudaKernel(emulated_library, "cpu")

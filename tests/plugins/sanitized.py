@@ -13,42 +13,34 @@ import ctypes
 import sys
 from pathlib import Path
 
+import ml_dtypes  # noqa: F401  NumPy then knows bfloat16 by its name
 import numpy as np
-from kernels import (
-    TYPES,
-    Array,
-    BackwardCall,
-    Call,
-    Kernel,
-    ParallelFor,
-    exact_memory,
-    from_lanes,
-    pad_channels,
-    to_lanes,
-)
+from kernels import Array, Kernel, ParallelFor, exact_memory, from_blocks, pad_channels, to_blocks
 
-DTYPES = {np.dtype(dtype).name: np.dtype(dtype) for dtype in TYPES}
+from deploynorm.libraries.kernels import TYPES, Backward, Forward
+
+DTYPES = {name: np.dtype(name) for name in TYPES}
 
 
 def run(
-    kernel: Kernel, tensors: list[Array], lanes: int, variant: str, host: ParallelFor | None, into: str = "y"
+    kernel: Kernel, tensors: list[Array], block: int, variant: str, host: ParallelFor | None, into: str = "y"
 ) -> Array:
     """x, residual (or one without elements), gamma, beta, tau and eps through the kernel."""
     x, residual, *parameters = tensors
     added = residual.size > 0 or x.size == 0
-    laid = [to_lanes(pad_channels(t, lanes), lanes) for t in ([x, residual] if added else [x])]
-    padded = [pad_channels(p, lanes, 1.0) for p in parameters]
-    samples, channels = x.shape[0], laid[0].shape[1] * lanes
+    laid = [to_blocks(pad_channels(t, block), block) for t in ([x, residual] if added else [x])]
+    padded = [pad_channels(p, block, 1.0) for p in parameters]
+    samples, channels = x.shape[0], laid[0].shape[1] * block
     with exact_memory(*laid, *padded, np.full_like(laid[0], 7)) as pointers:
         named = dict(zip(["x", "residual"][: len(laid)], pointers, strict=False))
         named |= dict(zip(["gamma", "beta", "tau", "eps", "y"], pointers[len(laid) :], strict=True))
         named["y"] = named.get(into, named["y"])
-        call = Call(samples, channels, laid[0].shape[2], lanes, TYPES[x.dtype], **named)
+        call = Forward(samples, channels, laid[0].shape[2], block, TYPES[x.dtype.name], **named)
         assert kernel.call(call, variant=variant, parallel_for=host) == 0
         y = np.empty_like(laid[0])
         if y.size:
             ctypes.memmove(y.ctypes.data, named["y"], y.nbytes)
-    return from_lanes(y, (samples, channels, *x.shape[2:]))[:, : x.shape[1]]
+    return from_blocks(y, (samples, channels, *x.shape[2:]))[:, : x.shape[1]]
 
 
 def cases(kernel: Kernel, path: Path) -> int:
@@ -59,10 +51,10 @@ def cases(kernel: Kernel, path: Path) -> int:
             x = file[f"{name}/x"].view(dtype)
             parameters = [file[f"{name}/{p}"] for p in ("gamma", "beta", "tau", "eps")]
             for variant in kernel.variants:
-                for lanes in (1, max(1, x.shape[1]), 8, 16, 5):
-                    y = run(kernel, [x, x[:0], *parameters], lanes, variant, None)
+                for block in (1, max(1, x.shape[1]), 8, 16, 5):
+                    y = run(kernel, [x, x[:0], *parameters], block, variant, None)
                     wanted, bound = file[f"{name}/want"], file[f"{name}/tolerance"]
-                    where = f"{name}, {variant}, {lanes} lanes"
+                    where = f"{name}, {variant}, blocks of {block}"
                     np.testing.assert_allclose(y.astype(np.float64), wanted, *bound, err_msg=where)
                     count += 1
     return count
@@ -83,22 +75,22 @@ def gradients(kernel: Kernel, seed: int, count: int) -> int:
         shape = any_shape(rng)
         dtype = list(DTYPES.values())[rng.integers(4)]
         wide = np.float64 if dtype == np.float64 else np.float32
-        lanes = [1, shape[1], 8, int(rng.integers(1, 70))][rng.integers(4)]
+        block = [1, shape[1], 8, int(rng.integers(1, 70))][rng.integers(4)]
         raw = [rng.integers(0, 256, int(np.prod(shape)) * dtype.itemsize, dtype=np.uint8) for _ in range(2)]
-        dy, x = (to_lanes(pad_channels(r.view(dtype).reshape(shape), lanes), lanes) for r in raw)
-        channels = x.shape[1] * lanes
+        dy, x = (to_blocks(pad_channels(r.view(dtype).reshape(shape), block), block) for r in raw)
+        channels = x.shape[1] * block
         parameters = [rng.normal(size=channels).astype(wide) for _ in range(3)]
         rstd = (10 ** rng.uniform(-3, 3, (shape[0], channels))).astype(wide)
         written = [np.zeros_like(x), *(np.zeros(channels, wide) for _ in range(4))]
-        call = BackwardCall(shape[0], channels, x.shape[2], lanes, TYPES[dtype])
+        call = Backward(shape[0], channels, x.shape[2], block, TYPES[dtype.name])
         scratch = np.zeros(kernel.workspace_bytes(call), np.uint8)
         with exact_memory(dy, x, rstd, *parameters, *written, scratch) as pointers:
-            call = BackwardCall(shape[0], channels, x.shape[2], lanes, TYPES[dtype], *pointers[:-1])
+            call = Backward(shape[0], channels, x.shape[2], block, TYPES[dtype.name], *pointers[:-1])
             if rng.random() < 0.5:
                 call.dx = call.dy
             variant = kernel.variants[rng.integers(len(kernel.variants))]
             host = ParallelFor.threads(3) if rng.random() < 0.3 else None
-            assert kernel.call_backward(call, pointers[-1], variant=variant, parallel_for=host) == 0
+            assert kernel.call(call, pointers[-1], variant=variant, parallel_for=host) == 0
     return count
 
 
@@ -114,10 +106,10 @@ def fuzz(kernel: Kernel, seed: int, count: int) -> int:
             residual = residual[:0]
         parameters = [rng.normal(size=shape[1]).astype(wide) for _ in range(3)]
         parameters.append((10 ** rng.uniform(-12, 1, shape[1])).astype(wide))
-        lanes = [1, shape[1], 8, 16, 64, int(rng.integers(1, 70))][rng.integers(6)]
+        block = [1, shape[1], 8, 16, 64, int(rng.integers(1, 70))][rng.integers(6)]
         into = ["y", "x", "residual" if residual.size else "y"][rng.integers(3)]
         host = ParallelFor.threads(3) if rng.random() < 0.3 else None
-        run(kernel, [x, residual, *parameters], lanes, kernel.variants[rng.integers(len(kernel.variants))], host, into)
+        run(kernel, [x, residual, *parameters], block, kernel.variants[rng.integers(len(kernel.variants))], host, into)
     return count
 
 
@@ -127,7 +119,7 @@ def mistake(kernel: Kernel, *, positions: int, offset: int) -> None:
     one = np.ones(1, np.float32)
     with exact_memory(x, np.zeros(64, np.float32), one, one, one, one) as pointers:
         tensors = (pointers[0] + offset, pointers[1], None, *pointers[2:])
-        kernel.call(Call(1, 1, positions, 1, TYPES[x.dtype], *tensors), variant="baseline")
+        kernel.call(Forward(1, 1, positions, 1, TYPES[x.dtype.name], *tensors), variant="baseline")
 
 
 def main(library: str, what: str, *arguments: str) -> None:

@@ -12,11 +12,10 @@ from typing import Any
 
 import pytest
 import torch
-from kernels import BackwardCall, Call
 from tolerances import OP_FLOAT32
 
 from deploynorm import libraries
-from deploynorm.layers import _plain
+from deploynorm.layers._composed import composed
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 
@@ -63,11 +62,6 @@ def test_a_wrong_way_is_found(benchmark: ModuleType) -> None:
         benchmark.check_ways({"lazy": lambda x, y: None}, x, parameters)
 
 
-def test_its_structures_are_those_of_the_kernels(benchmark: ModuleType) -> None:
-    assert benchmark.gpu_variants.Call._fields_ == Call._fields_
-    assert benchmark.gpu_variants.BackwardCall._fields_ == BackwardCall._fields_
-
-
 @pytest.mark.parametrize("layout", ["nchw", "nhwc"])
 def test_every_variant_is_timed_in_both_passes(
     benchmark: ModuleType, emulated_library: Path, layout: str, monkeypatch: pytest.MonkeyPatch
@@ -100,7 +94,7 @@ def test_variants_are_given_what_the_kernel_takes(benchmark: ModuleType, emulate
     tensors = variants.Tensors((2, 16, 49), "nchw", torch.float32, device="cpu")
     kernels = variants.Kernels(emulated_library)
     assert kernels("forward", tensors) == 0
-    want = _plain.composed(tensors.x, *tensors.parameters)
+    want = composed(tensors.x, *tensors.parameters)
     torch.testing.assert_close(tensors.out, want, **OP_FLOAT32.kwargs())
     assert kernels("backward", tensors) == 0
     torch.testing.assert_close(

@@ -40,7 +40,7 @@ class Example:
 
     shape: tuple[int, ...]
     dtype: str
-    lanes: int
+    block: int
     values: tuple[str, ...]
     threshold: str
     residual: str | None
@@ -66,11 +66,11 @@ def examples(draw: st.DrawFn) -> Example:
     if draw(st.integers(0, 19)) == 0:
         shape[draw(st.integers(0, rank - 1))] = 0
     residual = draw(st.sampled_from([None, *VALUES]))
-    lanes = draw(st.one_of(st.just(1), st.just(max(1, shape[1])), st.sampled_from([2, 3, 4, 5, 8, 16, 64, 67])))
+    block = draw(st.one_of(st.just(1), st.just(max(1, shape[1])), st.sampled_from([2, 3, 4, 5, 8, 16, 64, 67])))
     return Example(
         shape=tuple(shape),
         dtype=draw(st.sampled_from(DTYPES)),
-        lanes=lanes,
+        block=block,
         values=tuple(draw(st.lists(st.sampled_from(VALUES), min_size=1, max_size=4))),
         threshold=draw(st.sampled_from(["some", "none", "mixed", "nan"])),
         residual=residual,
@@ -132,7 +132,7 @@ def check(example: Example, kernel: Kernel) -> None:
     x = a_tensor(example.shape, example.values, example.dtype, rng)
     gamma, beta, tau, eps = parameters_of(example, rng)
     residual = None if example.residual is None else a_tensor(example.shape, (example.residual,), example.dtype, rng)
-    options: dict[str, Any] = {"residual": residual, "lanes": example.lanes, "into": example.into}
+    options: dict[str, Any] = {"residual": residual, "block": example.block, "into": example.into}
     got = kernel(
         *(x, gamma, beta, tau, eps),
         **options,

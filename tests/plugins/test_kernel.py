@@ -14,18 +14,19 @@ import numpy as np
 import pytest
 import torch
 from cases import CASES, NUMPY_DTYPES, NormCase, make_inputs, tolerance, want
-from kernels import TYPES, Array, Call, Guarded, Into, Kernel, ParallelFor
+from kernels import Array, Guarded, Into, Kernel, ParallelFor
 from tolerances import PLANE_FLOAT32, PLANE_OF_ONE_VALUE_FLOAT32
 
 from deploynorm.contract import DTYPES
+from deploynorm.libraries.kernels import TYPES, Forward
 from deploynorm.reference import filter_response_norm
 
-LANES = {"nchw": 1, "nhwc": 0, "blocks_of_8": 8, "blocks_of_16": 16, "blocks_of_5": 5, "blocks_of_3": 3}
-"""Layout -> lanes; 0 stands for all channels."""
+BLOCKS = {"nchw": 1, "nhwc": 0, "blocks_of_8": 8, "blocks_of_16": 16, "blocks_of_5": 5, "blocks_of_3": 3}
+"""Layout -> channel_block; 0 stands for all channels."""
 
 HALVES = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 
-all_layouts = pytest.mark.parametrize("lanes", LANES.values(), ids=LANES)
+all_layouts = pytest.mark.parametrize("block", BLOCKS.values(), ids=BLOCKS)
 all_types = pytest.mark.parametrize("dtype", DTYPES)
 half_types = pytest.mark.parametrize("dtype", HALVES)
 
@@ -84,10 +85,10 @@ def test_the_variants_are_those_that_the_processor_has(kernel: Kernel) -> None:
 
 @all_layouts
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_every_case_in_every_layout_and_variant(case: NormCase, lanes: int, kernel: Kernel) -> None:
+def test_every_case_in_every_layout_and_variant(case: NormCase, block: int, kernel: Kernel) -> None:
     inputs = inputs_of(case)
     for variant in (*kernel.variants, None):
-        got = kernel(*inputs.values(), lanes=lanes or case.shape[1], variant=variant)
+        got = kernel(*inputs.values(), block=block or case.shape[1], variant=variant)
         assert got.shape == case.shape
         assert got.dtype == inputs["X"].dtype
         np.testing.assert_allclose(
@@ -99,13 +100,13 @@ def test_every_case_in_every_layout_and_variant(case: NormCase, lanes: int, kern
 @all_types
 @pytest.mark.parametrize("shape", [(2, 6, 7, 9), (3, 33), (1, 2, 301, 301), (2, 70, 3, 3)], ids=str)
 def test_a_residual_is_added_before_the_threshold(
-    shape: tuple[int, ...], dtype: str, lanes: int, kernel: Kernel
+    shape: tuple[int, ...], dtype: str, block: int, kernel: Kernel
 ) -> None:
     call = a_call(shape, dtype)
     residual = np.random.default_rng(1).normal(0, 2, shape).astype(call[0].dtype)
     wanted = in_float64(*call, residual)
     for variant in kernel.variants:
-        got = kernel(*call, residual=residual, lanes=lanes or shape[1], variant=variant)
+        got = kernel(*call, residual=residual, block=block or shape[1], variant=variant)
         assert_near(got, wanted, dtype, variant)
 
 
@@ -114,7 +115,7 @@ def test_a_residual_is_added_before_the_threshold(
 @pytest.mark.parametrize("into", ["x", "residual"])
 @pytest.mark.parametrize("shape", [(2, 6, 7, 9), (3, 33), (1, 2, 301, 301), (2, 70, 3, 3), (1, 3, 1, 4099)], ids=str)
 def test_writing_over_an_input_changes_no_bit(
-    shape: tuple[int, ...], into: Into, dtype: str, lanes: int, kernel: Kernel
+    shape: tuple[int, ...], into: Into, dtype: str, block: int, kernel: Kernel
 ) -> None:
     call = a_call(shape, dtype)
     residuals: list[Array | None] = [np.random.default_rng(1).normal(0, 2, shape).astype(call[0].dtype)]
@@ -122,14 +123,14 @@ def test_writing_over_an_input_changes_no_bit(
         residuals.append(None)
     for residual in residuals:
         for variant in kernel.variants:
-            options: dict[str, Any] = {"residual": residual, "lanes": lanes or shape[1], "variant": variant}
+            options: dict[str, Any] = {"residual": residual, "block": block or shape[1], "variant": variant}
             wanted, got = kernel(*call, **options), kernel(*call, **options, into=into)
             np.testing.assert_array_equal(bits(got), bits(wanted), err_msg=variant)
 
 
 @all_layouts
 @all_types
-def test_a_nan_stays_a_nan_and_a_nan_of_tau_is_no_threshold(dtype: str, lanes: int, kernel: Kernel) -> None:
+def test_a_nan_stays_a_nan_and_a_nan_of_tau_is_no_threshold(dtype: str, block: int, kernel: Kernel) -> None:
     """The comparison is v < tau ? tau : v: false for a NaN on either side."""
     for positions in (1, 3, 8, 9, 40):
         x, gamma, beta, tau, eps = a_call((2, 9, positions), dtype)
@@ -147,7 +148,7 @@ def test_a_nan_stays_a_nan_and_a_nan_of_tau_is_no_threshold(dtype: str, lanes: i
         assert np.isnan(wanted[:, 5]).all()
         assert (wanted[:, 6] < 0.25).any()
         for variant in kernel.variants:
-            got = kernel(x, gamma, beta, tau, eps, lanes=lanes or 9, variant=variant)
+            got = kernel(x, gamma, beta, tau, eps, block=block or 9, variant=variant)
             assert_near(got, wanted, dtype, f"{variant}, {positions} positions")
 
 
@@ -164,13 +165,13 @@ def test_minus_infinity_is_no_threshold(dtype: str, kernel: Kernel) -> None:
 
 @all_types
 def test_nothing_is_read_or_written_for_a_size_of_0(dtype: str, kernel: Kernel) -> None:
-    kind = TYPES[NUMPY_DTYPES[dtype]]
+    kind = TYPES[dtype]
     for sizes in ((0, 4, 5), (3, 0, 5), (3, 4, 0), (0, 0, 0)):
-        for lanes in (1, 4, 16):
+        for block in (1, 4, 16):
             for variant in kernel.variants:
                 for threads in (None, ParallelFor.threads(2)):
                     # Null pointers: any access ends the process.
-                    assert kernel.call(Call(*sizes, lanes, kind), variant=variant, parallel_for=threads) == 0
+                    assert kernel.call(Forward(*sizes, block, kind), variant=variant, parallel_for=threads) == 0
 
 
 def test_an_unknown_type_or_variant_is_refused_and_y_left_alone(kernel: Kernel) -> None:
@@ -181,9 +182,9 @@ def test_an_unknown_type_or_variant_is_refused_and_y_left_alone(kernel: Kernel) 
     refused += [(kind, variant) for kind in (-1, 4) for variant in kernel.variants]
     refused += [(0, variant) for variant in ("", "avx", "avx512 ", "AVX2", "baseline\n", "sse2")]
     for kind, variant in refused:
-        assert kernel.call(Call(2, 3, 5, 1, kind, *pointers), variant=variant) == 1, (kind, variant)
+        assert kernel.call(Forward(2, 3, 5, 1, kind, *pointers), variant=variant) == 1, (kind, variant)
         y.check(f"y of type {kind} and variant {variant}", written=False)
-    assert kernel.call(Call(2, 3, 5, 1, 0, *pointers)) == 0
+    assert kernel.call(Forward(2, 3, 5, 1, 0, *pointers)) == 0
     with pytest.raises(AssertionError, match=r"byte \d of it was written"):
         y.check("y", written=False)
 
@@ -203,7 +204,7 @@ def converted(
         x = np.zeros((1, len(row), 1 if spread == "channels" else 11), HALVES[dtype])
         none = np.full(len(row), -np.inf, np.float32)
         ones = np.ones(len(row), np.float32)
-        y = kernel(x, ones, row, none, ones, lanes=len(row) if spread == "lanes" else 1, variant=variant)
+        y = kernel(x, ones, row, none, ones, block=len(row) if spread == "lanes" else 1, variant=variant)
         assert (bits(y) == bits(y)[:, :, :1]).all()  # vectors and what is left of them alike
         got.append(y[0, :, 0])
     return np.concatenate(got)[: len(values)]
@@ -232,16 +233,16 @@ def test_every_half_is_read_and_written_unchanged(dtype: str, flush: bool, kerne
         every = every[(bits(every) & 0x7F80 != 0) | (bits(every) & 0x7FFF == 0)]
     zeros, none, one = (np.full(1, v, np.float32) for v in (-0.0, -np.inf, 1))
     for variant in kernel.variants:
-        for lanes in (1, 8, 16, 5):
+        for block in (1, 8, 16, 5):
             for positions in (1, 3, 4096):
                 # As the residual of x = -0: that may be a NaN or an infinity. A vector's worth of it, or less.
                 count = len(every) // positions * positions
                 residual = every[:count].reshape(count // positions, 1, positions)
-                residual = np.repeat(residual, lanes, axis=1)
+                residual = np.repeat(residual, block, axis=1)
                 x = np.full_like(residual, -0.0)
-                parameters = (np.repeat(p, lanes) for p in (one, zeros, none, one))
-                got = kernel(x, *parameters, residual=residual, lanes=lanes, variant=variant)
-                assert_same_half(got, residual, f"{variant}, {lanes} lanes, {positions} positions")
+                parameters = (np.repeat(p, block) for p in (one, zeros, none, one))
+                got = kernel(x, *parameters, residual=residual, block=block, variant=variant)
+                assert_same_half(got, residual, f"{variant}, blocks of {block}, {positions} positions")
 
 
 @half_types
@@ -253,9 +254,9 @@ def test_every_half_is_read_right_as_x(dtype: str, kernel: Kernel) -> None:
     for variant in kernel.variants:
         for positions in (1, 7, 16):
             x = np.repeat(every[None, :, None], positions, axis=2)
-            for lanes in (1, len(every)):
-                got = kernel(x, root, zero, none, big, lanes=lanes, variant=variant)
-                assert_same_half(got, x, f"{variant}, {positions} positions, {lanes} lanes")
+            for block in (1, len(every)):
+                got = kernel(x, root, zero, none, big, block=block, variant=variant)
+                assert_same_half(got, x, f"{variant}, {positions} positions, blocks of {block}")
 
 
 @half_types
@@ -307,7 +308,7 @@ def a_plane(shape: tuple[int, ...]) -> list[Array]:
 
 
 @pytest.mark.parametrize(
-    ("shape", "lanes"),
+    ("shape", "block"),
     [
         ((1, 2, 512, 512), 1),
         ((1, 2, 512, 512), 2),
@@ -317,27 +318,27 @@ def a_plane(shape: tuple[int, ...]) -> list[Array]:
     ],
     ids=str,
 )
-def test_a_large_plane_loses_nothing_in_its_sum(shape: tuple[int, ...], lanes: int, kernel: Kernel) -> None:
+def test_a_large_plane_loses_nothing_in_its_sum(shape: tuple[int, ...], block: int, kernel: Kernel) -> None:
     call = a_plane(shape)
     x = call[0].astype(np.float64)
     wanted = x / np.sqrt((x * x).mean(axis=(2, 3), keepdims=True) + 1e-6)
     for variant in kernel.variants:
-        got = kernel(*call, lanes=lanes, variant=variant)
+        got = kernel(*call, block=block, variant=variant)
         np.testing.assert_allclose(got, wanted, **PLANE_FLOAT32.kwargs(), err_msg=variant)
 
 
 @pytest.mark.parametrize(
-    ("shape", "lanes"),
+    ("shape", "block"),
     [((1, 16, 16384), 1), ((16, 16, 16384), 1), ((1, 16, 65536), 16), ((16, 16, 16384), 16), ((16, 64, 9000), 64)],
     ids=str,
 )
-def test_a_plane_of_one_value_loses_little(shape: tuple[int, ...], lanes: int, kernel: Kernel) -> None:
+def test_a_plane_of_one_value_loses_little(shape: tuple[int, ...], block: int, kernel: Kernel) -> None:
     """The hardest of planes: what each addition rounds off has the same sign, and so is never made up for."""
     _, *parameters = a_plane(shape)
     value = np.random.default_rng(1).uniform(1, 2, (1, shape[1], 1)).astype(np.float32)
     wanted = value / np.sqrt(value.astype(np.float64) ** 2 + 1e-6)
     for variant in kernel.variants:
-        got = kernel(np.broadcast_to(value, shape), *parameters, lanes=lanes, variant=variant)
+        got = kernel(np.broadcast_to(value, shape), *parameters, block=block, variant=variant)
         wanted = np.broadcast_to(wanted, shape)
         np.testing.assert_allclose(got, wanted, **PLANE_OF_ONE_VALUE_FLOAT32.kwargs(), err_msg=variant)
 
@@ -347,12 +348,12 @@ def test_a_plane_of_one_value_loses_little(shape: tuple[int, ...], lanes: int, k
 def test_every_size_up_to_200(spread: str, dtype: str, kernel: Kernel) -> None:
     for size in range(1, 201):
         ways = {"positions": ((1, 2, size), 1), "lanes": ((1, size, 3), size), "channels": ((1, size), 1)}
-        shape, lanes = ways[spread]
+        shape, block = ways[spread]
         call = a_call(shape, dtype, seed=size)
         residual = np.random.default_rng(size).normal(0, 2, shape).astype(call[0].dtype) if size % 2 else None
         wanted = in_float64(*call, residual)
         for variant in kernel.variants:
-            got = kernel(*call, residual=residual, lanes=lanes, variant=variant)
+            got = kernel(*call, residual=residual, block=block, variant=variant)
             assert_near(got, wanted, dtype, f"{variant}, size {size}")
 
 
@@ -362,21 +363,21 @@ AROUND = [size + off for size in (4096, 8192, 16384, 32768, 65536) for off in (-
 @all_types
 @pytest.mark.parametrize("size", AROUND)
 def test_sizes_beside_those_at_which_the_kernel_works_otherwise(size: int, dtype: str, kernel: Kernel) -> None:
-    for shape, lanes in (((1, 3, size), 1), ((1, 5, size // 5), 5), ((17, 1, size // 2), 1), ((1, size), 1)):
+    for shape, block in (((1, 3, size), 1), ((1, 5, size // 5), 5), ((17, 1, size // 2), 1), ((1, size), 1)):
         call = a_call(shape, dtype)
         wanted = in_float64(*call)
         for variant in kernel.variants:
-            assert_near(kernel(*call, lanes=lanes, variant=variant), wanted, dtype, f"{variant}, {shape}")
+            assert_near(kernel(*call, block=block, variant=variant), wanted, dtype, f"{variant}, {shape}")
 
 
 @all_layouts
 @all_types
 @pytest.mark.parametrize("shift", [1, 3])
-def test_tensors_need_no_more_alignment_than_their_elements(shift: int, dtype: str, lanes: int, kernel: Kernel) -> None:
+def test_tensors_need_no_more_alignment_than_their_elements(shift: int, dtype: str, block: int, kernel: Kernel) -> None:
     for shape in ((2, 6, 5, 7), (3, 70), (1, 2, 200, 201)):
         call = a_call(shape, dtype)
         for variant in kernel.variants:
-            options: dict[str, Any] = {"lanes": lanes or shape[1], "variant": variant}
+            options: dict[str, Any] = {"block": block or shape[1], "variant": variant}
             wanted, got = kernel(*call, **options), kernel(*call, **options, shift=shift)
             np.testing.assert_array_equal(bits(got), bits(wanted), err_msg=variant)
 
@@ -405,13 +406,13 @@ SHARED: dict[str, tuple[tuple[int, ...], int]] = {
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-@pytest.mark.parametrize(("shape", "lanes"), SHARED.values(), ids=SHARED)
-def test_the_host_s_threads_change_no_bit(shape: tuple[int, ...], lanes: int, dtype: str, kernel: Kernel) -> None:
+@pytest.mark.parametrize(("shape", "block"), SHARED.values(), ids=SHARED)
+def test_the_host_s_threads_change_no_bit(shape: tuple[int, ...], block: int, dtype: str, kernel: Kernel) -> None:
     call = a_call(shape, dtype)
     residual = np.random.default_rng(1).normal(0, 2, shape).astype(call[0].dtype)
     variants = kernel.variants if call[0].size < 1_000_000 else kernel.variants[:1]
     for variant in variants:
-        options: dict[str, Any] = {"lanes": lanes, "variant": variant, "residual": residual}
+        options: dict[str, Any] = {"block": block, "variant": variant, "residual": residual}
         wanted = kernel(*call, **options)
         assert_near(wanted, in_float64(*call, residual), dtype, variant)
         for name, make in HOSTS.items():

@@ -9,14 +9,15 @@ import numpy as np
 import pytest
 from cases import CASES, NormCase, make_dy, make_inputs, make_rstd
 from frn_gradient import Gradients, check_gradients, gradients, sizes
-from kernels import Array, BackwardCall, Kernel, ParallelFor
+from kernels import Array, Kernel, ParallelFor
 from tolerances import GRADIENT_ROUNDED, GRADIENT_SUMMED, RSTD
 
 from deploynorm.contract import DTYPES
 from deploynorm.libraries import TORCH_LIBRARY, library_path
+from deploynorm.libraries.kernels import Backward
 
-LANES = {"nchw": 1, "nhwc": 0, "blocks_of_8": 8, "blocks_of_5": 5}
-"""Layout -> lanes; 0 stands for all channels."""
+BLOCKS = {"nchw": 1, "nhwc": 0, "blocks_of_8": 8, "blocks_of_5": 5}
+"""Layout -> channel_block; 0 stands for all channels."""
 
 # Where the code turns: what a vector, a block and a column hold, and what is shared out among the threads.
 SHAPES = (
@@ -27,7 +28,7 @@ SHAPES = (
     (1, 70, 1200),
 )
 
-all_layouts = pytest.mark.parametrize("lanes", LANES.values(), ids=LANES)
+all_layouts = pytest.mark.parametrize("block", BLOCKS.values(), ids=BLOCKS)
 
 
 @pytest.fixture(scope="session")
@@ -45,35 +46,35 @@ def a_call(case: NormCase) -> tuple[tuple[Array, ...], Gradients, Gradients]:
     return (dy, x, make_rstd(case), gamma, beta, tau), gradients(*call), sizes(*call)
 
 
-def check(kernel: Kernel, case: NormCase, lanes: int, **how: object) -> Gradients:
+def check(kernel: Kernel, case: NormCase, block: int, **how: object) -> Gradients:
     call, right, size = a_call(case)
-    got = kernel.backward(*call, lanes=lanes or case.shape[1], **how)  # type: ignore[arg-type]
+    got = kernel.backward(*call, block=block or case.shape[1], **how)  # type: ignore[arg-type]
     check_gradients(got, right, size, GRADIENT_SUMMED[call[3].dtype.name], GRADIENT_ROUNDED[case.dtype])
     return got
 
 
 @all_layouts
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_every_case_in_every_layout_and_variant(case: NormCase, lanes: int, kernel: Kernel) -> None:
+def test_every_case_in_every_layout_and_variant(case: NormCase, block: int, kernel: Kernel) -> None:
     for variant in (*kernel.variants, None):
-        check(kernel, case, lanes, variant=variant)
+        check(kernel, case, block, variant=variant)
 
 
 @all_layouts
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_sizes_around_every_turn(dtype: str, lanes: int, kernel: Kernel) -> None:
+def test_sizes_around_every_turn(dtype: str, block: int, kernel: Kernel) -> None:
     for shape in SHAPES:
         for variant in kernel.variants:
-            check(kernel, NormCase("sized", shape, dtype, eps="per_channel"), lanes, variant=variant)
+            check(kernel, NormCase("sized", shape, dtype, eps="per_channel"), block, variant=variant)
 
 
 @all_layouts
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_the_forward_pass_gives_one_number_a_plane(case: NormCase, lanes: int, kernel: Kernel) -> None:
+def test_the_forward_pass_gives_one_number_a_plane(case: NormCase, block: int, kernel: Kernel) -> None:
     x, *parameters = make_inputs(case).values()
     rstd = np.empty(x.shape[:2], parameters[0].dtype)
     for variant in kernel.variants:
-        kernel(x, *parameters, lanes=lanes or case.shape[1], variant=variant, rstd=rstd)
+        kernel(x, *parameters, block=block or case.shape[1], variant=variant, rstd=rstd)
         if x.size:
             bound = RSTD[rstd.dtype.name]
             np.testing.assert_allclose(rstd, make_rstd(case), **bound.kwargs(), err_msg=variant)
@@ -83,10 +84,10 @@ def test_the_forward_pass_gives_one_number_a_plane(case: NormCase, lanes: int, k
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(2, 6, 7, 9), (3, 33), (1, 2, 301, 301), (2, 70, 3, 3), (1, 3, 1, 4099)], ids=str)
 def test_neither_threads_nor_writing_over_dy_nor_alignment_change_a_bit(
-    shape: tuple[int, ...], dtype: str, lanes: int, kernel: Kernel
+    shape: tuple[int, ...], dtype: str, block: int, kernel: Kernel
 ) -> None:
     case = NormCase("steady", shape, dtype)
-    want = check(kernel, case, lanes)
+    want = check(kernel, case, block)
     hosts = (ParallelFor.reversed(), ParallelFor.shuffled(0), ParallelFor.threads(3))
     ways = [{"parallel_for": host} for host in hosts] + [
         {"in_place": True},
@@ -94,24 +95,24 @@ def test_neither_threads_nor_writing_over_dy_nor_alignment_change_a_bit(
         {"shift": 3, "in_place": True},
     ]
     for way in ways:
-        got = check(kernel, case, lanes, **way)
+        got = check(kernel, case, block, **way)
         for name, mine, other in zip(Gradients._fields, got, want, strict=True):
             assert mine.tobytes() == other.tobytes(), f"{name}, {way}"
 
 
 @all_layouts
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_the_threshold_falls_where_the_forward_pass_had_it(dtype: str, lanes: int, kernel: Kernel) -> None:
+def test_the_threshold_falls_where_the_forward_pass_had_it(dtype: str, block: int, kernel: Kernel) -> None:
     """Each channel's threshold is the y of one of its elements, as the same variant computes it: that one gets the
     gradient. All of dy is 1, so that the gradients by beta and tau are counts."""
     case = NormCase("ties", (1, 64, 49), dtype)
     x, gamma, beta, tau, eps = make_inputs(case).values()
     for variant in kernel.variants:
         rstd = np.empty((1, 64), gamma.dtype)
-        y = kernel(x, gamma, beta, np.full_like(tau, -np.inf), eps, lanes=lanes or 64, variant=variant, rstd=rstd)[0]
+        y = kernel(x, gamma, beta, np.full_like(tau, -np.inf), eps, block=block or 64, variant=variant, rstd=rstd)[0]
         at = y[np.arange(64), np.random.default_rng(0).integers(0, 49, 64)]
         reached = (y >= at[:, None]).sum(axis=1)
-        got = kernel.backward(np.ones_like(x), x, rstd, gamma, beta, at, lanes=lanes or 64, variant=variant)
+        got = kernel.backward(np.ones_like(x), x, rstd, gamma, beta, at, block=block or 64, variant=variant)
         np.testing.assert_array_equal(got.dbeta, reached, err_msg=variant)
         np.testing.assert_array_equal(got.dtau, 49 - reached, err_msg=variant)
 
@@ -119,19 +120,19 @@ def test_the_threshold_falls_where_the_forward_pass_had_it(dtype: str, lanes: in
 @all_layouts
 @pytest.mark.parametrize("shape", [(0, 5, 3), (2, 5, 0), (0, 5), (2, 0, 3)], ids=str)
 def test_without_elements_the_gradients_of_the_parameters_are_zero(
-    shape: tuple[int, ...], lanes: int, kernel: Kernel
+    shape: tuple[int, ...], block: int, kernel: Kernel
 ) -> None:
     x, ones = np.zeros(shape, np.float32), np.ones(shape[1], np.float32)
     for variant in kernel.variants:
         rstd = np.ones(shape[:2], np.float32)
-        got = kernel.backward(x, x, rstd, ones, ones, ones, lanes=lanes or max(1, shape[1]), variant=variant)
+        got = kernel.backward(x, x, rstd, ones, ones, ones, block=block or max(1, shape[1]), variant=variant)
         for name in ("dgamma", "dbeta", "dtau", "deps"):
             np.testing.assert_array_equal(getattr(got, name), np.zeros(shape[1]), err_msg=name)
 
 
 def test_a_type_or_variant_that_is_not_there_is_refused(kernel: Kernel) -> None:
-    assert kernel.call_backward(BackwardCall(type=99), 0) == 1
-    assert kernel.call_backward(BackwardCall(type=0), 0, variant="avx1024") == 1
+    assert kernel.call(Backward(type=99), 0) == 1
+    assert kernel.call(Backward(type=0), 0, variant="avx1024") == 1
 
 
 def test_a_wrong_gradient_would_be_seen(kernel: Kernel) -> None:

@@ -16,7 +16,7 @@ from graphs import frn_model
 from kernels import Kernel
 
 from deploynorm.contract import DTYPES, INPUTS
-from deploynorm.libraries import TORCH_LIBRARY, build, find_tools
+from deploynorm.libraries import ORT_LIBRARY, TORCH_LIBRARY, build, find_tools
 
 TESTS = Path(__file__).parents[1]
 
@@ -24,10 +24,10 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture(scope="session")
-def sanitized(require: Callable[[str], None], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def sanitized(require: Callable[[str], None], build_once: Callable[..., Path]) -> Path:
     """The libraries, built with sanitizers: the path of the operators', beside which the other lies."""
     require("compiler")
-    return build(tmp_path_factory.mktemp("sanitized"), sanitize="address,undefined")
+    return build_once("sanitized", lambda folder: build(folder, sanitize="address,undefined")) / ORT_LIBRARY
 
 
 @pytest.fixture(scope="session")
@@ -44,7 +44,7 @@ def run(require: Callable[[str], None]) -> Run:
         # Python itself keeps memory until its end, and asks for more than there is.
         "ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1",
         "UBSAN_OPTIONS": "print_stacktrace=1",
-        "PYTHONPATH": str(TESTS),
+        "PYTHONPATH": os.pathsep.join([str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])]),
         "OMP_NUM_THREADS": "1",
     }
 

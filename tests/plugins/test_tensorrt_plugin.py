@@ -28,7 +28,9 @@ from tensorrt_host import (
 )
 
 from deploynorm.contract import DOMAIN, INPUTS, NODE_ATTRIBUTES, OP_TYPE, PARAMETERS, VERSION
+from deploynorm.libraries import TENSORRT_LIBRARY
 
+HOSTS = ("libnvinfer.so.10", "libtensorrt_rtx.so.1")
 DTYPES = ("float32", "float16", "bfloat16")
 OURS = [case for case in CASES if case.dtype in DTYPES]
 
@@ -44,19 +46,26 @@ def headers(require: Callable[[str], None]) -> Path:
 
 
 @pytest.fixture(scope="session")
-def emulated(headers: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_plugin(tmp_path_factory.mktemp("plugin"), headers)
+def built(headers: Path, build_once: Callable[..., Path]) -> Path:
+    """A folder of the plugin on the emulation and of two hosts for it."""
+
+    def build(folder: Path) -> None:
+        build_plugin(folder, headers)
+        for name in HOSTS:
+            build_host(folder, headers, name)
+
+    return build_once("plugin", build)
 
 
 @pytest.fixture(scope="session")
-def host(emulated: Path, headers: Path) -> Host:
-    return Host(build_host(emulated.parent, headers), emulated)
+def host(built: Path) -> Host:
+    return Host(built / HOSTS[0], built / TENSORRT_LIBRARY)
 
 
 @pytest.fixture(scope="session")
-def rtx(emulated: Path, headers: Path) -> Host:
-    """The same, which the plugin has to take for TensorRT-RTX."""
-    return Host(build_host(emulated.parent, headers, "libtensorrt_rtx.so.1"), emulated)
+def rtx(built: Path) -> Host:
+    """A host that the plugin has to take for TensorRT-RTX."""
+    return Host(built / HOSTS[1], built / TENSORRT_LIBRARY)
 
 
 @pytest.fixture

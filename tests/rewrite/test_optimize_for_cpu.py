@@ -7,7 +7,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,16 +20,20 @@ import torch
 from tolerances import LAYOUT_FLOAT32
 from torch import Tensor, nn
 
-from deploynorm import graph, ort
+from deploynorm import onnx_file, ort
 from deploynorm._export import export
+from deploynorm.changes import Change
 from deploynorm.contract import BLOCK_ATTRIBUTE, BLOCKED_OP_TYPE, DOMAIN, METADATA_CPU, OP_TYPE
-from deploynorm.errors import BackendError, ModelError
+from deploynorm.errors import BackendError, InputError, ModelError, ParityError
 from deploynorm.layers import FRN2d
 from deploynorm.lowering import function_proto
 from deploynorm.models import frn_resnet
+from deploynorm.onnx_file import OnnxFile
 from deploynorm.ort import machine
 from deploynorm.ort.machine import check_this_machine
-from deploynorm.rewrite import RewriteResult, optimize_for_cpu
+from deploynorm.rewrite import rewrite, sequence
+from deploynorm.rewrite.cpu import optimize_for_cpu
+from deploynorm.rewrite.result import RewriteResult
 from deploynorm.run.onnxruntime import OnnxRuntimeRunner
 
 OPSET = 20
@@ -391,8 +395,8 @@ def test_graph_is_left(name: str) -> None:
     assert not result.modified
     assert _after(result) == Counter(case.after)
     assert result.after == result.before
-    [told] = [change.detail for change in result.changes if change.kind == OP_TYPE]
-    assert reason in told
+    [found] = [change.detail for change in result.changes if change.kind == OP_TYPE]
+    assert reason in found
 
 
 @pytest.mark.parametrize("operands", ["h, k", "k, h"])
@@ -417,7 +421,7 @@ def test_frn_in_a_branch_is_left() -> None:
     proto.graph.node[-1].CopyFrom(onnx.helper.make_node("If", ["yes"], ["y"], then_branch=branch, else_branch=other))
     result = optimize_for_cpu(ir.from_proto(proto))
     assert (result.after[BLOCKED], result.after[FRN]) == (1, 1)
-    assert [change.detail for change in result.changes if change.outcome == "left" and change.kind == OP_TYPE] == [
+    assert [change.detail for change in result.changes if change.outcome == "unchanged" and change.kind == OP_TYPE] == [
         "it is inside a branch or a loop"
     ]
     _compare(ir.from_proto(proto), result.model, case.feeds() | {"yes": np.array(True)})
@@ -516,10 +520,10 @@ def test_network_keeps_one_reorder(name: str, dynamic: str) -> None:
 def test_file_without_function_bodies_and_one_with_external_data(tmp_path: Path) -> None:
     """ONNX Runtime's own optimised file could not hold weights of 2 GB, so its weights lie beside it."""
     model = _exported("resnet20", dynamic="none", function=False)
-    graph.save(model, tmp_path / "model.onnx", external_data=True)
+    onnx_file.save(model, tmp_path / "model.onnx", external_data=True)
     results = [optimize_for_cpu(given).model for given in (model, ir.load(tmp_path / "model.onnx"))]
     assert _bytes(results[0]) == _bytes(results[1])
-    graph.save(results[0], tmp_path / "rewritten.onnx", external_data=True)
+    onnx_file.save(results[0], tmp_path / "rewritten.onnx", external_data=True)
     x = np.random.default_rng(0).normal(size=(2, 3, 20, 26)).astype(np.float32)
     with OnnxRuntimeRunner(_bytes(model)) as truth, OnnxRuntimeRunner(tmp_path / "rewritten.onnx") as candidate:
         feeds = {truth.inputs[0].name: x}
@@ -546,7 +550,7 @@ def test_refused(name: str) -> None:
 
 
 def test_library_that_is_not_built(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("deploynorm.libraries.find_library", lambda name: None)
+    monkeypatch.setattr("deploynorm.libraries.find.find_library", lambda name: None)
     with pytest.raises(BackendError, match=r"libdeploynorm_ort\.so is not built"):
         optimize_for_cpu(REWRITTEN["FRN as the output"].model())
 
@@ -581,7 +585,7 @@ def test_file_of_another_machine_is_refused(key: str, value: object, tmp_path: P
     with pytest.raises(BackendError, match=rf"(?s)net\.onnx: .*{value}.*rewrite ORIGINAL\.onnx --optimize-for-cpu"):
         check_this_machine("net.onnx", json.dumps(note), ort.import_onnxruntime())
     result.model.metadata_props[METADATA_CPU] = json.dumps(note)
-    graph.save(result.model, tmp_path / "net.onnx")
+    onnx_file.save(result.model, tmp_path / "net.onnx")
     with pytest.raises(BackendError, match="was rewritten for another machine"):
         OnnxRuntimeRunner(tmp_path / "net.onnx")
 
@@ -590,6 +594,47 @@ def test_file_of_another_machine_is_refused(key: str, value: object, tmp_path: P
 def test_note_that_is_damaged(text: str) -> None:
     with pytest.raises(ModelError, match="damaged"):
         check_this_machine("net.onnx", text, ort.import_onnxruntime())
+
+
+def test_passes_run_in_sequence_each_on_the_result_of_the_one_before() -> None:
+    seen: list[tuple[ir.Model, str | None]] = []
+
+    def nothing(model: ir.Model, *, source_sha256: str | None = None) -> RewriteResult:
+        seen.append((model, source_sha256))
+        counts = Counter({"Conv": 1})
+        return RewriteResult(model, (Change("y", "Conv", "unchanged", detail="a reason"),), counts, counts)
+
+    alone = optimize_for_cpu(REWRITTEN["FRN as the output"].model())
+    both = sequence(optimize_for_cpu, nothing)(REWRITTEN["FRN as the output"].model(), source_sha256="abc")
+    assert seen == [(both.model, "abc")]
+    assert both.before == alone.before
+    assert both.after == Counter({"Conv": 1})
+    assert both.changes == (*alone.changes, Change("y", "Conv", "unchanged", detail="a reason"))
+    assert both.modified
+
+
+def test_a_file_is_rewritten_and_checked_and_only_then_saved(tmp_path: Path) -> None:
+    source = tmp_path / "net.onnx"
+    onnx_file.save(REWRITTEN["FRN as the output"].model(), source)
+    rewritten = rewrite(source, input_shapes={"": (2, WHOLE, 5, 7)})
+    assert rewritten
+    assert f"Parity with {source}" in str(rewritten)
+    rewritten.save()
+    assert OnnxFile.read(tmp_path / "net.cpu.onnx").metadata[METADATA_CPU]
+    with pytest.raises(InputError, match="is MODEL itself"):
+        rewritten.save(source)
+    assert rewritten.parity is not None
+    wrong = replace(rewritten.parity.comparisons[0], ok=False)
+    broken = replace(rewritten, parity=replace(rewritten.parity, comparisons=(wrong,)))
+    assert not broken
+    with pytest.raises(ParityError):
+        broken.save(tmp_path / "broken.onnx")
+    unchanged = replace(rewritten, parity=None)
+    with pytest.raises(ModelError, match="nothing in it can be rewritten"):
+        unchanged.save(tmp_path / "broken.onnx")
+    assert not (tmp_path / "broken.onnx").exists()
+    with pytest.raises(InputError, match=r"unknown pass.*expected optimize_for_cpu"):
+        rewrite(source, ["optimize_for_gpu"])
 
 
 def test_processor_without_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -614,7 +659,8 @@ def test_rewriting_imports_no_torch() -> None:
     program = (
         "import sys\n"
         "import json\n"
-        "from deploynorm import ort, rewrite\n"
+        "from deploynorm import ort\n"
+        "from deploynorm.rewrite.cpu import optimize_for_cpu\n"
         "from deploynorm.ort.machine import check_this_machine, describe\n"
         "runtime = ort.import_onnxruntime()\n"
         "check_this_machine('net.onnx', json.dumps(describe(runtime)), runtime)\n"

@@ -297,7 +297,7 @@ def test_a_half_file_opens_in_this_runner_unless_another_is_named(dtype: str, tm
 
 @pytest.mark.parametrize("option", [{"providers": ("cuda",)}, {"plugins": ()}], ids=str)
 def test_options_that_it_would_ignore_are_refused(option: dict[str, Any], tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="the half backend takes no providers or plugins"):
+    with pytest.raises(InputError, match=r"the half backend takes no (providers|plugins)"):
         run.open_runner(tmp_path / "model.onnx", "half", **option)
 
 

@@ -91,7 +91,7 @@ REFUSED: dict[str, tuple[bytes, type[DeployNormError], str]] = {
 @pytest.mark.usefixtures("ort")
 @pytest.mark.parametrize("form", ["file", "bytes"])
 @pytest.mark.parametrize(("content", "kind", "message"), REFUSED.values(), ids=REFUSED)
-def test_a_model_that_cannot_be_loaded_is_told_in_our_words_alone(
+def test_a_model_that_cannot_be_loaded_is_reported_in_our_words_only(
     content: bytes,
     kind: type[DeployNormError],
     message: str,
@@ -215,7 +215,7 @@ def test_a_plugin_library_that_cannot_be_loaded_is_named(content: bytes | None, 
 
 
 @pytest.mark.usefixtures("ort")
-def test_a_failure_while_running_is_told_in_our_words_alone(capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_failure_while_running_is_reported_in_our_words_only(capfd: pytest.CaptureFixture[str]) -> None:
     model = one_node("Reshape", {"x": ("float32", ("N",)), "shape": ("int64", ("R",))}, ("float32", None))
     with OnnxRuntimeRunner(model.SerializeToString()) as runner:
         with pytest.raises(ModelError, match=r"cannot run the model. Got .*cannot be reshaped"):

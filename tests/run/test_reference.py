@@ -113,7 +113,7 @@ def test_a_model_that_cannot_be_run_is_refused(model: onnx.ModelProto, message: 
         ReferenceRunner(model)
 
 
-def test_a_failure_of_the_evaluator_is_told_with_the_shapes() -> None:
+def test_a_failure_of_the_evaluator_is_reported_with_the_shapes() -> None:
     model = one_node("Add", {"a": ("float32", ("A",)), "b": ("float32", ("B",))}, ("float32", ("C",)))
     with (
         ReferenceRunner(model) as runner,

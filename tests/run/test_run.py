@@ -44,7 +44,7 @@ def test_an_unknown_backend_is_refused_with_the_known_ones() -> None:
 
 @pytest.mark.parametrize("option", [{"providers": ("cuda",)}, {"plugins": ("lib.so",)}, {"threads": 1}], ids=str)
 def test_the_reference_backend_refuses_options_that_it_would_ignore(option: dict[str, object]) -> None:
-    with pytest.raises(InputError, match="takes no providers, plugins or threads"):
+    with pytest.raises(InputError, match=r"the reference backend takes no (providers|plugins|threads)"):
         run.open_runner("model.onnx", "reference", **option)
 
 

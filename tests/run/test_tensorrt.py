@@ -15,13 +15,14 @@ import pytest
 import torch
 from fake_tensorrt import ALIGNMENT, FakeGpu, fake_tensorrt, plan
 
-from deploynorm import run, trt
+from deploynorm import run
 from deploynorm.errors import BackendError, DeployNormError, InputError, ModelError
 from deploynorm.inputs import TensorSpec
 from deploynorm.run import tensorrt, timing
 from deploynorm.run.tensorrt import TensorRTRunner
 from deploynorm.trt import gpu
-from deploynorm.trt.engine import Engine, FrnRecord, manifest_path
+from deploynorm.trt.engine import Engine, FrnRecord
+from deploynorm.trt.manifest import manifest_path
 from deploynorm.trt.profile import Range
 
 IMAGES = ((1, 3, 8, 8), (2, 3, 8, 8), (4, 3, 16, 16))
@@ -33,8 +34,8 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """TensorRT 11 on a GPU of compute capability 9.0, neither of them real."""
     module = fake_tensorrt()
     monkeypatch.setitem(sys.modules, "tensorrt", module)
-    monkeypatch.setattr(trt, "_LOGGERS", {})
-    monkeypatch.setattr(trt, "_LOADED", {})
+    monkeypatch.setattr("deploynorm.trt.log._LOGGERS", {})
+    monkeypatch.setattr("deploynorm.trt.plugins._LOADED", {})
     monkeypatch.setattr(gpu, "_ALIGNMENT", ALIGNMENT)
     monkeypatch.setattr(tensorrt, "Gpu", FakeGpu)
     monkeypatch.setattr(tensorrt, "gpu_here", lambda: "9.0")
@@ -202,7 +203,7 @@ REFUSED: dict[str, tuple[bytes, type[DeployNormError], str]] = {
 
 @pytest.mark.usefixtures("fake")
 @pytest.mark.parametrize("name", REFUSED)
-def test_an_engine_that_does_not_run_here_is_told_in_our_words(name: str, tmp_path: Path) -> None:
+def test_an_engine_that_does_not_run_here_is_reported_in_our_words(name: str, tmp_path: Path) -> None:
     content, kind, message = REFUSED[name]
     path = tmp_path / "model.engine"
     path.write_bytes(content)
@@ -310,11 +311,11 @@ def test_open_runner_knows_engines_by_their_ending_and_by_name(tmp_path: Path) -
         (tmp_path / name).write_bytes(ENGINE)
         with run.open_runner(tmp_path / name, **options) as runner:
             assert isinstance(runner, TensorRTRunner)
-    with pytest.raises(InputError, match="takes no providers or threads"):
+    with pytest.raises(InputError, match=r"the tensorrt backend takes no (providers|threads)"):
         run.open_runner(tmp_path / "model.plan", threads=2)
     (tmp_path / "model.engine").write_bytes(plan({"x": IMAGES}, {"y": "x"}, host_code=True))
     run.open_runner(tmp_path / "model.engine", trust_engine=True).close()
-    with pytest.raises(InputError, match="trust_engine is for engines"):
+    with pytest.raises(InputError, match="the onnxruntime backend takes no trust_engine"):
         run.open_runner(tmp_path / "model.onnx", trust_engine=True)
 
 
@@ -377,7 +378,7 @@ def built(name: str) -> Engine:
     )
 
 
-def test_a_machine_without_a_gpu_is_told_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_machine_without_a_gpu_is_reported_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tensorrt", fake_tensorrt())
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(BackendError, match=r"no CUDA device|was built without CUDA") as caught:
@@ -386,7 +387,7 @@ def test_a_machine_without_a_gpu_is_told_so(tmp_path: Path, monkeypatch: pytest.
     assert "PyTorch finds no GPU" in str(run.available()["tensorrt"])
 
 
-def test_without_tensorrt_both_ways_to_get_it_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_tensorrt_both_ways_to_get_it_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("tensorrt", "tensorrt_rtx"):
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(

@@ -25,7 +25,7 @@ from swap_networks import (
     net,
     norm,
     relu,
-    swapped_as_told,
+    swapped_as_expected,
     with_hook,
 )
 from tolerances import EXACT
@@ -35,7 +35,7 @@ from torch.nn.utils import parametrizations
 from deploynorm.layers import FRN1d, FRN2d, FRN3d
 
 
-def in_place_past_it(m: Any, x: Tensor) -> Tensor:
+def in_place_beside_it(m: Any, x: Tensor) -> Tensor:
     y = m.b(m.c(x))
     m.r(y)
     return y + 1
@@ -95,7 +95,7 @@ TO_FRN = [
     Case("method", net(lambda m, x: m.b(m.c(x)).relu()), {"b": "FRN2d"}, "a functional call"),
     Case("clamp", net(lambda m, x: m.b(m.c(x)).clamp(min=0)), {"b": "FRN2d"}, "read by clamp"),
     Case("read_twice", net(lambda m, x: m.r(y := m.b(m.c(x))) + y, r=relu), KEPT, "is read by add too"),
-    Case("read_past_it_in_place", net(in_place_past_it, r=in_place), KEPT, "changes in place"),
+    Case("read_by_others_in_place", net(in_place_beside_it, r=in_place), KEPT, "changes in place"),
     Case("given_back_too", net(lambda m, x: (m.r(y := m.b(m.c(x))), y), r=relu), KEPT, "by the network's output too"),
     Case("one_relu_for_two_norms", net(twice, r=relu, d=norm), {**TAKEN, "d": "FRN2d with TLU"}),
     Case("relu_elsewhere_too", net(second_call(lambda m, y: m.r(y)), r=relu), KEPT, "once it reads conv2d"),
@@ -127,11 +127,11 @@ TO_FRN = [
     ),
     Case("training_alone", net(in_training_alone, r=relu), KEPT, "called elsewhere without it"),
     Case("not_traceable", net(by_value, r=relu), KEPT, "it cannot be traced in evaluation mode"),
-    Case("by_batch_size", net(by_batch_size, r=relu), KEPT, "other batch sizes (axis 0 of x: 2 alone)"),
+    Case("by_batch_size", net(by_batch_size, r=relu), KEPT, "branch on the batch size (axis 0 of x: 2 alone)"),
     Case("by_batch_size_as_a_symbol", net(by_symbolic_batch_size, r=relu), KEPT, "axis 0 of x: 1 to 3"),
     Case("batch_of_one", chain(nn.ReLU()), {"1": "FRN2d with TLU", "2": "Identity"}, shape=(1, 3, 8, 6)),
     Case("forward_of_relu_called", net(lambda m, x: m.r.forward(m.b(m.c(x))), r=relu), KEPT, "a functional call"),
-    Case("forward_called_too", net(second_call(lambda m, y: m.r.forward(y)), r=relu), KEPT, "called past the module"),
+    Case("forward_called_too", net(second_call(lambda m, y: m.r.forward(y)), r=relu), KEPT, "called directly"),
     Case("forward_of_norm_called", net(lambda m, x: m.r(m.b.forward(m.c(x))), r=relu), {"b": "=", "r": "="}, "outside"),
     Case("gamma_read_elsewhere", net(reads_gamma, r=relu), {"b": "=", "r": "="}, "outside its own forward, by mean"),
     Case("hook_on_relu", lambda: with_hook(chain(nn.ReLU())(), "2"), {"1": "FRN2d", "2": "="}, "it has hooks"),
@@ -167,7 +167,7 @@ TO_FRN = [
         {"0": "FRN2d with TLU", "1": "Identity"},
     ),
     Case("map_of_one_value", net(pooled, r=relu), TAKEN, "maps of one value, so epsilon is learned", learned=True),
-    Case("map_of_one_value_as_told", net(pooled, r=relu), TAKEN, options={"learned_eps": None}),
+    Case("map_of_one_value_with_its_epsilon_given", net(pooled, r=relu), TAKEN, options={"learned_eps": None}),
     Case(
         "vectors",
         lambda: nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.ReLU()),
@@ -217,7 +217,7 @@ TO_FRN = [
         options={"thresholds": "all"},
     ),
     Case(
-        "all_but_read_past_it",
+        "all_but_read_by_others",
         net(lambda m, x: (m.r(y := m.b(m.c(x)) + 1), y), r=in_place),
         KEPT,
         "changes in place",
@@ -252,7 +252,7 @@ def without_thresholds(network: nn.Module, case: Case) -> nn.Module:
 def test_frn_takes_in_the_relus_that_are_its_own(case: Case) -> None:
     """At its start, with every tau at 0, the network computes what it would with all its activations in place."""
     network, x = drawn(case)
-    swapped, naive = swapped_as_told(network, x, case, "frn"), without_thresholds(network, case)
+    swapped, naive = swapped_as_expected(network, x, case, "frn"), without_thresholds(network, case)
     for training in (False, True):
         found = []
         for candidate in (swapped, naive):

@@ -10,8 +10,6 @@ import pytest
 import torch
 from torch import nn
 
-from deploynorm._swap import swap
-
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 QUICK = ("timm resnet18", "timm convnext_atto", "torchvision resnet18")
@@ -45,8 +43,7 @@ def test_committed_table_has_every_family(families: ModuleType, table: list[str]
 
 
 def test_check_of_a_row_sees_one_lost_activation(families: ModuleType) -> None:
-    network, x = families.build("timm resnet18")
-    swapped = swap(network, (x,), norm="frn").model
+    network, x, (swapped, _), _ = families.swaps("timm resnet18")
     truth = families.with_every_activation(network, swapped)
     assert families.largest_difference(swapped, truth, x) < 1e-6
     truth.set_submodule("layer4.1.act1", nn.Identity())
@@ -54,8 +51,7 @@ def test_check_of_a_row_sees_one_lost_activation(families: ModuleType) -> None:
 
 
 def test_check_of_a_row_sees_one_weight_that_is_not_centred(families: ModuleType) -> None:
-    network, x = families.build("timm resnet18")
-    swapped = swap(network, (x,), norm="mabn").model
+    network, x, _, (swapped, _) = families.swaps("timm resnet18")
     truth = families.with_centred_weights(network, swapped)
     assert families.largest_difference(swapped, truth, x) < 1e-5
     with torch.no_grad():

@@ -23,7 +23,7 @@ from swap_networks import (
     net,
     norm,
     relu,
-    swapped_as_told,
+    swapped_as_expected,
     with_hook,
 )
 from tolerances import FLOAT64
@@ -80,7 +80,7 @@ TO_MABN = [
     ),
     Case("synchronised", chain_of(conv(), nn.SyncBatchNorm(4)), PAIR),
     Case("not_affine", chain_of(conv(), nn.BatchNorm2d(4, affine=False)), PAIR),
-    Case("cumulative", chain_of(conv(), nn.BatchNorm2d(4, momentum=None)), PAIR, "the BatchNorm has none"),
+    Case("cumulative", chain_of(conv(), nn.BatchNorm2d(4, momentum=None)), PAIR, "since the BatchNorm has none"),
     Case("one_conv_for_two_norms", net(lambda m, x: m.b(m.c(x)) + m.d(m.c(x)), d=norm), {**CENTRED, "d": "MABN2d"}),
     Case("one_norm_for_two_convs", net(lambda m, x: m.b(m.c(x)) + m.b(m.d(x)), d=conv), {**CENTRED, "d": "CenConv2d"}),
     Case("conv_called_twice", net(lambda m, x: m.b(m.c(x)) + m.b(m.c(x * 2))), CENTRED),
@@ -169,7 +169,7 @@ def centred_by_hand(network: nn.Module, case: Case) -> nn.Module:
 def test_mabn_takes_the_place_of_each_norm_and_cenconv_of_what_feeds_it(case: Case) -> None:
     """With its statistics untouched, the network computes what BatchNorm does with mean 0 and variance 1."""
     network, x = drawn(case, torch.float64)
-    swapped = swapped_as_told(network, x, case, "mabn")
+    swapped = swapped_as_expected(network, x, case, "mabn")
     got, want = leaves(swapped.eval()(x)), leaves(centred_by_hand(network, case)(x))
     torch.testing.assert_close(got, want, **FLOAT64.kwargs())
     with torch.no_grad():
@@ -191,5 +191,5 @@ def test_layers_that_are_ours_already_stay() -> None:
     network = nn.Sequential(CenConv2d(3, 4, 3), nn.BatchNorm2d(4), CenConv2d(4, 4, 3), MABN2d(4))
     swapped, report = swap(network, (torch.randn(2, 3, 8, 8),), norm="mabn")
     assert [type(layer) for layer in swapped] == [CenConv2d, MABN2d, CenConv2d, MABN2d]
-    assert [change.layer for change in report.changes if change.became] == ["1"]
+    assert [change.name for change in report.changes if change.became] == ["1"]
     assert swapped[3].momentum == network[3].momentum

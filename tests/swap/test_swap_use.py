@@ -1,4 +1,4 @@
-"""What is done with a swapped network, what swap refuses, and what its report tells."""
+"""What is done with a swapped network, what swap refuses, and what its report says."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import copy
 import json
 import pickle
 from collections.abc import Callable
+from functools import cache
 from types import ModuleType
 from typing import Any, Literal
 
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 import deploynorm
+from deploynorm._fold import FoldResult
 from deploynorm._swap import swap
 from deploynorm.errors import InputError, ModelError
 from deploynorm.layers import CenConv2d, FRN2d, MABN2d
@@ -39,13 +41,36 @@ class Classifier(nn.Sequential):
         super().__init__(*stem, block, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5))
 
 
+@cache
+def _swapped(norm: Norm) -> nn.Module:
+    return swap(Classifier().train(), (X,), norm=norm).model
+
+
+def swapped_classifier(norm: Norm) -> nn.Module:
+    return copy.deepcopy(_swapped(norm))
+
+
+@cache
+def trained_and_folded(norm: Norm) -> tuple[nn.Module, FoldResult]:
+    """The swapped classifier with thresholds and statistics as training leaves them, and what fold makes of it."""
+    network = swapped_classifier(norm)
+    torch.manual_seed(1)
+    for layer in network.modules():
+        if getattr(layer, "tau", None) is not None:
+            nn.init.normal_(layer.tau, std=0.3)
+    with torch.no_grad():
+        for _ in range(3):
+            network.train()(torch.randn_like(X))
+    return network.eval(), deploynorm.fold(network, (X,))
+
+
 # Using the network
 
 
 @BOTH
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
 def test_training_lowers_the_loss_and_moves_every_parameter(norm: Norm, layout: torch.memory_format) -> None:
-    network = swap(Classifier().train(), (X,), norm=norm).model.to(memory_format=layout)
+    network = swapped_classifier(norm).to(memory_format=layout)
     assert network.training
     before = {name: parameter.detach().clone() for name, parameter in network.named_parameters()}
     optimizer = torch.optim.SGD(network.parameters(), lr=0.05, momentum=0.9)
@@ -61,22 +86,9 @@ def test_training_lowers_the_loss_and_moves_every_parameter(norm: Norm, layout: 
     assert ("0.tau" in before, "1.tau" in before) == (False, norm == "frn")
 
 
-def trained(network: nn.Module) -> nn.Module:
-    """With thresholds and statistics as training leaves them."""
-    torch.manual_seed(1)
-    for layer in network.modules():
-        if getattr(layer, "tau", None) is not None:
-            nn.init.normal_(layer.tau, std=0.3)
-    with torch.no_grad():
-        for _ in range(3):
-            network.train()(torch.randn_like(X))
-    return network.eval()
-
-
 @BOTH
 def test_it_exports_to_the_same_numbers(norm: Norm) -> None:
-    network = trained(swap(Classifier(), (X,), norm=norm).model)
-    folded = deploynorm.fold(network, (X,)).model
+    network, (folded, _) = trained_and_folded(norm)
     exported = deploynorm.export(folded, (X,), dynamic="all")
     operators = [node.op_type for node in exported.to_proto().graph.node]
     frns = 4 if norm == "frn" else 0
@@ -91,8 +103,7 @@ def test_it_exports_to_the_same_numbers(norm: Norm) -> None:
 
 
 def test_mabn_folds_away() -> None:
-    network = trained(swap(Classifier(), (X,), norm="mabn").model)
-    folded, report = deploynorm.fold(network, (X,))
+    network, (folded, report) = trained_and_folded("mabn")
     assert {change.outcome for change in report.changes} == {"folded"}
     assert not [layer for layer in folded.modules() if isinstance(layer, (MABN2d, CenConv2d, nn.BatchNorm2d))]
     torch.testing.assert_close(folded(X), network(X), **OP_FLOAT32.kwargs())
@@ -100,7 +111,7 @@ def test_mabn_folds_away() -> None:
 
 @BOTH
 def test_it_pickles_and_swaps_again_to_nothing(norm: Norm) -> None:
-    network = trained(swap(Classifier(), (X,), norm=norm).model)
+    network, _ = trained_and_folded(norm)
     again = pickle.loads(pickle.dumps(network))
     torch.testing.assert_close(again(X), network(X), **EXACT.kwargs())
     with pytest.raises(ModelError, match="has no batch normalization"):
@@ -167,8 +178,8 @@ def test_shared_layers_and_parameters_stay_shared() -> None:
     ("norm", "dtype"), [("frn", torch.float64), ("frn", torch.float16), ("mabn", torch.bfloat16)], ids=str
 )
 def test_dtype_is_that_of_the_network(norm: Norm, dtype: torch.dtype) -> None:
-    network = Classifier().to(dtype)
-    network[1] = nn.BatchNorm2d(4, affine=False).to(dtype)
+    not_affine = nn.BatchNorm2d(4, affine=False)
+    network = nn.Sequential(conv(), not_affine, nn.ReLU(), conv(4), nn.BatchNorm2d(4), nn.SiLU()).to(dtype)
     swapped = swap(network, (X.to(dtype),), norm=norm).model
     assert {parameter.dtype for parameter in swapped.parameters()} == {dtype}
     assert swapped(X.to(dtype)).dtype == dtype
@@ -196,7 +207,7 @@ def test_batch_norm_act_of_timm(timm: ModuleType, options: dict[str, Any], frn: 
     nn.init.normal_(network[1].weight)
     nn.init.normal_(network[1].bias)
     swapped, report = swap(network, (X,), norm="frn")
-    assert {change.layer: change.became for change in report.changes if "Norm" in change.kind} == {"1": frn}
+    assert {change.name: change.became for change in report.changes if "Norm" in change.kind} == {"1": frn}
     plain = FRN2d(4, tlu=False)
     plain.load_state_dict({name: getattr(network[1], name) for name in ("weight", "bias")})
     naive = nn.Sequential(network[0], plain, copy.deepcopy(network[1].act), network[2])
@@ -225,7 +236,7 @@ def test_subclass_of_timm_s_layer_is_refused(timm: ModuleType) -> None:
     network = nn.Sequential(conv(), Doubled(4), nn.BatchNorm2d(4))
     swapped, report = swap(network, (X,), norm="frn")
     assert type(swapped[1]) is Doubled
-    assert report.with_outcome("left")[0].detail == "a Doubled with a forward of its own"
+    assert report.with_outcome("unchanged")[0].detail == "a Doubled with a forward of its own"
 
 
 # Refusals
@@ -252,7 +263,7 @@ ARGUMENTS = [
     ({"norm": "FRN"}, "unknown norm"),
     ({"norm": "frn", "thresholds": "some"}, "unknown thresholds. Got 'some'; expected 'own' or 'all' or 'none'"),
     ({"norm": "frn", "weights": "copy"}, "unknown weights. Got 'copy'; expected 'keep' or 'reset'"),
-    ({"norm": "mabn", "thresholds": "all"}, "thresholds are FRN's"),
+    ({"norm": "mabn", "thresholds": "all"}, "only FRN has thresholds"),
     ({"norm": "frn", "momentum": 0.1}, "FRN2d does not take these options"),
     ({"norm": "mabn", "learned_eps": "layer"}, "MABN2d does not take these options"),
     ({"norm": "frn", "tlu": False}, "tlu of a layer follows from the network"),
@@ -261,11 +272,11 @@ ARGUMENTS = [
 ]
 
 
-@pytest.mark.parametrize(("arguments", "told"), ARGUMENTS, ids=[told[:30] for _, told in ARGUMENTS])
-def test_wrong_argument_is_refused(arguments: dict[str, Any], told: str) -> None:
+@pytest.mark.parametrize(("arguments", "message"), ARGUMENTS, ids=[message[:30] for _, message in ARGUMENTS])
+def test_wrong_argument_is_refused(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError) as caught:
         swap(chain()(), (X,), **arguments)
-    assert told in str(caught.value)
+    assert message in str(caught.value)
 
 
 def test_norm_must_be_named() -> None:
@@ -283,19 +294,21 @@ NETWORKS: list[tuple[Callable[[], nn.Module], tuple[Any, ...], type[Exception], 
     (not_copyable, (X,), ModelError, "cannot be copied"),
     (chain(), ([1, 2],), InputError, "example input 0 is not a tensor"),
     (chain(), (X[:, :2],), ModelError, "does not run on the example inputs"),
-    (chain(), (), ModelError, "does not run on the example inputs"),
+    (chain(), (), InputError, "there are no example inputs"),
     (chain(), (X, X), ModelError, "inputs of shape (4, 3, 8, 6), (4, 3, 8, 6)"),
     (lambda: Forward(lambda m, x: 1 / 0, b=nn.BatchNorm2d(4)), (X,), ModelError, "ZeroDivisionError"),
 ]
 
 
-@pytest.mark.parametrize(("build", "inputs", "kind", "told"), NETWORKS, ids=[told[:25] for *_, told in NETWORKS])
+@pytest.mark.parametrize(
+    ("build", "inputs", "kind", "message"), NETWORKS, ids=[message[:25] for *_, message in NETWORKS]
+)
 def test_network_that_cannot_be_swapped_is_refused(
-    build: Callable[[], nn.Module], inputs: tuple[Any, ...], kind: type[Exception], told: str
+    build: Callable[[], nn.Module], inputs: tuple[Any, ...], kind: type[Exception], message: str
 ) -> None:
     with pytest.raises(kind) as caught:
         swap(build(), inputs, norm="frn")
-    assert told in str(caught.value)
+    assert message in str(caught.value)
 
 
 def fails_in_training(m: Any, x: Tensor) -> Tensor:
@@ -321,24 +334,26 @@ def test_report_reads_and_serialises() -> None:
     with_hook(network, "4")
     report = swap(network, (X,), norm="frn").report
     assert json.loads(json.dumps(report.to_dict()))["changes"][0] == {
-        "layer": "1", "kind": "BatchNorm2d", "outcome": "absorbed", "became": "FRN2d with TLU", "detail": "takes in 2",
+        "name": "1", "kind": "BatchNorm2d", "outcome": "absorbed", "became": "FRN2d with TLU", "detail": "takes in 2",
     }  # fmt: skip
     assert report.found == {"BatchNorm2d": 5, "ReLU": 2}
     lines = [" ".join(line.split()) for line in str(report).splitlines() if line]
     assert lines == [
+        "Layers",
         "class became outcome count",
         "BatchNorm2d FRN2d with TLU absorbed 1",
-        "BatchNorm2d - left 1",
         "BatchNorm2d FRN2d partly 1",
         "BatchNorm2d FRN2d swapped 2",
+        "BatchNorm2d - unchanged 1",
         "ReLU Identity absorbed 1",
-        "ReLU - left 1",
+        "ReLU - unchanged 1",
+        "Layers that stayed, in whole or in part, and why",
         "layer class became outcome why",
-        "4 BatchNorm2d - left it has hooks",
+        "4 BatchNorm2d - unchanged it has hooks",
         "5.bn1 BatchNorm2d FRN2d partly the ReLU behind it stays: it is called 2 times, and once it reads add",
-        "5.relu ReLU - left it is called 2 times, and once it reads add",
-        "note: FRN layers that learn no threshold, because what stands behind them had to stay: 1; "
-        "give each normalization an nn.ReLU of its own to have it taken in",
+        "5.relu ReLU - unchanged it is called 2 times, and once it reads add",
+        "note: FRN layers that learn no threshold, because the ReLU behind them stays: 1; "
+        "give each normalization an nn.ReLU of its own to have it absorbed",
     ]
 
 

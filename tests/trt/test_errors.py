@@ -99,7 +99,7 @@ KNOWN: dict[str, tuple[str, type[DeployNormError], str]] = {
 
 
 @pytest.mark.parametrize("name", KNOWN)
-def test_words_of_tensorrt_are_told_in_ours(name: str) -> None:
+def test_words_of_tensorrt_are_reported_in_ours(name: str) -> None:
     text, kind, message = KNOWN[name]
     error = explain("model.onnx", "TensorRT 11.4.0", [Message("ERROR", text)])
     assert type(error) is kind
@@ -109,7 +109,7 @@ def test_words_of_tensorrt_are_told_in_ours(name: str) -> None:
     assert "\n" not in str(error)
 
 
-def test_a_missing_driver_is_not_told_where_something_else_failed() -> None:
+def test_a_missing_driver_is_not_reported_where_something_else_failed() -> None:
     """Without a driver TensorRT-RTX tells of it beside every other error."""
     driver, shape = (Message("ERROR", KNOWN[name][0]) for name in ("no driver", "bfloat16 on Turing"))
     assert "bfloat16" in explain("x", "TensorRT", [driver, shape]).problem
@@ -125,4 +125,4 @@ def test_errors_come_before_warnings_and_each_once() -> None:
     assert words(heard) == "b; a c"
     assert words(heard[:1]) == "w"
     assert words([Message("INFO", "i")]) == ""
-    assert "no word from TensorRT" in str(explain("x", "TensorRT", []))
+    assert "no message from TensorRT" in str(explain("x", "TensorRT", []))

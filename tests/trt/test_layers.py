@@ -7,7 +7,14 @@ import json
 import pytest
 
 from deploynorm.trt.errors import Message
-from deploynorm.trt.layers import Layer, Tensor, layers_of_inspector, layers_of_log, products_in_other_types, table
+from deploynorm.trt.layers import (
+    Layer,
+    Tensor,
+    layer_counts,
+    layers_of_inspector,
+    layers_of_log,
+    products_in_other_types,
+)
 
 # As TensorRT-RTX 1.7 writes them at the end of a build.
 LOG = """Layers:
@@ -55,7 +62,7 @@ def test_the_log_of_a_build_is_read() -> None:
     assert [tensor.dtype for tensor in found[3].inputs] == ["float16", "float32"]
     assert found[3].dtypes == ("float16", "float32", "bfloat16")
     assert found[3].nodes == ("frn0", "relu0")
-    assert table(found)[0] == ("shape_call", "-", 1)
+    assert layer_counts(found)[0] == ("shape_call", "-", 1)
 
 
 def test_a_log_without_layers_has_none() -> None:
@@ -95,7 +102,7 @@ COMPARED: dict[str, tuple[list[Layer], tuple[int, list[str]]]] = {
         [layer("conv0", "float16"), layer("conv1", "float32")],
         (1, ["conv1 in float32 instead of float16"]),
     ),
-    "not told": ([layer("conv0", ""), layer("conv1", "")], (0, [])),
+    "not found": ([layer("conv0", ""), layer("conv1", "")], (0, [])),
     "another node": ([layer("frn0", "float32")], (0, [])),
     "two layers of one product": ([layer("conv0", "float16"), layer("conv0", "float16", "part 2")], (1, [])),
     "a cast before it, made with its padding": (

@@ -59,9 +59,9 @@ REFUSED: dict[str, tuple[tuple[TensorSpec, ...], dict[str, Any], str]] = {
     "no range": (
         (X,),
         {},
-        r"input x: some of its axes are free, and no range was given.*Nx3xHxW.*--min-shapes.* x:8x3x8x8",
+        r"input x: some of its axes are dynamic, and no range was given.*Nx3xHxW.*--min-shapes.* x:8x3x8x8",
     ),
-    "no range for the second": ((X, Z), {"maximum": {"x": LARGE}}, r"input z: some of its axes are free"),
+    "no range for the second": ((X, Z), {"maximum": {"x": LARGE}}, r"input z: some of its axes are dynamic"),
     "another rank": (
         (X,),
         {"optimum": {"x": (1, 3, 8)}},

@@ -308,7 +308,7 @@ RTX_REFUSES: dict[str, tuple[Callable[[], onnx.ModelProto], dict[str, Any], str,
 
 @pytest.mark.usefixtures("rtx")
 @pytest.mark.parametrize("name", RTX_REFUSES)
-def test_what_tensorrt_rtx_refuses_is_told_in_our_words(name: str, tmp_path: Path) -> None:
+def test_what_tensorrt_rtx_refuses_is_reported_in_our_words(name: str, tmp_path: Path) -> None:
     make, options, kind, message = RTX_REFUSES[name]
     built = build_rtx(saved(make(), tmp_path), **{"frn": "native", **options})
     assert built.error == kind, built

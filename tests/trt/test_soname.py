@@ -42,7 +42,7 @@ def test_a_name_that_is_there_is_left_alone() -> None:
     assert Path("/proc/self/maps").read_text().count("memfd") == before
 
 
-def test_a_system_that_refuses_is_told_with_the_other_way(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_system_that_refuses_is_reported_with_the_other_way(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(name: str) -> int:
         raise PermissionError("no memory files here")
 
@@ -55,12 +55,12 @@ def test_it_is_a_well_formed_library_that_asks_for_no_executable_memory(tmp_path
     path = tmp_path / "lib.so"
     path.write_bytes(empty_library("libname.so", "/folder/libreal.so.1"))
     try:
-        told = subprocess.run(["readelf", "-W", "-d", "-l", path], capture_output=True, text=True, check=True).stdout
+        found = subprocess.run(["readelf", "-W", "-d", "-l", path], capture_output=True, text=True, check=True).stdout
     except FileNotFoundError:
         pytest.skip("readelf is not installed")
-    assert "Library soname: [libname.so]" in told
-    assert "Shared library: [/folder/libreal.so.1]" in told
-    flags = [line.split()[-2] for line in told.splitlines() if line.split()[:1] in (["LOAD"], ["GNU_STACK"])]
+    assert "Library soname: [libname.so]" in found
+    assert "Shared library: [/folder/libreal.so.1]" in found
+    flags = [line.split()[-2] for line in found.splitlines() if line.split()[:1] in (["LOAD"], ["GNU_STACK"])]
     assert flags == ["RW", "RW"]
 
 

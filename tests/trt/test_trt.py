@@ -14,7 +14,7 @@ import pytest
 from fake_tensorrt import Severity, fake_tensorrt
 from rtx_builds import plugin_library
 
-from deploynorm import libraries, trt
+from deploynorm import libraries
 from deploynorm.errors import BackendError, InputError
 from deploynorm.trt import TensorRT, has_plugin, import_tensorrt, listen, load_library, load_plugin, logger
 
@@ -27,8 +27,8 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         for name in ("tensorrt", "tensorrt_rtx"):
             module = fake_tensorrt(versions[name], name=name) if name in versions else None
             monkeypatch.setitem(sys.modules, name, module)
-        monkeypatch.setattr(trt, "_LOGGERS", {})
-        monkeypatch.setattr(trt, "_LOADED", {})
+        monkeypatch.setattr("deploynorm.trt.log._LOGGERS", {})
+        monkeypatch.setattr("deploynorm.trt.plugins._LOADED", {})
 
     return install
 
@@ -47,7 +47,7 @@ def test_tensorrt_is_taken_where_both_are(install: Callable[..., None]) -> None:
     assert (import_tensorrt().flavour, import_tensorrt().rtx) == ("tensorrt-rtx", True)
 
 
-def test_what_is_missing_is_told_with_how_to_get_it(install: Callable[..., None]) -> None:
+def test_what_is_missing_is_reported_with_how_to_get_it(install: Callable[..., None]) -> None:
     install()
     with pytest.raises(
         BackendError, match=r"tensorrt: .*tensorrt_rtx: .*Fix: pip install tensorrt or, for RTX cards, pip"
@@ -69,7 +69,7 @@ def test_libraries_of_its_own_that_are_missing_are_named(
     def broken(name: str) -> None:
         raise OSError("libnvinfer.so.11: cannot open shared object file")
 
-    monkeypatch.setattr(trt.importlib, "import_module", broken)
+    monkeypatch.setattr("deploynorm.trt.importing.importlib.import_module", broken)
     with pytest.raises(BackendError, match=r"libnvinfer\.so\.11: cannot open shared object file"):
         import_tensorrt("tensorrt")
 
@@ -125,7 +125,7 @@ def test_a_plugin_that_the_user_has_loaded_is_taken(fake: TensorRT, library: Pat
     assert fake.module.registry.libraries == [str(library)]
 
 
-def test_a_library_without_the_plugin_is_told(fake: TensorRT, library: Path) -> None:
+def test_a_library_without_the_plugin_is_reported(fake: TensorRT, library: Path) -> None:
     fake.module.registry.brings = set()
     with pytest.raises(BackendError, match=f"{library.name}: does not bring the plugin"):
         load_plugin(fake)
@@ -141,7 +141,7 @@ def test_tensorrts_words_come_with_a_refusal(fake: TensorRT, library: Path) -> N
 
 
 @pytest.mark.usefixtures("without_library")
-def test_a_plugin_that_is_not_built_is_told(fake: TensorRT) -> None:
+def test_a_plugin_that_is_not_built_is_reported(fake: TensorRT) -> None:
     with pytest.raises(BackendError, match="deploynorm plugins build --cuda"):
         load_plugin(fake)
 

@@ -1,0 +1,328 @@
+"""Whether two forms of a network compute the same numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from deploynorm.contract import DTYPES
+from deploynorm.errors import InputError, ParityError
+from deploynorm.run.base import Runner
+from deploynorm.tables import table
+
+__all__ = ["DEFAULT_TOLERANCE", "Comparison", "Report", "Tolerance", "check", "parity_table"]
+
+
+class Tolerance(NamedTuple):
+    """|got - want| <= atol + rtol * max|want|, the maximum over one output."""
+
+    rtol: float
+    atol: float
+    reason: str
+
+
+_EXACT = Tolerance(0.0, 0.0, "integers and truth values have no rounding")
+
+DEFAULT_TOLERANCE: Final[Mapping[str, Tolerance]] = {
+    "float32": Tolerance(1e-4, 1e-7, "rounding through 50 layers is some 1e-6 of max|y|; a wrong layer is far more"),
+    "float64": Tolerance(1e-10, 1e-13, "sums in another order; float32 anywhere on the way costs 1e-7"),
+    # Measured with every tensor rounded: trained ResNet-20s are off by 2 roundings (2^-11) of max|y|, ResNet-50s of
+    # random weights by 8 to 15. A layer of the trained ones without its bias, or 1.1 times too large, is off by 40.
+    "float16": Tolerance(1e-2, 1e-4, "20 roundings at max|y|: 50 layers bring up to 15, a wrong layer 40 and more"),
+    "bfloat16": Tolerance(8e-2, 1e-3, "20 roundings (2^-8) too; a wrong layer has to be off by eight times as much"),
+}
+"""By the half type that the candidate computes in, or else the dtype of its output.
+
+atol bounds what remains where the exact output is zero."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One output on one sample.
+
+    Attributes:
+        sample: Name of the sample.
+        output: Name of the output, the candidate's where it has one.
+        shape: The truth's shape.
+        dtype: The candidate's dtype.
+        rtol: Relative to the largest |want| of this output.
+        atol: Absolute.
+        allowed: atol + rtol * max|want|.
+        max_abs: The largest |got - want|; NaN where it could not be taken.
+        max_rel: max_abs / max|want|.
+        index: Where that is, or where the first value that is not finite is.
+        got: The candidate's value there.
+        want: The truth's value there.
+        ok: Whether the output holds.
+        reason: Why it does not; or, of one that holds, why that proves little. Empty otherwise.
+    """
+
+    sample: str
+    output: str
+    shape: tuple[int, ...]
+    dtype: str
+    rtol: float
+    atol: float
+    allowed: float
+    max_abs: float
+    max_rel: float
+    index: tuple[int, ...] | None
+    got: float | None
+    want: float | None
+    ok: bool
+    reason: str
+
+    @property
+    def severity(self) -> float:
+        """max_abs / allowed, above 1 when broken; infinite where the two cannot be compared."""
+        if math.isnan(self.max_abs):
+            return math.inf
+        if self.allowed > 0:
+            return self.max_abs / self.allowed
+        return math.inf if self.max_abs > 0 else 0.0
+
+
+@dataclass(frozen=True)
+class Report:
+    """All comparisons of one check; true when there are any and all of them hold. `print` shows the table.
+
+    Attributes:
+        candidate: Name of the runner that was checked.
+        truth: Name of the runner that it was checked against.
+        comparisons: Sample by sample, output by output.
+        precision: The half type that the candidate computes in, if it does.
+    """
+
+    candidate: str
+    truth: str
+    comparisons: tuple[Comparison, ...]
+    precision: str | None = None
+
+    def __bool__(self) -> bool:
+        return bool(self.comparisons) and all(comparison.ok for comparison in self.comparisons)
+
+    @property
+    def worst(self) -> Comparison:
+        """The comparison furthest over its tolerance, or nearest to it when all hold."""
+        return max(self.comparisons, key=lambda comparison: (not comparison.ok, comparison.severity))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report in what JSON has; NaN and infinities are "nan", "inf" and "-inf"."""
+        return {
+            "ok": bool(self),
+            "candidate": self.candidate,
+            "truth": self.truth,
+            "precision": self.precision,
+            "comparisons": [
+                {name: _to_json(value) for name, value in asdict(comparison).items()} for comparison in self.comparisons
+            ],
+        }
+
+    def __str__(self) -> str:
+        return parity_table([self], f"Parity with {self.truth}")
+
+    def raise_if_broken(self) -> None:
+        """Raises ParityError for the worst comparison unless the report is true."""
+        if self:
+            return
+        worst = self.worst
+        broken = sum(not comparison.ok for comparison in self.comparisons)
+        raise ParityError(
+            f"sample {worst.sample!r}, output {worst.output!r}",
+            f"{worst.reason} ({broken} of {len(self.comparisons)} comparisons fail)",
+            got=None if worst.index is None else f"{worst.got} at {worst.index} from {self.candidate}",
+            expected=None if worst.index is None else f"{worst.want} from {self.truth}, within {worst.allowed:.3g}",
+            fix="find the layer that differs; raise rtol or atol only if this is the rounding of its type",
+        )
+
+
+def check(
+    candidate: Runner,
+    truth: Runner,
+    samples: Iterable[tuple[str, Mapping[str, npt.NDArray[Any]]]],
+    *,
+    rtol: float | None = None,
+    atol: float | None = None,
+) -> Report:
+    """Runs both on the same samples and compares every output.
+
+    An output holds when |got - want| <= atol + rtol * max|want| everywhere, computed in float64, the maximum taken
+    over that output of that sample. Integers and truth values must be equal. Another number of outputs, shape or
+    kind of dtype breaks it, and so does a value that is not finite on either side: a NaN or an infinity in the
+    truth proves nothing. Outputs are paired by name, or in order when the names differ and the number does not.
+
+    Args:
+        candidate: The form under test.
+        truth: The form that is right, best in float64.
+        samples: Name and feeds of each sample; both runners get the same arrays.
+        rtol: By default that of `DEFAULT_TOLERANCE` for the half type that the candidate computes in, or else for
+            the type of its output.
+        atol: Likewise.
+
+    Raises:
+        InputError: There are no samples, a tolerance is negative or not finite, or feeds do not fit.
+    """
+    for name, value in (("rtol", rtol), ("atol", atol)):
+        if value is not None and not 0 <= value < math.inf:
+            raise InputError("check", f"{name} must be finite and not negative", got=value)
+    comparisons: list[Comparison] = []
+    empty = True
+    for sample, feeds in samples:
+        empty = False
+        want, got = truth.infer(feeds), candidate.infer(feeds)
+        if not want:
+            comparisons.append(_incomparable(sample, "", None, None, "the truth has no outputs"))
+        for output, one_got, one_want in _pairs(got, want):
+            comparisons.append(_compare(sample, output, one_got, one_want, rtol, atol, candidate.precision))
+    if empty:
+        raise InputError("check", "no samples: nothing was compared", fix="give at least one")
+    return Report(candidate.name, truth.name, tuple(comparisons), candidate.precision)
+
+
+def parity_table(reports: Iterable[Report], title: str, verbose: bool = False) -> str:
+    """The errors beside what is allowed: for each output the worst sample, or all of them."""
+    rows = []
+    for report in reports:
+        outputs: dict[str, list[Any]] = {}
+        for comparison in report.comparisons:
+            outputs.setdefault(comparison.output, []).append(comparison)
+        for output, comparisons in outputs.items():
+            worst = max(comparisons, key=lambda c: (not c.ok, c.severity))
+            for comparison in comparisons if verbose else [worst]:
+                verdict = ("ok" if comparison.ok else "BROKEN") + (
+                    f": {comparison.reason}" if comparison.reason else ""
+                )
+                errors = (f"{x:.2e}" for x in (comparison.max_abs, comparison.max_rel, comparison.allowed))
+                count = () if verbose else (len(comparisons),)
+                rows.append((report.candidate, output, *count, comparison.sample, *errors, verdict))
+    sample = ("sample",) if verbose else ("samples", "worst sample")
+    return table(title, ("candidate", "output", *sample, "max |error|", "relative", "allowed", ""), rows)
+
+
+_Array = npt.NDArray[Any]
+
+
+def _pairs(got: Mapping[str, _Array], want: Mapping[str, _Array]) -> list[tuple[str, _Array | None, _Array | None]]:
+    if len(got) == len(want) and set(got) != set(want):
+        return [(name, got[name], value) for name, value in zip(got, want.values(), strict=True)]
+    names = [*want, *(name for name in got if name not in want)]
+    return [(name, got.get(name), want.get(name)) for name in names]
+
+
+def _compare(
+    sample: str,
+    output: str,
+    got: _Array | None,
+    want: _Array | None,
+    rtol: float | None,
+    atol: float | None,
+    precision: str | None,
+) -> Comparison:
+    if got is None or want is None:
+        reason = "the candidate lacks this output" if got is None else "the truth has no such output"
+        return _incomparable(sample, output, got, want, reason)
+    kinds = _kind(got.dtype), _kind(want.dtype)
+    if kinds[0] != kinds[1]:
+        return _incomparable(
+            sample, output, got, want, f"the candidate gives {got.dtype.name} where the truth has {want.dtype.name}"
+        )
+    if kinds[1] not in ("floating", "integer", "bool"):
+        return _incomparable(sample, output, got, want, f"{want.dtype.name} outputs cannot be compared")
+    if got.shape != want.shape:
+        return _incomparable(
+            sample, output, got, want, f"the candidate gives shape {got.shape} where the truth has {want.shape}"
+        )
+    default = DEFAULT_TOLERANCE.get(precision or got.dtype.name, DEFAULT_TOLERANCE["float64"])
+    if kinds[1] == "floating":
+        rtol = default.rtol if rtol is None else rtol
+        atol = default.atol if atol is None else atol
+    else:
+        rtol, atol, _ = _EXACT
+    return _measure(sample, output, got, want, rtol, atol)
+
+
+def _measure(sample: str, output: str, got: _Array, want: _Array, rtol: float, atol: float) -> Comparison:
+    wide_got, wide_want = got.astype(np.float64), want.astype(np.float64)
+
+    def verdict(reason: str, ok: bool, at: int | None, error: float, scale: float) -> Comparison:
+        index = None if at is None else tuple(int(i) for i in np.unravel_index(at, want.shape))
+        return Comparison(
+            sample,
+            output,
+            want.shape,
+            got.dtype.name,
+            rtol,
+            atol,
+            allowed=atol + rtol * scale,
+            max_abs=error,
+            max_rel=error / scale if scale else (0.0 if error == 0 else math.inf),
+            index=index,
+            got=None if index is None else float(wide_got[index]),
+            want=None if index is None else float(wide_want[index]),
+            ok=ok,
+            reason=reason,
+        )
+
+    if want.size == 0:
+        return verdict("the output is empty: nothing but its shape was compared", True, None, 0.0, 0.0)
+    for values, reason in (
+        (wide_want, "the truth itself is not finite, so the check proves nothing"),
+        (wide_got, "the candidate is not finite where the truth is"),
+    ):
+        bad = ~np.isfinite(values)
+        if bad.any():
+            return verdict(reason, False, int(bad.argmax()), math.nan, math.nan)
+    with np.errstate(over="ignore"):
+        error = np.abs(wide_got - wide_want)
+    if want.dtype.kind in "iu":
+        # float64 rounds away a small difference of two large integers.
+        error = np.maximum(error, got != want)
+    scale = float(np.abs(wide_want).max())
+    at = int(error.argmax())
+    worst = float(error.flat[at])
+    allowed = atol + rtol * scale
+    if not worst <= allowed:
+        return verdict(f"off by {worst:.3g}, {allowed:.3g} allowed", False, at, worst, scale)
+    remark = ""
+    if scale <= atol:
+        remark = "the truth is zero within atol everywhere, which proves little"
+    elif want.size > 1 and bool((wide_want == wide_want.flat[0]).all()):
+        remark = "the truth is the same everywhere, which proves little"
+    return verdict(remark, True, at, worst, scale)
+
+
+def _incomparable(sample: str, output: str, got: _Array | None, want: _Array | None, reason: str) -> Comparison:
+    return Comparison(
+        sample,
+        output,
+        shape=() if want is None else want.shape,
+        dtype="" if got is None else got.dtype.name,
+        rtol=math.nan,
+        atol=math.nan,
+        allowed=math.nan,
+        max_abs=math.nan,
+        max_rel=math.nan,
+        index=None,
+        got=None,
+        want=None,
+        ok=False,
+        reason=reason,
+    )
+
+
+def _kind(dtype: np.dtype[Any]) -> str:
+    # bfloat16 is not NumPy's own: its kind is "V".
+    if dtype.name in DTYPES:
+        return "floating"
+    return {"f": "floating", "i": "integer", "u": "integer", "b": "bool"}.get(dtype.kind, dtype.name)
+
+
+def _to_json(value: object) -> object:
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return list(value) if isinstance(value, tuple) else value

@@ -1,0 +1,260 @@
+"""nn.Module or model.pt -> an ONNX model that was checked against it."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deploynorm._check import Parity, check_folded, check_onnx
+from deploynorm._convert.manifest import manifest
+from deploynorm._export import Exported, export
+from deploynorm._export.precision import HALF, dtype_of, kept_layers, to_precision
+from deploynorm._fold import FoldReport
+from deploynorm._fold import fold as fold_network
+from deploynorm.contract import METADATA_IMAGE, METADATA_LABELS, Lowering
+from deploynorm.errors import InputError
+from deploynorm.files import staging
+from deploynorm.image import ImageSpec
+from deploynorm.inputs import Shape
+from deploynorm.network import Network
+from deploynorm.trace import Dynamic, Sizes, find_sizes, inference_copy
+
+__all__ = ["Conversion", "convert"]
+
+
+@dataclass(frozen=True, eq=False)
+class Conversion:
+    """An exported model and what was found of it; true when every check holds. `print` shows all its tables.
+
+    Attributes:
+        exported: The model, its inputs and its notes.
+        fold: What folding did; None where it was left out.
+        parity: The checks: the folded network, then the file in each runtime at hand.
+        network: What it was made from.
+        function: Whether the custom node's body is in the model.
+        seed: Of the inputs of the checks.
+    """
+
+    exported: Exported
+    fold: FoldReport | None
+    parity: Parity
+    network: Network
+    function: bool
+    seed: int
+
+    def __bool__(self) -> bool:
+        return bool(self.parity)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a user should know of the file read, the sizes that the network takes, and what was not checked."""
+        return (*self.network.notes, *self.exported.notes, *self.parity.notes)
+
+    def tables(self, verbose: bool = False) -> str:
+        """The layers folded, the nodes, the parity table and the notes.
+
+        Args:
+            verbose: Show each layer and each sample.
+        """
+        parts = [] if self.fold is None else [self.fold.tables(verbose)]
+        parts += [str(replace(self.exported, notes=())), self.parity.tables(verbose)]
+        parts += ["\n".join(f"note: {note}" for note in self.notes)] if self.notes else []
+        return "\n\n".join(part for part in parts if part)
+
+    def __str__(self) -> str:
+        return self.tables()
+
+    def to_dict(self, file: Path | None = None) -> dict[str, Any]:
+        """The manifest: what the model was made from, with which versions, what is in it, and how it was checked.
+
+        Args:
+            file: Where it was saved, for the hashes.
+        """
+        record = manifest(self.network, self.exported, file, self.function, self.seed)
+        return record | {"fold": None if self.fold is None else self.fold.to_dict()} | self.parity.to_dict()
+
+    def save(self, path: Path | str, *, external_data: bool | None = None) -> tuple[Path, Path]:
+        """Writes model.onnx, and model.deploynorm.json with versions, hashes, sizes and the results of the checks.
+
+        Args:
+            path: The .onnx file. It is written beside and renamed when whole; an earlier one stays if that fails.
+            external_data: Weights in a file of their own; None does so past 2 GB.
+
+        Returns:
+            Both files.
+
+        Raises:
+            ParityError: A check does not hold; nothing is written.
+            InputError: The folder cannot be written to.
+        """
+        self.parity.raise_if_broken()
+        path = Path(path)
+        record = path.with_suffix(".deploynorm.json")
+        with staging(path) as folder:
+            self.exported.save(folder / path.name, external_data=external_data)
+            text = json.dumps(self.to_dict(folder / path.name), indent=2) + "\n"
+            (folder / record.name).write_text(text, encoding="utf-8")
+        return path, record
+
+
+def convert(
+    model: nn.Module | str | Path,
+    example_inputs: Tensor | Sequence[Tensor] | None = None,
+    *,
+    input_shapes: Mapping[str, Shape] | None = None,
+    factory: str | None = None,
+    factory_kwargs: Mapping[str, Any] | None = None,
+    trust_pickle: bool = False,
+    fold: bool = True,
+    dtype: torch.dtype | None = None,
+    keep_float32: Sequence[str] = (),
+    keep_io_types: bool = False,
+    dynamic: Dynamic | None = None,
+    opset: int | None = None,
+    lowering: Lowering = "custom",
+    function: bool = True,
+    input_names: str | Sequence[str] | None = None,
+    output_names: str | Sequence[str] | None = None,
+    image: ImageSpec | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    labels: Sequence[str] | Path | None = None,
+    backend: str | None = None,
+    seed: int = 0,
+    rtol: float | None = None,
+    atol: float | None = None,
+) -> Conversion:
+    """Folds a network, exports it to ONNX and checks the result; what `deploynorm export` does.
+
+    1. Finds by running a copy which sizes of its inputs the network takes.
+    2. Folds MABN, BatchNorm and weight centralisation (`deploynorm.fold`), and checks the folded network.
+    3. Exports it (`deploynorm.export`).
+    4. Checks the model on several of those sizes against the network in float64: in stock ONNX Runtime, and where it
+       has FRN nodes with our operator library too. A model in half precision is run with every tensor rounded, and
+       overflowing, as on a GPU.
+
+    Args:
+        model: A network, which is left as it is, or a file that `deploynorm.load` reads.
+        example_inputs: Positional inputs of forward, or the only one; may be left out for a file.
+        input_shapes: Shape of an input by name, "" for the only one, in place of `example_inputs`.
+        factory: For a file, see `deploynorm.load`.
+        factory_kwargs: Likewise.
+        trust_pickle: Likewise.
+        fold: False exports the network as it is.
+        dtype: See `deploynorm.export`.
+        keep_float32: Likewise.
+        keep_io_types: Likewise.
+        dynamic: Likewise.
+        opset: Likewise.
+        lowering: Likewise.
+        function: Likewise.
+        input_names: Likewise.
+        output_names: Likewise.
+        image: How an image becomes the input; by default as the file has it. It is put into the model, for
+            `deploynorm run`.
+        mean: In place of `image`, with `std`: of each channel, for images of the size of the first input.
+        std: Likewise.
+        labels: Name of each class, or a text file with one a line; by default as the file has them.
+        backend: What runs the model for the check: see `deploynorm check`.
+        seed: Of the random inputs of the check.
+        rtol: See `deploynorm.check`.
+        atol: Likewise.
+
+    Returns:
+        The model and all that was found; nothing is written. It is true when the checks hold, and its `save` refuses
+        to write where they do not.
+
+    Raises:
+        InputError: An argument does not fit.
+        ModelError: The file or the network cannot be read, traced or translated.
+        BackendError: A backend that was asked for is missing.
+    """
+    network = Network.of(
+        model,
+        example_inputs,
+        input_shapes=input_shapes,
+        factory=factory,
+        factory_kwargs=factory_kwargs,
+        trust_pickle=trust_pickle,
+    )
+    own = dtype_of(network.model)
+    kept_layers(network.model, keep_float32)  # a name that is wrong is reported at once
+    metadata = _metadata(network, _image(network, image, mean, std), _labels(labels))
+    sizes = None if dynamic == "none" else _sizes(network)
+    working, examples, folding, parity = network.model, network.examples, None, Parity(())
+    if own in HALF and dtype not in (None, own) and (dtype == torch.float32 or not keep_io_types):
+        # Folding in the network's own half type would round its weights once more.
+        working = to_precision(working, torch.float32, keep_io_types=keep_io_types)
+        examples = tuple(x.float() if x.is_floating_point() and not keep_io_types else x for x in examples)
+    check: dict[str, Any] = {"seed": seed, "rtol": rtol, "atol": atol}
+    if fold:
+        working, folding = fold_network(working, examples, dynamic=dynamic, sizes=sizes)
+        if folding.modified:
+            parity += check_folded(network, working, dtype=dtype_of(working), **check)
+    exported = export(
+        working,
+        examples,
+        dtype=dtype,
+        keep_float32=keep_float32,
+        keep_io_types=keep_io_types,
+        dynamic=dynamic,
+        opset=opset,
+        lowering=lowering,
+        function=function,
+        input_names=network.names if input_names is None else input_names,
+        output_names=output_names,
+        metadata=metadata,
+        sizes=sizes,
+    )
+    with tempfile.TemporaryDirectory(prefix="deploynorm-") as folder:
+        path = Path(folder) / "model.onnx"
+        exported.save(path)
+        parity += check_onnx(network, path, backend=backend, keep_float32=keep_float32, **check)
+    return Conversion(exported, folding, parity, network, function, seed)
+
+
+def _sizes(network: Network) -> Sizes:
+    twin = inference_copy(network.model)
+    return find_sizes(twin, [example.cpu() for example in network.examples], network.names)
+
+
+def _image(
+    network: Network, image: ImageSpec | None, mean: Sequence[float] | None, std: Sequence[float] | None
+) -> ImageSpec | None:
+    if mean is None and std is None:
+        return network.image if image is None else image
+    if image is not None or mean is None or std is None:
+        raise InputError("convert", "mean and std belong together, in place of image", got=f"mean={mean}, std={std}")
+    size: Any = network.examples[0].shape[1:]
+    return ImageSpec(tuple(map(int, size)), tuple(mean), tuple(std))  # type: ignore[arg-type]
+
+
+def _labels(labels: Sequence[str] | Path | None) -> tuple[str, ...] | None:
+    if isinstance(labels, Path):
+        try:
+            return tuple(labels.read_text(encoding="utf-8").splitlines())
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(
+                f"labels {labels}", f"cannot be read: {error}", expected="text, one name a line"
+            ) from error
+    if isinstance(labels, str) or any(not isinstance(label, str) for label in labels or ()):
+        raise InputError("convert", "labels are not the names of classes", got=repr(labels), expected="a list of text")
+    return None if labels is None else tuple(labels)
+
+
+def _metadata(network: Network, image: ImageSpec | None, labels: tuple[str, ...] | None) -> dict[str, str]:
+    """What `deploynorm run` needs to know of images and classes, for the ONNX file."""
+    labels = network.labels if labels is None else labels
+    entries: dict[str, Any] = {}
+    if image is not None:
+        entries[METADATA_IMAGE] = image.to_dict()
+    if labels is not None:
+        entries[METADATA_LABELS] = list(labels)
+    return {key: json.dumps(value) for key, value in entries.items()}

@@ -1,0 +1,97 @@
+"""The folded network as a file of its own, checked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deploynorm._check import Parity, check_folded
+from deploynorm._fold import FoldReport, fold
+from deploynorm.files import staging
+from deploynorm.inputs import Shape
+from deploynorm.network import Network
+from deploynorm.trace import Dynamic, quiet, trace
+
+__all__ = ["Folding", "fold_checked"]
+
+
+@dataclass(frozen=True, eq=False)
+class Folding:
+    """A folded network and what was found of it; true when the check holds. `print` shows its tables.
+
+    Attributes:
+        model: The folded network.
+        report: What became of each layer.
+        parity: The folded network against the one given.
+        network: The one given.
+        dynamic: Axes that are dynamic in the file.
+    """
+
+    model: nn.Module
+    report: FoldReport
+    parity: Parity
+    network: Network
+    dynamic: Dynamic | None
+
+    def __bool__(self) -> bool:
+        return bool(self.parity)
+
+    def tables(self, verbose: bool = False) -> str:
+        parts = [self.report.tables(verbose), self.parity.tables(verbose)]
+        return "\n\n".join([*(part for part in parts if part), *(f"note: {note}" for note in self.network.notes)])
+
+    def __str__(self) -> str:
+        return self.tables()
+
+    def to_dict(self) -> dict[str, Any]:
+        """What JSON has of it."""
+        return {"fold": self.report.to_dict()} | self.parity.to_dict()
+
+    def save(self, path: Path | str) -> Path:
+        """Writes the folded network as a torch.export archive (.pt2), which `deploynorm export` takes.
+
+        Raises:
+            ParityError: The check does not hold; nothing is written.
+            ModelError: torch.export cannot trace the network.
+            InputError: The folder cannot be written to.
+        """
+        self.parity.raise_if_broken()
+        path = Path(path)
+        with staging(path) as folder, quiet():
+            torch.export.save(trace(self.model, self.network.examples, self.dynamic), folder / path.name)
+        return path
+
+
+def fold_checked(
+    model: nn.Module | str | Path,
+    example_inputs: Tensor | Sequence[Tensor] | None = None,
+    *,
+    input_shapes: Mapping[str, Shape] | None = None,
+    factory: str | None = None,
+    factory_kwargs: Mapping[str, Any] | None = None,
+    trust_pickle: bool = False,
+    dynamic: Dynamic | None = None,
+    seed: int = 0,
+    rtol: float | None = None,
+    atol: float | None = None,
+) -> Folding:
+    """Folds a network and checks the folded one against it; what `deploynorm fold` does.
+
+    The arguments are those of `deploynorm.convert`.
+    """
+    network = Network.of(
+        model,
+        example_inputs,
+        input_shapes=input_shapes,
+        factory=factory,
+        factory_kwargs=factory_kwargs,
+        trust_pickle=trust_pickle,
+    )
+    folded, report = fold(network.model, network.examples, dynamic=dynamic)
+    parity = check_folded(network, folded, seed=seed, rtol=rtol, atol=atol)
+    return Folding(folded, report, parity, network, dynamic)

@@ -1,0 +1,141 @@
+"""Names of a graph's inputs, outputs and dynamic axes: checked, and unlike those of all other values."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+
+import onnx_ir as ir
+from torch.export import ExportedProgram
+
+from deploynorm.errors import InputError
+from deploynorm.trace import axis_letter
+
+__all__ = ["as_names", "default_output_names", "name_axes", "name_inputs_and_outputs"]
+
+
+def as_names(option: str, names: str | Sequence[str] | None, count: int | None = None) -> tuple[str, ...] | None:
+    """Names that a user gave, or None where none were.
+
+    Args:
+        option: What they are called in a message: "input_names".
+        names: A bare string is the one name.
+        count: How many there must be, where that is known.
+
+    Raises:
+        InputError: Another number of names; one that is empty, no text, or given twice.
+    """
+    if names is None:
+        return None
+    names = (names,) if isinstance(names, str) else tuple(names)
+    given: tuple[object, ...] = names
+    for name in given:
+        if not isinstance(name, str) or not name.strip() or not name.isprintable():
+            raise InputError("export", f"{option} has a name that is no text", got=repr(name))
+    if twice := [name for position, name in enumerate(names) if name in names[:position]]:
+        raise InputError("export", f"{option} has a name twice", got=repr(twice[0]))
+    if count is not None and len(names) != count:
+        raise InputError("export", f"{option} has another number of names", got=", ".join(names), expected=count)
+    return names
+
+
+def default_output_names(program: ExportedProgram) -> list[str]:
+    """The keys, of a network that returns a flat dict; else "output", or "output_0" and so on."""
+    count = len(program.graph_signature.user_outputs)
+    returned = program.call_spec.out_spec
+    if returned is not None and returned.type is dict and all(child.is_leaf() for child in returned.children()):
+        keys = [str(key) for key in returned.context]
+        if len(keys) == len(set(keys)) == count and all(key.strip() and key.isprintable() for key in keys):
+            return keys
+    return ["output"] if count == 1 else [f"output_{index}" for index in range(count)]
+
+
+def name_inputs_and_outputs(model: ir.Model, input_names: Sequence[str], output_names: Sequence[str]) -> None:
+    """Names the graph's inputs and outputs, in place; any other value of such a name gets another.
+
+    1. An output that is an input too, or another output, becomes a copy (Identity): ONNX has one name for a value.
+    2. An output of the name of an input is called NAME_output.
+    """
+    graph = model.graph
+    taken: set[ir.Value] = set(graph.inputs)
+    for position, value in enumerate(graph.outputs):
+        if value in taken or value.is_initializer():  # case 1
+            copied = ir.val(None, value.dtype, value.shape)
+            graph.append(ir.node("Identity", [value], outputs=[copied]))
+            graph.outputs[position] = value = copied
+        taken.add(value)
+    outputs: list[str] = []
+    for name in output_names:
+        while name in input_names or name in outputs:  # case 2
+            name += "_output"
+        outputs.append(name)
+    reserved = {*input_names, *outputs}
+    names = {str(value.name) for value in _all_values(graph)} | reserved
+    for value in _all_values(graph):
+        if value.name in reserved:
+            value.name = next(name for name in _numbered(str(value.name)) if name not in names)
+            names.add(value.name)
+    for values, given in ((graph.inputs, input_names), (graph.outputs, outputs)):
+        for value, name in zip(values, given, strict=True):
+            value.name = name
+
+
+def name_axes(model: ir.Model, given: Mapping[tuple[int, int], str]) -> None:
+    """Renames torch's symbols (s77) on every value, in place: as given, else N, then L, H and W, or D, H and W.
+
+    Args:
+        model: Straight from translation.
+        given: Names by input and axis.
+
+    Raises:
+        InputError: Two names for axes that are always of one size, or one name for two sizes.
+    """
+    names: dict[str, str] = {}
+    chosen: dict[str, str] = {}
+    places = [(i, axis) for i, value in enumerate(model.graph.inputs) for axis in range(len(value.shape or ()))]
+    for i, axis in sorted(places, key=lambda place: place not in given):
+        value = model.graph.inputs[i]
+        size = value.shape[axis] if value.shape is not None else 0
+        if isinstance(size, int) or size.value is None:
+            continue
+        name = given.get((i, axis))
+        if name is not None and chosen.setdefault(size.value, name) != name:
+            raise InputError(
+                "dynamic", "two names for axes that always have one size", got=f"{chosen[size.value]} and {name}"
+            )
+        if size.value in names:
+            continue
+        if name is not None and name in names.values():
+            raise InputError("dynamic", "one name for axes of different sizes", got=name)
+        letter = name or axis_letter(len(value.shape or ()), axis)
+        names[size.value] = letter if letter not in names.values() else f"{letter}_{value.name}"
+    if not names:
+        return
+    symbols = re.compile(r"\b(" + "|".join(map(re.escape, names)) + r")\b")
+    for value in _all_values(model.graph):
+        if value.shape is None:
+            continue
+        value.shape = ir.Shape(
+            size
+            if isinstance(size, int) or size.value is None
+            else ir.SymbolicDim(symbols.sub(lambda found: names[found.group()], size.value))
+            for size in value.shape
+        )
+
+
+def _all_values(graph: ir.Graph) -> Iterator[ir.Value]:
+    """Every value of a graph and of its subgraphs, each once."""
+    seen: set[ir.Value] = set()
+    graphs = [graph, *graph.subgraphs()]
+    for each in graphs:
+        for value in (*each.inputs, *each.initializers.values(), *(out for node in each for out in node.outputs)):
+            if value not in seen:
+                seen.add(value)
+                yield value
+
+
+def _numbered(name: str) -> Iterator[str]:
+    number = 1
+    while True:
+        yield f"{name}_{number}"
+        number += 1

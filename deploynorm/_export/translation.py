@@ -1,0 +1,71 @@
+"""torch.export program -> ONNX, by torch's own exporter, FRN as one node each."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import onnx_ir as ir
+import torch
+
+from deploynorm.contract import DOMAIN, TORCH_OP
+from deploynorm.errors import ModelError
+from deploynorm.lowering import register_schema, translate
+from deploynorm.trace import first_line, quiet
+
+__all__ = ["to_onnx"]
+
+
+def to_onnx(program: torch.export.ExportedProgram, opset: int) -> ir.Model:
+    """Translates a traced network.
+
+    Raises:
+        ModelError: torch has no translation of an operator, or none in this opset.
+    """
+    register_schema()
+    table = {getattr(getattr(torch.ops, DOMAIN), TORCH_OP).default: translate}
+    with quiet(), _silenced("torch.onnx", "onnxscript"):
+        try:
+            onnx_program = torch.onnx.export(
+                program, (), opset_version=opset, custom_translation_table=table, dynamo=True, verbose=False
+            )
+        except Exception as error:
+            raise ModelError(
+                "export",
+                f"torch.onnx.export cannot translate the network: {_cause(error)}",
+                fix="replace the operator it names, or export that part separately",
+            ) from error
+    assert onnx_program is not None
+    written = onnx_program.model.opset_imports[""]
+    if written != opset:
+        # torch logs a failed conversion and goes on with another opset; a user who asked for one expects that one.
+        raise ModelError(
+            "export",
+            "torch.onnx.export could not convert the graph",
+            got=f"opset {written}",
+            expected=f"opset {opset}",
+            fix="choose another --opset",
+        )
+    return onnx_program.model
+
+
+@contextmanager
+def _silenced(*names: str) -> Iterator[None]:
+    """Keeps the named loggers quiet: what matters of their output comes back as an exception."""
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _cause(error: BaseException) -> str:
+    """The innermost cause, which names the operator; the outer ones are torch's own steps."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {first_line(error)}"

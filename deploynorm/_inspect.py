@@ -1,0 +1,120 @@
+"""What is in a model or an ONNX file, without running it."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+from deploynorm import checkpoint
+from deploynorm.onnx_file import OnnxFile
+from deploynorm.tables import table
+
+__all__ = ["Inspection", "inspect"]
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What is in a file; `print` shows it.
+
+    Attributes:
+        facts: By name.
+        counts: How many layers of each class, or nodes of each operator.
+    """
+
+    facts: Mapping[str, Any]
+    counts: Mapping[str, int]
+
+    @property
+    def _kind(self) -> str:
+        return "nodes" if "opsets" in self.facts else "layers"
+
+    def to_dict(self) -> dict[str, Any]:
+        """What JSON has of it."""
+        return {**self.facts, self._kind: dict(self.counts)}
+
+    def __str__(self) -> str:
+        rows = []
+        for name, value in self.facts.items():
+            if isinstance(value, dict):
+                value = ", ".join(f"{key}: {each}" for key, each in value.items())
+            elif isinstance(value, list):
+                value = ", ".join(map(str, value))
+            rows.append((name, "-" if value in (None, "") else value))
+        columns = ("operator" if self._kind == "nodes" else "class", "count")
+        return "\n\n".join(
+            [
+                table(str(self.facts["file"]), ("", ""), rows[1:]),
+                table(self._kind.capitalize(), columns, self.counts.items()),
+            ]
+        )
+
+
+def inspect(
+    path: str | Path,
+    *,
+    factory: str | None = None,
+    factory_kwargs: Mapping[str, Any] | None = None,
+    trust_pickle: bool = False,
+) -> Inspection:
+    """What is in an ONNX file, or in a file that `deploynorm.load` reads; what `deploynorm inspect` shows.
+
+    Args:
+        path: The file.
+        factory: See `deploynorm.load`.
+        factory_kwargs: Likewise.
+        trust_pickle: Likewise.
+
+    Raises:
+        ModelError: The file cannot be read.
+    """
+    path = Path(path)
+    if path.suffix == ".onnx":
+        return _onnx(path)
+    loaded = checkpoint.load(path, factory=factory, kwargs=factory_kwargs, trust_pickle=trust_pickle)
+    facts = {
+        "file": str(loaded.path),
+        "sha256": loaded.sha256,
+        "kind": loaded.kind,
+        "factory": loaded.factory,
+        "network": type(loaded.model).__name__,
+        "parameters": sum(p.numel() for p in loaded.model.parameters()),
+        "input": None if loaded.image is None else loaded.image.to_dict(),
+        "labels": None if loaded.labels is None else list(loaded.labels),
+        "training": None if loaded.training is None else dict(loaded.training),
+        "notes": list(loaded.notes),
+    }
+    leaves = (module for module in loaded.model.modules() if not any(module.children()))
+    return Inspection(facts, dict(Counter(type(module).__name__ for module in leaves).most_common()))
+
+
+def _onnx(path: Path) -> Inspection:
+    file = OnnxFile.read(path)
+    model = file.proto
+    weights: Counter[str] = Counter()
+    for tensor in model.graph.initializer:
+        weights[onnx.TensorProto.DataType.Name(tensor.data_type).lower()] += math.prod(tensor.dims)
+    facts = {
+        "file": str(path),
+        "producer": model.producer_name,
+        "ir version": model.ir_version,
+        "opsets": {opset.domain or "ai.onnx": opset.version for opset in model.opset_import},
+        "inputs": {value.name: _type(value) for value in model.graph.input},
+        "outputs": {value.name: _type(value) for value in model.graph.output},
+        "functions": [f"{function.domain}::{function.name}" for function in model.functions],
+        "weights": dict(weights.most_common()),
+        "external data": any(tensor.external_data for tensor in model.graph.initializer),
+        "metadata": file.metadata,
+    }
+    return Inspection(facts, dict(file.node_counts.most_common()))
+
+
+def _type(value: onnx.ValueInfoProto) -> str:
+    tensor = value.type.tensor_type
+    sizes = [dim.dim_param or str(dim.dim_value) for dim in tensor.shape.dim]
+    return f"{onnx.TensorProto.DataType.Name(tensor.elem_type).lower()} ({', '.join(sizes)})"

@@ -1,0 +1,48 @@
+"""The element types of networks and files, by the one name that NumPy, ONNX and torch share ("float16", ...)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["HALF", "ONNX_HALF", "largest", "numpy_dtype", "torch_dtype"]
+
+HALF: Final = ("float16", "bfloat16")
+"""The half types, the coarser last."""
+
+ONNX_HALF: Final[Mapping[int, str]] = {10: "float16", 16: "bfloat16"}
+"""Their names by onnx.TensorProto.DataType, whose numbers onnx_ir.DataType shares; the coarser last."""
+
+
+def numpy_dtype(name: str) -> np.dtype[Any]:
+    """NumPy's dtype, from ml_dtypes for the types that NumPy itself does not have.
+
+    Raises:
+        TypeError: There is no such type.
+    """
+    try:
+        return np.dtype(name)
+    except TypeError:
+        import ml_dtypes  # comes with onnx
+
+        return np.dtype(getattr(ml_dtypes, name, name))
+
+
+def torch_dtype(name: str) -> torch.dtype | None:
+    """torch's dtype; None where torch has no such type."""
+    import torch
+
+    dtype = getattr(torch, name, None)
+    return dtype if isinstance(dtype, torch.dtype) else None
+
+
+def largest(name: str) -> float:
+    """The largest finite number of a floating type."""
+    import ml_dtypes
+
+    return float(ml_dtypes.finfo(numpy_dtype(name)).max)  # type: ignore[no-untyped-call]

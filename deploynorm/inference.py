@@ -1,0 +1,272 @@
+"""Running a network of any kind on files: arrays and images in, classes and arrays out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from deploynorm.dtypes import HALF, largest, numpy_dtype
+from deploynorm.errors import InputError
+from deploynorm.files import staging
+from deploynorm.image import ImageSpec
+from deploynorm.inputs import Shape, TensorSpec
+from deploynorm.network import Network
+from deploynorm.onnx_file import OnnxFile
+from deploynorm.run import BACKENDS, ENGINE_SUFFIXES, open_runner
+from deploynorm.run.base import Runner
+from deploynorm.run.eager import EagerRunner
+from deploynorm.tables import table
+
+__all__ = ["Inference", "Result", "run_on_files"]
+
+_ARRAY_ENDINGS = (".npy", ".npz")
+_Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    """The outputs of one run.
+
+    Attributes:
+        input: The files that were fed.
+        outputs: Arrays by name.
+        classes: For each image the most likely classes of an output, best first, where the model has class names.
+    """
+
+    input: str
+    outputs: Mapping[str, _Array]
+    classes: Mapping[str, list[list[dict[str, Any]]]]
+
+    def summary(self) -> dict[str, Any]:
+        """For each output its classes, or else its shape, type and range."""
+        found: dict[str, Any] = {}
+        for name, value in self.outputs.items():
+            if name in self.classes:
+                found[name] = self.classes[name]
+                continue
+            found[name] = {"shape": list(value.shape), "dtype": value.dtype.name}
+            if value.size:
+                wide = value.astype(np.float64) if value.dtype.name in HALF else value
+                found[name] |= {key: float(getattr(wide, key)()) for key in ("min", "max", "mean")}
+        return found
+
+    def __str__(self) -> str:
+        tables = []
+        for name, value in self.summary().items():
+            if name in self.classes:
+                for ranking in value:
+                    rows = [(entry["label"], f"{entry['probability']:.1%}") for entry in ranking]
+                    tables.append(table(self.input, ("class", "probability"), rows))
+            else:
+                tables.append(table(self.input, ("output", *value), [(name, *value.values())]))
+        return "\n\n".join(tables)
+
+
+@dataclass(frozen=True, eq=False)
+class Inference:
+    """What a network gave for some files; `print` shows a table of each.
+
+    Attributes:
+        runner: Name of the backend.
+        results: One for each image, or one for all arrays.
+        notes: What was converted.
+    """
+
+    runner: str
+    results: tuple[Result, ...]
+    notes: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return "\n\n".join([*map(str, self.results), *(f"note: {note}" for note in self.notes)])
+
+    def to_dict(self) -> dict[str, Any]:
+        """What JSON has of it."""
+        return {
+            "runner": self.runner,
+            "results": [{"input": result.input, "outputs": result.summary()} for result in self.results],
+        }
+
+    def save(self, path: Path | str) -> Path:
+        """Writes the outputs to an .npz file, those of several images one after the other along the batch.
+
+        bfloat16 is written as float32, since NumPy's files do not have it.
+
+        Raises:
+            InputError: The folder cannot be written to.
+        """
+        path = Path(path)
+        names = self.results[0].outputs if self.results else {}
+        whole = {name: np.concatenate([result.outputs[name] for result in self.results]) for name in names}
+        with staging(path) as folder:
+            storable: dict[str, Any] = {name: _storable(value) for name, value in whole.items()}
+            np.savez(folder / path.name, **storable)
+        return path
+
+
+def run_on_files(
+    model: str | Path,
+    files: Sequence[str],
+    *,
+    backend: str | None = None,
+    providers: Sequence[str] = ("cpu",),
+    plugins: Sequence[Path] | None = None,
+    trust_engine: bool = False,
+    top: int = 5,
+    input_shapes: Mapping[str, Shape] | None = None,
+    factory: str | None = None,
+    factory_kwargs: Mapping[str, Any] | None = None,
+    trust_pickle: bool = False,
+) -> Inference:
+    """Runs an ONNX file, a TensorRT engine or a network on arrays and images; what `deploynorm run` does.
+
+    Images without a name are fed one after the other. Arrays, and files with a name, are fed together.
+
+    Args:
+        model: An ONNX file, an engine, or a file that `deploynorm.load` reads.
+        files: .npy, .npz or image files; NAME=FILE for a named input. Float arrays are cast to a half input's type.
+        backend: See `deploynorm.open_runner`; "eager" for a network.
+        providers: Likewise.
+        plugins: Likewise.
+        trust_engine: Likewise.
+        top: How many classes are listed for each image.
+        input_shapes: For a network, see `deploynorm.convert`.
+        factory: Likewise.
+        factory_kwargs: Likewise.
+        trust_pickle: Likewise.
+
+    Raises:
+        InputError: A file cannot be read or does not fit the network, or options do not fit the model.
+        ModelError: The model cannot be read or run.
+        BackendError: The backend is missing.
+    """
+    model = Path(model)
+    is_file = model.suffix in (".onnx", *ENGINE_SUFFIXES)
+    if backend == "eager" or (backend is None and not is_file):
+        if is_file:
+            raise InputError(
+                "--backend", f"eager runs a network, not an ONNX file or engine ({model.suffix})", got=model
+            )
+        network = Network.of(
+            model, input_shapes=input_shapes, factory=factory, factory_kwargs=factory_kwargs, trust_pickle=trust_pickle
+        )
+        # Nothing is known of the sizes that it takes, so any may be tried.
+        free = [
+            TensorSpec(x.name, tuple("?" if axis != 1 else size for axis, size in enumerate(x.shape)), x.dtype)
+            for x in network.inputs
+        ]
+        runner: Runner = EagerRunner(network.model, free)
+        image, labels = network.image, network.labels
+    else:
+        runner, image, labels = _open_file(model, backend, providers, plugins, trust_engine)
+    notes: list[str] = []
+    results = []
+    with runner:
+        for name, given in _feeds(files, runner, image):
+            got = runner.infer(_as_declared(runner, given, notes))
+            classes = {
+                output: [_classes(row, labels, top) for row in value]
+                for output, value in got.items()
+                if labels is not None and value.ndim == 2 and value.shape[1] == len(labels)
+            }
+            results.append(Result(name, got, classes))
+            notes += [
+                f"{output} is bfloat16, and written as float32, since NumPy's files do not have it"
+                for output, value in got.items()
+                if value.dtype.name == "bfloat16"
+            ]
+    return Inference(runner.name, tuple(results), tuple(dict.fromkeys(notes)))
+
+
+def _open_file(
+    model: Path, backend: Any, providers: Sequence[str], plugins: Sequence[Path] | None, trust_engine: bool
+) -> tuple[Runner, ImageSpec | None, tuple[str, ...] | None]:
+    """The runner of an ONNX file or engine, how images become its input, and the class names."""
+    if model.suffix in ENGINE_SUFFIXES or (backend and BACKENDS[backend].runs == "engine"):
+        from deploynorm.trt.manifest import image_and_labels
+
+        runner = open_runner(model, "tensorrt", providers=providers, plugins=plugins, trust_engine=trust_engine)
+        return runner, *image_and_labels(model)
+    if model.suffix != ".onnx":
+        raise InputError(
+            "--backend", "an ONNX file is needed", got=f"{model} and {backend}", fix=f"deploynorm export {model}"
+        )
+    file = OnnxFile.read(model)
+    return open_runner(file, backend, providers=providers, plugins=plugins), *file.image_and_labels
+
+
+def _feeds(files: Sequence[str], runner: Runner, image: ImageSpec | None) -> Iterable[tuple[str, Mapping[str, _Array]]]:
+    """What to run: each image on its own, or all files together where one is an array or has a name."""
+    names = [spec.name for spec in runner.inputs]
+    named = [tuple(text.split("=", 1)) if "=" in text and not Path(text).exists() else ("", text) for text in files]
+    if not any(name or Path(text).suffix in _ARRAY_ENDINGS for name, text in named):
+        return [(text, {names[0]: _read_image(text, image)}) for _, text in named]
+    feeds: dict[str, _Array] = {}
+    for name, text in named:
+        if Path(text).suffix in _ARRAY_ENDINGS:
+            found = _read_arrays(Path(text), name or names[0])
+        else:
+            found = {name or names[0]: _read_image(text, image)}
+        if twice := sorted(set(found) & set(feeds)):
+            raise InputError(
+                "run", f"two files for input {twice[0]!r}", got=", ".join(files), fix="name them: NAME=FILE"
+            )
+        feeds.update(found)
+    return [(", ".join(text for _, text in named), feeds)]
+
+
+def _read_image(path: str, image: ImageSpec | None) -> _Array:
+    if image is None:
+        raise InputError(
+            "run",
+            "the model does not say how an image becomes its input",
+            got=path,
+            fix="pass a .npy file, or export with --mean and --std",
+        )
+    return image.read(Path(path))
+
+
+def _read_arrays(path: Path, name: str) -> dict[str, _Array]:
+    try:
+        content = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise InputError(f"input {path}", f"not an array file: {error}", fix="save it with numpy.save") from error
+    return {name: content} if isinstance(content, np.ndarray) else dict(content)
+
+
+def _as_declared(runner: Runner, feeds: Mapping[str, _Array], notes: list[str]) -> dict[str, _Array]:
+    """The arrays, float32 and float64 ones in the half type of their input: NumPy's files have no bfloat16."""
+    declared = {spec.name: spec.dtype for spec in runner.inputs}
+    cast = dict(feeds)
+    for name, value in feeds.items():
+        dtype = declared.get(name)
+        if dtype not in HALF or value.dtype not in (np.float32, np.float64):
+            continue
+        with np.errstate(over="ignore"):
+            cast[name] = value.astype(numpy_dtype(dtype))
+        if (np.isfinite(value) & ~np.isfinite(cast[name])).any():
+            raise InputError(
+                f"input {name}",
+                f"does not fit into {dtype}",
+                got=f"{np.abs(value[np.isfinite(value)]).max():.5g}",
+                expected=f"at most {largest(dtype):.5g}",
+                fix="scale the input, or export in another type",
+            )
+        notes.append(f"{name} is cast from {value.dtype.name} to {dtype}")
+    return cast
+
+
+def _storable(value: _Array) -> _Array:
+    return value.astype(np.float32) if value.dtype.name == "bfloat16" else value
+
+
+def _classes(scores: _Array, labels: tuple[str, ...], top: int) -> list[dict[str, Any]]:
+    scores = scores.astype(np.float64)
+    exponentials = np.exp(scores - scores.max())
+    probabilities = exponentials / exponentials.sum()
+    order = np.argsort(-probabilities, kind="stable")[:top]
+    return [{"label": labels[index], "probability": float(probabilities[index])} for index in order]

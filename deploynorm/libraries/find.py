@@ -1,0 +1,182 @@
+"""Where the native libraries are, and what is in them.
+
+`pip install` builds the libraries for ONNX Runtime and for training where there is a compiler. What `deploynorm plugins
+build` builds later, with CUDA and the TensorRT plugin if asked for, goes into a cache and is preferred, as long as it
+was built from the sources of this package.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import importlib.metadata
+import os
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Final, NamedTuple
+
+from deploynorm.errors import BackendError
+
+__all__ = [
+    "LIBRARIES",
+    "ORT_LIBRARY",
+    "TENSORRT_LIBRARY",
+    "TENSORRT_REGISTER_LIBRARY",
+    "TORCH_LIBRARY",
+    "NativeLibrary",
+    "cache_of_these_sources",
+    "cache_root",
+    "cpu_variants",
+    "cuda_variants",
+    "find_library",
+    "library_path",
+    "source_digest",
+    "source_folder",
+]
+
+ORT_LIBRARY: Final = "libdeploynorm_ort.so"
+TORCH_LIBRARY: Final = "libdeploynorm_torch.so"
+TENSORRT_LIBRARY: Final = "libdeploynorm_trt.so"
+TENSORRT_REGISTER_LIBRARY: Final = "libdeploynorm_trt_register.so"
+
+
+class NativeLibrary(NamedTuple):
+    """One of our native libraries.
+
+    Attributes:
+        file: Its file name.
+        brings: What it is for, and what happens without it.
+        needs_cuda: Whether it is built with CUDA only.
+        exports: What its host looks for in it.
+    """
+
+    file: str
+    brings: str
+    needs_cuda: bool
+    exports: tuple[str, ...] = ()
+
+    @property
+    def command(self) -> str:
+        """What builds it."""
+        return "deploynorm plugins build" + (" --cuda" if self.needs_cuda else "")
+
+
+LIBRARIES: Final[Mapping[str, NativeLibrary]] = {
+    "onnxruntime": NativeLibrary(
+        ORT_LIBRARY,
+        "the fused FRN kernel for onnxruntime; without it FRN runs as several operators, slower",
+        needs_cuda=False,
+        exports=("RegisterCustomOps",),
+    ),
+    "torch": NativeLibrary(
+        TORCH_LIBRARY,
+        "FRN's kernels for training; without it the layers run in plain PyTorch, slower",
+        needs_cuda=False,
+        exports=("deploynorm_frn_cpu", "deploynorm_frn_backward_cpu"),
+    ),
+    "tensorrt": NativeLibrary(
+        TENSORRT_LIBRARY,
+        "FRN in TensorRT as one plugin; without it TensorRT builds the operator's body",
+        needs_cuda=True,
+        exports=("getCreators", "setLoggerFinder"),
+    ),
+    "tensorrt-register": NativeLibrary(
+        TENSORRT_REGISTER_LIBRARY,
+        "the plugin beside it, for hosts that only open a library",
+        needs_cuda=True,
+    ),
+}
+"""Our libraries by the names of their hosts. Built with CUDA, the first two serve GPUs too."""
+
+
+def library_path(name: str = ORT_LIBRARY) -> Path:
+    """The path of a library of ours; by default of that for `SessionOptions.register_custom_ops_library`.
+
+    Args:
+        name: Its file name, or its host's name in `LIBRARIES`.
+
+    Raises:
+        BackendError: It was neither installed nor built on this machine.
+    """
+    library = find_library(name)
+    if library is None:
+        row = next(row for key, row in LIBRARIES.items() if name in (key, row.file))
+        first = "pip install 'deploynorm[build,cuda]'" if row.needs_cuda else "install a C++ compiler (g++ or clang++)"
+        raise BackendError(
+            "deploynorm.libraries", f"{row.file} is not built on this machine", fix=f"{first}, then: {row.command}"
+        )
+    return library
+
+
+def find_library(name: str = ORT_LIBRARY) -> Path | None:
+    """As library_path, but None for a library that is not there."""
+    file = LIBRARIES[name].file if name in LIBRARIES else name
+    built = sorted(cache_of_these_sources().glob(f"*/{file}"), key=lambda path: path.stat().st_mtime)
+    return built[-1] if built else installed_library(file)
+
+
+def installed_library(file: str) -> Path | None:
+    """Where pip has put the library. An editable installation does not have it beside its modules."""
+    for distribution in importlib.metadata.distributions(name="deploynorm"):
+        path = Path(str(distribution.locate_file(f"deploynorm/{file}")))
+        if path.is_file():
+            return path
+    return None
+
+
+def cpu_variants(library: Path) -> list[str]:
+    """The compiled variants of the CPU kernel that this processor runs, the best first.
+
+    Raises:
+        BackendError: The library cannot be loaded.
+    """
+    return _names(library, "deploynorm_cpu_variants")
+
+
+def cuda_variants(library: Path) -> list[str]:
+    """The variants of the CUDA kernel; none in a library that was built without CUDA.
+
+    Raises:
+        BackendError: The library cannot be loaded.
+    """
+    return _names(library, "deploynorm_cuda_variants") if b"deploynorm_cuda_variants" in library.read_bytes() else []
+
+
+def _names(library: Path, function: str) -> list[str]:
+    """The names that a function of the library returns, as an array that ends with a null pointer."""
+    try:
+        names = getattr(ctypes.CDLL(str(library)), function)
+    except (OSError, AttributeError) as error:
+        raise BackendError(str(library), f"cannot be loaded: {error}", fix="deploynorm plugins build") from error
+    names.restype = ctypes.POINTER(ctypes.c_char_p)
+    array = names()
+    found: list[str] = []
+    while array[len(found)] is not None:
+        found.append(array[len(found)].decode())
+    return found
+
+
+def source_folder() -> Path:
+    """The folder of the C++ sources; in a clone it is a link to the one at the top of the repository."""
+    return Path(__file__).parents[1] / "plugins"
+
+
+@cache
+def source_digest() -> str:
+    """Of the C++ sources, as hexadecimal text."""
+    digest = hashlib.sha256()
+    for path in sorted(source_folder().rglob("*")):
+        if path.suffix in (".txt", ".h", ".cpp", ".cuh", ".cu", ".map"):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def cache_root() -> Path:
+    """The folder of what is built here, under $XDG_CACHE_HOME."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "deploynorm"
+
+
+def cache_of_these_sources() -> Path:
+    """The part of the cache that was built from the sources of this package."""
+    return cache_root() / "plugins" / source_digest()

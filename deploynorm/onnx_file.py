@@ -1,0 +1,226 @@
+"""Reading and writing ONNX files, and what every stage asks about a graph."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import google.protobuf.message
+import onnx
+import onnx.external_data_helper
+import onnx_ir as ir
+
+from deploynorm.contract import DOMAIN, METADATA_IMAGE, METADATA_LABELS, METADATA_SIZES, OP_TYPE
+from deploynorm.dtypes import ONNX_HALF
+from deploynorm.errors import InputError, ModelError
+from deploynorm.image import ImageSpec
+from deploynorm.inputs import TensorSpec, read_sizes, with_sizes
+
+__all__ = ["OnnxFile", "OnnxSource", "all_nodes", "half_types", "node_counts", "save", "size_bytes"]
+
+_PROTOBUF_LIMIT = 2**31 - 2**20  # bytes of one file, less room for the graph itself
+_SUBGRAPHS = (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS)
+
+
+@dataclass(frozen=True)
+class OnnxFile:
+    """An ONNX model that was read once, for all who ask about it or run it.
+
+    Attributes:
+        where: Its path, or "model (in memory)", for messages.
+        path: The file, beside which its external data lies; None for a model in memory.
+        proto: As read, the external part of its weights left on the disk. Not to be changed.
+    """
+
+    where: str
+    path: Path | None
+    proto: onnx.ModelProto = field(repr=False)
+
+    @classmethod
+    def read(cls, model: OnnxSource) -> OnnxFile:
+        """Reads a file, or the bytes of one; what is read already is taken as it is.
+
+        Raises:
+            ModelError: There is no such file, it cannot be read, or it is not an ONNX file.
+        """
+        if isinstance(model, OnnxFile):
+            return model
+        if isinstance(model, onnx.ModelProto):
+            return cls("model (in memory)", None, model)
+        path = None if isinstance(model, bytes) else Path(model)
+        where = "model (in memory)" if path is None else str(path)
+        try:
+            content = model if isinstance(model, bytes) else Path(model).read_bytes()
+            proto = onnx.load_model_from_string(content)
+        except FileNotFoundError as error:
+            raise ModelError(where, "no such file", fix="check the path") from error
+        except OSError as error:
+            raise ModelError(where, f"cannot be read: {error.strerror}", fix="check the path") from error
+        except google.protobuf.message.DecodeError as error:
+            raise ModelError(where, "not an ONNX file, or cut short", fix="export it again") from error
+        if not proto.HasField("graph"):
+            raise ModelError(where, "not an ONNX file, or cut short", fix="export it again")
+        return cls(where, path, proto)
+
+    def to_ir(self) -> ir.Model:
+        """A model of onnx_ir of one's own, to be changed at will. External data stays on the disk until it is needed.
+
+        Raises:
+            ModelError: The graph is malformed.
+        """
+        try:
+            model = ir.from_proto(self.proto)
+        except Exception as error:  # onnx_ir has no error of its own for what a file may hold
+            raise ModelError(self.where, f"not a valid ONNX graph: {error}", fix="export it again") from error
+        if self.path is not None:
+            ir.external_data.set_base_dir(model.graph, self.path.parent)
+        return model
+
+    def whole_proto(self) -> onnx.ModelProto:
+        """A copy of the model with its external data in it; `proto` itself of a model in memory.
+
+        Raises:
+            ModelError: The external data cannot be read.
+        """
+        if self.path is None:
+            return self.proto
+        whole = onnx.ModelProto()
+        whole.CopyFrom(self.proto)
+        try:
+            onnx.external_data_helper.load_external_data_for_model(whole, str(self.path.parent))
+        except (onnx.checker.ValidationError, OSError, ValueError) as error:
+            raise ModelError(
+                self.where, f"its external data cannot be read: {error}", fix="keep the data file beside the model"
+            ) from error
+        return whole
+
+    @cached_property
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        """What a caller feeds: the graph's inputs less those with a value of their own; with the sizes that the network
+        was found to take, where the metadata has them.
+
+        Raises:
+            ModelError: One of them is not a numeric tensor of known rank.
+        """
+        constants = {tensor.name for tensor in self.proto.graph.initializer}
+        fed = [_spec(self.where, value) for value in self.proto.graph.input if value.name not in constants]
+        return with_sizes(fed, self.sizes)
+
+    @property
+    def output_names(self) -> tuple[str, ...]:
+        """Names of the graph's outputs, in order."""
+        return tuple(value.name for value in self.proto.graph.output)
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """The entries of metadata_props."""
+        return {entry.key: entry.value for entry in self.proto.metadata_props}
+
+    @property
+    def sizes(self) -> dict[str, Any]:
+        """What the metadata says of the sizes that the network takes, for `deploynorm.inputs.with_sizes`."""
+        return read_sizes(self.metadata.get(METADATA_SIZES))
+
+    @property
+    def image_and_labels(self) -> tuple[ImageSpec | None, tuple[str, ...] | None]:
+        """How an image becomes the input, and the class names; None for what the metadata does not say.
+
+        Raises:
+            ModelError: The entries are not what `deploynorm export` writes.
+        """
+        image, labels = self.metadata.get(METADATA_IMAGE), self.metadata.get(METADATA_LABELS)
+        try:
+            names = None if labels is None else tuple(map(str, json.loads(labels)))
+            return None if image is None else ImageSpec.from_dict(json.loads(image)), names
+        except (InputError, TypeError, ValueError) as error:
+            raise ModelError(
+                self.where, f"its deploynorm metadata is damaged: {error}", fix="export it again"
+            ) from error
+
+    @cached_property
+    def half_types(self) -> tuple[str, ...]:
+        """The half types of the graph's values, the coarser last."""
+        return half_types(self.to_ir())
+
+    @property
+    def half_type(self) -> str | None:
+        """The coarsest half type of the graph's values; None for a graph in full precision."""
+        return self.half_types[-1] if self.half_types else None
+
+    @cached_property
+    def has_operator(self) -> bool:
+        """Whether some node is an operator of ours."""
+        return any(node.domain == DOMAIN for node in all_nodes(self.proto.graph.node))
+
+    @property
+    def has_body(self) -> bool:
+        """Whether the file brings the function body of our operator."""
+        return any((function.domain, function.name) == (DOMAIN, OP_TYPE) for function in self.proto.functions)
+
+    @property
+    def node_counts(self) -> Counter[str]:
+        """How many nodes of each operator the graph has; a custom operator with its domain before it."""
+        return node_counts(all_nodes(self.proto.graph.node))
+
+
+OnnxSource: TypeAlias = str | Path | bytes | onnx.ModelProto | OnnxFile
+"""What `OnnxFile.read` takes: a path, the bytes of a file, a model in memory, or what was read before."""
+
+
+def all_nodes(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
+    """The nodes, each followed by those of its subgraphs."""
+    for node in nodes:
+        yield node
+        for attribute in node.attribute:
+            if attribute.type in _SUBGRAPHS:
+                for graph in (attribute.g, *attribute.graphs):
+                    yield from all_nodes(graph.node)
+
+
+def node_counts(nodes: Iterable[onnx.NodeProto] | Iterable[ir.Node]) -> Counter[str]:
+    """How many nodes there are of each operator; a custom operator with its domain before it."""
+    return Counter(f"{node.domain}::{node.op_type}" if node.domain else node.op_type for node in nodes)
+
+
+def size_bytes(model: ir.Model) -> int:
+    """Bytes of all weights."""
+    return sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value)
+
+
+def half_types(model: ir.Model) -> tuple[str, ...]:
+    """The half types of the graph's values, the coarser last."""
+    values = (*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values())
+    inner = (value for node in model.graph.all_nodes() for value in node.outputs)
+    found = {value.dtype for value in (*values, *inner)}
+    return tuple(name for dtype, name in ONNX_HALF.items() if dtype in found)
+
+
+def save(model: ir.Model, path: Path | str, *, external_data: bool | None = None) -> None:
+    """Writes the model, with its weights beside it in `<name>.data` where asked for or needed (2 GB).
+
+    Args:
+        model: It is left as it is.
+        path: The .onnx file; an existing one is overwritten.
+        external_data: None decides by size.
+    """
+    path = Path(path)
+    if external_data is None:
+        external_data = size_bytes(model) > _PROTOBUF_LIMIT
+    ir.save(model, path, external_data=f"{path.name}.data" if external_data else None)
+
+
+def _spec(where: str, value: onnx.ValueInfoProto) -> TensorSpec:
+    tensor = value.type.tensor_type
+    if not tensor.HasField("shape") or tensor.elem_type in (0, onnx.TensorProto.STRING):
+        raise ModelError(
+            where,
+            f"input {value.name!r} is not a numeric tensor of known rank",
+            fix="give it a type and shape in the graph",
+        )
+    sizes = (dim.dim_value if dim.HasField("dim_value") else dim.dim_param or "?" for dim in tensor.shape.dim)
+    return TensorSpec(value.name, tuple(sizes), onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type).name)

@@ -1,0 +1,147 @@
+"""Sessions of ONNX Runtime with our operator library in them."""
+
+from __future__ import annotations
+
+import mmap
+import warnings
+import weakref
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from deploynorm.contract import METADATA_CPU, OP_TYPE
+from deploynorm.errors import BackendError, ModelError
+from deploynorm.libraries import cuda_variants, find_library, library_path
+from deploynorm.ort.errors import explain, plain
+from deploynorm.ort.machine import check_this_machine
+from deploynorm.ort.runtime import PROVIDERS, find_provider, import_onnxruntime, open_cuda, quiet_options
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+__all__ = ["register", "session"]
+
+_REGISTERED: weakref.WeakSet[Any] = weakref.WeakSet()
+"""Session options that have our library: ONNX Runtime refuses a second registration, and cannot be asked."""
+
+
+def register(options: onnxruntime.SessionOptions) -> None:
+    """Makes our fused operator known to the sessions that are made with these options. A second call does nothing.
+
+    Raises:
+        BackendError: The library is not built, or this onnxruntime is too old for it or cannot load it.
+    """
+    if options in _REGISTERED:
+        return
+    _register_library(options, library_path())
+    _REGISTERED.add(options)
+
+
+def _register_library(options: onnxruntime.SessionOptions, library: Path) -> None:
+    """Registers a library of custom operators.
+
+    Raises:
+        BackendError: It is missing, not a library, or refuses this onnxruntime.
+    """
+    try:
+        options.register_custom_ops_library(str(library))
+    except Exception as error:
+        raise BackendError(
+            str(library),
+            f"ONNX Runtime cannot load this plugin library: {plain(error)}",
+            fix="pass each library once, built for this machine and this onnxruntime",
+        ) from error
+
+
+def session(
+    model: str | Path | bytes,
+    *,
+    providers: Sequence[str] = ("cpu",),
+    plugins: Sequence[Path] | None = None,
+    options: onnxruntime.SessionOptions | None = None,
+) -> onnxruntime.InferenceSession:
+    """An onnxruntime.InferenceSession of the model, on CPU and CUDA with our fused operator where its library is there.
+
+    Without the library, and on other providers, a model runs through the function bodies that `export` writes into
+    it: equal numbers, slower.
+
+    Args:
+        model: A file, with its external data beside it, or the bytes of a model.
+        providers: Short names (cpu, cuda, tensorrt) or ONNX Runtime's own, the preferred first. ONNX Runtime itself
+            puts nodes that none of them takes on the CPU. It has no switch for TF32 under TensorRT: set
+            NVIDIA_TF32_OVERRIDE=0 in the environment.
+        plugins: Libraries of custom operators instead of ours; empty for the stock runtime.
+        options: Options of the session; ours are registered on them.
+
+    Raises:
+        InputError: An unknown provider.
+        BackendError: onnxruntime, a provider or a library is missing, cannot be loaded or is too old; or the file was
+            rewritten for another machine.
+        ModelError: The model cannot be read or run.
+    """
+    ort = import_onnxruntime()
+    where = "model (bytes)" if isinstance(model, bytes) else str(model)
+    if not isinstance(model, bytes) and not Path(model).is_file():
+        raise ModelError(where, "no such file", fix="check the path")
+    asked = [find_provider(name, ort) for name in providers]
+    if options is None:
+        options = quiet_options()
+    missing: str | None = None
+    if plugins is not None:
+        for library in plugins:
+            _register_library(options, Path(library))
+    elif (missing := _missing_kernels({name for name, _ in asked})) is None:
+        register(options)
+    if any(name != PROVIDERS["cpu"][0] for name, _ in asked):
+        open_cuda(ort)
+    source = model if isinstance(model, bytes) else str(model)
+    try:
+        # The fallback would run another provider than the one asked for, and say so on stdout only.
+        opened = ort.InferenceSession(source, options, providers=asked, enable_fallback=0)
+    except Exception as error:
+        raise explain(where, error) from error
+    lost = [name for name, (full, _) in zip(providers, asked, strict=True) if full not in opened.get_providers()]
+    if lost:
+        raise BackendError(
+            where,
+            f"the provider {lost[0]!r} failed to start, and ONNX Runtime would have used another",
+            got=opened.get_providers(),
+            expected=[name for name, _ in asked],
+            fix="deploynorm doctor lists what is missing of driver, CUDA, cuDNN and TensorRT",
+        )
+    if missing and _mentions_operator(model):
+        warnings.warn(
+            f"deploynorm: FRN layers run as several operators each, which is slower: {missing}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    rewritten_for = opened.get_modelmeta().custom_metadata_map.get(METADATA_CPU)
+    if rewritten_for is not None:
+        check_this_machine(where, rewritten_for, ort)
+    return opened
+
+
+def _missing_kernels(providers: set[str]) -> str | None:
+    """Why our library is not for a session on these providers, None if it is; empty where it could not help.
+
+    Where a device lacks our kernel the function body stays there, which is better than copies to the CPU and back.
+    """
+    cpu, cuda = PROVIDERS["cpu"][0], PROVIDERS["cuda"][0]
+    if not providers <= {cpu, cuda}:
+        return ""  # TensorRT takes whole graphs of standard operators, and fuses the body by itself
+    library, flag = find_library(), " --cuda" if cuda in providers else ""
+    if library is None:
+        return f"the operator library is not built on this machine. Fix: deploynorm plugins build{flag}"
+    if cuda in providers and not cuda_variants(library):
+        return f"the operator library has no CUDA kernels. Fix: deploynorm plugins build{flag}"
+    return None
+
+
+def _mentions_operator(model: str | Path | bytes) -> bool:
+    """Whether the model may hold our operator, without parsing gigabytes of it."""
+    if isinstance(model, bytes):
+        return OP_TYPE.encode() in model
+    if Path(model).stat().st_size == 0:  # which cannot be mapped
+        return False
+    with Path(model).open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return content.find(OP_TYPE.encode()) >= 0

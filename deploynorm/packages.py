@@ -1,0 +1,48 @@
+"""Importing what a slim installation may lack: a missing package is named with what to install."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Final
+
+from deploynorm.errors import BackendError
+
+__all__ = ["import_module", "naming_missing_packages"]
+
+_PACKAGES: Final = {
+    "google": "protobuf",
+    "ml_dtypes": "ml_dtypes",
+    "numpy": "numpy",
+    "onnx": "onnx",
+    "onnx_ir": "onnx-ir",
+    "onnxscript": "onnxscript",
+    "rich": "rich",
+    "torch": "torch",
+}
+"""The packages that we import without being asked for their backend, by the names of their modules."""
+
+
+@contextmanager
+def naming_missing_packages() -> Iterator[None]:
+    """Raises BackendError, with what to install, for a package that an import inside the block does not find."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        module = (error.name or "").partition(".")[0]
+        if module not in _PACKAGES:
+            raise
+        fix = f"pip install {_PACKAGES[module]}"
+        raise BackendError(module, "this package is needed here, and is not installed", fix=fix) from error
+
+
+def import_module(name: str) -> ModuleType:
+    """A module of ours.
+
+    Raises:
+        BackendError: A package that it imports is not installed.
+    """
+    with naming_missing_packages():
+        return importlib.import_module(name)

@@ -1,0 +1,115 @@
+"""FRN and what surrounds it on the channel-blocked layout of ONNX Runtime's convolutions."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedOpsetsPass
+
+from deploynorm import ort
+from deploynorm.contract import BLOCKED_OP_TYPE, DOMAIN, METADATA_CPU, OP_TYPE
+from deploynorm.errors import ModelError
+from deploynorm.onnx_file import node_counts, save
+from deploynorm.ort import machine
+from deploynorm.rewrite.blocking import NCHWC, move_reorders
+from deploynorm.rewrite.result import RewriteResult
+
+__all__ = ["optimize_for_cpu"]
+
+
+def optimize_for_cpu(model: ir.Model, *, source_sha256: str | None = None) -> RewriteResult:
+    """Rewrites an exported graph for the processor and the ONNX Runtime of this machine, and for no other.
+
+    ONNX Runtime's own optimised graph puts convolutions on a layout with 8 or 16 channels side by side, and reorders
+    before and behind every node that it does not know there. The pass starts from that graph and moves the reorders
+    on, behind each node in turn; where the next one would undo it, both go.
+
+    Given:  blocked -> ReorderOutput -> FRN -> ReorderInput -> blocked
+    Result: blocked -> BlockedFRN -> blocked
+
+    1. FRN of a reordered value -> the blocked FRN. Channels of a last, partly filled block get parameters that keep
+       them zero. Refused: such channels with parameters that are not constant.
+    2. ReorderInput of a reordered value -> the value before both.
+    3. Add of two reordered values of one shape -> Add of the blocked ones. Refused: shapes that are not known to be
+       equal, since a broadcast reads blocked data wrongly.
+    4. Add as in case 3, where one of the two is a FRN without threshold that only this Add reads -> the FRN's
+       residual.
+    5. Max with a constant for each channel, and Relu, of a FRN that nothing else reads -> the FRN's threshold.
+       Refused: a maximum that is not constant, or not one number for each channel.
+    6. Relu, and Max with one number, of any other reordered value -> Relu and Max of the blocked one.
+    7. MaxPool, AveragePool and their global forms, and ReduceMean over H and W, of a reordered value -> ONNX
+       Runtime's blocked pools. Refused: the indices of MaxPool; an AveragePool that counts padding and rounds its
+       size up, where the two forms differ; a mean over other axes, or that drops them.
+
+    A value that is an output of the graph, or that some other node reads, keeps its ReorderOutput. Refused in every
+    case: a node where all inputs and the output are such values, since that would only add a reorder.
+
+    Args:
+        model: As exported, in float32, with each FRN as one node. It is left untouched.
+        source_sha256: Of the file that the model was read from, for the note in the result.
+
+    Returns:
+        The rewritten model, with a note of this machine in its metadata (`check_this_machine` reads it).
+
+    Raises:
+        ModelError: The model has no FRN node, is not float32, was rewritten or optimised before, or cannot be run.
+        BackendError: onnxruntime or our operator library is missing, or it does not block channels on this processor.
+    """
+    _refuse(model)
+    runtime = ort.import_onnxruntime()
+    note = machine.describe(runtime, source_sha256)
+    optimized = _optimized_by_onnxruntime(model, runtime)
+    before = node_counts(optimized.graph.all_nodes())
+    changes = move_reorders(optimized, machine.block_size(runtime))
+    RemoveUnusedOpsetsPass()(optimized)  # ONNX Runtime writes all that it knows
+    optimized.producer_name = "deploynorm"
+    optimized.metadata_props.update(model.metadata_props)  # ONNX Runtime drops them
+    optimized.metadata_props[METADATA_CPU] = json.dumps(note)
+    return RewriteResult(optimized, changes, before, node_counts(optimized.graph.all_nodes()))
+
+
+def _refuse(model: ir.Model) -> None:
+    where, frn = "rewrite", []
+    for node in model.graph.all_nodes():
+        if node.domain == NCHWC or (node.domain, node.op_type) == (DOMAIN, BLOCKED_OP_TYPE):
+            raise ModelError(
+                where,
+                "the file is rewritten already, or ONNX Runtime has optimised it",
+                got=f"{node.domain}::{node.op_type}",
+                fix="rewrite the file as exported",
+            )
+        if (node.domain, node.op_type) == (DOMAIN, OP_TYPE):
+            frn.append(node)
+    if not frn:
+        raise ModelError(
+            where,
+            f"the file has no node {DOMAIN}::{OP_TYPE}, without which this has no use",
+            fix="export with --lowering custom; a network without FRN is fast as it is",
+        )
+    for node in frn:
+        x = node.inputs[0]
+        if x is not None and x.dtype not in (None, ir.DataType.FLOAT):
+            raise ModelError(
+                where, f"the FRN of {node.outputs[0].name} is not float32", got=x.dtype, fix="export in float32"
+            )
+
+
+def _optimized_by_onnxruntime(model: ir.Model, runtime: Any) -> ir.Model:
+    options = runtime.SessionOptions()
+    options.log_severity_level = 4  # it would warn that what it writes is for this machine only, as it should be
+    options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_ENABLE_ALL
+    ort.register(options)
+    with tempfile.TemporaryDirectory(prefix="deploynorm-rewrite-") as name:
+        folder = Path(name)
+        save(model, folder / "model.onnx", external_data=True)
+        options.optimized_model_filepath = str(folder / "optimized.onnx")
+        # Weights beside both files: one protobuf holds 2 GB at most.
+        options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "optimized.data")
+        ort.session(folder / "model.onnx", options=options)
+        optimized = ir.load(folder / "optimized.onnx")
+        ir.external_data.load_to_model(optimized)
+    return optimized

@@ -1,0 +1,174 @@
+"""ONNX file -> ONNX file, checked: what `deploynorm rewrite` does."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from deploynorm.contract import METADATA_CPU
+from deploynorm.errors import InputError, ModelError
+from deploynorm.files import sha256, staging
+from deploynorm.inputs import Shape
+from deploynorm.rewrite.passes import PASSES, sequence
+from deploynorm.run import open_runner
+
+if TYPE_CHECKING:
+    from deploynorm._check import Report
+    from deploynorm.onnx_file import OnnxFile
+    from deploynorm.rewrite.result import RewriteResult
+
+__all__ = ["Rewritten", "rewrite"]
+
+
+@dataclass(frozen=True)
+class Rewritten:
+    """A rewritten file that was checked against its source. True where both compute equal numbers; `print` shows it.
+
+    Attributes:
+        source: The file that it was made from.
+        passes: Names of the passes, in order.
+        result: The new graph, and what was done.
+        parity: The check of the new file against the source; None where nothing was rewritten.
+    """
+
+    source: OnnxFile
+    passes: tuple[str, ...]
+    result: RewriteResult
+    parity: Report | None
+
+    def __bool__(self) -> bool:
+        return bool(self.parity)
+
+    def __str__(self) -> str:
+        return self.tables()
+
+    @property
+    def machine(self) -> dict[str, Any] | None:
+        """The machine that the file is for, as its metadata has it; None for one that runs anywhere."""
+        note = self.result.model.metadata_props.get(METADATA_CPU)
+        return None if note is None else dict(json.loads(note))
+
+    def tables(self, verbose: bool = False) -> str:
+        """What was rewritten, and the errors of the check.
+
+        Args:
+            verbose: Show each sample of the check, and not only the worst of each output.
+        """
+        from deploynorm._check.comparison import parity_table
+
+        parts = [str(self.result)]
+        if self.parity is not None:
+            parts.append(parity_table([self.parity], f"Parity with {self.source.where}", verbose))
+        return "\n\n".join(parts)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON has it."""
+        return {
+            "rewrite": ", ".join(self.passes),
+            "machine": self.machine,
+            "nodes": {"before": dict(self.result.before), "after": dict(self.result.after)},
+            "changes": [change._asdict() for change in self.result.changes],
+            "checks": [] if self.parity is None else [self.parity.to_dict()],
+        }
+
+    def save(self, path: Path | str | None = None, *, external_data: bool | None = None) -> str:
+        """Writes the file.
+
+        Args:
+            path: By default beside the source, with the ending of the last pass.
+            external_data: See deploynorm.onnx_file.save.
+
+        Returns:
+            What was written, and for which machine.
+
+        Raises:
+            ModelError: Nothing was rewritten.
+            ParityError: It does not compute what its source does.
+            InputError: The path is the source itself, or cannot be written to.
+        """
+        from deploynorm.onnx_file import save
+
+        suffix = PASSES[self.passes[-1]].suffix
+        if path is None and self.source.path is None:
+            raise InputError("rewrite", "a model in memory gives no name to its file", fix="pass a path to save")
+        path = Path(path) if path is not None else Path(str(self.source.path)).with_suffix(suffix)
+        if self.parity is None:
+            raise ModelError(
+                self.source.where, "nothing in it can be rewritten, for the reasons above", fix="use it as it is"
+            )
+        self.parity.raise_if_broken()
+        if self.source.path is not None and path.exists() and path.samefile(self.source.path):
+            raise InputError(
+                f"output {path}", "is MODEL itself, which other machines need", fix="choose another output file"
+            )
+        with staging(path) as folder:
+            save(self.result.model, folder / path.name, external_data=external_data)
+        machine = self.machine
+        if machine is None:
+            return f"wrote {path}"
+        return (
+            f"wrote {path}, only for onnxruntime {machine['onnxruntime']} on {machine['machine']} processors with "
+            f"blocks of {machine['block']} channels"
+        )
+
+
+def rewrite(
+    model: str | Path | OnnxFile,
+    passes: Sequence[str] = ("optimize_for_cpu",),
+    *,
+    input_shapes: Mapping[str, Shape] | None = None,
+    seed: int = 0,
+    rtol: float | None = None,
+    atol: float | None = None,
+) -> Rewritten:
+    """Rewrites an ONNX file and checks the result against it, on several shapes.
+
+    Args:
+        model: A file that `deploynorm export` has written, or what OnnxFile.read has read.
+        passes: Names in `PASSES`, in the order in which they run.
+        input_shapes: A shape by input that the network takes, "" for the only one; by default what the metadata says.
+        seed: Of the random inputs.
+        rtol: See `deploynorm.check`.
+        atol: Likewise.
+
+    Returns:
+        The rewritten graph and its check; nothing is written before `save`.
+
+    Raises:
+        InputError: An unknown pass, or the shape of an input is not known.
+        ModelError: The file cannot be read, run or rewritten.
+        BackendError: What a pass or the check needs is missing.
+    """
+    import onnx_ir as ir
+
+    from deploynorm._check import check
+    from deploynorm.onnx_file import OnnxFile, save
+    from deploynorm.samples import sample_inputs
+
+    unknown = [name for name in passes if name not in PASSES]
+    if unknown or not passes:
+        raise InputError("rewrite", "unknown pass", got=unknown or "none", expected=", ".join(PASSES))
+    source = OnnxFile.read(model)
+    run = sequence(*(PASSES[name].load() for name in passes))
+    # Opening the source first reports what is wrong with it under its own name.
+    with open_runner(source) as truth:
+        result = run(source.to_ir(), source_sha256=None if source.path is None else sha256(source.path))
+        if not result.modified:
+            return Rewritten(source, tuple(passes), result, None)
+        base = dict(input_shapes or {})
+        image, _ = source.image_and_labels
+        if not base and image is not None and len(source.inputs) == 1:
+            batch = source.inputs[0].shape[0]
+            base = {"": (batch if isinstance(batch, int) else 2, *image.shape)}
+        with tempfile.TemporaryDirectory(prefix="deploynorm-rewrite-") as folder:
+            save(result.model, Path(folder) / "rewritten.onnx")
+            with open_runner(Path(folder) / "rewritten.onnx") as candidate:
+                candidate.name, truth.name = f"{candidate.name}, rewritten", f"{truth.name}, as exported"
+                samples = sample_inputs(source.inputs, seed=seed, base=base)
+                parity = check(candidate, truth, samples, rtol=rtol, atol=atol)
+    assert isinstance(result.model, ir.Model)
+    return Rewritten(source, tuple(passes), result, parity)

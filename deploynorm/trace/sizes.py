@@ -1,0 +1,228 @@
+"""Which sizes of its inputs a network takes, found by running a copy of it."""
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from deploynorm.inputs import AxisSizes, Shape
+
+__all__ = ["Place", "Sizes", "axis_letter", "find_sizes"]
+
+Place = tuple[int, int]
+"""An input by its position, and one of its axes."""
+
+_COARSE = 32
+"""Tried where a network refuses one pixel more: what a U-Net of total stride 32 takes."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The sizes that a network takes besides those of its examples.
+
+    Attributes:
+        names: Of the inputs.
+        shapes: Of the examples.
+        groups: For each set of axes that vary together the growth of each axis, by one step.
+    """
+
+    names: tuple[str, ...]
+    shapes: tuple[Shape, ...]
+    groups: tuple[Mapping[Place, int], ...]
+
+    @property
+    def places(self) -> frozenset[Place]:
+        """The axes that may change."""
+        return frozenset(place for group in self.groups for place in group)
+
+    @property
+    def kinds(self) -> frozenset[str]:
+        """Of "batch" and "spatial", those of which an axis may change."""
+        return frozenset("spatial" if axis else "batch" for _, axis in self.places)
+
+    def of_input(self, position: int) -> tuple[AxisSizes | None, ...]:
+        """What is known of each axis of an input."""
+        group_of = {place: (index, step) for index, group in enumerate(self.groups) for place, step in group.items()}
+        known = (group_of.get((position, axis)) for axis in range(len(self.shapes[position])))
+        return tuple(
+            None if entry is None else AxisSizes(size, entry[1], str(entry[0]))
+            for size, entry in zip(self.shapes[position], known, strict=True)
+        )
+
+    def notes(self, dynamic: Collection[Place]) -> list[str]:
+        """What limits the sizes of a file, in a sentence each.
+
+        Args:
+            dynamic: The axes that are dynamic in the file.
+        """
+        groups = [{place: step for place, step in group.items() if place in dynamic} for group in self.groups]
+        groups = [group for group in groups if group and any(axis for _, axis in group)]
+        notes: list[str] = []
+        in_step: dict[str, list[str]] = {}
+        alike: dict[str, list[str]] = {}
+        for group in groups:
+            letters = list(dict.fromkeys(self._letter(place) for place in group))
+            if len(set(group.values())) > 1:
+                steps = " and ".join(f"{self.names[i]} by {step}" for (i, _), step in group.items())
+                in_step.setdefault(steps, []).append(_joined(letters))
+                continue
+            if len(letters) > 1:
+                notes.append(f"{_joined(letters)} vary together")
+            place, step = next(iter(group.items()))
+            name = _joined(letters)
+            if len(group) == 1 and len(self.shapes) > 1:
+                name += f" of {self.names[place[0]]}"
+            size = self.shapes[place[0]][place[1]]
+            if step > 1:
+                rule = f"multiples of {step}" if size % step == 0 else f"{size} and multiples of {step} more or less"
+                alike.setdefault(rule, []).append(name)
+        notes += [f"{_joined(letters)} vary in step: {steps}" for steps, letters in in_step.items()]
+        notes += [f"{_joined(names)}: {rule}" for rule, names in alike.items()]
+        spatial = {(i, axis) for i, shape in enumerate(self.shapes) for axis in range(2, len(shape))}
+        if spatial and not spatial & self.places:
+            letters = list(dict.fromkeys(self._letter(place) for place in sorted(spatial)))
+            varied = "only the batch was varied" if "batch" in self.kinds else "no size was varied"
+            notes.append(f"{varied}, since the network refuses every other {_joined(letters)} that was tried")
+        return notes
+
+    def _letter(self, place: Place) -> str:
+        return axis_letter(len(self.shapes[place[0]]), place[1])
+
+
+def axis_letter(rank: int, axis: int) -> str:
+    """The field's name for an axis: N, C, then L, H and W, or D, H and W."""
+    spatial = {3: "L", 4: "HW", 5: "DHW"}.get(rank, "")
+    return ("N", "C", *spatial)[axis] if axis < 2 + len(spatial) else f"axis_{axis}"
+
+
+def find_sizes(model: nn.Module, examples: Sequence[Tensor], names: Sequence[str] = ()) -> Sizes:
+    """Runs a copy of the network with larger inputs, and reports what it takes.
+
+    1. Everything larger at once, each axis by another amount: most networks without a classifier on a fixed map.
+    2. The batch of all inputs, or of those that have the first one's.
+    3. Spatial axes: all, or each on its own, by 1 pixel or by 32, then by the smallest part of 32; where several
+       inputs refuse to grow one by one, all by the same amount, or each by a part of its own size.
+    4. Height and width together, and at last twice the size and parts of that.
+
+    Args:
+        model: The network, in evaluation mode on the CPU. A copy of it runs, since forward may change buffers.
+        examples: Its inputs.
+        names: Of the inputs, for notes.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a module of torch.export warns of torch's own code when copied
+        search = _Search(copy.deepcopy(model), examples)
+    names = tuple(names) or tuple(f"input {position}" for position in range(len(examples)))
+    return Sizes(names, search.shapes, tuple(search.groups()))
+
+
+class _Search:
+    def __init__(self, model: nn.Module, examples: Sequence[Tensor]) -> None:
+        self._model = model
+        self._examples = examples
+        self.shapes = tuple(tuple(example.shape) for example in examples)
+
+    def groups(self) -> Iterator[dict[Place, int]]:
+        batch = {(i, 0): 1 for i, shape in enumerate(self.shapes) if shape}
+        spatial = self._axes(range(len(self.shapes)))
+        units = [{place: 1} for place in spatial]
+        if batch and self._takes([batch, *units]):  # case 1
+            yield from [batch, *units]
+            return
+        shared = {place: 1 for place in batch if self.shapes[place[0]][0] == self.shapes[0][0]}
+        for group in [batch, shared] if shared != batch else [batch]:  # case 2
+            if group and self._takes([group]):
+                yield group
+                break
+        if spatial:
+            yield from self._spatial()
+
+    def _spatial(self) -> list[dict[Place, int]]:
+        inputs = [i for i, shape in enumerate(self.shapes) if len(shape) > 2]
+        found: list[dict[Place, int]] = []
+        if len(inputs) > 1:
+            for i in list(inputs):  # case 3, one input after the other
+                if alone := self._by_step([{place: 1} for place in self._axes([i])]):
+                    found += alone
+                    inputs.remove(i)
+        if inputs:
+            found += self._in_step(inputs)
+        return found
+
+    def _in_step(self, inputs: Sequence[int]) -> list[dict[Place, int]]:
+        """All inputs by the same amount, or each by a part of its size."""
+        equal: dict[str, dict[Place, int]] = {}
+        in_proportion: dict[str, dict[Place, int]] = {}
+        for place in self._axes(inputs):
+            letter = axis_letter(len(self.shapes[place[0]]), place[1])
+            equal.setdefault(letter, {})[place] = 1
+            in_proportion.setdefault(letter, {})[place] = self.shapes[place[0]][place[1]]
+        for group in in_proportion.values():
+            common = math.gcd(*group.values())
+            group.update({place: size // common for place, size in group.items()})
+        kinds = [list(equal.values())] + (
+            [list(in_proportion.values())] if equal != in_proportion and len(inputs) > 1 else []
+        )
+        for units in kinds:
+            if found := self._by_step(units):
+                return found
+            if len(units) > 1:
+                alone = [group for unit in units for group in self._by_step([unit])]
+                if alone:
+                    return alone
+        for units in kinds:  # case 4
+            together = {place: step for unit in units for place, step in unit.items()}
+            if found := self._by_step([together]):
+                return found
+        twice = (self.shapes[place[0]][place[1]] // step for unit in kinds[-1] for place, step in unit.items())
+        return self._refined(kinds[-1], math.gcd(*twice))
+
+    def _by_step(self, units: Sequence[Mapping[Place, int]]) -> list[dict[Place, int]]:
+        if self._takes(units):
+            return [dict(unit) for unit in units]
+        return self._refined(units, _COARSE)
+
+    def _refined(self, units: Sequence[Mapping[Place, int]], step: int) -> list[dict[Place, int]]:
+        """The units with the smallest part of the step that all of them take; none where the step itself is refused."""
+
+        def by(step: int) -> list[dict[Place, int]]:
+            return [{place: size * step for place, size in unit.items()} for unit in units]
+
+        if not self._takes(by(step)):
+            return []
+        for prime in _prime_factors(step):
+            while step % prime == 0 and self._takes(by(step // prime)):
+                step //= prime
+        return by(step)
+
+    def _axes(self, inputs: Sequence[int]) -> list[Place]:
+        return [(i, axis) for i in inputs for axis in range(2, len(self.shapes[i]))]
+
+    def _takes(self, units: Sequence[Mapping[Place, int]]) -> bool:
+        """Whether it runs with each unit larger: the first by one step, the second by two, and so on."""
+        growth = {place: (index + 1) * step for index, unit in enumerate(units) for place, step in unit.items()}
+        grown = [
+            example.new_zeros([size + growth.get((i, axis), 0) for axis, size in enumerate(example.shape)])
+            for i, example in enumerate(self._examples)
+        ]
+        try:
+            with torch.no_grad(), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                self._model(*grown)
+        except Exception:  # any refusal of a size is an answer here, whatever its type
+            return False
+        return True
+
+
+def _prime_factors(number: int) -> list[int]:
+    return [n for n in range(2, number + 1) if number % n == 0 and all(n % d for d in range(2, math.isqrt(n) + 1))]
+
+
+def _joined(names: Sequence[str]) -> str:
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)

@@ -1,0 +1,96 @@
+"""TensorRT as a Python module: TensorRT 10 and 11 (tensorrt) and TensorRT for RTX (tensorrt_rtx) have one interface."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from typing import Any, Final, Literal
+
+from deploynorm.errors import BackendError, InputError
+
+__all__ = ["FLAVOURS", "Flavour", "TensorRT", "dtype_name", "gpu_here", "import_tensorrt"]
+
+Flavour = Literal["tensorrt", "tensorrt-rtx"]
+
+FLAVOURS: Final[dict[Flavour, tuple[str, tuple[int, ...], str]]] = {
+    "tensorrt": ("tensorrt", (10, 11), "pip install tensorrt"),
+    "tensorrt-rtx": ("tensorrt_rtx", (1,), "pip install tensorrt_rtx_cu13"),
+}
+"""The module of each, the major versions that our plugin and our code know, and how to get it."""
+
+
+@dataclass(frozen=True)
+class TensorRT:
+    """One of the two TensorRTs, as imported.
+
+    Attributes:
+        module: tensorrt or tensorrt_rtx.
+        flavour: Which.
+        version: As the module has it.
+    """
+
+    module: Any
+    flavour: Flavour
+    version: str
+
+    @property
+    def name(self) -> str:
+        return f"{'TensorRT-RTX' if self.rtx else 'TensorRT'} {self.version}"
+
+    @property
+    def rtx(self) -> bool:
+        return self.flavour == "tensorrt-rtx"
+
+
+def import_tensorrt(flavour: Flavour | Literal["auto"] = "auto") -> TensorRT:
+    """TensorRT, or TensorRT-RTX.
+
+    Args:
+        flavour: "auto" takes TensorRT where both are installed.
+
+    Raises:
+        InputError: An unknown flavour.
+        BackendError: It is not installed, its own libraries are missing, or its version is one we do not know.
+    """
+    if flavour != "auto" and flavour not in FLAVOURS:
+        raise InputError("tensorrt", "unknown backend", got=repr(flavour), expected=" or ".join(FLAVOURS))
+    reasons = []
+    for name in FLAVOURS if flavour == "auto" else (flavour,):
+        module_name, majors, _ = FLAVOURS[name]
+        try:
+            module = importlib.import_module(module_name)
+        except (ImportError, OSError) as error:
+            reasons.append(f"{module_name}: {error}")
+            continue
+        found = TensorRT(module, name, str(module.__version__))
+        if int(found.version.partition(".")[0]) not in majors:
+            raise BackendError(
+                "tensorrt",
+                f"{found.name} is a version that deploynorm does not know",
+                expected=f"{module_name} {' or '.join(map(str, majors))}",
+                fix=f"install that: {FLAVOURS[name][2]}",
+            )
+        return found
+    remedies = [FLAVOURS[name][2] for name in FLAVOURS if flavour in ("auto", name)]
+    raise BackendError(
+        "tensorrt", f"cannot be imported ({'; '.join(reasons)})", fix=f"{' or, for RTX cards, '.join(remedies)}"
+    )
+
+
+def gpu_here() -> str | None:
+    """Compute capability of the current CUDA device, such as "9.0"; None without one."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    major, minor = torch.cuda.get_device_capability()
+    return f"{major}.{minor}"
+
+
+_DTYPES: Final = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "FP8": "float8_e4m3fn"}
+
+
+def dtype_name(dtype: Any) -> str:
+    """NumPy's name of a tensorrt.DataType."""
+    name = str(dtype.name)
+    return _DTYPES.get(name, name.lower())

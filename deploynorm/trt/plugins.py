@@ -1,0 +1,85 @@
+"""Plugins in TensorRT's registry: ours, and those of any library."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from deploynorm import libraries
+from deploynorm.contract import DOMAIN, OP_TYPE, VERSION
+from deploynorm.errors import BackendError
+from deploynorm.trt.errors import words
+from deploynorm.trt.importing import Flavour, TensorRT
+from deploynorm.trt.log import listen, logger
+from deploynorm.trt.soname import also_known_as, loaded_library
+
+__all__ = ["has_plugin", "load_library", "load_plugin"]
+
+
+def has_plugin(trt: TensorRT) -> bool:
+    """Whether our plugin is in TensorRT's registry."""
+    with listen():  # it logs an error for a name that is not there
+        return trt.module.get_plugin_registry().get_creator(OP_TYPE, str(VERSION), DOMAIN) is not None
+
+
+def load_plugin(trt: TensorRT) -> None:
+    """Puts our plugin into TensorRT's registry, for the whole process. A second call does nothing.
+
+    Raises:
+        BackendError: The library is not built, or TensorRT does not take it.
+    """
+    _make_findable(trt)
+    if has_plugin(trt):
+        return
+    library = libraries.library_path(libraries.TENSORRT_LIBRARY)
+    load_library(trt, library)
+    if not has_plugin(trt):
+        raise BackendError(
+            str(library),
+            f"does not bring the plugin {DOMAIN}::{OP_TYPE}, version {VERSION}",
+            fix="deploynorm plugins build --cuda",
+        )
+
+
+_LOADED: dict[tuple[Flavour, Path], Any] = {}
+"""The handles that TensorRT gave for libraries. A library that is loaded again is refused."""
+
+
+def load_library(trt: TensorRT, library: Path) -> None:
+    """Puts the plugins of any library into TensorRT's registry. A second call does nothing.
+
+    Args:
+        trt: See import_tensorrt.
+        library: It exports getCreators, and does not register its plugins itself.
+
+    Raises:
+        BackendError: There is no such file, or TensorRT does not take it.
+    """
+    _make_findable(trt)
+    key = (trt.flavour, library.resolve())
+    if key in _LOADED:
+        return
+    if not library.is_file():
+        raise BackendError(str(library), "no such plugin library", fix="check the path")
+    logger(trt)
+    with listen() as heard:
+        handle = trt.module.get_plugin_registry().load_library(str(library.resolve()))
+    if handle is None:
+        raise BackendError(
+            str(library),
+            f"{trt.name} does not load this plugin library",
+            got=words(heard),
+            expected="a library that exports getCreators and is not loaded already",
+            fix="pass each library once, and none that registers its plugins itself",
+        )
+    _LOADED[key] = handle
+
+
+def _make_findable(trt: TensorRT) -> None:
+    """Without this TensorRT-RTX ends the process at the first plugin; see deploynorm.trt.soname."""
+    if trt.rtx and sys.platform == "linux":
+        stem = "libtensorrt_rtx.so"
+        library = loaded_library(stem)
+        if library is not None:
+            also_known_as(stem, library)

@@ -1,0 +1,190 @@
+// How a tensor is cut for CUDA: the tile of a block, the part of it that a thread reads, and the sums over both.
+//
+// A *group* is what shares one mean: a plane in NCHW; in NHWC a *strip*, some neighbouring channels of one sample over
+// all positions, with one mean for each channel. A block works on one group, or on a chunk of it, and reads it row by
+// row, in vectors of 16 bytes or of one element:
+//
+//     layout  row                             vectors of a row    channels of a vector
+//     NCHW    a vector of the plane           1                   1
+//     NHWC    the strip's part of a position  2^log2_columns      one for each element
+//
+// All else is the same code for both.
+
+#ifndef DEPLOYNORM_KERNELS_TILE_CUH_
+#define DEPLOYNORM_KERNELS_TILE_CUH_
+
+#include "element.cuh"
+
+namespace deploynorm {
+namespace {
+
+constexpr int kWarp = 32;
+constexpr int kMaxThreads = 1024;      // of a block over a plane
+constexpr int kMaxStripThreads = 512;  // of a block over a strip, whose threads need twice the registers
+
+__host__ __device__ constexpr int max_threads(bool channels_last) {
+  return channels_last ? kMaxStripThreads : kMaxThreads;
+}
+
+// How a launch is cut. Each kernel's argument begins with it, and is passed by value.
+struct Tiling {
+  int64_t channels, spatial, pitch;  // pitch: elements from one position of NHWC to the next; 1 in NCHW
+  int64_t tiles;                     // planes, or samples * strips; times chunks
+  int64_t chunks;                    // into which the rows of a group are cut, each for one block
+  int strips;                        // of a sample; 1 in NCHW
+  int log2_columns;                  // vectors of a strip's row; 0 in NCHW
+};
+
+// A division of 64 bits takes a device some hundred instructions, which stand before the first load: few need them.
+struct Divided {
+  int64_t quotient, remainder;
+
+  __device__ __forceinline__ Divided(int64_t value, int64_t by) {
+    if (by == 1) {
+      quotient = value;
+      remainder = 0;
+    } else if (((value | by) >> 32) == 0) {
+      quotient = static_cast<uint32_t>(value) / static_cast<uint32_t>(by);
+      remainder = static_cast<uint32_t>(value) % static_cast<uint32_t>(by);
+    } else {
+      quotient = value / by;
+      remainder = value % by;
+    }
+  }
+};
+
+// The part of a tile that one thread reads, in any number of tensors of the same layout. The threads are those of a
+// block, or fewer that number themselves.
+template <typename Storage_, int kVecSize, bool kChannelsLast>
+struct ThreadTile {
+  using Storage = Storage_;
+  using A = Arithmetic<Storage>;
+  using V = Vec<Storage, kVecSize>;
+  static constexpr bool kStrip = kChannelsLast;
+  static constexpr int kChannels = kChannelsLast ? kVecSize : 1;  // of a vector
+  static constexpr int kThreads = max_threads(kChannelsLast);     // at most
+
+  int64_t offset, stride;  // of this thread's first vector in a tensor, and from there to its next
+  int64_t begin, end;      // rows of this block's chunk
+  int64_t channel;         // the first of the row
+  int64_t statistic;       // that of the row's first channel, in (samples, channels)
+  int64_t partial;         // that in the partial sums of chunk 0: [planes or samples][chunks][1 or pitch]
+  int valid;               // elements of the vector that are channels; fewer in a row's padding, 0 beyond the row
+  bool inside;             // whether the vector is in the row, be it in its padding
+  int row, step;           // this thread's first row in the chunk, and how many all threads have at once
+  int column;
+  int log2_columns;
+  int64_t chunk;
+  // NCHW: an element before the first or behind the last whole vector, of which a thread has one at most.
+  bool has_edge;
+  int64_t edge;  // its offset in a tensor
+
+  // tensor: any of them; all are misaligned to 16 bytes by the same amount.
+  __device__ ThreadTile(const Tiling& tiling, const Storage* tensor, int64_t tile, int thread = threadIdx.x,
+                        int threads = blockDim.x) {
+    const Divided by_strips(tile, tiling.strips), by_chunks(by_strips.quotient, tiling.chunks);
+    const int64_t strip = by_strips.remainder, group = by_chunks.quotient;
+    chunk = by_chunks.remainder;
+    log2_columns = tiling.log2_columns;
+    column = thread & ((1 << log2_columns) - 1);
+    row = thread >> log2_columns;
+    step = threads >> log2_columns;
+    has_edge = false;
+    edge = 0;
+    int64_t first, pitch, rows;  // offset of the first row, and from one row to the next
+    if constexpr (kChannelsLast) {
+      channel = (strip << log2_columns) * kVecSize;
+      const int64_t of_vector = channel + column * kVecSize;
+      first = group * tiling.spatial * tiling.pitch + of_vector;
+      pitch = tiling.pitch;
+      rows = tiling.spatial;
+      const int64_t left = tiling.channels - of_vector;
+      valid = left < 0 ? 0 : left > kVecSize ? kVecSize : static_cast<int>(left);
+      inside = of_vector < tiling.pitch;
+      statistic = group * tiling.channels + channel;
+      partial = group * tiling.chunks * tiling.pitch + channel;
+    } else {
+      channel = Divided(group, tiling.channels).remainder;
+      first = group * tiling.spatial;
+      pitch = kVecSize;
+      valid = kVecSize;
+      inside = true;
+      statistic = group;
+      partial = group * tiling.chunks;
+      // Planes of an odd size begin anywhere; whole vectors begin at 16 bytes.
+      const int64_t misplaced =
+          reinterpret_cast<uintptr_t>(tensor + first) % (kVecSize * sizeof(Storage)) / sizeof(Storage);
+      int64_t head = misplaced == 0 ? 0 : kVecSize - misplaced;
+      if (head > tiling.spatial) head = tiling.spatial;
+      rows = (tiling.spatial - head) / kVecSize;
+      const int64_t tail = tiling.spatial - head - rows * kVecSize;
+      const int64_t before = thread, behind = before - kVecSize;  // other threads, so that both are read at once
+      const bool in_head = chunk == 0 && before < head;
+      const bool in_tail = chunk == tiling.chunks - 1 && behind >= 0 && behind < tail;
+      has_edge = in_head || in_tail;
+      edge = first + (in_head ? before : head + rows * kVecSize + behind);
+      first += head;
+    }
+    const int64_t share = Divided(rows + tiling.chunks - 1, tiling.chunks).quotient;
+    begin = chunk * share;
+    if (begin > rows) begin = rows;
+    end = begin + share < rows ? begin + share : rows;
+    offset = first + (begin + row) * pitch;
+    stride = step * pitch;
+  }
+
+  // Whether this thread has an i-th vector.
+  __device__ bool has(int64_t i) const { return begin + row + i * step < end && inside; }
+
+  // Its offset in a tensor.
+  __device__ int64_t at(int64_t i) const { return offset + i * stride; }
+
+  // Leaves this thread with nothing.
+  __device__ void leave() { inside = has_edge = false; }
+};
+
+// The sum over 2^log2_threads neighbouring threads. All threads of the warp call it.
+template <typename A>
+__device__ __forceinline__ A sum_of_threads(A sum, int log2_threads) {
+  for (int distance = 1 << log2_threads >> 1; distance > 0; distance /= 2) {
+    sum += __shfl_xor_sync(0xffffffffu, sum, distance);
+  }
+  return sum;
+}
+
+// The sums over the threads of a block, for each column: in shared memory, one row of it per warp. There are kSums sums
+// for each column, and kColumns columns at most.
+template <typename A, int kSums, int kColumns, int kThreads>
+struct BlockSums {
+  const A* of_warps;
+  int width;  // columns times sums
+
+  __device__ BlockSums(int log2_columns, A (&sums)[kSums]) {
+    __shared__ A shared[kThreads / kWarp * kColumns * kSums];
+    const int columns = 1 << log2_columns, warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+    of_warps = shared;
+    width = columns * kSums;
+    for (int distance = kWarp / 2; distance >= columns; distance /= 2) {
+#pragma unroll
+      for (int sum = 0; sum < kSums; ++sum) sums[sum] += __shfl_xor_sync(0xffffffffu, sums[sum], distance);
+    }
+    if (lane < columns) {
+#pragma unroll
+      for (int sum = 0; sum < kSums; ++sum) shared[warp * width + lane * kSums + sum] = sums[sum];
+    }
+    __syncthreads();
+  }
+
+  // Of all threads: sum index % kSums of the column index / kSums.
+  __device__ A total(int index) const {
+    const int warps = blockDim.x / kWarp;
+    A sum = of_warps[index];
+    for (int warp = 1; warp < warps; ++warp) sum += of_warps[warp * width + index];
+    return sum;
+  }
+};
+
+}  // namespace
+}  // namespace deploynorm
+
+#endif  // DEPLOYNORM_KERNELS_TILE_CUH_

@@ -1,0 +1,48 @@
+"""What the tests compile, kept for the next run and shared by pytest-xdist's workers."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from deploynorm.libraries import source_folder
+
+TESTS = Path(__file__).parent
+
+
+def digest() -> str:
+    """Of all sources that the tests compile, and of how."""
+    hashed = hashlib.sha256()
+    for folder in (source_folder(), *(TESTS / name for name in ("emulation", "gpu", "plugins"))):
+        for path in sorted(folder.rglob("*")):
+            if path.is_file() and "__pycache__" not in path.parts:
+                hashed.update(str(path.relative_to(folder)).encode() + path.read_bytes())
+    hashed.update((TESTS / "emulated.py").read_bytes())
+    return hashed.hexdigest()[:16]
+
+
+def build_once(parent: Path, key: str, build: Callable[[Path], object]) -> Path:
+    """A folder that build(folder) has filled. One process builds, those that ask at the same time wait for it.
+
+    Args:
+        parent: Holds the folder, and one folder of another key until this one is built.
+        key: Says what it is built from.
+        build: Fills an empty folder.
+    """
+    parent.mkdir(parents=True, exist_ok=True)
+    with (parent / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        folder = parent / key
+        if not folder.is_dir():
+            staging = parent / "incomplete"
+            shutil.rmtree(staging, ignore_errors=True)
+            staging.mkdir()
+            build(staging)
+            for other in parent.iterdir():
+                if other.is_dir() and other != staging:
+                    shutil.rmtree(other)
+            staging.rename(folder)
+    return folder

@@ -1,0 +1,166 @@
+"""deploynorm.convert: what the command line does, as one function."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from torch import Tensor, nn
+
+import deploynorm
+from deploynorm import ImageSpec, InputError, ParityError
+from deploynorm.layers import CenConv2d, FRN2d, MABN2d
+from deploynorm.onnx_file import OnnxFile
+
+
+class UNet(nn.Module):
+    """An image and a depth map in, two maps out; H and W are multiples of 4."""
+
+    def __init__(self, channels: int = 4) -> None:
+        super().__init__()
+
+        def block(inputs: int, outputs: int) -> nn.Module:
+            return nn.Sequential(CenConv2d(inputs, outputs, 3, padding=1, bias=False), MABN2d(outputs), nn.ReLU())
+
+        self.high, self.low = block(4, channels), block(channels, channels)
+        self.frn = nn.Sequential(nn.Conv2d(2 * channels, channels, 3, padding=1), FRN2d(channels))
+        self.mask, self.edge = nn.Conv2d(channels, 1, 1), nn.Conv2d(channels, 2, 1)
+
+    def forward(self, image: Tensor, depth: Tensor) -> dict[str, Tensor]:
+        high = self.high(torch.cat([image, depth], 1))
+        low = self.low(nn.functional.max_pool2d(high, 4))
+        both = self.frn(torch.cat([high, nn.functional.interpolate(low, scale_factor=4)], 1))
+        return {"mask": self.mask(both), "edge": self.edge(both)}
+
+
+def unet() -> UNet:
+    torch.manual_seed(0)
+    return UNet()
+
+
+EXAMPLES = (torch.randn(2, 3, 16, 16), torch.randn(2, 1, 16, 16))
+
+
+@pytest.fixture(scope="module")
+def converted() -> deploynorm.Conversion:
+    return deploynorm.convert(unet(), EXAMPLES)
+
+
+def test_a_network_is_folded_exported_and_checked(
+    converted: deploynorm.Conversion, tmp_path: Path, require: Callable[[str], None]
+) -> None:
+    require("ort")
+    assert converted
+    assert "H and W: multiples of 4" in converted.notes
+    assert converted.fold is not None
+    assert len(converted.fold.with_outcome("folded")) == 4
+    candidates = [report.candidate for report in converted.parity.reports]
+    assert candidates[:2] == ["folded, eager", "onnxruntime (cpu)"]
+    model, manifest = converted.save(tmp_path / "unet.onnx")
+    onnx.checker.check_model(str(model), full_check=True)
+    record = json.loads(manifest.read_text())
+    assert record["onnx"]["sizes"]["notes"] == ["H and W: multiples of 4"]
+    assert record["ok"]
+    assert record["source"] == {"class": f"{UNet.__module__}.UNet"}
+    assert record["onnx"]["sha256"]
+    shown = str(converted)
+    for part in ("Layers", "Nodes", "Parity with the network in float64", "note: H and W: multiples of 4"):
+        assert part in shown
+
+
+def test_what_was_found_of_the_sizes_is_in_the_file(converted: deploynorm.Conversion, tmp_path: Path) -> None:
+    converted.save(tmp_path / "unet.onnx")
+    specs = OnnxFile.read(tmp_path / "unet.onnx").inputs
+    assert [spec.base for spec in specs] == [(2, 3, 16, 16), (2, 1, 16, 16)]
+    for label, feeds in deploynorm.sample_inputs(specs, seed=3):
+        assert all(size % 4 == 0 for array in feeds.values() for size in array.shape[2:]), label
+        assert feeds["image"].shape[2:] == feeds["depth"].shape[2:]
+    assert deploynorm.check.__module__  # the parts stay usable one by one
+    truth = deploynorm.EagerRunner(unet(), converted.exported.inputs, dtype=torch.float64)
+    with deploynorm.open_runner(tmp_path / "unet.onnx") as runner:
+        assert deploynorm.check(runner, truth, deploynorm.sample_inputs(converted.exported.inputs))
+
+
+def test_the_command_line_gives_the_same_rows(
+    converted: deploynorm.Conversion,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    require: Callable[[str], None],
+) -> None:
+    require("ort")
+    from deploynorm.cli import main
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    Path("nets_of_the_user.py").write_text(f"import sys\nunet = sys.modules[{__name__!r}].unet\n")
+    monkeypatch.setitem(__import__("sys").modules, __name__, __import__("sys").modules[__name__])
+    torch.save(unet().state_dict(), "unet.pt")
+    shapes = ("--input-shape", "image:2x3x16x16", "--input-shape", "depth:2x1x16x16")
+    assert main(["export", "unet.pt", "--factory", "nets_of_the_user:unet", *shapes]) == 0
+    shown = [line.split() for line in capsys.readouterr().out.splitlines()]
+    for line in str(converted).splitlines():
+        assert line.split() in shown, line
+
+
+def test_a_check_that_does_not_hold_writes_nothing(tmp_path: Path, require: Callable[[str], None]) -> None:
+    require("ort")
+    result = deploynorm.convert(nn.Sequential(nn.Conv2d(3, 4, 3), FRN2d(4)), EXAMPLES[0], rtol=1e-12, atol=0)
+    assert not result
+    assert "BROKEN" in str(result)
+    assert "For comparison, with nothing exported" in str(result)
+    with pytest.raises(ParityError, match="off by"):
+        result.save(tmp_path / "net.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+def test_images_and_classes_go_into_the_file(tmp_path: Path, require: Callable[[str], None]) -> None:
+    require("ort")
+    network = nn.Sequential(nn.Conv2d(3, 2, 3), FRN2d(2), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    (tmp_path / "labels.txt").write_text("cat\ndog\n")
+    given = {"mean": (0.5, 0.5, 0.5), "std": (0.2, 0.2, 0.2), "labels": tmp_path / "labels.txt"}
+    deploynorm.convert(network, torch.randn(1, 3, 9, 9), **given).save(tmp_path / "net.onnx")
+    image, labels = OnnxFile.read(tmp_path / "net.onnx").image_and_labels
+    assert image == ImageSpec((3, 9, 9), (0.5, 0.5, 0.5), (0.2, 0.2, 0.2))
+    assert labels == ("cat", "dog")
+    with pytest.raises(InputError, match="mean and std belong together"):
+        deploynorm.convert(network, torch.randn(1, 3, 9, 9), mean=(0.5, 0.5, 0.5))
+    with pytest.raises(InputError, match="not the names of classes"):
+        deploynorm.convert(network, torch.randn(1, 3, 9, 9), labels="cat")
+
+
+def test_options_of_a_file_are_refused_with_a_network() -> None:
+    with pytest.raises(InputError, match="are for a file"):
+        deploynorm.convert(unet(), EXAMPLES, factory="a:b")
+    with pytest.raises(InputError, match="example inputs and input shapes together"):
+        deploynorm.convert(unet(), EXAMPLES, input_shapes={"image": (2, 3, 16, 16)})
+    with pytest.raises(InputError, match="the shape of input image, depth is not known"):
+        deploynorm.convert(unet())
+
+
+def test_a_batch_of_one_is_enough_and_the_network_is_left_as_it_is(require: Callable[[str], None]) -> None:
+    require("ort")
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), FRN2d(4)).train()
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    result = deploynorm.convert(network, torch.randn(1, 3, 8, 8))
+    assert result
+    assert result.exported.inputs[0].shape == ("N", 3, "H", "W")
+    assert network.training
+    assert all(torch.equal(before[name], value) for name, value in network.state_dict().items())
+
+
+def test_a_size_that_the_file_does_not_take_is_explained(
+    converted: deploynorm.Conversion, tmp_path: Path, require: Callable[[str], None]
+) -> None:
+    require("ort")
+    converted.save(tmp_path / "unet.onnx")
+    with (
+        deploynorm.open_runner(tmp_path / "unet.onnx") as runner,
+        pytest.raises(deploynorm.DeployNormError, match="H and W: multiples of 4"),
+    ):
+        runner.infer({"image": np.zeros((1, 3, 15, 15), np.float32), "depth": np.zeros((1, 1, 15, 15), np.float32)})

@@ -1,0 +1,235 @@
+"""Small networks for the tests of fold, and what must become of their layers."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from swap_networks import Forward, OwnForwardConv, with_hook
+from torch import Tensor, nn
+
+from deploynorm.layers import (
+    TLU,
+    CenConv1d,
+    CenConv2d,
+    CenConv3d,
+    CenConvTranspose2d,
+    FRN1d,
+    FRN2d,
+    MABN1d,
+    MABN2d,
+    MABN3d,
+)
+
+
+class OwnForwardMABN(MABN2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + 1
+
+
+class Deeper(nn.Module):
+    """A convolution in one module and its normalization in another, defined in the opposite order of use."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norms = nn.ModuleDict({"late": MABN2d(4), "early": nn.BatchNorm2d(6)})
+        self.body = nn.Module()
+        self.body.last = CenConv2d(6, 4, 3)
+        self.body.first = nn.Conv2d(3, 6, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.norms["early"](self.body.first(x)))
+        return self.norms["late"](self.body.last(x))
+
+
+@dataclass(frozen=True)
+class Case:
+    """A network, the shape of its input, and what must become of its layers."""
+
+    name: str
+    build: Callable[[], nn.Module]
+    shape: tuple[int, ...] = (2, 3, 9, 7)
+    folded: int = 0
+    affine: int = 0
+    stays: int = 0
+    reason: str = ""
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def _conv_mabn(**options: object) -> Callable[[], nn.Module]:
+    channels = {"in_channels": 4, "out_channels": 8, "kernel_size": 3, **options}
+    return lambda: nn.Sequential(CenConv2d(**channels), MABN2d(channels["out_channels"]))
+
+
+def _conv() -> nn.Module:
+    return nn.Conv2d(3, 4, 3)
+
+
+def _mabn() -> nn.Module:
+    return MABN2d(4)
+
+
+def _bn() -> nn.Module:
+    return nn.BatchNorm2d(4)
+
+
+def net(
+    forward: Callable[..., Tensor] = lambda m, x: m.n(m.c(x)),
+    c: Callable[[], nn.Module] = _conv,
+    n: Callable[[], nn.Module] = _mabn,
+    **more: Callable[[], nn.Module],
+) -> Callable[[], nn.Module]:
+    """`forward` over a convolution c, a normalization n behind it, and `more`."""
+    return lambda: Forward(forward, c=c(), n=n(), **{name: build() for name, build in more.items()})
+
+
+FOLDS = [
+    Case("conv_mabn", lambda: nn.Sequential(nn.Conv2d(3, 8, 3), MABN2d(8)), folded=1),
+    Case("cenconv_mabn", _conv_mabn(), (2, 4, 9, 7), folded=2),
+    Case("no_bias", _conv_mabn(bias=False), (2, 4, 9, 7), folded=2),
+    Case("groups", _conv_mabn(groups=2), (2, 4, 9, 7), folded=2),
+    Case("depthwise", _conv_mabn(groups=4), (2, 4, 9, 7), folded=2),
+    Case("stride_dilation", _conv_mabn(stride=2, dilation=2, padding=2), (2, 4, 9, 7), folded=2),
+    Case("padding_same", _conv_mabn(padding="same"), (2, 4, 9, 7), folded=2),
+    Case("padding_reflect", _conv_mabn(padding=1, padding_mode="reflect"), (2, 4, 9, 7), folded=2),
+    Case("padding_circular", _conv_mabn(padding=1, padding_mode="circular"), (2, 4, 9, 7), folded=2),
+    Case("not_affine", lambda: nn.Sequential(CenConv2d(3, 8, 3), MABN2d(8, affine=False)), folded=2),
+    Case("conv_bn", lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)), folded=1),
+    Case("conv1d", lambda: nn.Sequential(CenConv1d(3, 8, 3), MABN1d(8)), (2, 3, 9), folded=2),
+    Case("conv3d", lambda: nn.Sequential(CenConv3d(3, 8, 3), MABN3d(8)), (2, 3, 5, 6, 7), folded=2),
+    Case("transposed", lambda: nn.Sequential(CenConvTranspose2d(4, 6, 3, stride=2), MABN2d(6)), (2, 4, 5, 4), folded=2),
+    Case(
+        "transposed_groups",
+        lambda: nn.Sequential(CenConvTranspose2d(4, 6, 3, groups=2, output_padding=1, stride=2), MABN2d(6)),
+        (2, 4, 5, 4),
+        folded=2,
+    ),
+    Case("transposed1d", lambda: nn.Sequential(nn.ConvTranspose1d(4, 6, 3, groups=2), MABN1d(6)), (2, 4, 5), folded=1),
+    Case(
+        "transposed3d",
+        lambda: nn.Sequential(nn.ConvTranspose3d(4, 6, 3, groups=2), MABN3d(6)),
+        (2, 4, 3, 4, 5),
+        folded=1,
+    ),
+    Case("linear", lambda: nn.Sequential(nn.Linear(5, 8), MABN1d(8)), (4, 5), folded=1),
+    Case("linear_bn", lambda: nn.Sequential(nn.Linear(5, 8, bias=False), nn.BatchNorm1d(8)), (4, 5), folded=1),
+    Case("other_order_of_definition", Deeper, folded=3),
+    Case(
+        "one_norm_after_two_convs",
+        lambda: Forward(
+            lambda m, x: m.n(m.a(x)) + m.n(m.b(x)), a=CenConv2d(3, 8, 3), b=CenConv2d(3, 8, 3), n=MABN2d(8)
+        ),
+        folded=3,
+    ),
+    Case("norm_after_norm", lambda: nn.Sequential(_conv(), _bn(), _mabn()), folded=2),
+    Case("cenconv_alone", lambda: CenConv2d(3, 8, 3), folded=1),
+    Case("learned_eps", lambda: nn.Sequential(nn.Conv2d(3, 8, 3), FRN2d(8, learned_eps="layer")), folded=1),
+    Case("learned_eps_per_channel", lambda: FRN1d(3, learned_eps="channel", tlu=False), (2, 3, 9), folded=1),
+]
+
+STAYS = [
+    Case("mabn_alone", lambda: MABN2d(3), affine=1, reason="the network's input"),
+    Case("mabn_after_add", net(lambda m, x: m.n((y := m.c(x)) + y)), affine=1, reason="the output of add"),
+    Case("bn_after_relu", net(lambda m, x: m.n(m.c(x).relu()), n=_bn), stays=1, reason="the output of relu"),
+    Case(
+        "shared_conv",
+        net(lambda m, x: m.n(m.c(x)) + m.b(m.c(x)), c=lambda: CenConv2d(3, 4, 3), b=_mabn),
+        folded=1,
+        affine=2,
+        reason="called 2 times",
+    ),
+    Case(
+        "shared_conv_and_norm",
+        net(lambda m, x: m.n(m.c(m.n(m.c(x)))), c=lambda: nn.Conv2d(3, 3, 1), n=lambda: nn.BatchNorm2d(3)),
+        stays=1,
+        reason="called 2 times",
+    ),
+    Case("conv_bare_once", net(lambda m, x: m.n(m.c(x)) + m.c(x + 1)), affine=1, reason="called 2 times"),
+    Case("output_used_twice", net(lambda m, x: m.n(y := m.c(x)) + y), affine=1, reason="used 2 times"),
+    Case("functional_conv", net(lambda m, x: m.n(F.conv2d(x, m.c.weight))), affine=1, reason="a functional call"),
+    Case(
+        "functional_norm",
+        net(lambda m, x: F.batch_norm(m.c(x), m.n.running_mean, m.n.running_var), n=_bn),
+        stays=1,
+        reason="outside its own forward",
+    ),
+    Case("subclassed_conv", net(c=lambda: OwnForwardConv(3, 4, 3)), affine=1, reason="forward of its own"),
+    Case("subclassed_norm", net(n=lambda: OwnForwardMABN(4))),
+    Case(
+        "parametrized_weight",
+        net(c=lambda: nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 4, 3))),
+        affine=1,
+        reason="computed, not stored",
+    ),
+    Case("tied_weights", lambda: _tied(), affine=2, reason="called 2 times"),
+    Case("hooked_conv", lambda: with_hook(net()(), "c"), affine=1, reason="has hooks"),
+    Case("hooked_norm", lambda: with_hook(net()(), "n"), stays=1, reason="has hooks"),
+    Case("hooked_bn", lambda: with_hook(net(n=_bn)(), "n"), stays=1, reason="has hooks"),
+    Case(
+        "no_running_statistics",
+        net(n=lambda: nn.BatchNorm2d(4, track_running_stats=False)),
+        stays=1,
+        reason="no running statistics",
+    ),
+    Case(
+        "linear_on_the_wrong_axis",
+        lambda: nn.Sequential(nn.Linear(5, 8), MABN1d(6)),
+        (2, 6, 5),
+        affine=1,
+        reason="channels on another axis",
+    ),
+    Case(
+        "control_flow_on_values",
+        net(lambda m, x: m.n(m.c(x)) if x.sum() > 0 else m.c(x), c=lambda: CenConv2d(3, 4, 3)),
+        folded=1,
+        affine=1,
+        reason="cannot be traced",
+    ),
+    Case(
+        "control_flow_on_the_batch",
+        net(lambda m, x: m.n(m.c(x)) if x.shape[0] < 5 else m.c(x)),
+        affine=1,
+        reason="branches on sizes",
+    ),
+    Case(
+        "cond",
+        net(
+            lambda m, x: torch.cond(x.sum() > 0, lambda y: m.n(m.c(y)), lambda y: m.c(y), (x,)),
+            c=lambda: nn.Conv2d(3, 4, 1),
+        ),
+        affine=1,
+        reason="outside its own forward|not reached",
+    ),
+    Case("unused_norm", net(lambda m, x: m.c(x)), affine=1, reason="not reached"),
+    Case("gamma_read_elsewhere", net(lambda m, x: m.n(m.c(x)) * m.n.weight.mean()), affine=1, reason="by mean"),
+    Case("bias_read_elsewhere", net(lambda m, x: m.n(m.c(x)) * m.c.bias.mean()), affine=1, reason="too, by mean"),
+    Case("frn_alone", lambda: nn.Sequential(nn.Conv2d(3, 4, 3), FRN2d(4), TLU(4))),
+    Case("nothing_to_fold", lambda: nn.Conv2d(3, 4, 3)),
+]
+
+
+def _tied() -> nn.Module:
+    net = nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), MABN2d(3), nn.Conv2d(3, 3, 3, padding=1), MABN2d(3))
+    net[2].weight = net[0].weight
+    return net
+
+
+def trained(case: Case) -> nn.Module:
+    """The case's network with parameters and statistics as after training: none of them at a neutral value."""
+    torch.manual_seed(zlib.crc32(case.name.encode()))
+    network = case.build()
+    for module in network.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if isinstance(module, (MABN1d, MABN2d, MABN3d, nn.BatchNorm1d, nn.BatchNorm2d, FRN1d, FRN2d)):
+                nn.init.uniform_(parameter, 0.5, 1.5) if name == "weight" else nn.init.normal_(parameter)
+        for name, buffer in module.named_buffers(recurse=False):
+            if name == "running_var":
+                nn.init.uniform_(buffer, 0.2, 3.0)
+            if name == "running_mean":
+                nn.init.normal_(buffer)
+    return network

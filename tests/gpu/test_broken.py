@@ -1,0 +1,90 @@
+"""A check of the checks: each of these faults in the sources of the CUDA kernels is found on the emulation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import pytest
+from emulated import build_broken_kernels, find_faults
+
+FORWARD = {
+    "a barrier is missing": ("    __syncthreads();\n  }\n\n  // Of all threads", "  }\n\n  // Of all threads"),
+    "a tail is forgotten": ("const bool in_tail = chunk == tiling.chunks - 1 && ", "const bool in_tail = false && "),
+    "a vector is not aligned": ("if (head > tiling.spatial)", "head = 0;\n      if (head > tiling.spatial)"),
+    "a warp leaves before its shuffle": ("      const bool there = start + subwarp < count;\n",
+                                         "      const bool there = start + subwarp < count;\n"
+                                         "      if (!there) return;\n"),
+    "squares in the type itself": ("      to[channel] += x * x;", "      Storage half;\n      narrow(x * x, &half);\n"
+                                   "      to[channel] += widen(half);"),
+    "rstd of another group": ("problem.rstd[tile.statistic + index] = rstd", "problem.rstd[index] = rstd"),
+}  # fmt: skip
+
+BACKWARD = {
+    "a barrier is missing": ("      });\n      __syncthreads();\n#pragma unroll\n"
+                             "      for (int i = 0; i < T::kChannels; ++i) x_coefficient",
+                             "      });\n#pragma unroll\n"
+                             "      for (int i = 0; i < T::kChannels; ++i) x_coefficient"),
+    "the edge of a plane is forgotten": ("if constexpr (!T::kStrip) deploynorm::accumulate<T>(thread, edge);", ""),
+    "the threshold is forgotten on the second reading": ("    thread.mask(in);\n    store<T>(thread, in, thread",
+                                                         "    store<T>(thread, in, thread"),
+    "a tie goes to tau": ("< tau[channel];", "<= tau[channel];"),
+    "y is rounded twice": ("return normalised(x, scale[channel], beta[channel]) <",
+                           "return scale[channel] * x + beta[channel] <"),
+    "the mean is over a position too many": ("(dot / static_cast<A>(problem.spatial))",
+                                             "(dot / static_cast<A>(problem.spatial + 1))"),
+    "a chunk is left out": ("if (channel < tile.valid) thread", "if (channel < tile.valid && chunk > 0) thread"),
+    "a sample is left out": ("int64_t sample = row;", "int64_t sample = row + 1;"),
+    "what is packed is not masked": ("        thread.mask(in);\n        store<T>(thread, in, &memory",
+                                     "        store<T>(thread, in, &memory"),
+}  # fmt: skip
+
+BROKEN = {f"forward, {fault}": ("frn.cu", *change) for fault, change in FORWARD.items()} | {
+    f"backward, {fault}": ("frn_backward.cu", *change) for fault, change in BACKWARD.items()
+}
+
+_CHECK = """
+from math import prod
+from cases import CASES
+from cuda_kernels import BACKWARD_LAYOUTS, VARIANTS, CudaKernel, check_backward, check_ties, sized
+from cuda_kernels import check as check_case
+
+def check(library):
+    kernel = CudaKernel(library, "cpu")
+    cases = [case for case in CASES if case.dtype == "float16" and prod(case.shape) < 10**5]
+    if hasattr(kernel.functions, "deploynorm_frn_cuda"):
+        for case in cases:
+            for variant in VARIANTS:
+                check_case(kernel, case, variant=variant)
+    if hasattr(kernel.functions, "deploynorm_frn_backward_cuda"):
+        for layout in BACKWARD_LAYOUTS:
+            check_ties(kernel, "float16", VARIANTS, layout=layout)
+            for case in (sized("float16", 1, 2, 5000), *cases):
+                check_backward(kernel, case, VARIANTS, layout=layout)
+"""
+
+
+@pytest.fixture(scope="module")
+def found(
+    emulated_library: Path, require: Callable[[str], None], build_once: Callable[..., Path]
+) -> Mapping[str, bool]:
+    """In which of BROKEN something is found, and in the kernels as they are: "none"."""
+    require("compiler")
+
+    def build(folder: Path) -> None:
+        for number, change in enumerate(BROKEN.values()):
+            build_broken_kernels(folder / str(number), *change)
+
+    folder = build_once("broken", build)
+    libraries = {fault: folder / str(number) / "libemulated.so" for number, fault in enumerate(BROKEN)}
+    libraries["none"] = emulated_library
+    return dict(zip(libraries, find_faults(list(libraries.values()), _CHECK), strict=True))
+
+
+@pytest.mark.parametrize("fault", BROKEN)
+def test_the_emulation_finds(fault: str, found: Mapping[str, bool]) -> None:
+    assert found[fault]
+
+
+def test_without_a_fault_nothing_is_found(found: Mapping[str, bool]) -> None:
+    assert not found["none"]
