@@ -362,7 +362,7 @@ NOTES = [
     Case(
         "a GPU, and a torch for CPUs",
         gpu(packages=packages(torch="2.13.0+cpu"), torch_cuda=None),
-        {"torch-cpu": ("for CPUs alone", "pytorch.org")},
+        {"torch-cpu": ("for CPUs only", "pytorch.org")},
     ),
 ]
 
