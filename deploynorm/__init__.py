@@ -1,13 +1,18 @@
 """From a PyTorch CNN with FRN or MABN layers to a checked ONNX file and a TensorRT engine.
 
-    checkpoint = deploynorm.load("model.pt")                            # or any nn.Module of yours
+    result = deploynorm.convert("model.pt")             # or any nn.Module of yours, with example inputs
+    print(result)                                       # layers folded, nodes, errors in each runtime, sizes taken
+    result.save("model.onnx")                           # refused where a check does not hold
+
+The stages one by one, for any nn.Module:
+
     example = (torch.randn(2, 3, 224, 224),)
-    folded, fold_report = deploynorm.fold(checkpoint.model, example)    # constants into weights
-    exported = deploynorm.export(folded, example)                       # nn.Module -> ONNX
+    folded, report = deploynorm.fold(model, example)    # constants into weights
+    exported = deploynorm.export(folded, example)       # nn.Module -> ONNX
     exported.save("model.onnx")
-    truth = deploynorm.EagerRunner(checkpoint.model, exported.inputs, dtype=torch.float64)
-    samples = deploynorm.sample_inputs(exported.inputs, seed=0, base={"x": (2, 3, 224, 224)})
+    truth = deploynorm.EagerRunner(model, exported.inputs, dtype=torch.float64)
     with deploynorm.open_runner("model.onnx") as candidate:             # ONNX -> numbers
+        samples = deploynorm.sample_inputs(exported.inputs)
         deploynorm.check(candidate, truth, samples).raise_if_broken()   # the same numbers?
 
 Importing the package imports none of torch, onnx, onnxruntime and tensorrt; each comes with the first name that
@@ -23,6 +28,7 @@ from deploynorm.packages import import_module
 if TYPE_CHECKING:
     from deploynorm._build import build as build
     from deploynorm._check import check as check
+    from deploynorm._convert import Conversion as Conversion
     from deploynorm._convert import convert as convert
     from deploynorm._export import export as export
     from deploynorm._fold import fold as fold
@@ -33,6 +39,7 @@ if TYPE_CHECKING:
     from deploynorm.errors import DeployNormError as DeployNormError
     from deploynorm.errors import InputError as InputError
     from deploynorm.errors import ModelError as ModelError
+    from deploynorm.errors import ParityError as ParityError
     from deploynorm.image import ImageSpec as ImageSpec
     from deploynorm.run import open_runner as open_runner
     from deploynorm.run.eager import EagerRunner as EagerRunner
@@ -41,12 +48,13 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "convert": "deploynorm._convert",
+    "Conversion": "deploynorm._convert",
     "load": "deploynorm.checkpoint",
     "save": "deploynorm.checkpoint",
     "swap": "deploynorm._swap",
     "fold": "deploynorm._fold",
     "export": "deploynorm._export",
-    "convert": "deploynorm._convert",
     "build": "deploynorm._build",
     "open_runner": "deploynorm.run",
     "EagerRunner": "deploynorm.run.eager",

@@ -181,7 +181,7 @@ def test_a_model_without_frn_needs_no_way(full: Callable[..., Any]) -> None:
 def test_without_a_driver_tensorrt_itself_cannot_build(full: Callable[..., Any]) -> None:
     full("11.4.0", gpu=None)
     with pytest.raises(
-        BackendError, match=r"needs an NVIDIA GPU.*Fix: install the driver; TensorRT-RTX alone"
+        BackendError, match=r"needs an NVIDIA GPU.*Fix: install the driver; only TensorRT-RTX"
     ) as caught:
         build(NET, frn="native")
     assert caught.value.exit_code == 3
@@ -190,7 +190,7 @@ def test_without_a_driver_tensorrt_itself_cannot_build(full: Callable[..., Any])
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "another GPU than this": (
         {"compute_capabilities": ["8.9"]},
-        "the GPU of this machine alone. Got 8.9; expected 9.0",
+        "the GPU of this machine only. Got 8.9; expected 9.0",
     ),
     "an unknown way": ({"frn": "fast"}, "unknown way for FRN. Got 'fast'"),
     "an unknown backend": ({"backend": "tensorflow"}, "unknown backend. Got 'tensorflow'"),

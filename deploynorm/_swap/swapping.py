@@ -98,7 +98,7 @@ def swap(
     plans: dict[str, Plan] = {}
     norms: dict[str, SwappedNorm] = {}
     for path, layer in layers.items():
-        if is_norm(layer):
+        if is_norm(layer):  # case 1
             reason = why_not_swapped(layer) or _read_elsewhere(path, observed)
             rank = _rank(path, layer, observed)
             if isinstance(layer, BatchNorm) and rank is not None and not reason:
@@ -106,7 +106,7 @@ def swap(
             else:
                 plans[path] = unchanged(path, layer, reason or "the number of its axes is not known")
     network = Network(model, layers, observed, norms, options)
-    others = plan_frn(network, thresholds) if norm == "frn" else plan_mabn(network)
+    others = plan_frn(network, thresholds) if norm == "frn" else plan_mabn(network)  # case 2 or 3
     plans |= {plan.change.name: plan for plan in others}
 
     swapped = _rebuilt(model, layers, plans)

@@ -138,7 +138,7 @@ def explain(where: str, name: str, said: Sequence[Message] | str) -> DeployNormE
     for known in _KNOWN:
         if re.search(known.text, text):
             return known.kind(where, known.problem.format(name=name), got=text or None, fix=known.fix)
-    return ModelError(where, f"{name} cannot take it", got=text or "TensorRT gave no reason")
+    return ModelError(where, f"{name} cannot take it", got=text or "no message from TensorRT")
 
 
 def words(heard: Sequence[Message]) -> str:

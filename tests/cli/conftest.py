@@ -40,6 +40,32 @@ def deploynorm(capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
     return call
 
 
+@pytest.fixture(scope="session")
+def exports() -> dict[tuple[str, ...], dict[str, bytes]]:
+    """What `export` wrote, by model and options."""
+    return {}
+
+
+@pytest.fixture
+def exported(
+    deploynorm: Callable[..., Outcome], exports: dict[tuple[str, ...], dict[str, bytes]]
+) -> Callable[..., Path]:
+    """exported(model, *options): the ONNX file of a model of this page, exported once and then put beside it."""
+
+    def call(model: Path, *options: object) -> Path:
+        key = (model.name, *map(str, options))
+        if key not in exports:
+            before = set(model.parent.iterdir())
+            result = deploynorm("export", model, *options)
+            assert result.code == 0, result.err
+            exports[key] = {path.name: path.read_bytes() for path in set(model.parent.iterdir()) - before}
+        for name, content in exports[key].items():
+            model.with_name(name).write_bytes(content)
+        return model.with_suffix(".onnx")
+
+    return call
+
+
 @pytest.fixture
 def frn_pt(tmp_path: Path) -> Path:
     """A small FRN network in our own format, of random weights, that names its input and labels."""

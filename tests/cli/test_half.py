@@ -171,13 +171,15 @@ def test_the_networks_own_half_error_is_shown_beside_a_broken_one(mabn_pt: Path,
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_run_takes_float32_arrays_and_images_for_a_half_file(dtype: str, frn_pt: Path, deploynorm: Callable) -> None:
+def test_run_takes_float32_arrays_and_images_for_a_half_file(
+    dtype: str, frn_pt: Path, deploynorm: Callable, exported: Callable
+) -> None:
     image = pytest.importorskip("PIL.Image")
     image.fromarray(np.random.default_rng(0).integers(0, 255, (20, 16), dtype=np.uint8)).save("shoe.png")
     x = np.random.default_rng(0).normal(size=(2, 1, 15, 13)).astype(np.float32)
     np.save("x.npy", x)
     np.save("large.npy", x.astype(np.float64) * (1e6 if dtype == "float16" else 1e39))
-    assert deploynorm("export", frn_pt, "--dtype", dtype).code == 0
+    exported(frn_pt, "--dtype", dtype)
     result = deploynorm("run", "frn.onnx", "x.npy", "-o", "y.npz", "--json", "run.json")
     assert result.code == 0, result.err
     assert f"note: x is cast from float32 to {dtype}" in result.out
@@ -196,10 +198,10 @@ def test_run_takes_float32_arrays_and_images_for_a_half_file(dtype: str, frn_pt:
     assert f"input x: does not fit into {dtype}" in too_large.err
 
 
-def test_run_of_a_half_file_in_another_backend(frn_pt: Path, deploynorm: Callable) -> None:
+def test_run_of_a_half_file_in_another_backend(frn_pt: Path, deploynorm: Callable, exported: Callable) -> None:
     x = np.random.default_rng(0).normal(size=(2, 1, 15, 13)).astype(np.float32)
     np.save("x.npy", x)
-    assert deploynorm("export", frn_pt, "--dtype", "float16").code == 0
+    exported(frn_pt, "--dtype", "float16")
     outputs = {}
     for backend in ("half", "onnxruntime", "reference"):
         result = deploynorm("run", "frn.onnx", "x.npy", "-o", "y.npz", "--backend", backend)
@@ -230,8 +232,8 @@ def test_run_of_a_half_model(frn_pt: Path, deploynorm: Callable) -> None:
     np.testing.assert_allclose(np.load("y.npz")["output_0"], want.numpy(), **EXACT.kwargs())
 
 
-def test_inspect_tells_the_types_of_weights(frn_pt: Path, deploynorm: Callable) -> None:
-    assert deploynorm("export", frn_pt, "--dtype", "float16").code == 0
+def test_inspect_tells_the_types_of_weights(frn_pt: Path, deploynorm: Callable, exported: Callable) -> None:
+    exported(frn_pt, "--dtype", "float16")
     result = deploynorm("inspect", "frn.onnx", "--json", "file.json")
     assert result.code == 0, result.err
     facts = json.loads(Path("file.json").read_text())
@@ -240,8 +242,8 @@ def test_inspect_tells_the_types_of_weights(frn_pt: Path, deploynorm: Callable) 
     assert re.search(r"weights +float16: \d+, float: \d+", result.out)
 
 
-def test_folded_mabn_leaves_nothing_in_float32(mabn_pt: Path, deploynorm: Callable) -> None:
+def test_folded_mabn_leaves_nothing_in_float32(mabn_pt: Path, exported: Callable) -> None:
     assert any(isinstance(module, MABN2d) for module in checkpoint.load(mabn_pt).model.modules())
-    assert deploynorm("export", mabn_pt, "--dtype", "float16").code == 0
+    exported(mabn_pt, "--dtype", "float16")
     assert {tensor.data_type for tensor in onnx.load("mabn.onnx").graph.initializer} <= {
         onnx.TensorProto.FLOAT16, onnx.TensorProto.INT64}  # fmt: skip

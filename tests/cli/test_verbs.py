@@ -52,10 +52,10 @@ def test_fold_writes_an_archive_that_export_takes(
 
 
 def test_check_accepts_the_file_and_rejects_that_of_another_network(
-    frn_pt: Path, mabn_pt: Path, deploynorm: Callable, require: Callable
+    frn_pt: Path, mabn_pt: Path, deploynorm: Callable, require: Callable, exported: Callable
 ) -> None:
     require("ort")
-    assert deploynorm("export", frn_pt).code == 0
+    exported(frn_pt)
     accepted = deploynorm("check", frn_pt, "frn.onnx", "--seed", 7, "--json", "check.json")
     assert accepted.code == 0, accepted.err
     assert json.loads(Path("check.json").read_text())["ok"]
@@ -64,17 +64,21 @@ def test_check_accepts_the_file_and_rejects_that_of_another_network(
     assert "BROKEN" in rejected.out
 
 
-def test_check_in_onnx_reference_evaluator(frn_pt: Path, deploynorm: Callable, require: Callable) -> None:
+def test_check_in_onnx_reference_evaluator(
+    frn_pt: Path, deploynorm: Callable, require: Callable, exported: Callable
+) -> None:
     require("ort")
-    assert deploynorm("export", frn_pt, "--dynamic", "none").code == 0
+    exported(frn_pt, "--dynamic", "none")
     result = deploynorm("check", frn_pt, "frn.onnx", "--backend", "reference")
     assert result.code == 0, result.err
     assert "reference" in result.out
 
 
-def test_run_prints_the_classes_of_an_image(frn_pt: Path, png: Path, deploynorm: Callable, require: Callable) -> None:
+def test_run_prints_the_classes_of_an_image(
+    frn_pt: Path, png: Path, deploynorm: Callable, require: Callable, exported: Callable
+) -> None:
     require("ort")
-    assert deploynorm("export", frn_pt).code == 0
+    exported(frn_pt)
     by_file = deploynorm("run", "frn.onnx", png, "--json", "onnx.json")
     by_model = deploynorm("run", frn_pt, png, "--json", "eager.json")
     assert by_file.code == by_model.code == 0, by_file.err + by_model.err
@@ -89,12 +93,14 @@ def test_run_prints_the_classes_of_an_image(frn_pt: Path, png: Path, deploynorm:
     assert sum(probabilities[0]) == pytest.approx(1)
 
 
-def test_run_takes_arrays_and_writes_outputs(frn_pt: Path, deploynorm: Callable, require: Callable) -> None:
+def test_run_takes_arrays_and_writes_outputs(
+    frn_pt: Path, deploynorm: Callable, require: Callable, exported: Callable
+) -> None:
     require("ort")
     x = np.random.default_rng(0).normal(size=(2, 1, 15, 13)).astype(np.float32)
     np.save("x.npy", x)
     np.savez("x.npz", x=x)
-    assert deploynorm("export", frn_pt).code == 0
+    exported(frn_pt)
     for given in ("x.npy", "x=x.npy", "x.npz"):
         result = deploynorm("run", "frn.onnx", given, "-o", "y.npz")
         assert result.code == 0, result.err
@@ -113,10 +119,12 @@ RUN_REFUSED = {
 
 
 @pytest.mark.parametrize("name", RUN_REFUSED)
-def test_run_refuses(name: str, frn_pt: Path, png: Path, deploynorm: Callable, require: Callable) -> None:
+def test_run_refuses(
+    name: str, frn_pt: Path, png: Path, deploynorm: Callable, require: Callable, exported: Callable
+) -> None:
     require("ort")
     arguments, phrase = RUN_REFUSED[name]
-    assert deploynorm("export", frn_pt).code == 0
+    exported(frn_pt)
     np.save("wrong.npy", np.zeros((1, 12, 12), np.float32))
     result = deploynorm("run", "frn.onnx", *arguments)
     assert result.code == 2
@@ -130,9 +138,11 @@ def test_run_of_a_damaged_onnx_file(deploynorm: Callable) -> None:
     assert "not an ONNX file" in result.err
 
 
-def test_inspect_tells_of_a_model_and_of_a_file(frn_pt: Path, deploynorm: Callable, require: Callable) -> None:
+def test_inspect_tells_of_a_model_and_of_a_file(
+    frn_pt: Path, deploynorm: Callable, require: Callable, exported: Callable
+) -> None:
     require("ort")
-    assert deploynorm("export", frn_pt).code == 0
+    exported(frn_pt)
     model = deploynorm("inspect", frn_pt, "--json", "model.json")
     assert model.code == 0, model.err
     assert json.loads(Path("model.json").read_text())["layers"]["FRN2d"] == 21

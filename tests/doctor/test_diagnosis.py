@@ -95,6 +95,19 @@ class Case(NamedTuple):
 
 BROKEN = [
     Case(
+        "a torchvision for another torch",
+        gpu(
+            packages=packages(torchvision="0.28.0"),
+            torchvision_problem="RuntimeError: operator torchvision::nms does not exist",
+        ),
+        {
+            "torchvision-import": (
+                r"torchvision 0\.28\.0 cannot be imported beside torch 2\.13\.0\+cu130.*torchvision::nms",
+                "pytorch.org/get-started.*pip uninstall torchvision",
+            ),
+        },
+    ),
+    Case(
         "two onnxruntimes over each other",
         gpu(onnxruntime=runtime(packages=("onnxruntime", "onnxruntime-gpu"))),
         {
@@ -349,7 +362,7 @@ NOTES = [
     Case(
         "a GPU, and a torch for CPUs",
         gpu(packages=packages(torch="2.13.0+cpu"), torch_cuda=None),
-        {"torch-cpu": ("for CPUs alone", "pytorch.org")},
+        {"torch-cpu": ("for CPUs only", "pytorch.org")},
     ),
 ]
 

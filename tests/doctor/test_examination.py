@@ -29,6 +29,14 @@ class SessionOptions:
 """
 
 
+@pytest.fixture(autouse=True)
+def _torchvision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that can be imported; that of this machine may be for another torch."""
+    (tmp_path / "vision").mkdir()
+    (tmp_path / "vision" / "torchvision.py").touch()
+    monkeypatch.syspath_prepend(tmp_path / "vision")
+
+
 @pytest.fixture
 def site_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder that stands before all others from which Python imports, here and in the processes of the probes."""
@@ -182,6 +190,14 @@ def test_tensorrt_of_another_major_version_than_the_provider_opens(
     shutil.move(infer, by_pip)
     (provider,) = (each for each in examine().providers if each.name == "tensorrt")
     assert provider.missing["libnvinfer.so.10"] == str(by_pip)
+
+
+def test_a_torchvision_that_is_for_another_torch(site_packages: Path) -> None:
+    (site_packages / "torchvision.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
+    add_metadata(site_packages, "torchvision", "0.28.0")
+    found = broken(examine())["torchvision-import"]
+    assert "torchvision 0.28.0 cannot be imported" in found.problem
+    assert "RuntimeError: operator torchvision::nms does not exist" in found.problem
 
 
 @pytest.mark.usefixtures("without_library")

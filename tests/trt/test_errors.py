@@ -125,4 +125,4 @@ def test_errors_come_before_warnings_and_each_once() -> None:
     assert words(heard) == "b; a c"
     assert words(heard[:1]) == "w"
     assert words([Message("INFO", "i")]) == ""
-    assert "no word from TensorRT" in str(explain("x", "TensorRT", []))
+    assert "no message from TensorRT" in str(explain("x", "TensorRT", []))

@@ -210,12 +210,12 @@ def test_what_tensorrt_would_trip_over_is_refused_before(name: str, tmp_path: Pa
 
 @pytest.mark.parametrize("way", ["plugin", "native"])
 def test_another_function_of_the_name_is_refused(way: Way) -> None:
-    """TensorRT finds functions by name alone, and would compile the wrong one without a word."""
+    """TensorRT finds functions by name only, and would compile the wrong one without a word."""
     model = with_body()
     other = function_proto(OPSET)
     other.domain = "other"
     model.functions.insert(0, other)
-    with pytest.raises(ModelError, match=f"TensorRT finds functions by name alone. Got other::{OP_TYPE}"):
+    with pytest.raises(ModelError, match=f"TensorRT finds functions by name only. Got other::{OP_TYPE}"):
         TensorRTModel.read(model).prepared(way)
 
 
