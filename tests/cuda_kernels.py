@@ -337,7 +337,8 @@ def check_ties(kernel: CudaKernel, dtype: str, variants: Sequence[str | None] = 
     tau = y[np.arange(64), np.random.default_rng(0).integers(0, 49, 64)]
     reached = (y >= tau[:, None]).sum(axis=1)
     for variant in variants:
-        got = kernel.backward(np.ones_like(x), x, rstd, gamma, beta, tau, variant=variant, **how)  # type: ignore[arg-type]
+        given = (np.ones_like(x), x, rstd, gamma, beta, tau)
+        got = kernel.backward(*given, variant=variant, **how)  # type: ignore[arg-type]
         if got is not None:
             np.testing.assert_array_equal(got.dbeta, reached, err_msg=f"{variant}")
             np.testing.assert_array_equal(got.dtau, 49 - reached, err_msg=f"{variant}")

@@ -1,12 +1,12 @@
 """A plugin library as TensorRT drives it, on a machine without TensorRT: tests/plugins/tensorrt_host.cpp in Python.
 
-host = Host(build_host(folder, headers), build_plugin(folder, headers))      # of tensorrt_libraries.py
+host = Host(build_host(folder, headers), build_plugin(folder, headers))      # of emulated.py
 engine = host.build("float16", Format.HWC8, smallest=(1, 12, 8, 8), largest=(4, 12, 32, 32))
 y = engine.context().run({"X": x, "gamma": gamma, ...})       # x is (N, C, D1..Dk) within those shapes; so is y
 
 An engine is built as TensorRT builds one: the plugin is asked about types, shapes and formats, cloned, configured, and
 asked for its fields and workspace. Those alone go on to the run, where a plugin is made from the fields, attached to a
-context and told of each new shape.
+context, and receives each new shape.
 """
 
 from __future__ import annotations
@@ -246,10 +246,10 @@ class Plugin:
         return code, list(axes[: rank.value])
 
     def supports(self, position: int, tensors: Sequence[Tensor], outputs: int = 1) -> bool:
-        """supportsFormatCombination. What lies behind `position` counts for nothing, and is not told."""
+        """supportsFormatCombination. What lies behind `position` is ignored, and is not passed on."""
         unknown = Tensor((0,) * MAX_RANK, "int8", Format.CHW32)
-        told = [*tensors[: position + 1], *[unknown] * (len(tensors) - position - 1)]
-        return bool(self.call("supports", ctypes.c_int32(position), *_tensors(told, outputs)))
+        passed = [*tensors[: position + 1], *[unknown] * (len(tensors) - position - 1)]
+        return bool(self.call("supports", ctypes.c_int32(position), *_tensors(passed, outputs)))
 
     def configure(self, tensors: Sequence[Tensor], outputs: int = 1) -> int:
         return int(self.call("configure", *_tensors(tensors, outputs)))

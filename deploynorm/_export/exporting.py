@@ -194,7 +194,8 @@ def export(
     specs = tuple(_spec(value, i, sizes) for i, value in enumerate(onnx_model.graph.inputs))
     notes = [f"fixed, since it holds for some sizes only: {axis.told}" for axis in narrowed]
     if dynamic is None:
-        notes += _fixed_axes(specs)
+        # Where no map may change, a note of the sizes says so.
+        notes += _fixed_axes(specs, batch_only=sizes is not None and "spatial" not in sizes.kinds)
     if sizes is not None:
         found = {
             (i, axis) for i, spec in enumerate(specs) for axis, size in enumerate(spec.shape) if isinstance(size, str)
@@ -236,10 +237,11 @@ def _conversion_named(dtype: torch.dtype, own: torch.dtype) -> Iterator[None]:
         ) from error
 
 
-def _fixed_axes(specs: Sequence[TensorSpec]) -> list[str]:
+def _fixed_axes(specs: Sequence[TensorSpec], *, batch_only: bool) -> list[str]:
     notes = []
     for spec in specs:
-        fixed = [f"{axis} ({size})" for axis, size in enumerate(spec.shape) if axis != 1 and isinstance(size, int)]
+        axes = [0] if batch_only else [axis for axis in range(len(spec.shape)) if axis != 1]
+        fixed = [f"{axis} ({spec.shape[axis]})" for axis in axes if isinstance(spec.shape[axis], int)]
         if fixed:
             notes.append(f"the network fixes axis {', '.join(fixed)} of input {spec.name}")
     return notes

@@ -123,8 +123,8 @@ def trace(
         places = [place for place in sizes.places if ("spatial" if place[1] else "batch") not in fixed]
         return _export(model, examples, places, Dim.AUTO)
     wanted = dynamic_places(model, examples, dynamic)
-    if refused := sorted(wanted - sizes.places):
-        raise _not_free(model, dynamic, f"it refuses another {' or '.join(map(_kind, refused))} size")
+    if refused := wanted - sizes.places:
+        raise _not_free(model, dynamic, f"it refuses another {' or '.join(sorted(set(map(_kind, refused))))} size")
     program = _export(model, examples, wanted, Dim.DYNAMIC)
     narrowed = narrowed_axes(program)
     if narrowed:

@@ -10,6 +10,7 @@ import onnx
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree
 
 from deploynorm import InputError, export, fold
 from deploynorm.layers import FRN2d
@@ -48,7 +49,7 @@ def _run(network: nn.Module, **options: Any) -> tuple[list[str], list[str], floa
     with OnnxRuntimeRunner(proto.SerializeToString(), plugins=[]) as runner, torch.no_grad():
         got = runner.infer({runner.inputs[0].name: X.numpy()})
         want = network(X)
-    flat = [want] if isinstance(want, Tensor) else list(want.values() if isinstance(want, dict) else want)
+    flat = _pytree.tree_leaves(want)
     error = max(float(np.abs(a - b.numpy()).max()) for a, b in zip(got.values(), flat, strict=True))
     return [spec.name for spec in runner.inputs], list(got), error
 
@@ -56,6 +57,7 @@ def _run(network: nn.Module, **options: Any) -> tuple[list[str], list[str], floa
 RETURNED: dict[str, tuple[Callable[..., Any], list[str]]] = {
     "a tensor": (lambda x, y, z: z, ["output"]),
     "a tuple": (lambda x, y, z: (z, y), ["output_0", "output_1"]),
+    "nested lists": (lambda x, y, z: (z, [y]), ["output_0", "output_1"]),
     "a dict": (lambda x, y, z: {"low": y, "high": z}, ["low", "high"]),
     "a dict with keys of inner values": (lambda x, y, z: {"conv2d": z, "relu": y}, ["conv2d", "relu"]),
     "a dict with the name of the input": (lambda x, y, z: {"image": z}, ["image_output"]),

@@ -111,7 +111,7 @@ CHOICES: dict[str, tuple[tuple[int, ...], Layout, str]] = {
     "28x28 channels last": ((1, 80, 784), "nhwc", "registers"),
     "a plane that no block holds": ((1, 10, 17000), "nchw", "two_passes"),
     "few that no block holds": ((1, 3, 33000), "nchw", "split"),
-    "112x112 channels last": ((1, 80, 12544), "nhwc", "split"),
+    "112x112 channels last": ((1, 16, 12544), "nhwc", "split"),
 }
 
 

@@ -105,14 +105,14 @@ def test_both_ways_are_timed(engine: Callable[..., Engine]) -> None:
     assert all(0 < time < 100 for time in times.values())
 
 
-def test_an_engine_that_is_cut_short_is_told(engine: Callable[..., Engine], tmp_path: Path) -> None:
+def test_an_engine_that_is_cut_short_is_refused(engine: Callable[..., Engine], tmp_path: Path) -> None:
     path = tmp_path / "model.engine"
     path.write_bytes(engine("float32", "native").plan[:1000])
     with pytest.raises(DeployNormError, match=r"model\.engine: .*engine"):
         TensorRTRunner(path)
 
 
-def test_a_device_that_is_not_there_is_told(require: Callable[[str], None]) -> None:
+def test_a_device_that_is_not_there_is_reported(require: Callable[[str], None]) -> None:
     require("gpu")
     with pytest.raises(BackendError, match="no such CUDA device"):
         Gpu(torch.cuda.device_count())

@@ -31,7 +31,7 @@ def make_layer(channels: int, dtype: torch.dtype = torch.float32) -> FRN2d:
 
 
 def draw(shape: tuple[int, ...], dtype: str, layout: str = "nchw") -> Tensor:
-    """A leaf that wants its gradient."""
+    """A leaf that requires a gradient."""
     generator = torch.Generator("cuda").manual_seed(1)
     x = torch.randn(shape, device="cuda", generator=generator).to(getattr(torch, dtype))
     return x.contiguous(memory_format=FORMATS[layout]).requires_grad_()
@@ -42,7 +42,7 @@ def leaves(layer: FRN2d, x: Tensor) -> list[Tensor]:
 
 
 def definition(layer: FRN2d, x: Tensor) -> Tensor:
-    """The same in float64, by autograd."""
+    """The layer in float64, by autograd."""
     assert layer.eps_l is not None
     return composed(x, layer.weight, layer.bias, layer.tau, layer.eps + layer.eps_l.abs())
 
@@ -94,16 +94,16 @@ def test_gradcheck(layout: str) -> None:
     assert torch.autograd.gradgradcheck(lambda x, *_: layer(x), leaves(layer, x))
 
 
-def test_x_and_one_number_a_plane_are_kept() -> None:
-    kept: dict[int, int] = {}
+def test_only_x_and_one_scalar_per_sample_and_channel_are_saved() -> None:
+    saved: dict[int, int] = {}
 
     def count(tensor: Tensor) -> None:
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
 
     layer, x = make_layer(64), draw((8, 64, 28, 28), "bfloat16")
     with torch.autograd.graph.saved_tensors_hooks(count, lambda _: None):
         layer(x)
-    assert sum(kept.values()) <= x.nbytes + 4 * 8 * 64 + 5 * 4096
+    assert sum(saved.values()) <= x.nbytes + 4 * 8 * 64 + 5 * 4096
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from emulated import KERNEL_SOURCES, build_host, compile_for_the_cpu
+from emulated import build_host, compile_for_the_cpu
 
 from deploynorm import libraries
 
@@ -22,10 +22,9 @@ def nvcc(require: Callable[[str], None]) -> str:
     return str(libraries.find_cuda().nvcc)
 
 
-def test_every_variant_runs_on_the_emulation(require: Callable[[str], None], tmp_path: Path) -> None:
-    require("compiler")
-    kernels = [KERNELS / name for name in KERNEL_SOURCES]
-    program = compile_for_the_cpu(tmp_path / "every_variant", EVERY_VARIANT, *kernels, f"-I{KERNELS}")
+def test_every_variant_runs_on_the_emulation(emulated_library: Path, tmp_path: Path) -> None:
+    linked = [f"-I{KERNELS}", "-x", "none", emulated_library, f"-Wl,-rpath,{emulated_library.parent}"]
+    program = compile_for_the_cpu(tmp_path / "every_variant", EVERY_VARIANT, *linked)
     done = subprocess.run([str(program)], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.endswith(" backward\n")

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,7 @@ def compile_library(require: Callable[[str], None], tmp_path_factory: pytest.Tem
     """compile_library(name, source, "-DNAME=...") in a folder of its own."""
     require("compiler")
 
+    @cache
     def compile_library(name: str, source: str, *options: str) -> Path:
         target = tmp_path_factory.mktemp("library") / name
         command = [str(find_tools().compiler), "-std=c++17", "-fPIC", "-shared", "-Wall", "-Wextra", "-Werror"]
@@ -135,7 +137,7 @@ def test_each_registry_is_called_where_its_method_is(
 
 
 @pytest.mark.parametrize(
-    ("name", "version", "told"),
+    ("name", "version", "unknown"),
     [
         ("libnvinfer.so.12", 120000, "TensorRT 12.0"),
         ("libnvinfer.so.8", 8601, "TensorRT 8.6"),
@@ -145,12 +147,12 @@ def test_each_registry_is_called_where_its_method_is(
     ],
 )
 def test_a_registry_that_is_not_known_is_left_alone(
-    name: str, version: int, told: str, register: Path, stand_in: Callable[..., Path]
+    name: str, version: int, unknown: str, register: Path, stand_in: Callable[..., Path]
 ) -> None:
     library = stand_in(name, version)
     printed, words = opened([library, register])
     assert printed == []
-    assert f"the plugin was not registered: this library does not know {told} ({library})" in words
+    assert f"the plugin was not registered: this library does not know {unknown} ({library})" in words
     assert f"Fix: instead of this library load {TENSORRT_LIBRARY}" in words
 
 
