@@ -131,8 +131,7 @@ class Reader:
                 if re.fullmatch(r"[\w./]+\.(onnx|pt|pt2|engine|txt)", name):
                     Path(name).touch()
             _parser().parse_args(arguments)
-        elif program == "deploynorm" and "trt-rtx" in block.marks.get("requires", ""):
-            # In a process of its own, which TensorRT may end.
+        elif words[:2] == ["deploynorm", "build"]:  # in a process of its own, which TensorRT may end
             done = subprocess.run([sys.executable, "-m", *words], capture_output=True, text=True)
             assert done.returncode == 0, done.stderr
         elif program == "deploynorm":
