@@ -51,7 +51,7 @@ def open_runner(
         raise InputError("open_runner", "unknown backend", got=repr(backend), expected=", ".join(map(repr, files)))
     if backend is None and isinstance(model, str | Path) and Path(model).suffix in ENGINE_SUFFIXES:
         backend = "tensorrt"
-    # Of the others that run ONNX files none takes more options than onnxruntime.
+    # No other backend of ONNX files takes an option that onnxruntime does not take.
     refused = [name for name in given if name not in BACKENDS[backend or "onnxruntime"].options]
     if refused:
         called = f"the {backend or 'onnxruntime'} backend"

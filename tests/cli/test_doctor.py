@@ -105,7 +105,7 @@ def test_json_has_every_fact_and_finding(facts: Examination, ok: bool, machine: 
     assert deploynorm("doctor", "--json", "doctor.json").code == (0 if ok else 3)
     content = json.loads(Path("doctor.json").read_text())
     assert content["ok"] is ok
-    assert content["findings"] == [finding._asdict() for finding in doctor.diagnose(facts)]
+    assert content["findings"] == [finding._asdict() for finding in doctor.diagnose(facts).findings]
     assert content["facts"]["driver"]["gpus"] == [
         {"name": "NVIDIA H100", "capability": [9, 0], "memory_bytes": 80 * 2**30}
     ]
@@ -138,5 +138,5 @@ def test_this_machine(deploynorm: Callable, tmp_path: Path) -> None:
     assert content["ok"] is ("broken" not in levels)
     assert sys.executable in told.out
     assert [each["name"] for each in content["facts"]["libraries"]] == [
-        name for name in libraries.LIBRARIES if libraries.find_library(name)
+        row.file for row in libraries.LIBRARIES.values() if libraries.find_library(row.file)
     ]

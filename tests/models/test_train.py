@@ -24,7 +24,7 @@ def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained")
     with pytest.MonkeyPatch.context() as patch:
         few_digits(patch)
-        assert run("mabn", folder, "--epochs", "4", "--lr", "0.2", "--shift", "0") == 0
+        assert run("mabn", folder, "--epochs", "4", "--lr", "0.2", "--shift", "0", "--warmup-epochs", "0") == 0
     return folder
 
 
@@ -46,7 +46,8 @@ def test_each_norm_learns_the_digits_and_the_checkpoint_alone_gives_that_accurac
     assert accuracy == pytest.approx(checkpoint["training"]["accuracy"], abs=1.5 / len(predicted))
 
 
-def test_the_checkpoint_says_how_it_was_made_and_what_it_takes(trained):
+def test_the_checkpoint_says_how_it_was_made_and_what_it_takes(trained, monkeypatch):
+    few_digits(monkeypatch)
     path = trained / "model.pt"
     checkpoint = load(path)
     assert checkpoint["format"] == "deploynorm"
