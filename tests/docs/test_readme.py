@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from pages import blocks, read_page, text_of
+from pages import blocks, comparable, read_page, text_of
 
 
 def _named(name: str) -> str:
@@ -27,6 +27,8 @@ def test_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, require: Callab
     require("ort")
     require("native")
     reader = read_page("README.md", tmp_path, require, monkeypatch)
-    assert "note: H and W: multiples of 4" in reader.printed["convert"]
+    shown = comparable(reader.printed["convert"])
+    assert "note: H and W: multiples of 4" in shown
+    assert comparable(reader.printed["export"])[: len(shown)] == shown
     assert "Ankle boot" in reader.printed["run"]
     assert (tmp_path / "mask.engine.json").exists()
