@@ -1,4 +1,4 @@
-"""What is in a model or an ONNX file, without running it."""
+"""What is in a model, an ONNX file or an engine, without running it."""
 
 from __future__ import annotations
 
@@ -12,8 +12,11 @@ from typing import Any
 import onnx
 
 from deploynorm import checkpoint
+from deploynorm.errors import ModelError
 from deploynorm.onnx_file import OnnxFile
+from deploynorm.run.backends import ENGINE_SUFFIXES
 from deploynorm.tables import table
+from deploynorm.trt.manifest import manifest_path, read_manifest
 
 __all__ = ["Inspection", "inspect"]
 
@@ -62,7 +65,7 @@ def inspect(
     factory_kwargs: Mapping[str, Any] | None = None,
     trust_pickle: bool = False,
 ) -> Inspection:
-    """What is in an ONNX file, or in a file that `deploynorm.load` reads; what `deploynorm inspect` shows.
+    """What is in an ONNX file, an engine, or a file that `deploynorm.load` reads; what `deploynorm inspect` shows.
 
     Args:
         path: The file.
@@ -76,6 +79,8 @@ def inspect(
     path = Path(path)
     if path.suffix == ".onnx":
         return _onnx(path)
+    if path.suffix in ENGINE_SUFFIXES:
+        return _engine(path)
     loaded = checkpoint.load(path, factory=factory, kwargs=factory_kwargs, trust_pickle=trust_pickle)
     facts = {
         "file": str(loaded.path),
@@ -91,6 +96,18 @@ def inspect(
     }
     leaves = (module for module in loaded.model.modules() if not any(module.children()))
     return Inspection(facts, dict(Counter(type(module).__name__ for module in leaves).most_common()))
+
+
+def _engine(path: Path) -> Inspection:
+    """What the manifest beside an engine says: the engine itself is for its own TensorRT and GPU to read."""
+    record = read_manifest(path)
+    if record is None:
+        raise ModelError(str(path), f"has no manifest {manifest_path(path).name} beside it", fix="build it again")
+    facts = {"file": str(path), **record["engine"]}
+    layers = {f"{x['kind']} {x['dtypes']}": int(x["count"]) for x in facts.pop("layers", [])}
+    for key in ("inputs", "outputs"):
+        facts[key] = {x["name"]: f"{x['dtype']} ({', '.join(map(str, x['shape']))})" for x in facts.get(key, [])}
+    return Inspection(facts, layers)
 
 
 def _onnx(path: Path) -> Inspection:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from deploynorm._check import Parity, check_folded, check_onnx
 from deploynorm._convert.manifest import manifest
 from deploynorm._export import Exported, export
+from deploynorm._export.names import as_names, by_argument
 from deploynorm._export.precision import HALF, dtype_of, kept_layers, to_precision
 from deploynorm._fold import FoldReport
 from deploynorm._fold import fold as fold_network
@@ -186,6 +187,8 @@ def convert(
     )
     own = dtype_of(network.model)
     kept_layers(network.model, keep_float32)  # a name that is wrong is reported at once
+    names = as_names("input_names", input_names, len(network.names)) or network.names
+    dynamic = by_argument(dynamic, names, network.names)
     metadata = _metadata(network, _image(network, image, mean, std), _labels(labels))
     sizes = None if dynamic == "none" else _sizes(network)
     working, examples, folding, parity = network.model, network.examples, None, Parity(())
@@ -208,7 +211,7 @@ def convert(
         opset=opset,
         lowering=lowering,
         function=function,
-        input_names=network.names if input_names is None else input_names,
+        input_names=names,
         output_names=output_names,
         metadata=metadata,
         sizes=sizes,

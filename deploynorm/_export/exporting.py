@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from deploynorm import onnx_file
 from deploynorm._export.half_graph import BFLOAT16_OPSET, refuse_types, round_fused_weights
-from deploynorm._export.names import as_names, default_output_names, name_axes, name_inputs_and_outputs
+from deploynorm._export.names import as_names, by_argument, default_output_names, name_axes, name_inputs_and_outputs
 from deploynorm._export.precision import dtype_of, kept_layers, to_precision
 from deploynorm._export.translation import to_onnx
 from deploynorm.contract import MAX_OPSET, METADATA_SIZES, MIN_OPSET, Lowering
@@ -167,9 +167,8 @@ def export(
         # Asked of the network as it is: in float16 a CPU takes twenty times as long.
         sizes = find_sizes(inference_copy(model), [_cast(example, own).cpu() for example in examples])
     axis_names: dict[tuple[int, int], str] = {}
+    dynamic = by_argument(dynamic, inputs, arguments)
     if isinstance(dynamic, Mapping):
-        if any(name in inputs for name in dynamic):
-            dynamic = {arguments[inputs.index(name)] if name in inputs else name: dynamic[name] for name in dynamic}
         for name, axes in dynamic.items():
             places = dynamic_places(model, examples, {name: axes})
             axis_names |= {(i, axis): axes[axis] for i, axis in places}

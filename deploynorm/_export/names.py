@@ -9,9 +9,9 @@ import onnx_ir as ir
 from torch.export import ExportedProgram
 
 from deploynorm.errors import InputError
-from deploynorm.trace import axis_letter
+from deploynorm.trace import Dynamic, axis_letter
 
-__all__ = ["as_names", "default_output_names", "name_axes", "name_inputs_and_outputs"]
+__all__ = ["as_names", "by_argument", "default_output_names", "name_axes", "name_inputs_and_outputs"]
 
 
 def as_names(option: str, names: str | Sequence[str] | None, count: int | None = None) -> tuple[str, ...] | None:
@@ -37,6 +37,14 @@ def as_names(option: str, names: str | Sequence[str] | None, count: int | None =
     if count is not None and len(names) != count:
         raise InputError("export", f"{option} has another number of names", got=", ".join(names), expected=count)
     return names
+
+
+def by_argument(dynamic: Dynamic | None, input_names: Sequence[str], arguments: Sequence[str]) -> Dynamic | None:
+    """Dynamic axes by the names of forward's arguments, where they were given by the names that the inputs get."""
+    if not isinstance(dynamic, Mapping):
+        return dynamic
+    argument_of = dict(zip(input_names, arguments, strict=True))
+    return {name if name in arguments else argument_of.get(name, name): axes for name, axes in dynamic.items()}
 
 
 def default_output_names(program: ExportedProgram) -> list[str]:

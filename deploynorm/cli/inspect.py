@@ -14,13 +14,12 @@ __all__ = ["add_arguments", "run"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    options.add_model(parser, "checkpoint, state_dict, pickled module, .pt2, ONNX file or engine")
+    options.add_model(parser, "checkpoint, state_dict, pickled module, .pt2, ONNX file or engine", shapes=False)
     options.add_output_control(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     model = options.model_options(arguments)
-    del model["input_shapes"]
 
     from deploynorm._inspect import inspect
     from deploynorm.cli.terminal import Terminal

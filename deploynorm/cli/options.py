@@ -94,7 +94,12 @@ def json_object(text: str) -> dict[str, Any]:
     return value
 
 
-def add_model(parser: argparse.ArgumentParser, help: str = "checkpoint, state_dict, pickled module or .pt2") -> None:
+def add_model(
+    parser: argparse.ArgumentParser,
+    help: str = "checkpoint, state_dict, pickled module or .pt2",
+    *,
+    shapes: bool = True,
+) -> None:
     """MODEL and how to read it."""
     parser.add_argument("model", metavar="MODEL", type=existing_file, help=help)
     group = parser.add_argument_group("reading the model")
@@ -109,17 +114,16 @@ def add_model(parser: argparse.ArgumentParser, help: str = "checkpoint, state_di
     group.add_argument(
         "--trust-pickle", action="store_true", help="let a pickle run code; only for files from a source you trust"
     )
-    add_input_shape(group)
+    if shapes:
+        add_input_shape(group)
 
 
 def model_options(arguments: argparse.Namespace) -> dict[str, Any]:
     """What `add_model` read, as the library's functions take it."""
-    return {
-        "factory": arguments.factory,
-        "factory_kwargs": arguments.factory_kwargs,
-        "trust_pickle": arguments.trust_pickle,
-        "input_shapes": parse_input_shapes(arguments.input_shape),
-    }
+    found = {name: getattr(arguments, name) for name in ("factory", "factory_kwargs", "trust_pickle")}
+    if "input_shape" in arguments:
+        found["input_shapes"] = parse_input_shapes(arguments.input_shape)
+    return found
 
 
 def add_input_shape(parser: argparse._ActionsContainer) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deploynorm.errors import InputError
+from deploynorm.inputs import with_sizes
 from deploynorm.packages import import_module
 from deploynorm.run.backends import BACKENDS, ENGINE_SUFFIXES
 from deploynorm.run.base import Runner
@@ -63,6 +64,7 @@ def open_runner(
         backend = "half" if file.half_type and not {"providers", "plugins"} & set(given) else "onnxruntime"
     runner = _make(backend, file, given)
     runner.precision = file.half_type
+    runner.inputs = with_sizes(runner.inputs, file.sizes)
     return runner
 
 

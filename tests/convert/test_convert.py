@@ -80,9 +80,9 @@ def test_what_was_found_of_the_sizes_is_in_the_file(converted: deploynorm.Conver
     for label, feeds in deploynorm.sample_inputs(specs, seed=3):
         assert all(size % 4 == 0 for array in feeds.values() for size in array.shape[2:]), label
         assert feeds["image"].shape[2:] == feeds["depth"].shape[2:]
-    assert deploynorm.check.__module__  # the parts stay usable one by one
     truth = deploynorm.EagerRunner(unet(), converted.exported.inputs, dtype=torch.float64)
     with deploynorm.open_runner(tmp_path / "unet.onnx") as runner:
+        assert [label for label, _ in deploynorm.sample_inputs(runner.inputs, seed=3)]
         assert deploynorm.check(runner, truth, deploynorm.sample_inputs(converted.exported.inputs))
 
 
@@ -132,6 +132,14 @@ def test_images_and_classes_go_into_the_file(tmp_path: Path, require: Callable[[
         deploynorm.convert(network, torch.randn(1, 3, 9, 9), mean=(0.5, 0.5, 0.5))
     with pytest.raises(InputError, match="not the names of classes"):
         deploynorm.convert(network, torch.randn(1, 3, 9, 9), labels="cat")
+
+
+def test_dynamic_axes_go_by_the_names_of_arguments_and_of_inputs() -> None:
+    for names in (("image", "depth"), ("pixels", "hint")):
+        dynamic = {name: {0: "batch"} for name in names}
+        result = deploynorm.convert(unet(), EXAMPLES, input_names=["pixels", "hint"], dynamic=dynamic)
+        assert [spec.shape[0] for spec in result.exported.inputs] == ["batch", "batch"]
+        assert [spec.shape[2:] for spec in result.exported.inputs] == [(16, 16), (16, 16)]
 
 
 def test_options_of_a_file_are_refused_with_a_network() -> None:
