@@ -81,7 +81,7 @@ def test_an_engine_and_its_manifest_are_written_without_a_gpu(
 
 
 @pytest.mark.usefixtures("rtx")
-def test_without_shapes_the_image_that_the_file_names_is_taken(exported: Path) -> None:
+def test_without_shapes_the_image_that_the_file_names_is_taken(exported: Path, deploynorm: Callable) -> None:
     # In a process of its own, to its very end, which TensorRT has aborted.
     words = ["build", exported, "--compute-capability", "8.6", "--frn", "native", "-o", "image.engine", "-q"]
     command = [sys.executable, "-m", "deploynorm", *map(str, words), "--backend", "tensorrt-rtx"]
@@ -89,6 +89,12 @@ def test_without_shapes_the_image_that_the_file_names_is_taken(exported: Path) -
     assert (result.returncode, result.stdout) == (0, ""), result.stderr
     x = json.loads(Path("image.engine.json").read_text())["engine"]["inputs"][0]
     assert x["min"] == x["opt"] == x["max"] == [1, 1, 12, 12]
+    inspected = deploynorm("inspect", "image.engine")
+    assert inspected.code == 0, inspected.err
+    for text in ("tensorrt-rtx", "8.6", "x: float32 (N, 1, H, W)", "Layers"):
+        assert text in inspected.out
+    Path("image.engine.json").unlink()
+    assert "has no manifest image.engine.json beside it" in deploynorm("inspect", "image.engine").err
 
 
 def _half(dtype: str = "float16") -> str:
