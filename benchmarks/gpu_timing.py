@@ -30,7 +30,7 @@ def measure(
     Args:
         ways: Called with one set after the other.
         sets: So many that a call finds its input in memory.
-        moved: Bytes that a call reads and writes, about; tells how many calls make up a time.
+        moved: Bytes that a call reads and writes, about; decides how many calls make up a time.
         rounds: In which all ways take turns.
     """
     calls = max(len(sets), min(64, math.ceil(2e9 / max(moved, 1e6) / 20)))

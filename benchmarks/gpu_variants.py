@@ -111,9 +111,9 @@ def row(kernels: Kernels, shape: tuple[int, ...], layout: str, dtype: str, *, ro
 
 def show(result: Mapping[str, Any]) -> str:
     size = "x".join(map(str, result["shape"]))
-    told = [f"{size:>14} {result['layout']} {result['dtype']:>8}"]
+    row = [f"{size:>14} {result['layout']} {result['dtype']:>8}"]
     for which, times in result["microseconds"].items():
         (reference, moved), *others = times.items()
         ratios = "  ".join(f"{name} {value / moved:.2f}" for name, value in others)
-        told.append(f"{which}: {reference} {moved:.1f} us = 1: {ratios}")
-    return "  ".join(told)
+        row.append(f"{which}: {reference} {moved:.1f} us = 1: {ratios}")
+    return "  ".join(row)

@@ -6,14 +6,14 @@ __all__ = ["BackendError", "DeployNormError", "InputError", "ModelError", "Parit
 
 
 class DeployNormError(Exception):
-    """A fault that we foresee, told as: where, what is wrong, got, expected, what to do.
+    """A fault that we foresee, in the form: where, what is wrong, got, expected, what to do.
 
     Args:
         where: The function, layer, file or graph node that found the fault.
         problem: What is wrong, in a few words and without a full stop.
         got: The offending value, if showing it helps.
         expected: What would have been accepted.
-        fix: One action that mends it.
+        fix: One action that fixes it.
     """
 
     exit_code = 2

@@ -76,7 +76,7 @@ class ImageSpec:
         return {"shape": list(self.shape), "mean": list(self.mean), "std": list(self.std)}
 
     def read(self, path: Path | str) -> npt.NDArray[np.float32]:
-        """Reads an image as this network wants it: grey for C = 1, RGB for C = 3, (pixels / 255 - mean) / std.
+        """Reads an image as this network requires it: grey for C = 1, RGB for C = 3, (pixels / 255 - mean) / std.
 
         It is resized (bilinear) only where its size differs from H, W. An alpha channel is dropped.
 

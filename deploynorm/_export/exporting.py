@@ -191,7 +191,7 @@ def export(
     refuse_types(onnx_model)
     lower(onnx_model, lowering, function=function)
     specs = tuple(_spec(value, i, sizes) for i, value in enumerate(onnx_model.graph.inputs))
-    notes = [f"fixed, since it holds for some sizes only: {axis.told}" for axis in narrowed]
+    notes = [f"fixed, since it holds for some sizes only: {axis.text}" for axis in narrowed]
     if dynamic is None:
         # Where no map may change, a note of the sizes says so.
         notes += _fixed_axes(specs, batch_only=sizes is not None and "spatial" not in sizes.kinds)

@@ -29,7 +29,7 @@ _WIDE = (FullPrecisionBuffers, nn.modules.batchnorm._BatchNorm)
 """FRN and MABN, BatchNorm: layers whose parameters and statistics are float32 beside an input in half precision."""
 
 _LOST = 0.01
-"""A channel is told of when rounding moves one of its weights by more than this part of its largest. Rounding alone
+"""A channel is reported when rounding moves one of its weights by more than this part of its largest. Rounding alone
 is 5e-4 in float16: more means that the channel lies near the smallest number of the type, or below."""
 
 
@@ -49,7 +49,7 @@ def to_precision(
 
     Weights and activations take the type. In half precision (float16, bfloat16) these stay in float32:
 
-    1. The parameters of FRN, and its statistics: the operator wants them so (`deploynorm.contract`).
+    1. The parameters of FRN, and its statistics: the operator requires it (`deploynorm.contract`).
     2. The parameters and statistics of BatchNorm and MABN that did not fold. A variance may be too large or too small
        for float16, and ONNX, TensorRT and torch take float32 ones beside a half input.
     3. Layers that `keep_float32` names, with what is inside them; their inputs and outputs are cast.
@@ -157,7 +157,7 @@ def _in_wide_layers(model: nn.Module, kept: Sequence[str]) -> Callable[[str, nn.
 
 
 def _wide_parameters(graph: fx.GraphModule) -> Callable[[str, nn.Module], bool]:
-    """The same for an archive of torch.export, read from what its operators take."""
+    """Which tensors of an archive of torch.export stay wide, read from what its operators take."""
     frn = getattr(getattr(torch.ops, DOMAIN), TORCH_OP).default
     wide: set[str] = set()
     for node in graph.graph.nodes:
@@ -255,7 +255,7 @@ def _cast_around(
 
 
 def _cast_ends(module: fx.GraphModule, own: torch.dtype, dtype: torch.dtype) -> None:
-    """The same for an archive as a whole: torch.export interprets its graph, and does not call its hooks."""
+    """Casts the inputs and outputs of a whole archive: torch.export interprets its graph, and does not call its hooks."""
     graph, to = module.graph, torch.ops.aten.to.dtype
     inputs = [node for node in graph.nodes if node.op == "placeholder"]
     (output,) = (node for node in graph.nodes if node.op == "output")

@@ -129,7 +129,7 @@ class _Folding:
             program = trace(self._model, examples, dynamic, sizes=sizes)
         except ModelError as error:
             return Refusal(f"the network cannot be traced ({error.problem})")
-        if narrowed := "; ".join(axis.told for axis in narrowed_axes(program)):
+        if narrowed := "; ".join(axis.text for axis in narrowed_axes(program)):
             return Refusal(f"the network branches on sizes ({narrowed}): leave these axes out of dynamic")
         return TraceReader(self._model, program)
 

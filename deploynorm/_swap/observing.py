@@ -96,7 +96,7 @@ def _trace_both_modes(
             raise _UnprovableError(reason) from error
         if any(isinstance(module, fx.GraphModule) for module in program.graph_module.children()):
             raise _UnprovableError("parts of it run under conditions or in loops (torch.cond and the like)")
-        narrowed = [axis.told for axis in narrowed_axes(program)]
+        narrowed = [axis.text for axis in narrowed_axes(program)]
         if narrowed := narrowed or (_fixed_batches(program) if "batch" in sizes.kinds else []):
             raise _UnprovableError(f"it may branch on the batch size ({'; '.join(narrowed)})")
         reader = TraceReader(model, program)

@@ -60,11 +60,11 @@ class NarrowedAxis(NamedTuple):
 
     Attributes:
         kind: "batch" or "spatial".
-        told: Which axis, and the sizes.
+        text: Which axis, and the sizes.
     """
 
     kind: str
-    told: str
+    text: str
 
 
 def as_inputs(where: str, example_inputs: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -128,7 +128,7 @@ def trace(
     program = _export(model, examples, wanted, Dim.DYNAMIC)
     narrowed = narrowed_axes(program)
     if narrowed:
-        raise _not_free(model, dynamic, f"it branches on {'; '.join(axis.told for axis in narrowed)}")
+        raise _not_free(model, dynamic, f"it branches on {'; '.join(axis.text for axis in narrowed)}")
     return program
 
 

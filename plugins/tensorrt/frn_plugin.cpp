@@ -25,7 +25,7 @@ const PluginField kPlan(kPlanField, &kPlanVersion, PluginFieldType::kINT32, 1);
 const PluginFieldCollection kPlanFields = {1, &kPlan};
 const PluginFieldCollection kNoFields = {};
 
-// The version that a plan's fields tell; 0 if they are not ours.
+// The version that a plan's fields say; 0 if they are not ours.
 int32_t plan_version(const PluginFieldCollection* fields) {
   if (fields == nullptr || fields->nbFields != 1) return 0;
   const PluginField& field = fields->fields[0];

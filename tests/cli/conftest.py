@@ -74,7 +74,7 @@ def frn_pt(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def mabn_pt(tmp_path: Path) -> Path:
-    """The same with MABN and CenConv, whose statistics are not the initial ones."""
+    """A small MABN network with CenConv, whose statistics are not the initial ones."""
     return _checkpoint(tmp_path / "mabn.pt", "mabn_resnet", mabn_resnet.resnet20)
 
 

@@ -51,8 +51,8 @@ def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[Examin
 
 def test_a_machine_on_which_all_works_together(machine: Callable, deploynorm: Callable) -> None:
     machine(FACTS)
-    told = deploynorm("doctor")
-    assert (told.code, told.err) == (0, "")
+    shown = deploynorm("doctor")
+    assert (shown.code, shown.err) == (0, "")
     for text in (
         "torch                2.13.0+cu130 (for CUDA 13.0)",
         "580.95, for CUDA up to 13.0",
@@ -63,38 +63,38 @@ def test_a_machine_on_which_all_works_together(machine: Callable, deploynorm: Ca
         "Not here, or slower than it could be\n- libdeploynorm_trt.so has compute_90",
         "What is installed works together.",
     ):
-        assert text in told.out, text
-    assert "Broken" not in told.out
-    assert "cudnn" not in told.out
+        assert text in shown.out, text
+    assert "Broken" not in shown.out
+    assert "cudnn" not in shown.out
 
 
 def test_verbose_tells_all_packages_needs_and_exports(machine: Callable, deploynorm: Callable) -> None:
     machine(FACTS)
-    told = deploynorm("doctor", "--verbose")
+    shown = deploynorm("doctor", "--verbose")
     for text in ("nvidia-cudnn-cu13", "RegisterCustomOps", "libc.so.6", "41 plugins", "finds all that it needs"):
-        assert text in told.out, text
+        assert text in shown.out, text
 
 
 def test_what_is_broken_comes_first_with_its_remedy_and_makes_the_exit_code(
     machine: Callable, deploynorm: Callable
 ) -> None:
     machine(BROKEN)
-    told = deploynorm("doctor")
-    assert told.code == 3
-    assert told.out.index(
+    shown = deploynorm("doctor")
+    assert shown.code == 3
+    assert shown.out.index(
         "Broken\n- onnxruntime's CUDA provider cannot start: libcublas.so.13 not found\n  Fix: pip install"
     )
-    assert told.out.index("Broken") < told.out.index("Not here")
-    assert "works together" not in told.out
-    assert "cuda  missing libcublas.so.13" in told.out
+    assert shown.out.index("Broken") < shown.out.index("Not here")
+    assert "works together" not in shown.out
+    assert "cuda  missing libcublas.so.13" in shown.out
 
 
 def test_quiet_tells_what_is_broken_alone(machine: Callable, deploynorm: Callable) -> None:
     machine(BROKEN)
-    told = deploynorm("doctor", "--quiet")
-    assert (told.code, told.out) == (3, "")
-    assert told.err.startswith("deploynorm doctor: onnxruntime's CUDA provider cannot start")
-    assert told.err.count("\n") == 1
+    shown = deploynorm("doctor", "--quiet")
+    assert (shown.code, shown.out) == (3, "")
+    assert shown.err.startswith("deploynorm doctor: onnxruntime's CUDA provider cannot start")
+    assert shown.err.count("\n") == 1
     machine(FACTS)
     assert deploynorm("doctor", "-q") == (0, "", "")
 
@@ -131,12 +131,12 @@ def test_what_is_missing_or_broken_is_shown_in_its_table(
 
 def test_this_machine(deploynorm: Callable, tmp_path: Path) -> None:
     path = tmp_path / "doctor.json"
-    told = deploynorm("doctor", "-v", "--json", path)
+    shown = deploynorm("doctor", "-v", "--json", path)
     content = json.loads(path.read_text())
     levels = [finding["level"] for finding in content["findings"]]
-    assert told.code == (3 if "broken" in levels else 0), told.err
+    assert shown.code == (3 if "broken" in levels else 0), shown.err
     assert content["ok"] is ("broken" not in levels)
-    assert sys.executable in told.out
+    assert sys.executable in shown.out
     assert [each["name"] for each in content["facts"]["libraries"]] == [
         row.file for row in libraries.LIBRARIES.values() if libraries.find_library(row.file)
     ]

@@ -35,8 +35,8 @@ def test_build_makes_what_path_prints(deploynorm: Callable, require: Callable) -
 def test_info_tells_library_processor_compiler_and_runtime(deploynorm: Callable, require: Callable) -> None:
     require("native")
     require("ort")
-    told = deploynorm("plugins", "info", "--json", "info.json")
-    assert told.code == 0, told.err
+    shown = deploynorm("plugins", "info", "--json", "info.json")
+    assert shown.code == 0, shown.err
     facts = json.loads(Path("info.json").read_text())
     assert facts["library"] == str(libraries.library_path())
     assert "baseline" in facts["processor runs"]
@@ -56,6 +56,6 @@ def test_info_tells_library_processor_compiler_and_runtime(deploynorm: Callable,
 
 @pytest.mark.usefixtures("without_library")
 def test_info_without_a_library_says_how_to_get_one(deploynorm: Callable) -> None:
-    told = deploynorm("plugins", "info")
-    assert told.code == 0, told.err
-    assert "deploynorm plugins build" in told.out
+    shown = deploynorm("plugins", "info")
+    assert shown.code == 0, shown.err
+    assert "deploynorm plugins build" in shown.out

@@ -253,7 +253,7 @@ BROKEN = [
         {"driver-old": (r"libdeploynorm_trt\.so is for CUDA 13", "older nvcc")},
     ),
     Case(
-        "a driver whose version nobody tells, and TensorRT for a CUDA to come",
+        "a driver whose version is unknown, and TensorRT for a CUDA to come",
         gpu(packages=packages(tensorrt_cu14="12.0"), driver=replace(GPU_MACHINE.driver, version=None)),
         {"driver-old": (r"tensorrt-cu14 12\.0 is for CUDA 14, and the NVIDIA driver knows", "to one for CUDA 14")},
     ),

@@ -59,7 +59,7 @@ class Graph:
     Initializers are w (C, C, 3, 3); g, b and e (C,); t (C,), and off (C,), a threshold that is none; m (1, C, 1, 1).
 
     Attributes:
-        nodes: Its nodes; all values have the shape of x unless `shapes` tells another.
+        nodes: Its nodes; all values have the shape of x unless `shapes` has another.
         after: Nodes of each operator after the rewrite, convolutions left out.
         channels: C.
         outputs: Of the graph.
