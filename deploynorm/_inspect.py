@@ -11,7 +11,6 @@ from typing import Any
 
 import onnx
 
-from deploynorm import checkpoint
 from deploynorm.errors import ModelError
 from deploynorm.onnx_file import OnnxFile
 from deploynorm.run.backends import ENGINE_SUFFIXES
@@ -81,6 +80,8 @@ def inspect(
         return _onnx(path)
     if path.suffix in ENGINE_SUFFIXES:
         return _engine(path)
+    from deploynorm import checkpoint  # an ONNX file is shown where torch is not installed
+
     loaded = checkpoint.load(path, factory=factory, kwargs=factory_kwargs, trust_pickle=trust_pickle)
     facts = {
         "file": str(loaded.path),

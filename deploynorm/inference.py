@@ -15,11 +15,9 @@ from deploynorm.errors import InputError
 from deploynorm.files import staging
 from deploynorm.image import ImageSpec
 from deploynorm.inputs import Shape, TensorSpec
-from deploynorm.network import Network
 from deploynorm.onnx_file import OnnxFile
 from deploynorm.run import BACKENDS, ENGINE_SUFFIXES, open_runner
 from deploynorm.run.base import Runner
-from deploynorm.run.eager import EagerRunner
 from deploynorm.tables import table
 
 __all__ = ["Inference", "Result", "run_on_files"]
@@ -151,6 +149,9 @@ def run_on_files(
             raise InputError(
                 "--backend", f"eager runs a network, not an ONNX file or engine ({model.suffix})", got=model
             )
+        from deploynorm.network import Network  # an ONNX file runs where torch is not installed
+        from deploynorm.run.eager import EagerRunner
+
         network = Network.of(
             model, input_shapes=input_shapes, factory=factory, factory_kwargs=factory_kwargs, trust_pickle=trust_pickle
         )

@@ -1,16 +1,5 @@
-"""Whether two forms of a network compute the same numbers."""
+"""Whether two forms of a network compute the same numbers: two runners here, a network and its files in `parity`."""
 
-from deploynorm._check.comparison import DEFAULT_TOLERANCE, Comparison, Report, Tolerance, check
-from deploynorm._check.parity import Parity, check_file, check_folded, check_onnx
+from deploynorm._check.comparison import DEFAULT_TOLERANCE, Comparison, Report, Tolerance, check, parity_table
 
-__all__ = [
-    "DEFAULT_TOLERANCE",
-    "Comparison",
-    "Parity",
-    "Report",
-    "Tolerance",
-    "check",
-    "check_file",
-    "check_folded",
-    "check_onnx",
-]
+__all__ = ["DEFAULT_TOLERANCE", "Comparison", "Report", "Tolerance", "check", "parity_table"]

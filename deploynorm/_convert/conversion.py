@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deploynorm._check import Parity, check_folded, check_onnx
+from deploynorm._check.parity import Parity, check_folded, check_onnx
 from deploynorm._convert.manifest import manifest
 from deploynorm._export import Exported, export
 from deploynorm._export.names import as_names, by_argument

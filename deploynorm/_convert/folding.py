@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deploynorm._check import Parity, check_folded
+from deploynorm._check.parity import Parity, check_folded
 from deploynorm._fold import FoldReport, fold
 from deploynorm.files import staging
 from deploynorm.inputs import Shape

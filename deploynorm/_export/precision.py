@@ -255,7 +255,7 @@ def _cast_around(
 
 
 def _cast_ends(module: fx.GraphModule, own: torch.dtype, dtype: torch.dtype) -> None:
-    """Casts the inputs and outputs of a whole archive, whose hooks torch.export does not call: it interprets the graph."""
+    """Casts the inputs and outputs of a whole archive: torch.export interprets its graph and calls no hooks of it."""
     graph, to = module.graph, torch.ops.aten.to.dtype
     inputs = [node for node in graph.nodes if node.op == "placeholder"]
     (output,) = (node for node in graph.nodes if node.op == "output")

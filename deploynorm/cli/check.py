@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     model = options.model_options(arguments)
 
-    from deploynorm._check import check_file
+    from deploynorm._check.parity import check_file
     from deploynorm.cli.terminal import Terminal
 
     terminal = Terminal(quiet=arguments.quiet)

@@ -58,7 +58,7 @@ class Rewritten:
         Args:
             verbose: Show each sample of the check, and not only the worst of each output.
         """
-        from deploynorm._check.comparison import parity_table
+        from deploynorm._check import parity_table
 
         parts = [str(self.result)]
         if self.parity is not None:

@@ -14,11 +14,11 @@ from graphs import CHANNELS, OPSET, frn_model
 from deploynorm.lowering import function_proto
 
 ABSENT = ("torch", "onnx", "onnx_ir", "onnxscript", "ml_dtypes", "google.protobuf", "google")
-HIDE = f"import sys\nfor name in {ABSENT!r}: sys.modules[name] = None\n"
 
 
-def _run(program: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", HIDE + program, *map(str, arguments)], capture_output=True, text=True)
+def _run(program: str, *arguments: object, absent: tuple[str, ...] = ABSENT) -> subprocess.CompletedProcess[str]:
+    hide = f"import sys\nfor name in {absent!r}: sys.modules[name] = None\n"
+    return subprocess.run([sys.executable, "-c", hide + program, *map(str, arguments)], capture_output=True, text=True)
 
 
 @pytest.fixture
@@ -56,3 +56,12 @@ def test_a_verb_that_needs_more_names_the_package(verb: str, model: Path) -> Non
     assert done.returncode == 3, done.stderr
     assert "this package is needed here, and is not installed. Fix: pip install " in done.stderr
     assert "fault of deploynorm" not in done.stderr
+
+
+@pytest.mark.parametrize("verb", ["run", "inspect"])
+def test_a_file_runs_and_is_shown_without_torch(verb: str, model: Path, require: Callable[[str], None]) -> None:
+    require("ort")
+    np.save(model.with_suffix(".npy"), np.ones((1, CHANNELS, 2, 2), np.float32))
+    arguments = [model.with_suffix(".npy")] if verb == "run" else []
+    done = _run("from deploynorm.cli import main; sys.exit(main())", verb, model, *arguments, absent=("torch",))
+    assert done.returncode == 0, done.stderr
