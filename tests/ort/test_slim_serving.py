@@ -41,7 +41,7 @@ def test_a_session_needs_onnxruntime_and_numpy_only(model: Path, require: Callab
     assert done.stdout == f"(1, {CHANNELS}, 2, 2)\n"
 
 
-@pytest.mark.parametrize("name", ["load", "export", "check", "build"])
+@pytest.mark.parametrize("name", ["load", "export", "convert", "build"])
 def test_a_function_that_needs_more_names_the_package(name: str) -> None:
     done = _run(f"import deploynorm\ntry: deploynorm.{name}\nexcept deploynorm.BackendError as error: print(error)\n")
     assert done.returncode == 0, done.stderr
