@@ -105,7 +105,8 @@ def main(folder: Path) -> None:
 def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, int]], str]:
     """The folder with a folder for each run, what each process returned, and what both printed."""
     folder = tmp_path_factory.mktemp("two processes")
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    paths = os.pathsep.join(filter(None, (str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH"))))
+    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [*launcher, __file__, str(folder)]
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
