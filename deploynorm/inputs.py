@@ -25,6 +25,7 @@ __all__ = [
 
 Shape = tuple[int, ...]
 
+_LARGEST_SIZE = 2**14
 SHAPE_EXAMPLE = "x:2x3x224x224, x:[2,3,224,224], or 2x3x224x224 for a network with one input"
 
 
@@ -189,11 +190,18 @@ def sizes_to_dict(specs: Sequence[TensorSpec], notes: Sequence[str]) -> dict[str
     return {"inputs": known, "notes": list(notes)}
 
 
+def _is_axis(entry: object) -> bool:
+    """Whether it is base, step and group as `sizes_to_dict` writes them, of a size that a machine can hold."""
+    if not (isinstance(entry, list) and len(entry) == 3 and isinstance(entry[2], str)):
+        return False
+    return all(type(number) is int and 1 <= number <= _LARGEST_SIZE for number in entry[:2])
+
+
 def read_sizes(text: str | None) -> dict[str, Any]:
     """What a file's metadata has of `sizes_to_dict`; empty where that is missing or damaged."""
     try:
         found = json.loads(text or "{}")
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
 
@@ -203,8 +211,6 @@ def with_sizes(specs: Sequence[TensorSpec], found: Mapping[str, Any]) -> tuple[T
     inputs = found.get("inputs")
     known: dict[str, tuple[AxisSizes | None, ...]] = {}
     for name, axes in inputs.items() if isinstance(inputs, Mapping) else ():
-        try:
-            known[name] = tuple(axis and AxisSizes(int(axis[0]), int(axis[1]), str(axis[2])) for axis in axes)
-        except (TypeError, ValueError, LookupError):
-            continue
+        if isinstance(axes, list) and all(axis is None or _is_axis(axis) for axis in axes):
+            known[name] = tuple(axis and AxisSizes(*axis) for axis in axes)
     return tuple(replace(spec, sizes=known.get(spec.name, ())) for spec in specs)

@@ -66,6 +66,10 @@ class Network:
                 file are given with a network.
         """
         loaded = None
+        if isinstance(model, type):
+            raise InputError(
+                "network", "a class, and not a network", got=model.__name__, fix=f"pass {model.__name__}(...)"
+            )
         if isinstance(model, nn.Module):
             if factory is not None or factory_kwargs is not None or trust_pickle:
                 raise InputError(
@@ -78,6 +82,8 @@ class Network:
             if input_shapes:
                 raise InputError("network", "example inputs and input shapes together", fix="pass one of the two")
             examples = as_inputs("network", example_inputs)
+            if missing := _required(model)[len(examples) :]:
+                raise InputError("network", f"no example of input {', '.join(missing)}", got=f"{len(examples)} inputs")
             return cls(model, examples, tuple(argument_names(model, len(examples))), loaded)
         shapes = _shapes(model, loaded, input_shapes or {})
         generator = torch.Generator().manual_seed(0)
@@ -112,12 +118,17 @@ class Network:
         return () if self.checkpoint is None else self.checkpoint.notes
 
 
-def _shapes(model: nn.Module, loaded: Checkpoint | None, given: Mapping[str, Shape]) -> dict[str, Shape]:
-    """The shape of each input in forward's order: as given, else as the file has it."""
+def _required(model: nn.Module) -> list[str]:
+    """The positional arguments of forward that have no default."""
     parameters = inspect.signature(model.forward).parameters.values()
     positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    required = [p.name for p in positional if p.default is p.empty] if positional else ["x"]
-    names = argument_names(model, max(1, len(positional)))
+    return [p.name for p in positional if p.default is p.empty]
+
+
+def _shapes(model: nn.Module, loaded: Checkpoint | None, given: Mapping[str, Shape]) -> dict[str, Shape]:
+    """The shape of each input in forward's order: as given, else as the file has it."""
+    required = _required(model) or ["x"]
+    names = argument_names(model)
     known: dict[str, Shape] = {}
     if loaded is not None and loaded.example_inputs is not None:
         known = {name: tuple(x.shape) for name, x in zip(names, loaded.example_inputs, strict=False)}

@@ -183,9 +183,10 @@ def export(
         if narrowed:  # the file would compute something else at the other sizes, and say nothing
             kinds = {axis.kind for axis in narrowed}
             program = trace(twin, examples, dynamic, fixed=kinds, sizes=sizes)
-    outputs = as_names("output_names", outputs, len(program.graph_signature.user_outputs))
     onnx_model = to_onnx(program, opset)
-    name_inputs_and_outputs(onnx_model, inputs, outputs or default_output_names(program))
+    count = len(onnx_model.graph.outputs)  # less than the network returns, where some of that is None
+    outputs = as_names("output_names", outputs, count) or tuple(default_output_names(program, count))
+    name_inputs_and_outputs(onnx_model, inputs, outputs)
     name_axes(onnx_model, axis_names)
     round_fused_weights(onnx_model)
     refuse_types(onnx_model)

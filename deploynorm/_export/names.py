@@ -35,7 +35,8 @@ def as_names(option: str, names: str | Sequence[str] | None, count: int | None =
     if twice := [name for position, name in enumerate(names) if name in names[:position]]:
         raise InputError("export", f"{option} has a name twice", got=repr(twice[0]))
     if count is not None and len(names) != count:
-        raise InputError("export", f"{option} has another number of names", got=", ".join(names), expected=count)
+        got = f"{len(names)}: {', '.join(map(repr, names))}"
+        raise InputError("export", f"{option} has another number of names", got=got, expected=f"{count}, as a list")
     return names
 
 
@@ -47,9 +48,8 @@ def by_argument(dynamic: Dynamic | None, input_names: Sequence[str], arguments: 
     return {name if name in arguments else argument_of.get(name, name): axes for name, axes in dynamic.items()}
 
 
-def default_output_names(program: ExportedProgram) -> list[str]:
-    """The keys, of a network that returns a flat dict; else "output", or "output_0" and so on."""
-    count = len(program.graph_signature.user_outputs)
+def default_output_names(program: ExportedProgram, count: int) -> list[str]:
+    """The keys, of a network that returns a flat dict of tensors; else "output", or "output_0" and so on."""
     returned = program.call_spec.out_spec
     if returned is not None and returned.type is dict and all(child.is_leaf() for child in returned.children()):
         keys = [str(key) for key in returned.context]

@@ -38,12 +38,20 @@ def build(name: str, kwargs: Mapping[str, Any], where: str, *, typed: bool) -> n
         ModelError: Not such a name, not from deploynorm.models though it came from a file, cannot be imported or
             called, refuses the arguments, raises, or returns no nn.Module.
     """
+    check_is_text(name, where)
     if not typed:
         factory = check_own(name, where)
         return _call(factory, name, kwargs, where)
     # Console scripts, unlike `python -m`, do not look for modules where the user stands.
     with current_directory_on_path():
         return _call(_import_typed(name, where), name, kwargs, where)
+
+
+def check_is_text(name: object, where: str) -> None:
+    """Raises ModelError for a factory that is the function or class itself: a file can hold its name only."""
+    if not isinstance(name, str):
+        called = f"{getattr(name, '__module__', 'pkg.mod')}:{getattr(name, '__qualname__', 'function')}"
+        raise ModelError(where, "factory is no text", got=repr(name), expected=f"its name, as in {called!r}")
 
 
 def is_own(name: str) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from deploynorm.checkpoint._factory import check_own, is_own, split_name
+from deploynorm.checkpoint._factory import check_is_text, check_own, is_own, split_name
 from deploynorm.checkpoint._format import Content
 from deploynorm.errors import ModelError
 from deploynorm.files import staging
@@ -22,7 +22,7 @@ def save(
     path: Path | str,
     *,
     factory: str,
-    kwargs: Mapping[str, Any],
+    kwargs: Mapping[str, Any] | None = None,
     model: nn.Module,
     image: ImageSpec | None = None,
     labels: Sequence[str] | None = None,
@@ -44,7 +44,7 @@ def save(
     Args:
         path: The file.
         factory: "pkg.mod:function", which makes the network when it is called with kwargs.
-        kwargs: Its keyword arguments, plain data.
+        kwargs: Its keyword arguments, plain data; none by default.
         model: The network whose parameters and buffers are written.
         image: How an image becomes its input. Commands take the input's shape from it, and read images.
         labels: Name of each class, which `deploynorm run` prints.
@@ -56,12 +56,15 @@ def save(
     """
     path = Path(path)
     where = f"save {path}"
+    check_is_text(factory, where)
     if is_own(factory):
         check_own(factory, where)
     else:
         split_name(factory, where)
     state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
-    content = Content(factory, kwargs, state, image, None if labels is None else tuple(labels), training).pack(where)
+    content = Content(factory, kwargs or {}, state, image, None if labels is None else tuple(labels), training).pack(
+        where
+    )
     with staging(path) as folder:
         try:
             with (folder / path.name).open("wb") as file:

@@ -104,7 +104,7 @@ def axis_letter(rank: int, axis: int) -> str:
 def find_sizes(model: nn.Module, examples: Sequence[Tensor], names: Sequence[str] = ()) -> Sizes:
     """Runs a copy of the network with larger inputs, and reports what it takes.
 
-    1. Everything larger at once, each axis by another amount: most networks without a classifier on a fixed map.
+    1. Everything larger at once, each axis by another amount, then by one: most networks whose map is not fixed.
     2. The batch of all inputs, or of those that have the first one's.
     3. Spatial axes: all, or each on its own, by 1 pixel or by 32, then by the smallest part of 32; where several
        inputs refuse to grow one by one, all by the same amount, or each by a part of its own size.
@@ -189,24 +189,30 @@ class _Search:
         return self._refined(units, _COARSE)
 
     def _refined(self, units: Sequence[Mapping[Place, int]], step: int) -> list[dict[Place, int]]:
-        """The units with the smallest part of the step that all of them take; none where the step itself is refused."""
-
-        def by(step: int) -> list[dict[Place, int]]:
-            return [{place: size * step for place, size in unit.items()} for unit in units]
-
-        if not self._takes(by(step)):
+        """The units, each with the smallest part of the step that it takes; none where the step itself is refused."""
+        if not self._takes([_by(unit, step) for unit in units]):
             return []
+        return [_by(unit, self._smallest(unit, step)) for unit in units]
+
+    def _smallest(self, unit: Mapping[Place, int], step: int) -> int:
         for prime in _prime_factors(step):
-            while step % prime == 0 and self._takes(by(step // prime)):
+            while step % prime == 0 and self._takes([_by(unit, step // prime)]):
                 step //= prime
-        return by(step)
+        return step
 
     def _axes(self, inputs: Sequence[int]) -> list[Place]:
         return [(i, axis) for i in inputs for axis in range(2, len(self.shapes[i]))]
 
     def _takes(self, units: Sequence[Mapping[Place, int]]) -> bool:
-        """Whether it runs with each unit larger: the first by one step, the second by two, and so on."""
-        growth = {place: (index + 1) * step for index, unit in enumerate(units) for place, step in unit.items()}
+        """Whether it runs with each unit larger: each by another number of steps, and each by one.
+
+        A single unit grows by one step, and by two.
+        """
+        apart = range(1, len(units) + 1)
+        return self._runs(units, apart) and self._runs(units, [1] * len(units) if len(units) > 1 else [2])
+
+    def _runs(self, units: Sequence[Mapping[Place, int]], counts: Sequence[int]) -> bool:
+        growth = {place: n * step for n, unit in zip(counts, units, strict=True) for place, step in unit.items()}
         grown = [
             example.new_zeros([size + growth.get((i, axis), 0) for axis, size in enumerate(example.shape)])
             for i, example in enumerate(self._examples)
@@ -218,6 +224,10 @@ class _Search:
         except Exception:  # any refusal of a size is an answer here, whatever its type
             return False
         return True
+
+
+def _by(unit: Mapping[Place, int], steps: int) -> dict[Place, int]:
+    return {place: size * steps for place, size in unit.items()}
 
 
 def _prime_factors(number: int) -> list[int]:

@@ -8,7 +8,7 @@ import logging
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, fx, nn
@@ -75,7 +75,7 @@ def as_inputs(where: str, example_inputs: Tensor | Sequence[Tensor]) -> tuple[Te
     """
     if isinstance(example_inputs, Tensor):
         return (example_inputs,)
-    fix = "pass the tensors that forward takes, in order: (x,) or x"
+    fix = "pass the tensors that forward takes, in order: (x,) or x; torch.from_numpy makes one of an array"
     given: object = example_inputs
     if isinstance(given, str) or not isinstance(given, Sequence):
         raise InputError(where, "example_inputs is no tuple of tensors", got=type(given).__name__, fix=fix)
@@ -139,12 +139,20 @@ def dynamic_places(model: nn.Module, examples: Sequence[Tensor], dynamic: Dynami
         InputError: There is no such input or axis.
     """
     axes = {(i, axis) for i, example in enumerate(examples) for axis in range(example.dim())}
-    if isinstance(dynamic, str):
+    if not isinstance(dynamic, Mapping):
+        if dynamic not in get_args(DynamicKind):
+            raise InputError("dynamic", "unknown word", got=repr(dynamic), expected=", ".join(get_args(DynamicKind)))
         kinds = {"all": ("batch", "spatial"), "none": ()}.get(dynamic, (dynamic,))
         return {place for place in axes if place[1] != 1 and _kind(place) in kinds}
     names = argument_names(model, len(examples))
     wanted: set[Place] = set()
     for name, named in dynamic.items():
+        given: object = named
+        if not isinstance(given, Mapping) or not all(
+            isinstance(axis, int) and isinstance(symbol, str) and symbol.isidentifier()
+            for axis, symbol in given.items()
+        ):
+            raise InputError("dynamic", f"not axes of input {name!r} with their names", got=given, expected='{0: "N"}')
         if name not in names and not (name == "" and len(names) == 1):
             raise InputError("dynamic", f"the network has no input {name!r}", expected=", ".join(names))
         position = names.index(name) if name else 0
@@ -157,12 +165,13 @@ def dynamic_places(model: nn.Module, examples: Sequence[Tensor], dynamic: Dynami
     return wanted
 
 
-def argument_names(model: nn.Module, count: int) -> list[str]:
-    """Names of the first positional arguments of forward; x, x_1 and so on where it takes any number (*args)."""
+def argument_names(model: nn.Module, count: int | None = None) -> list[str]:
+    """Names of the positional arguments of forward, or of the first of them; x, x_1 and so on for *args."""
     parameters = inspect.signature(model.forward).parameters.values()
     named = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    count = max(1, len(named)) if count is None else count
     return (
-        [*named, "x", *(f"x_{position}" for position in range(1, count))][:count]
+        [*named, *["x", *(f"x_{position}" for position in range(1, count))]][:count]
         if len(named) < count
         else named[:count]
     )
@@ -252,8 +261,12 @@ def _explain(
     if isinstance(error, InputError):
         return ModelError(where, f"the network refuses the example input: {error}", got=shapes)
     if "Constraints violated" in str(error) or ("marked" in str(error) and "specialized" in str(error)):
-        kinds = set(map(_kind, places))
-        return _not_free(model, "all" if len(kinds) == 2 else "".join(kinds), first_line(error))  # type: ignore[arg-type]
+        return ModelError(
+            where,
+            f"axes that must be dynamic are fixed, or are always of one size with others: {first_line(error)}",
+            got=shapes,
+            fix="name the axes of the same size in the other inputs too, or leave the choice out",
+        )
     return ModelError(
         where,
         f"torch.export cannot trace the network: {type(error).__name__}: {first_line(error)}",

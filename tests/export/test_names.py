@@ -49,7 +49,7 @@ def _run(network: nn.Module, **options: Any) -> tuple[list[str], list[str], floa
     with OnnxRuntimeRunner(proto.SerializeToString(), plugins=[]) as runner, torch.no_grad():
         got = runner.infer({runner.inputs[0].name: X.numpy()})
         want = network(X)
-    flat = _pytree.tree_leaves(want)
+    flat = [leaf for leaf in _pytree.tree_leaves(want) if leaf is not None]
     error = max(float(np.abs(a - b.numpy()).max()) for a, b in zip(got.values(), flat, strict=True))
     return [spec.name for spec in runner.inputs], list(got), error
 
@@ -63,6 +63,8 @@ RETURNED: dict[str, tuple[Callable[..., Any], list[str]]] = {
     "a dict with the name of the input": (lambda x, y, z: {"image": z}, ["image_output"]),
     "a dict whose keys are no text": (lambda x, y, z: {1: y, 2: z}, ["1", "2"]),
     "a dict with an empty key": (lambda x, y, z: {"": y, "b": z}, ["output_0", "output_1"]),
+    "a tensor and None": (lambda x, y, z: (None, z), ["output"]),
+    "a dict with None": (lambda x, y, z: {"a": z, "b": None}, ["output"]),
     "its input": (lambda x, y, z: (x, z), ["output_0", "output_1"]),
     "its input under its own name": (lambda x, y, z: {"image": x, "z": z}, ["image_output", "z"]),
     "one value twice": (lambda x, y, z: (z, z), ["output_0", "output_1"]),
@@ -103,15 +105,18 @@ def test_an_argument_and_a_parameter_called_output(require: Callable[[str], None
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"input_names": ["a", "b"]}, "input_names has another number of names. Got a, b; expected 1"),
+        ({"input_names": ["a", "b"]}, "input_names has another number of names. Got 2: 'a', 'b'; expected 1"),
         ({"input_names": []}, "input_names has another number of names"),
         ({"input_names": [""]}, "input_names has a name that is no text. Got ''"),
         ({"input_names": [3]}, "input_names has a name that is no text. Got 3"),
         ({"output_names": ["a", "a"]}, "output_names has a name twice. Got 'a'"),
-        ({"output_names": ["a", "b"]}, "output_names has another number of names. Got a, b; expected 1"),
+        ({"output_names": ["a", "b"]}, "output_names has another number of names. Got 2: 'a', 'b'; expected 1"),
         ({"output_names": "image"}, "an input and an output of one name. Got image"),
         ({"dynamic": {"y": {0: "N"}}}, "the network has no input 'y'. Expected image"),
         ({"dynamic": {"image": {4: "N"}}}, "input image has no axis 4. Expected 0 to 3"),
+        ({"dynamic": "bathc"}, "unknown word. Got 'bathc'; expected none, batch, spatial, all"),
+        ({"dynamic": {"image": [0, 2]}}, "not axes of input 'image' with their names. Got [0, 2]"),
+        ({"dynamic": {"image": {0: "a b"}}}, "not axes of input 'image' with their names"),
         ({"dynamic": {"image": {2: "S", 3: "S"}}}, "one name for axes of different sizes. Got S"),
     ],
     ids=str,

@@ -74,6 +74,26 @@ CASES = {
         [BATCH, {(0, 2): 7}, {(0, 3): 7}],
         ["H and W: multiples of 7"],
     ),
+    "H of 8, W of 16": Case(
+        Apply(
+            lambda x: nn.functional.unfold(x, (8, 16), stride=(8, 16)).reshape(x.shape[0], 3, x.shape[2], x.shape[3])
+        ),
+        ((2, 3, 32, 32),),
+        [BATCH, {(0, 2): 8}, {(0, 3): 16}],
+        ["H: multiples of 8", "W: multiples of 16"],
+    ),
+    "H of 8, any W": Case(
+        Apply(lambda x: x.reshape(x.shape[0], 3, -1, 8, x.shape[3])),
+        ((2, 3, 32, 32),),
+        [BATCH, {(0, 2): 8}, W],
+        ["H: multiples of 8"],
+    ),
+    "L of 2": Case(
+        Apply(lambda x: x.reshape(x.shape[0], 3, -1, 2)), ((2, 3, 16),), [BATCH, {(0, 2): 2}], ["L: multiples of 2"]
+    ),
+    "a batch that is broadcast": Case(
+        Apply(lambda a, x: a + x), ((1, 3, 8, 8), (2, 3, 8, 8)), [{(0, 2): 1, (1, 2): 1}, {(0, 3): 1, (1, 3): 1}], []
+    ),
     "offset": Case(
         Apply(lambda x: nn.functional.pixel_unshuffle(x[..., 1:, 1:], 4)),
         ((2, 3, 9, 9),),
@@ -151,4 +171,4 @@ def test_a_larger_step_is_taken_only_where_a_smaller_one_is_refused() -> None:
         return x
 
     find_sizes(Apply(forward), [torch.zeros(2, 3, 8, 8)])
-    assert tried == [(3, 3, 10, 11)], "one run is enough for a network that takes everything"
+    assert tried == [(3, 3, 10, 11), (3, 3, 9, 9)], "two runs are enough for a network that takes everything"
