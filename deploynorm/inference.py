@@ -54,15 +54,19 @@ class Result:
         return found
 
     def __str__(self) -> str:
-        tables = []
-        for name, value in self.summary().items():
-            if name in self.classes:
-                for ranking in value:
-                    rows = [(entry["label"], f"{entry['probability']:.1%}") for entry in ranking]
-                    tables.append(table(self.input, ("class", "probability"), rows))
-            else:
-                tables.append(table(self.input, ("output", *value), [(name, *value.values())]))
+        summary = self.summary()
+        rankings = [ranking for name in self.classes for ranking in summary.pop(name)]
+        rows = [[(entry["label"], f"{entry['probability']:.1%}") for entry in ranking] for ranking in rankings]
+        tables = [table(self.input, ("class", "probability"), each) for each in rows]
+        if summary:
+            columns = ("output", "shape", "dtype", "min", "max", "mean")
+            cells = [[name, *(_cell(value.get(key, "-")) for key in columns[1:])] for name, value in summary.items()]
+            tables.append(table(self.input, columns, cells))
         return "\n\n".join(tables)
+
+
+def _cell(value: object) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 @dataclass(frozen=True, eq=False)

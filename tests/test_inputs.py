@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ from tolerances import OP_FLOAT32
 
 from deploynorm.errors import BackendError, InputError
 from deploynorm.image import ImageSpec
-from deploynorm.inputs import TensorSpec, parse_input_shapes
+from deploynorm.inputs import AxisSizes, TensorSpec, parse_input_shapes, read_sizes, sizes_to_dict, with_sizes
 from deploynorm.samples import sample_inputs
 
 IMAGE = {"shape": [3, 4, 6], "mean": [0.5, 0.25, 0.0], "std": [0.5, 1.0, 2]}
@@ -269,3 +270,21 @@ def test_a_base_that_does_not_fit_is_refused(base: dict[str, tuple[int, ...]], p
 def test_a_dtype_without_numbers_is_refused(dtype: str) -> None:
     with pytest.raises(InputError, match="dtype"):
         list(sample_inputs([TensorSpec("x", (2,), dtype)], seed=0, base={}))
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[]", '{"inputs": 3}', '{"inputs": {"x": [0, 0]}}', '{"inputs": {"x": [[1, 0, "a"], null]}}',
+     '{"inputs": {"x": [[1e400, 1, "a"], null]}}', '{"inputs": {"x": [[-2, 1, "a"], null]}}',
+     '{"inputs": {"x": [[2, 100000, "a"], null]}}', '{"inputs": {"x": [[true, 1, "a"], null]}}', "[" * 100_000],
+)  # fmt: skip
+def test_damaged_sizes_are_as_none(text: str) -> None:
+    spec = TensorSpec("x", ("N", 3), "float32")
+    assert with_sizes([spec], read_sizes(text))[0].sizes == ()
+
+
+def test_sizes_survive_the_round_trip() -> None:
+    spec = TensorSpec("x", ("N", 3), "float32", (AxisSizes(2, 1, "0"), None))
+    text = json.dumps(sizes_to_dict([spec], ["a note"]))
+    assert with_sizes([TensorSpec("x", ("N", 3), "float32")], read_sizes(text))[0].sizes == spec.sizes
+    assert read_sizes(text)["notes"] == ["a note"]

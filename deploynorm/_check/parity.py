@@ -96,6 +96,7 @@ class _Settings:
 def check_folded(
     network: Network,
     folded: nn.Module,
+    output_names: Sequence[str] | None = None,
     *,
     dtype: torch.dtype | None = None,
     seed: int = 0,
@@ -107,12 +108,14 @@ def check_folded(
     Args:
         network: As given.
         folded: To be checked.
+        output_names: Of its outputs, for the table.
         dtype: The type that it is folded in, where that is not the network's own.
         seed: Of the random inputs.
         rtol: See `deploynorm.check`.
         atol: Likewise.
     """
-    candidate = EagerRunner(folded, network.inputs, dtype=None if dtype == dtype_of(network.model) else dtype)
+    wide = None if dtype == dtype_of(network.model) else dtype
+    candidate = EagerRunner(folded, network.inputs, output_names, dtype=wide)
     candidate.name = f"folded, {candidate.name}"
     comparing = _Comparing(network, network.inputs, network.base, _Settings(seed, rtol, atol))
     return _explained(Parity((comparing.check(candidate),)), comparing, ())
@@ -249,16 +252,28 @@ class _Comparing:
         self._samples, self._wanted = [], {}
         with EagerRunner(self.network.model, self.inputs, dtype=torch.float64) as truth:
             for label, feeds in sample_inputs(self.inputs, seed=self.settings.seed, base=base):
-                feeds = _rounded(feeds, candidate.precision)
+                feeds = self._in_range(_rounded(feeds, candidate.precision))
                 try:
                     want = truth.infer(feeds)
                 except ModelError:
                     if not self._samples:
                         raise
-                    self.notes.append(f"not checked on {label}, which the network itself refuses")
+                    sizes = ((feeds[name].shape[2:], shape[2:]) for name, shape in base.items())
+                    if all(
+                        a >= b for got, known in sizes for a, b in zip(got, known, strict=True)
+                    ):  # smaller may not fit
+                        self.notes.append(f"not checked on {label}, which the network itself refuses")
                     continue
                 self._samples.append((label, feeds))
                 self._wanted[id(feeds)] = want
+
+    def _in_range(self, feeds: dict[str, _Array]) -> dict[str, _Array]:
+        """Integers within the range of the example's, which may be the indices of a table."""
+        for (name, x), example in zip(list(feeds.items()), self.network.examples, strict=True):
+            if x.dtype.kind in "iu" and example.numel():
+                low, high = int(example.min()), int(example.max())
+                feeds[name] = (low + x % (high - low + 1)).astype(x.dtype)
+        return feeds
 
 
 class _Known(Runner):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from deploynorm._check.parity import Parity, check_folded, check_onnx
 from deploynorm._convert.manifest import manifest
-from deploynorm._export import Exported, export
+from deploynorm._export import Exported, check_options, export
 from deploynorm._export.names import as_names, by_argument
 from deploynorm._export.precision import HALF, dtype_of, kept_layers, to_precision
 from deploynorm._fold import FoldReport
@@ -25,7 +25,8 @@ from deploynorm.files import staging
 from deploynorm.image import ImageSpec
 from deploynorm.inputs import Shape
 from deploynorm.network import Network
-from deploynorm.trace import Dynamic, Sizes, find_sizes, inference_copy
+from deploynorm.run.backends import BACKENDS
+from deploynorm.trace import Dynamic, Sizes, dynamic_places, find_sizes, inference_copy
 
 __all__ = ["Conversion", "convert"]
 
@@ -72,6 +73,8 @@ class Conversion:
     def __str__(self) -> str:
         return self.tables()
 
+    __repr__ = __str__  # for notebooks, where the fields would fill pages
+
     def to_dict(self, file: Path | None = None) -> dict[str, Any]:
         """The manifest: what the model was made from, with which versions, what is in it, and how it was checked.
 
@@ -97,7 +100,7 @@ class Conversion:
         """
         self.parity.raise_if_broken()
         path = Path(path)
-        record = path.with_suffix(".deploynorm.json")
+        record = path.with_name(f"{path.name.removesuffix('.onnx')}.deploynorm.json")
         with staging(path) as folder:
             self.exported.save(folder / path.name, external_data=external_data)
             text = json.dumps(self.to_dict(folder / path.name), indent=2) + "\n"
@@ -114,7 +117,7 @@ def convert(
     factory_kwargs: Mapping[str, Any] | None = None,
     trust_pickle: bool = False,
     fold: bool = True,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     keep_float32: Sequence[str] = (),
     keep_io_types: bool = False,
     dynamic: Dynamic | None = None,
@@ -185,11 +188,19 @@ def convert(
         factory_kwargs=factory_kwargs,
         trust_pickle=trust_pickle,
     )
+    keep_float32 = tuple(keep_float32)
+    dtype, _ = check_options(dtype, opset, lowering)
+    if backend is not None and (backend not in BACKENDS or BACKENDS[backend].runs != "onnx"):
+        known = [name for name, row in BACKENDS.items() if row.runs == "onnx"]
+        raise InputError("convert", "unknown backend", got=repr(backend), expected=", ".join(known))
     own = dtype_of(network.model)
     kept_layers(network.model, keep_float32)  # a name that is wrong is reported at once
     names = as_names("input_names", input_names, len(network.names)) or network.names
     dynamic = by_argument(dynamic, names, network.names)
-    metadata = _metadata(network, _image(network, image, mean, std), _labels(labels))
+    if dynamic is not None:
+        dynamic_places(network.model, network.examples, dynamic)  # an axis that is not there is reported at once
+    names_of_classes = _labels(labels)
+    metadata = _metadata(network, _image(network, image, mean, std), names_of_classes)
     sizes = None if dynamic == "none" else _sizes(network)
     working, examples, folding, parity = network.model, network.examples, None, Parity(())
     if own in HALF and dtype not in (None, own) and (dtype == torch.float32 or not keep_io_types):
@@ -199,8 +210,7 @@ def convert(
     check: dict[str, Any] = {"seed": seed, "rtol": rtol, "atol": atol}
     if fold:
         working, folding = fold_network(working, examples, dynamic=dynamic, sizes=sizes)
-        if folding.modified:
-            parity += check_folded(network, working, dtype=dtype_of(working), **check)
+    folded, folded_type = working, dtype_of(working)
     exported = export(
         working,
         examples,
@@ -216,6 +226,9 @@ def convert(
         metadata=metadata,
         sizes=sizes,
     )
+    _check_labels(network.labels if labels is None else names_of_classes, exported)
+    if folding is not None and folding.modified:
+        parity += check_folded(network, folded, exported.output_names, dtype=folded_type, **check)
     with tempfile.TemporaryDirectory(prefix="deploynorm-") as folder:
         path = Path(folder) / "model.onnx"
         exported.save(path)
@@ -247,9 +260,20 @@ def _labels(labels: Sequence[str] | Path | None) -> tuple[str, ...] | None:
             raise InputError(
                 f"labels {labels}", f"cannot be read: {error}", expected="text, one name a line"
             ) from error
-    if isinstance(labels, str) or any(not isinstance(label, str) for label in labels or ()):
+    if labels is None:
+        return None
+    names = () if isinstance(labels, str) else tuple(labels)
+    if not names or any(not isinstance(name, str) for name in names):
         raise InputError("convert", "labels are not the names of classes", got=repr(labels), expected="a list of text")
-    return None if labels is None else tuple(labels)
+    return names
+
+
+def _check_labels(labels: tuple[str, ...] | None, exported: Exported) -> None:
+    """Raises InputError where the network has outputs of classes, and none of as many classes as there are labels."""
+    classes = [v.shape[1] for v in exported.model.graph.outputs if v.shape is not None and len(v.shape) == 2]
+    counts = [size for size in classes if isinstance(size, int)]
+    if labels is not None and counts and len(labels) not in counts:
+        raise InputError("convert", "another number of labels than classes", got=len(labels), expected=counts[0])
 
 
 def _metadata(network: Network, image: ImageSpec | None, labels: tuple[str, ...] | None) -> dict[str, str]:

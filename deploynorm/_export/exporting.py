@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from deploynorm import onnx_file
 from deploynorm._export.half_graph import BFLOAT16_OPSET, refuse_types, round_fused_weights
 from deploynorm._export.names import as_names, by_argument, default_output_names, name_axes, name_inputs_and_outputs
-from deploynorm._export.precision import dtype_of, kept_layers, to_precision
+from deploynorm._export.precision import DTYPES, dtype_of, kept_layers, to_precision
 from deploynorm._export.translation import to_onnx
-from deploynorm.contract import MAX_OPSET, METADATA_SIZES, MIN_OPSET, Lowering
+from deploynorm.contract import LOWERINGS, MAX_OPSET, METADATA_SIZES, MIN_OPSET, Lowering
 from deploynorm.errors import InputError, ModelError
 from deploynorm.inputs import TensorSpec, sizes_to_dict
 from deploynorm.lowering import RMSNORM_OPSET, lower
@@ -37,7 +37,7 @@ from deploynorm.trace import (
     trace,
 )
 
-__all__ = ["DEFAULT_OPSET", "Exported", "export"]
+__all__ = ["DEFAULT_OPSET", "Exported", "check_options", "export"]
 
 DEFAULT_OPSET = 20
 
@@ -97,12 +97,14 @@ class Exported:
         nodes = table("Nodes", ("operator", "count"), sorted(self.node_counts().items()))
         return "\n".join([nodes, *([""] if self.notes else []), *(f"note: {note}" for note in self.notes)])
 
+    __repr__ = __str__  # for notebooks, where the graph would fill pages
+
 
 def export(
     model: nn.Module,
     example_inputs: Tensor | Sequence[Tensor],
     *,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     keep_float32: Sequence[str] = (),
     keep_io_types: bool = False,
     dynamic: Dynamic | None = None,
@@ -150,13 +152,13 @@ def export(
     Warns:
         RuntimeWarning: dtype loses whole channels of a weight.
     """
+    given, opset = check_options(dtype, opset, lowering)
     own = dtype_of(model)
-    dtype = own if dtype is None else dtype
-    if opset is None:
-        opset = BFLOAT16_OPSET if dtype == torch.bfloat16 else DEFAULT_OPSET
-        opset = RMSNORM_OPSET if lowering == "rmsnorm" else opset
-    if not MIN_OPSET <= opset <= MAX_OPSET:
-        raise InputError("export", "unsupported opset", got=opset, expected=f"{MIN_OPSET} to {MAX_OPSET}")
+    dtype = own if given is None else given
+    if dtype == torch.bfloat16 and opset is None:
+        opset = BFLOAT16_OPSET
+    opset = DEFAULT_OPSET if opset is None else opset
+    keep_float32 = tuple(keep_float32)
     examples = as_inputs("export", example_inputs)
     arguments = argument_names(model, len(examples))
     inputs = as_names("input_names", input_names, len(examples)) or tuple(arguments)
@@ -213,6 +215,28 @@ def export(
         keep_io_types,
         tuple(notes),
     )
+
+
+def check_options(
+    dtype: torch.dtype | str | None, opset: int | None, lowering: str
+) -> tuple[torch.dtype | None, int | None]:
+    """The type, which may be given by its name, and the opset that the lowering needs.
+
+    Raises:
+        InputError: There is no such type, opset or lowering.
+    """
+    if isinstance(dtype, str):
+        if dtype not in DTYPES:
+            raise InputError("dtype", "not a type for a network", got=repr(dtype), expected=", ".join(DTYPES))
+        dtype = DTYPES[dtype]
+    if lowering not in LOWERINGS:
+        raise InputError("lowering", "unknown", got=repr(lowering), expected=", ".join(LOWERINGS))
+    if opset is None and lowering == "rmsnorm":
+        opset = RMSNORM_OPSET
+    number: object = opset
+    if number is not None and not (isinstance(number, int) and MIN_OPSET <= number <= MAX_OPSET):
+        raise InputError("export", "unsupported opset", got=opset, expected=f"{MIN_OPSET} to {MAX_OPSET}")
+    return dtype, opset
 
 
 def _cast(example: object, dtype: torch.dtype) -> Any:

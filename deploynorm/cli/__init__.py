@@ -10,7 +10,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Sequence
-from typing import TextIO
+from typing import NoReturn, TextIO
 
 import deploynorm
 from deploynorm.cli import build, check, doctor, export, fold, inspect, plugins, rewrite, run
@@ -71,8 +71,15 @@ def _show_warning(
     print(message, file=sys.stderr)
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser that reports a wrong argument in a line, and points at its help."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="deploynorm",
         description="Takes a CNN with FRN or MABN layers from model.pt to a checked ONNX file and a TensorRT engine.",
         epilog=_EXIT_CODES,
@@ -87,6 +94,7 @@ def _parser() -> argparse.ArgumentParser:
             description=summary + "\n" + rest,
             epilog=_EXIT_CODES,
             formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
         )
         module.add_arguments(verb)
         verb.set_defaults(run=module.run)

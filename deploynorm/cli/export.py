@@ -87,5 +87,5 @@ def run(arguments: argparse.Namespace) -> int:
     written = result.save(output, external_data=arguments.external_data or None) if result else None
     terminal.write_json(arguments.json, result.to_dict(written and written[0]))
     result.parity.raise_if_broken()
-    terminal.show(f"wrote {output} and {output.with_suffix('.deploynorm.json')}")
+    terminal.show(f"wrote {' and '.join(map(str, written or ()))}")
     return 0

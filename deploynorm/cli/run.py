@@ -70,5 +70,6 @@ def run(arguments: argparse.Namespace) -> int:
     terminal.show(inference)
     if arguments.output is not None:
         inference.save(arguments.output)
+        terminal.show(f"wrote {arguments.output}")
     terminal.write_json(arguments.json, inference.to_dict())
     return 0

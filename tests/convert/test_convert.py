@@ -142,6 +142,71 @@ def test_dynamic_axes_go_by_the_names_of_arguments_and_of_inputs() -> None:
         assert [spec.shape[2:] for spec in result.exported.inputs] == [(16, 16), (16, 16)]
 
 
+REFUSED = {
+    "another type": ({"dtype": "half"}, "dtype: not a type for a network. Got 'half'; expected float32, float16"),
+    "another opset": ({"opset": "20"}, "unsupported opset. Got 20; expected 18 to 23"),
+    "another lowering": ({"lowering": "custum"}, "lowering: unknown. Got 'custum'; expected custom"),
+    "another backend": (
+        {"backend": "tensorrt"},
+        "unknown backend. Got 'tensorrt'; expected onnxruntime, half, reference",
+    ),
+    "another word": ({"dynamic": "Spatial"}, "dynamic: unknown word. Got 'Spatial'; expected none, batch"),
+    "labels of other classes": ({"labels": ["cat"]}, "another number of labels than classes. Got 1; expected 3"),
+    "no labels": ({"labels": ()}, "labels are not the names of classes"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_arguments_that_do_not_fit_are_refused(name: str) -> None:
+    options, message = REFUSED[name]
+    network = nn.Sequential(nn.Conv2d(3, 3, 3), FRN2d(3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    with pytest.raises(InputError) as raised:
+        deploynorm.convert(network, torch.randn(2, 3, 8, 8), **options)
+    assert message in str(raised.value)
+
+
+def test_a_class_a_factory_and_a_forgotten_input_are_named() -> None:
+    with pytest.raises(InputError, match=r"a class, and not a network. Got UNet. Fix: pass UNet\(\.\.\.\)"):
+        deploynorm.convert(UNet, EXAMPLES)
+    with pytest.raises(InputError, match="no example of input depth"):
+        deploynorm.convert(unet(), EXAMPLES[0])
+    with pytest.raises(deploynorm.ModelError, match=r"factory is no text.*expected its name, as in '[\w.]*:unet'"):
+        deploynorm.save("never.pt", factory=unet, model=unet())
+
+
+class Branches(nn.Module):
+    """Computes something else on small maps, which a trace of a large one does not show."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * 2 if x.shape[2] >= 32 else x * 3
+
+
+def test_another_way_on_small_maps_is_found(require: Callable[[str], None]) -> None:
+    require("ort")
+    result = deploynorm.convert(Branches(), torch.randn(2, 3, 32, 32))
+    assert not result
+    assert result.parity.reports[0].worst.sample == "x 2x3x16x16"
+
+
+def test_integers_are_drawn_within_the_range_of_the_example(require: Callable[[str], None]) -> None:
+    require("ort")
+    network = nn.Sequential(nn.Embedding(4, 8), nn.Linear(8, 2))
+    assert deploynorm.convert(network, torch.tensor([[0, 3, 1]]))
+    assert deploynorm.convert(network, torch.tensor([[2, 2]]))
+
+
+def test_a_generator_of_names_is_read_once() -> None:
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), FRN2d(4), nn.Conv2d(4, 2, 1))
+    result = deploynorm.convert(network, EXAMPLES[0], dtype="float16", keep_float32=(name for name in ["2"]))
+    assert result.exported.kept_float32 == ("2",)
+
+
+def test_manifests_of_names_with_dots_are_apart(converted: deploynorm.Conversion, tmp_path: Path) -> None:
+    for name in ("m.v1.2", "m.v1.3.onnx"):
+        converted.save(tmp_path / name)
+    assert {p.name for p in tmp_path.glob("*.json")} == {"m.v1.2.deploynorm.json", "m.v1.3.deploynorm.json"}
+
+
 def test_options_of_a_file_are_refused_with_a_network() -> None:
     with pytest.raises(InputError, match="are for a file"):
         deploynorm.convert(unet(), EXAMPLES, factory="a:b")
