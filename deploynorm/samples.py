@@ -128,8 +128,8 @@ def _variants(units: Mapping[str, _Unit], rng: np.random.Generator) -> Iterator[
             )
         yield steps
         if all(units[unit].known for unit in spatial):
-            # A network may take another way on small maps.
-            yield {unit: -(units[unit].base // 2 // units[unit].step) for unit in spatial}
+            # A network may take another way on smaller maps; much smaller ones amplify rounding.
+            yield {unit: -(units[unit].base // 4 // units[unit].step) for unit in spatial}
         # A U-net takes multiples of its total stride only, and refuses the others.
         yield {unit: -(-_TOTAL_STRIDE // units[unit].step) for unit in spatial}
 

@@ -38,10 +38,10 @@ def build(name: str, kwargs: Mapping[str, Any], where: str, *, typed: bool) -> n
         ModelError: Not such a name, not from deploynorm.models though it came from a file, cannot be imported or
             called, refuses the arguments, raises, or returns no nn.Module.
     """
-    check_is_text(name, where)
     if not typed:
         factory = check_own(name, where)
         return _call(factory, name, kwargs, where)
+    check_is_text(name, where)
     # Console scripts, unlike `python -m`, do not look for modules where the user stands.
     with current_directory_on_path():
         return _call(_import_typed(name, where), name, kwargs, where)

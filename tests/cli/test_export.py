@@ -162,7 +162,7 @@ def test_state_dict_with_a_typed_factory(deploynorm: Callable, tmp_path: Path, r
 def test_network_that_takes_even_sizes_alone_is_checked_on_those(deploynorm: Callable, require: Callable) -> None:
     require("ort")
     torch.save(importlib.import_module("factories").unet().state_dict(), "unet.pt")
-    result = deploynorm("export", "unet.pt", "--factory", "factories:unet", "--input-shape", "1x3x16x16")
+    result = deploynorm("export", "unet.pt", "--factory", "factories:unet", "--input-shape", "1x3x16x16", "-v")
     assert result.code == 0, result.err
     assert "x 1x3x48x48" in result.out
 

@@ -15,7 +15,7 @@ from graphs import frn_model
 from torch import nn
 
 from deploynorm._export import export
-from deploynorm.contract import METADATA_CPU, METADATA_IMAGE, METADATA_LABELS
+from deploynorm.contract import METADATA_CPU, METADATA_IMAGE, METADATA_LABELS, METADATA_SIZES
 from deploynorm.files import sha256
 from deploynorm.layers import FRN2d
 from deploynorm.onnx_file import save
@@ -45,9 +45,9 @@ def _metadata(path: Path | str) -> dict[str, str]:
 def test_model_alone_is_enough(exported: Path, frn_pt: Path, deploynorm: Callable, tmp_path: Path) -> None:
     before = exported.read_bytes()
     present = {path.name for path in tmp_path.iterdir()}
-    result = deploynorm("rewrite", "frn.onnx", "--optimize-for-cpu")
+    result = deploynorm("rewrite", "frn.onnx", "--optimize-for-cpu", "--json", "record.json")
     assert result.code == 0, result.err
-    assert {path.name for path in tmp_path.iterdir()} - present == {"frn.cpu.onnx"}
+    assert {path.name for path in tmp_path.iterdir()} - present == {"frn.cpu.onnx", "record.json"}
     assert exported.read_bytes() == before
     for text in (
         "the residual of the FRN before it",
@@ -58,7 +58,8 @@ def test_model_alone_is_enough(exported: Path, frn_pt: Path, deploynorm: Callabl
     ):
         assert text in result.out
     assert "BROKEN" not in result.out
-    assert result.out.count(" ok") >= 5  # shapes that the free axes allow
+    record = json.loads(frn_pt.with_name("record.json").read_text())
+    assert len(record["checks"][0]["comparisons"]) >= 5  # shapes that the dynamic axes allow
     checked = deploynorm("check", frn_pt, "frn.cpu.onnx")
     assert checked.code == 0, checked.err
 
@@ -68,7 +69,8 @@ def test_file_tells_its_machine_and_keeps_what_it_told(exported: Path, deploynor
     metadata = _metadata("net.onnx")
     note = json.loads(metadata[METADATA_CPU])
     assert note["source_sha256"] == sha256(exported)
-    assert {key: metadata[key] for key in (METADATA_IMAGE, METADATA_LABELS)} == _metadata(exported)
+    assert metadata | _metadata(exported) == metadata
+    assert {METADATA_IMAGE, METADATA_LABELS, METADATA_SIZES} <= metadata.keys()
     record = json.loads(Path("record.json").read_text())
     assert record["machine"] == note
     assert record["checks"][0]["ok"]
@@ -78,7 +80,9 @@ def test_file_tells_its_machine_and_keeps_what_it_told(exported: Path, deploynor
 
 def test_shape_is_asked_for_where_the_file_does_not_tell_it(deploynorm: Callable) -> None:
     network = nn.Sequential(nn.Conv2d(3, 20, 3), FRN2d(20), nn.Conv2d(20, 4, 3))
-    export(network, [torch.randn(2, 3, 9, 9)], dynamic="all").save("net.onnx")
+    exported = export(network, [torch.randn(2, 3, 9, 9)], dynamic="all")
+    del exported.model.metadata_props[METADATA_SIZES]
+    exported.save("net.onnx")
     refused = deploynorm("rewrite", "net.onnx", "--optimize-for-cpu")
     assert refused.code == 2
     assert "give a shape" in refused.err
@@ -165,7 +169,7 @@ def test_model_itself_is_not_written_over(exported: Path, deploynorm: Callable) 
 def test_rewrite_must_be_named(exported: Path, deploynorm: Callable) -> None:
     result = deploynorm("rewrite", exported)
     assert result.code == 2
-    assert "--optimize-for-cpu is required" in result.err
+    assert "name a rewrite: --optimize-for-cpu" in result.err
 
 
 def test_library_that_is_not_built(exported: Path, deploynorm: Callable, monkeypatch: pytest.MonkeyPatch) -> None:

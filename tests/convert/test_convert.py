@@ -185,7 +185,7 @@ def test_another_way_on_small_maps_is_found(require: Callable[[str], None]) -> N
     require("ort")
     result = deploynorm.convert(Branches(), torch.randn(2, 3, 32, 32))
     assert not result
-    assert result.parity.reports[0].worst.sample == "x 2x3x16x16"
+    assert result.parity.reports[0].worst.sample == "x 2x3x24x24"
 
 
 def test_integers_are_drawn_within_the_range_of_the_example(require: Callable[[str], None]) -> None:

@@ -318,7 +318,7 @@ def test_a_norm_that_the_exporter_itself_puts_into_a_convolution_is_rounded_with
     if dtype == "float16":
         network.float()[1].running_var.fill_(1e-14)
         network[1].eps = 1e-14
-        with pytest.raises(ModelError, match="with the norm behind it in it, does not fit into float16"):
+        with pytest.raises(ModelError, match="multiplied by the norm behind it, does not fit into float16"):
             export(network, (x,), dtype=torch.float16)
 
 
