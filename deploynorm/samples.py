@@ -66,8 +66,6 @@ class _Unit:
     """Axes that vary together: base and step of each, by input and axis."""
 
     members: dict[tuple[str, int], tuple[int, int]]
-    known: bool = False
-    """Whether their sizes were tried."""
 
     @property
     def batch(self) -> bool:
@@ -97,13 +95,12 @@ def _units(specs: Sequence[TensorSpec], shapes: Mapping[str, Shape]) -> dict[str
             sizes, symbol = known.get(axis), spec.symbol(axis)
             group = group_of.setdefault(symbol, symbol if sizes is None else f"group {sizes.group}")
             unit = units.setdefault(group, _Unit({}))
-            unit.known |= sizes is not None
             unit.members[spec.name, axis] = (shapes[spec.name][axis], 1 if sizes is None else sizes.step)
     return units
 
 
 def _variants(units: Mapping[str, _Unit], rng: np.random.Generator) -> Iterator[dict[str, int]]:
-    """How many steps each unit grows, or shrinks where that is negative; no entry leaves it at its base."""
+    """How many steps each unit grows; no entry leaves it at its base."""
     batches = [unit for unit in units if units[unit].batch]
     spatial = sorted((unit for unit in units if not units[unit].batch), key=lambda unit: units[unit].base)
     yield {}
@@ -127,9 +124,6 @@ def _variants(units: Mapping[str, _Unit], rng: np.random.Generator) -> Iterator[
                 -(-int(growth) // units[unit].step), 1 + max(steps.values(), default=0) * (units[unit].step > 1)
             )
         yield steps
-        if all(units[unit].known for unit in spatial):
-            # A network may take another way on smaller maps; much smaller ones amplify rounding.
-            yield {unit: -(units[unit].base // 4 // units[unit].step) for unit in spatial}
         # A U-net takes multiples of its total stride only, and refuses the others.
         yield {unit: -(-_TOTAL_STRIDE // units[unit].step) for unit in spatial}
 

@@ -174,20 +174,6 @@ def test_a_class_a_factory_and_a_forgotten_input_are_named() -> None:
         deploynorm.save("never.pt", factory=unet, model=unet())
 
 
-class Branches(nn.Module):
-    """Computes something else on small maps, which a trace of a large one does not show."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * 2 if x.shape[2] >= 32 else x * 3
-
-
-def test_another_way_on_small_maps_is_found(require: Callable[[str], None]) -> None:
-    require("ort")
-    result = deploynorm.convert(Branches(), torch.randn(2, 3, 32, 32))
-    assert not result
-    assert result.parity.reports[0].worst.sample == "x 2x3x24x24"
-
-
 def test_integers_are_drawn_within_the_range_of_the_example(require: Callable[[str], None]) -> None:
     require("ort")
     network = nn.Sequential(nn.Embedding(4, 8), nn.Linear(8, 2))
