@@ -55,7 +55,7 @@ class Parity:
         return Parity(
             (*self.reports, *other.reports),
             (*self.notes, *other.notes),
-            self.itself or other.itself,
+            other.itself if self.itself is None else self.itself,  # a broken report is false
             self.advice or other.advice,
         )
 
