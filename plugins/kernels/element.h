@@ -6,6 +6,9 @@
 #define DEPLOYNORM_KERNELS_ELEMENT_H_
 
 #include <stdint.h>
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
 
 #include <type_traits>
 
@@ -81,27 +84,35 @@ struct Native {
 using Float32 = Native<float>;
 using Float64 = Native<double>;
 
-// The 16-bit types, computed in float32. Bits says how their bits become those of a float32, and back.
-template <typename Bits>
+// The 16-bit types, computed in float32. Format widens them to it, and rounds back to nearest, ties to even.
+template <typename Format>
 struct Half {
   using Storage = uint16_t;
   using Arithmetic = float;
   static constexpr int kVecSize = kFloats;
   using Vector = FloatVector;
   static DEPLOYNORM_INLINE Vector load(const uint16_t* from) {
-    return Bits::widen(__builtin_convertvector(unaligned<HalfVector>(from), BitsVector));
+    return Format::widen(unaligned<HalfVector>(from));
   }
   static DEPLOYNORM_INLINE void store(Vector value, uint16_t* to) {
-    const HalfVector half = __builtin_convertvector(Bits::narrow(value), HalfVector);
+    const HalfVector half = Format::narrow(value);
     __builtin_memcpy(to, &half, sizeof half);
   }
 };
 
 // IEEE 754 binary16: 1 sign, 5 exponent (bias 15) and 10 fraction bits.
 struct Binary16 {
+#if defined(__F16C__)
+  static DEPLOYNORM_INLINE FloatVector widen(HalfVector half) { return _mm256_cvtph_ps(bits_as<__m128i>(half)); }
+
+  static DEPLOYNORM_INLINE HalfVector narrow(FloatVector value) {
+    return bits_as<HalfVector>(_mm256_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT));
+  }
+#else
   static constexpr uint32_t kRebias = (127u - 15u) << 23;
 
-  static DEPLOYNORM_INLINE FloatVector widen(BitsVector half) {
+  static DEPLOYNORM_INLINE FloatVector widen(HalfVector from) {
+    const BitsVector half = __builtin_convertvector(from, BitsVector);
     const BitsVector magnitude = (half & 0x7fffu) << 13;
     const BitsVector normal = magnitude + kRebias;
     const BitsVector not_finite = normal + kRebias;  // exponent 31 becomes 255
@@ -113,7 +124,7 @@ struct Binary16 {
     return bits_as<FloatVector>(value | (half & 0x8000u) << 16);
   }
 
-  static DEPLOYNORM_INLINE BitsVector narrow(FloatVector value) {
+  static DEPLOYNORM_INLINE HalfVector narrow(FloatVector value) {
     const BitsVector bits = bits_as<BitsVector>(value);
     const BitsVector magnitude = bits & 0x7fffffffu;
     // Half a unit of the kept fraction, less one where that fraction is even: ties go to even.
@@ -124,18 +135,22 @@ struct Binary16 {
     const BitsVector infinity = BitsVector{} + 0x7c00u;
     const BitsVector not_finite = magnitude > 0x7f800000u ? infinity + 0x200u : infinity;
     const BitsVector half = magnitude >= (143u << 23) ? not_finite : finite;
-    return half | (bits >> 16 & 0x8000u);
+    return __builtin_convertvector(half | (bits >> 16 & 0x8000u), HalfVector);
   }
+#endif
 };
 
 // The upper half of a float32.
 struct Upper16 {
-  static DEPLOYNORM_INLINE FloatVector widen(BitsVector half) { return bits_as<FloatVector>(half << 16); }
+  static DEPLOYNORM_INLINE FloatVector widen(HalfVector half) {
+    return bits_as<FloatVector>(__builtin_convertvector(half, BitsVector) << 16);
+  }
 
-  static DEPLOYNORM_INLINE BitsVector narrow(FloatVector value) {
+  static DEPLOYNORM_INLINE HalfVector narrow(FloatVector value) {
     const BitsVector bits = bits_as<BitsVector>(value);
     const BitsVector rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
-    return (bits & 0x7fffffffu) > 0x7f800000u ? (bits >> 16 | 0x40u) : rounded;
+    const BitsVector half = (bits & 0x7fffffffu) > 0x7f800000u ? (bits >> 16 | 0x40u) : rounded;
+    return __builtin_convertvector(half, HalfVector);
   }
 };
 

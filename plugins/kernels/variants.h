@@ -15,11 +15,13 @@ class Variants {
   Variants(Function* avx512, Function* avx2, Function* baseline) {
 #if defined(DEPLOYNORM_X86_VARIANTS)
     __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512dq")) {
+    // Every processor with AVX2 also has F16C, which older compilers cannot ask for.
+    const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    if (has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
+        __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq")) {
       add("avx512", avx512);
     }
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) add("avx2", avx2);
+    if (has_avx2) add("avx2", avx2);
 #else
     (void)avx512;
     (void)avx2;
