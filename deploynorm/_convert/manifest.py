@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import platform
 from datetime import datetime, timezone
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +20,9 @@ _PACKAGES = ("torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "onnxrunti
 
 
 def manifest(source: Network, exported: Exported, onnx_file: Path | None, function: bool, seed: int) -> dict[str, Any]:
-    """The record of one export, less its fold and its checks.
-
-    Args:
-        source: What was exported.
-        exported: The model as exported.
-        onnx_file: The file as written, with its external data beside it; None for a model that was not.
-        function: Whether the body of the custom node is in it.
-        seed: Of the inputs of the checks.
-    """
+    """The record of one export, less its fold and its checks; `onnx_file` is None for a model that was not written."""
     file = source.checkpoint
+    installed = {package: list(distributions(name=package)) for package in _PACKAGES}
     return {
         "deploynorm": deploynorm.__version__,
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -51,7 +44,10 @@ def manifest(source: Network, exported: Exported, onnx_file: Path | None, functi
             "notes": list(exported.notes),
         },
         "seed": seed,
-        "versions": {"python": platform.python_version(), **_versions()},
+        "versions": {
+            "python": platform.python_version(),
+            **{package: found[0].version for package, found in installed.items() if found},
+        },
     }
 
 
@@ -64,13 +60,3 @@ def _files(onnx_file: Path | None) -> dict[str, Any]:
         "sha256": sha256(onnx_file),
         "external_data": {"file": data.name, "sha256": sha256(data)} if data.exists() else None,
     }
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for package in _PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found

@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import onnx
 import onnx_ir as ir
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from deploynorm import onnx_file
 from deploynorm._export.half_graph import BFLOAT16_OPSET, refuse_types, round_fused_weights
 from deploynorm._export.names import as_names, by_argument, default_output_names, name_axes, name_inputs_and_outputs
-from deploynorm._export.precision import DTYPES, dtype_of, kept_layers, to_precision
+from deploynorm._export.precision import DTYPES, cast_floats, dtype_name, dtype_of, kept_layers, to_precision
 from deploynorm._export.translation import to_onnx
 from deploynorm.contract import LOWERINGS, MAX_OPSET, METADATA_SIZES, MIN_OPSET, Lowering
 from deploynorm.errors import InputError, ModelError
@@ -75,10 +74,6 @@ class Exported:
     def node_counts(self) -> Counter[str]:
         """How many nodes of each operator the graph has; a custom operator with its domain before it."""
         return onnx_file.node_counts(self.model.graph.all_nodes())
-
-    def size_bytes(self) -> int:
-        """Bytes of all weights."""
-        return onnx_file.size_bytes(self.model)
 
     def to_proto(self) -> onnx.ModelProto:
         """The model as onnx's protobuf; past 2 GB it can no longer be serialised in one piece."""
@@ -167,24 +162,23 @@ def export(
         raise InputError("export", "an input and an output of one name", got=", ".join(sorted(both)))
     if sizes is None and dynamic != "none":
         # Asked of the network as it is: in float16 a CPU takes twenty times as long.
-        sizes = find_sizes(inference_copy(model), [_cast(example, own).cpu() for example in examples])
+        sizes = find_sizes(inference_copy(model), [example.cpu() for example in cast_floats(examples, own)])
     axis_names: dict[tuple[int, int], str] = {}
     dynamic = by_argument(dynamic, inputs, arguments)
     if isinstance(dynamic, Mapping):
         for name, axes in dynamic.items():
-            places = dynamic_places(model, examples, {name: axes})
-            axis_names |= {(i, axis): axes[axis] for i, axis in places}
+            axis_names |= {(i, axis): axes[axis] for i, axis in dynamic_places(model, examples, {name: axes})}
     if dtype == own and not keep_float32:
         twin = inference_copy(model)
     else:
         twin = to_precision(model, dtype, keep_float32=keep_float32, keep_io_types=keep_io_types)
-        examples = tuple(_cast(example, own if keep_io_types else dtype) for example in examples)
+        examples = cast_floats(examples, own if keep_io_types else dtype)
     with _conversion_named(dtype, own):
         program = trace(twin, examples, dynamic, sizes=sizes)
-        narrowed = narrowed_axes(program)
-        if narrowed:  # the file would compute something else at the other sizes, and say nothing
-            kinds = {axis.kind for axis in narrowed}
-            program = trace(twin, examples, dynamic, fixed=kinds, sizes=sizes)
+        if narrowed := narrowed_axes(
+            program
+        ):  # the file would compute something else at the other sizes, and say nothing
+            program = trace(twin, examples, dynamic, fixed={axis.kind for axis in narrowed}, sizes=sizes)
     onnx_model = to_onnx(program, opset)
     count = len(onnx_model.graph.outputs)  # less than the network returns, where some of that is None
     outputs = as_names("output_names", outputs, count) or tuple(default_output_names(program, count))
@@ -199,10 +193,8 @@ def export(
         # Where no map may change, a note of the sizes says so.
         notes += _fixed_axes(specs, batch_only=sizes is not None and "spatial" not in sizes.kinds)
     if sizes is not None:
-        found = {
-            (i, axis) for i, spec in enumerate(specs) for axis, size in enumerate(spec.shape) if isinstance(size, str)
-        }
-        notes += replace(sizes, names=inputs).notes(found)
+        places = {(i, axis) for i, x in enumerate(specs) for axis, size in enumerate(x.shape) if isinstance(size, str)}
+        notes += replace(sizes, names=inputs).notes(places)
     onnx_model.producer_name = "deploynorm"
     onnx_model.metadata_props.update(metadata or {})
     onnx_model.metadata_props[METADATA_SIZES] = json.dumps(sizes_to_dict(specs, notes))
@@ -210,7 +202,7 @@ def export(
         onnx_model,
         specs,
         lowering,
-        str(dtype).removeprefix("torch."),
+        dtype_name(dtype),
         kept_layers(twin, keep_float32),
         keep_io_types,
         tuple(notes),
@@ -220,11 +212,7 @@ def export(
 def check_options(
     dtype: torch.dtype | str | None, opset: int | None, lowering: str
 ) -> tuple[torch.dtype | None, int | None]:
-    """The type, which may be given by its name, and the opset that the lowering needs.
-
-    Raises:
-        InputError: There is no such type, opset or lowering.
-    """
+    """The type, which may be given by its name, and the opset that the lowering needs; raises InputError for others."""
     if isinstance(dtype, str):
         if dtype not in DTYPES:
             raise InputError("dtype", "not a type for a network", got=repr(dtype), expected=", ".join(DTYPES))
@@ -237,10 +225,6 @@ def check_options(
     if number is not None and not (isinstance(number, int) and MIN_OPSET <= number <= MAX_OPSET):
         raise InputError("export", "unsupported opset", got=opset, expected=f"{MIN_OPSET} to {MAX_OPSET}")
     return dtype, opset
-
-
-def _cast(example: object, dtype: torch.dtype) -> Any:
-    return example.to(dtype) if isinstance(example, Tensor) and example.is_floating_point() else example
 
 
 @contextmanager
@@ -264,9 +248,8 @@ def _conversion_named(dtype: torch.dtype, own: torch.dtype) -> Iterator[None]:
 def _fixed_axes(specs: Sequence[TensorSpec], *, batch_only: bool) -> list[str]:
     notes = []
     for spec in specs:
-        axes = [0] if batch_only else [axis for axis in range(len(spec.shape)) if axis != 1]
-        fixed = [f"{axis} ({spec.shape[axis]})" for axis in axes if isinstance(spec.shape[axis], int)]
-        if fixed:
+        axes = (axis for axis in range(len(spec.shape)) if axis == 0 or (axis > 1 and not batch_only))
+        if fixed := [f"{axis} ({spec.shape[axis]})" for axis in axes if isinstance(spec.shape[axis], int)]:
             notes.append(f"the network fixes axis {', '.join(fixed)} of input {spec.name}")
     return notes
 

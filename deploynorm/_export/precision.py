@@ -5,25 +5,25 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree
 
-from deploynorm.contract import DOMAIN, TORCH_OP
+from deploynorm import contract, dtypes
 from deploynorm.errors import InputError, ModelError
 from deploynorm.layers._precision import FullPrecisionBuffers
 from deploynorm.layers.functional import compute_dtype
 from deploynorm.trace import inference_copy
 
-__all__ = ["DTYPES", "HALF", "dtype_of", "first_overflow", "kept_layers", "to_precision"]
+__all__ = ["DTYPES", "HALF", "cast_floats", "dtype_name", "dtype_of", "first_overflow", "kept_layers", "to_precision"]
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in contract.DTYPES}
 """The types that a network can be converted to, by name."""
 
-HALF = (torch.float16, torch.bfloat16)
+HALF = tuple(DTYPES[name] for name in dtypes.HALF)
 
 _WIDE = (FullPrecisionBuffers, nn.modules.batchnorm._BatchNorm)
 """FRN and MABN, BatchNorm: layers whose parameters and statistics are float32 beside an input in half precision."""
@@ -36,6 +36,15 @@ is 5e-4 in float16: more means that the channel lies near the smallest number of
 def dtype_of(model: nn.Module) -> torch.dtype:
     """The type of the network's parameters, as its first one has it; float32 for a network that has none."""
     return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def cast_floats(tensors: Iterable[Tensor], dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """The tensors, those of a floating type in this one."""
+    return tuple(tensor.to(dtype) if tensor.is_floating_point() else tensor for tensor in tensors)
 
 
 def to_precision(
@@ -54,14 +63,8 @@ def to_precision(
        for float16, and ONNX, TensorRT and torch take float32 ones beside a half input.
     3. Layers that `keep_float32` names, with what is inside them; their inputs and outputs are cast.
 
-    Args:
-        model: Any network; it is left untouched.
-        dtype: float16, bfloat16, float32 or float64.
-        keep_float32: Names of layers as in `named_modules`; `*` stands for anything, also for dots.
-        keep_io_types: Whether inputs and outputs keep the type that the network has now, with casts inside.
-
-    Returns:
-        A copy on the CPU, in evaluation mode, with other projects' FRN layers taken over.
+    The network given is left untouched: the result is an `inference_copy`. `keep_io_types` keeps the type that inputs
+    and outputs have now, with casts inside.
 
     Raises:
         InputError: A type of another kind, a name that no layer has, or layers to be kept where there is no half.
@@ -77,7 +80,7 @@ def to_precision(
     kept = kept_layers(twin, keep_float32)
     if kept and dtype == wide:
         raise InputError(
-            "keep_float32", f"nothing is in half precision where all is in {_name(dtype)}", got=", ".join(kept)
+            "keep_float32", f"nothing is in half precision where all is in {dtype_name(dtype)}", got=", ".join(kept)
         )
     stays_wide = _wide_parameters(twin) if isinstance(twin, fx.GraphModule) else _in_wide_layers(twin, kept)
     _convert(twin, dtype, wide, stays_wide)
@@ -122,26 +125,19 @@ def kept_layers(model: nn.Module, patterns: Sequence[str]) -> tuple[str, ...]:
 
 def first_overflow(model: nn.Module, inputs: Sequence[Tensor]) -> str | None:
     """The innermost layer that first gives infinity or NaN for finite inputs, by name; None if none does."""
+    names = {module: name for name, module in model.named_modules()}
     found: list[str] = []
 
-    def look(name: str) -> Callable[[nn.Module, object, object], None]:
-        def hook(_: nn.Module, args: object, output: object) -> None:
-            given, got = (
-                [x for x in _pytree.tree_leaves(each) if isinstance(x, Tensor) and x.is_floating_point()]
-                for each in (args, output)
-            )
-            if not found and all(bool(x.isfinite().all()) for x in given):
-                found.extend([name] * any(not bool(x.isfinite().all()) for x in got))
+    def is_finite(values: object) -> bool:
+        tensors = (x for x in _pytree.tree_leaves(values) if isinstance(x, Tensor) and x.is_floating_point())
+        return all(bool(x.isfinite().all()) for x in tensors)
 
-        return hook
+    def look(module: nn.Module, args: object, output: object) -> None:
+        if not found and module in names and is_finite(args) and not is_finite(output):
+            found.append(names[module])
 
-    hooks = [module.register_forward_hook(look(name)) for name, module in model.named_modules()]
-    try:
-        with torch.inference_mode():
-            model(*inputs)
-    finally:
-        for handle in hooks:
-            handle.remove()
+    with torch.inference_mode(), nn.modules.module.register_module_forward_hook(look):
+        model(*inputs)
     return found[0] if found else None
 
 
@@ -158,7 +154,7 @@ def _in_wide_layers(model: nn.Module, kept: Sequence[str]) -> Callable[[str, nn.
 
 def _wide_parameters(graph: fx.GraphModule) -> Callable[[str, nn.Module], bool]:
     """Which tensors of an archive of torch.export stay wide, read from what its operators take."""
-    frn = getattr(getattr(torch.ops, DOMAIN), TORCH_OP).default
+    frn = getattr(getattr(torch.ops, contract.DOMAIN), contract.TORCH_OP).default
     wide: set[str] = set()
     for node in graph.graph.nodes:
         if node.target in (frn, torch.ops.aten.batch_norm.default):
@@ -199,8 +195,8 @@ def _convert(
             setattr(module, key, converted[tensor, target])  # and not in the table: an LSTM keeps a list of its own
     if weak:
         warnings.warn(
-            f"deploynorm: weights so small that {_name(dtype)} loses them or most of their digits: {'; '.join(weak)}. "
-            "Fix: keep those layers in float32 (keep_float32, --keep-float32), or take bfloat16",
+            f"deploynorm: weights so small that {dtype_name(dtype)} loses them or most of their digits: "
+            f"{'; '.join(weak)}. Fix: keep those layers in float32 (keep_float32, --keep-float32), or take bfloat16",
             RuntimeWarning,
             stacklevel=3,
         )
@@ -213,7 +209,7 @@ def _refuse_overflow(name: str, tensor: Tensor, new: Tensor) -> None:
     layer = name.rpartition(".")[0]
     raise ModelError(
         f"layer {layer or '(the network)'}",
-        f"{name.rpartition('.')[2]} does not fit into {_name(new.dtype)}",
+        f"{name.rpartition('.')[2]} does not fit into {dtype_name(new.dtype)}",
         got=f"{tensor.abs().where(lost, tensor.new_zeros(())).max():.3g}",
         expected=f"at most {torch.finfo(new.dtype).max:.5g}",
         fix=f"keep_float32 (--keep-float32) {layer}, or bfloat16" if layer else "use bfloat16",
@@ -269,7 +265,3 @@ def _cast_ends(module: fx.GraphModule, own: torch.dtype, dtype: torch.dtype) -> 
                 inside = graph.call_function(to, (node, dtype))
                 node.replace_all_uses_with(inside, delete_user_cb=lambda user, inside=inside: user is not inside)
     module.recompile()
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

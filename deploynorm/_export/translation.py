@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import onnx_ir as ir
 import torch
 
@@ -25,7 +21,7 @@ def to_onnx(program: torch.export.ExportedProgram, opset: int) -> ir.Model:
     """
     register_schema()
     table = {getattr(getattr(torch.ops, DOMAIN), TORCH_OP).default: translate}
-    with quiet(), _silenced("torch.onnx", "onnxscript"):
+    with quiet("torch.onnx", "onnxscript"):
         try:
             onnx_program = torch.onnx.export(
                 program, (), opset_version=opset, custom_translation_table=table, dynamo=True, verbose=False
@@ -48,20 +44,6 @@ def to_onnx(program: torch.export.ExportedProgram, opset: int) -> ir.Model:
             fix="choose another --opset",
         )
     return onnx_program.model
-
-
-@contextmanager
-def _silenced(*names: str) -> Iterator[None]:
-    """Keeps the named loggers quiet: what matters of their output comes back as an exception."""
-    loggers = [logging.getLogger(name) for name in names]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
 
 
 def _cause(error: BaseException) -> str:

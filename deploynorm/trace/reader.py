@@ -45,13 +45,11 @@ class TraceReader:
             **dict(model.named_parameters(remove_duplicate=False)),
             **dict(model.named_buffers(remove_duplicate=False)),
         }
-        self._position: dict[fx.Node, int] = {}
         self._module: dict[fx.Node, nn.Module] = {}
         self._calls: dict[nn.Module, list[fx.Node]] = {}
         self._not_activations: set[fx.Node] = set()
         nodes: dict[int, list[fx.Node]] = {}
-        for position, node in enumerate(program.graph.nodes):
-            self._position[node] = position
+        for node in program.graph.nodes:
             if node.op == "placeholder" and node.name not in signature.user_inputs:
                 self._not_activations.add(node)
                 if stored.get(node.name) in tensors:
@@ -70,6 +68,11 @@ class TraceReader:
             for name, tensor in (*module._parameters.items(), *module._buffers.items())
         }
 
+    @property
+    def called(self) -> Iterable[nn.Module]:
+        """The modules that are called, in order of their first calls."""
+        return self._calls
+
     def calls(self, module: nn.Module) -> list[fx.Node]:
         """The operators that the module's own forward calls, in order."""
         return self._calls.get(module, [])
@@ -77,10 +80,6 @@ class TraceReader:
     def module(self, node: fx.Node) -> nn.Module | None:
         """The module whose own forward calls the operator."""
         return self._module.get(node)
-
-    def first_call(self, module: nn.Module) -> int:
-        """Position of the module's first call in the trace; behind all others where it is not called."""
-        return min((self._position[call] for call in self.calls(module)), default=len(self._position))
 
     def normalization(self, node: fx.Node) -> nn.Module | None:
         """The module whose forward calls this batch normalization; None where the operator is another."""
@@ -135,10 +134,8 @@ def walk(
 ) -> Iterator[fx.Node]:
     """Where a walk through a trace ends, nearest first.
 
-    Args:
-        calls: Where it starts.
-        step: The operators next to one: its readers, or its inputs.
-        through: The kinds of operators behind which it goes on.
+    It starts at `calls`, `step` gives the operators next to one (its readers, or its inputs), and it goes on behind
+    those whose kind is in `through`.
     """
     seen: set[fx.Node] = set()
     waiting = [node for call in calls for node in step(call)]
@@ -154,10 +151,7 @@ def walk(
 
 
 def has_hooks(module: nn.Module, *, backward: bool = False) -> bool:
-    """Whether hooks run around the module's forward or, with `backward`, around its backward pass.
-
-    Hooks on backward passes count where the layer will be trained, and not where it only runs.
-    """
+    """Whether hooks run around the module's forward or, with `backward`, for a layer to be trained, its backward."""
     hooks = [module._forward_hooks, module._forward_pre_hooks]
     if backward:
         hooks += [module._backward_hooks, module._backward_pre_hooks]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from deploynorm.inputs import AxisSizes, Shape
 
-__all__ = ["Place", "Sizes", "axis_letter", "find_sizes"]
+__all__ = ["Place", "Sizes", "axis_kind", "axis_letter", "find_sizes"]
 
 Place = tuple[int, int]
 """An input by its position, and one of its axes."""
@@ -44,23 +44,21 @@ class Sizes:
     @property
     def kinds(self) -> frozenset[str]:
         """Of "batch" and "spatial", those of which an axis may change."""
-        return frozenset("spatial" if axis else "batch" for _, axis in self.places)
+        return frozenset(axis_kind(axis) for _, axis in self.places)
 
     def of_input(self, position: int) -> tuple[AxisSizes | None, ...]:
         """What is known of each axis of an input."""
-        group_of = {place: (index, step) for index, group in enumerate(self.groups) for place, step in group.items()}
-        known = (group_of.get((position, axis)) for axis in range(len(self.shapes[position])))
-        return tuple(
-            None if entry is None else AxisSizes(size, entry[1], str(entry[0]))
-            for size, entry in zip(self.shapes[position], known, strict=True)
-        )
+        shape = self.shapes[position]
+        known = {
+            axis: AxisSizes(shape[axis], step, str(index))
+            for index, group in enumerate(self.groups)
+            for (i, axis), step in group.items()
+            if i == position
+        }
+        return tuple(map(known.get, range(len(shape))))
 
     def notes(self, dynamic: Collection[Place]) -> list[str]:
-        """What limits the sizes of a file, in a sentence each.
-
-        Args:
-            dynamic: The axes that are dynamic in the file.
-        """
+        """What limits the sizes of a file in which these axes are dynamic, in a sentence each."""
         groups = [{place: step for place, step in group.items() if place in dynamic} for group in self.groups]
         groups = [group for group in groups if group and any(axis for _, axis in group)]
         notes: list[str] = []
@@ -93,6 +91,11 @@ class Sizes:
 
     def _letter(self, place: Place) -> str:
         return axis_letter(len(self.shapes[place[0]]), place[1])
+
+
+def axis_kind(axis: int) -> str:
+    """ "spatial", or "batch" for axis 0."""
+    return "spatial" if axis else "batch"
 
 
 def axis_letter(rank: int, axis: int) -> str:
@@ -157,25 +160,19 @@ class _Search:
 
     def _in_step(self, inputs: Sequence[int]) -> list[dict[Place, int]]:
         """All inputs by the same amount, or each by a part of its size."""
-        equal: dict[str, dict[Place, int]] = {}
-        in_proportion: dict[str, dict[Place, int]] = {}
-        for place in self._axes(inputs):
-            letter = axis_letter(len(self.shapes[place[0]]), place[1])
-            equal.setdefault(letter, {})[place] = 1
-            in_proportion.setdefault(letter, {})[place] = self.shapes[place[0]][place[1]]
-        for group in in_proportion.values():
-            common = math.gcd(*group.values())
-            group.update({place: size // common for place, size in group.items()})
-        kinds = [list(equal.values())] + (
-            [list(in_proportion.values())] if equal != in_proportion and len(inputs) > 1 else []
-        )
+        sizes: dict[str, dict[Place, int]] = {}
+        for i, axis in self._axes(inputs):
+            sizes.setdefault(axis_letter(len(self.shapes[i]), axis), {})[i, axis] = self.shapes[i][axis]
+        equal = [dict.fromkeys(group, 1) for group in sizes.values()]
+        in_proportion = [
+            {place: size // math.gcd(*group.values()) for place, size in group.items()} for group in sizes.values()
+        ]
+        kinds = [equal] if equal == in_proportion else [equal, in_proportion]
         for units in kinds:
             if found := self._by_step(units):
                 return found
-            if len(units) > 1:
-                alone = [group for unit in units for group in self._by_step([unit])]
-                if alone:
-                    return alone
+            if len(units) > 1 and (alone := [group for unit in units for group in self._by_step([unit])]):
+                return alone
         for units in kinds:  # case 4
             together = {place: step for unit in units for place, step in unit.items()}
             if found := self._by_step([together]):

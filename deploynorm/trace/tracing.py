@@ -16,7 +16,7 @@ from torch.export import Dim, ExportedProgram
 
 from deploynorm.errors import InputError, ModelError
 from deploynorm.layers.adopt import adopt
-from deploynorm.trace.sizes import Place, Sizes, find_sizes
+from deploynorm.trace.sizes import Place, Sizes, axis_kind, find_sizes
 
 __all__ = [
     "Dynamic",
@@ -24,6 +24,7 @@ __all__ = [
     "NarrowedAxis",
     "argument_names",
     "as_inputs",
+    "doubled",
     "dynamic_places",
     "first_line",
     "inference_copy",
@@ -56,15 +57,12 @@ def inference_copy(model: nn.Module) -> nn.Module:
 
 
 class NarrowedAxis(NamedTuple):
-    """A free axis whose trace holds for some sizes only, because the network branches on it.
-
-    Attributes:
-        kind: "batch" or "spatial".
-        text: Which axis, and the sizes.
-    """
+    """A free axis whose trace holds for some sizes only, because the network branches on it."""
 
     kind: str
+    """"batch" or "spatial"."""
     text: str
+    """Which axis, and the sizes."""
 
 
 def as_inputs(where: str, example_inputs: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -106,9 +104,6 @@ def trace(
         fixed: With None, the kinds of axes ("batch", "spatial") that stay as in the example all the same.
         sizes: What `find_sizes` found, where it was asked already.
 
-    Returns:
-        The program, with ATen and deploynorm operators.
-
     Raises:
         InputError: An example input is not a tensor, or `dynamic` names an input or axis that is not there.
         ModelError: torch.export cannot trace the network, or the network fixes an axis that must be dynamic.
@@ -120,14 +115,14 @@ def trace(
     if sizes is None:
         sizes = find_sizes(model, examples)
     if dynamic is None:
-        places = [place for place in sizes.places if ("spatial" if place[1] else "batch") not in fixed]
+        places = [place for place in sizes.places if axis_kind(place[1]) not in fixed]
         return _export(model, examples, places, Dim.AUTO)
     wanted = dynamic_places(model, examples, dynamic)
     if refused := wanted - sizes.places:
-        raise _not_free(model, dynamic, f"it refuses another {' or '.join(sorted(set(map(_kind, refused))))} size")
+        kinds = sorted({axis_kind(axis) for _, axis in refused})
+        raise _not_free(model, dynamic, f"it refuses another {' or '.join(kinds)} size")
     program = _export(model, examples, wanted, Dim.DYNAMIC)
-    narrowed = narrowed_axes(program)
-    if narrowed:
+    if narrowed := narrowed_axes(program):
         raise _not_free(model, dynamic, f"it branches on {'; '.join(axis.text for axis in narrowed)}")
     return program
 
@@ -143,7 +138,7 @@ def dynamic_places(model: nn.Module, examples: Sequence[Tensor], dynamic: Dynami
         if dynamic not in get_args(DynamicKind):
             raise InputError("dynamic", "unknown word", got=repr(dynamic), expected=", ".join(get_args(DynamicKind)))
         kinds = {"all": ("batch", "spatial"), "none": ()}.get(dynamic, (dynamic,))
-        return {place for place in axes if place[1] != 1 and _kind(place) in kinds}
+        return {place for place in axes if place[1] != 1 and axis_kind(place[1]) in kinds}
     names = argument_names(model, len(examples))
     wanted: set[Place] = set()
     for name, named in dynamic.items():
@@ -170,11 +165,7 @@ def argument_names(model: nn.Module, count: int | None = None) -> list[str]:
     parameters = inspect.signature(model.forward).parameters.values()
     named = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     count = max(1, len(named)) if count is None else count
-    return (
-        [*named, *["x", *(f"x_{position}" for position in range(1, count))]][:count]
-        if len(named) < count
-        else named[:count]
-    )
+    return [*named, "x", *(f"x_{position}" for position in range(1, count))][:count]
 
 
 def narrowed_axes(program: ExportedProgram) -> list[NarrowedAxis]:
@@ -194,23 +185,32 @@ def narrowed_axes(program: ExportedProgram) -> list[NarrowedAxis]:
             high = int(bounds.upper) if bounds.upper.is_finite and bounds.upper < 2**31 else None
             if low is not None or high is not None:
                 span = f"{low if low is not None else 1} to {high if high is not None else 'any'}"
-                narrowed.append(NarrowedAxis("spatial" if axis else "batch", f"axis {axis} of {node.name}: {span}"))
+                narrowed.append(NarrowedAxis(axis_kind(axis), f"axis {axis} of {node.name}: {span}"))
     return narrowed
 
 
+def doubled(examples: Sequence[Tensor], places: Collection[Place]) -> list[Tensor]:
+    """The examples, those of batch 1 as a batch of 2 where it is to be dynamic: a trace takes a size of 1 for fixed."""
+    return [
+        torch.cat([example, example]) if (position, 0) in places and len(example) == 1 else example
+        for position, example in enumerate(examples)
+    ]
+
+
 @contextmanager
-def quiet() -> Iterator[None]:
-    """Keeps torch's warnings and logs about its own internals from the user of export: what matters is raised."""
+def quiet(*names: str) -> Iterator[None]:
+    """Keeps warnings and logs of torch, and of further loggers, from the user of export: what matters is raised."""
+    levels = {logger: logger.level for logger in map(logging.getLogger, ("torch", *names))}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=FutureWarning)
         warnings.filterwarnings("ignore", category=DeprecationWarning)
-        torch_logger = logging.getLogger("torch")
-        level = torch_logger.level
-        torch_logger.setLevel(logging.CRITICAL)
+        for logger in levels:
+            logger.setLevel(logging.CRITICAL)
         try:
             yield
         finally:
-            torch_logger.setLevel(level)
+            for logger, level in levels.items():
+                logger.setLevel(level)
 
 
 def first_line(error: BaseException) -> str:
@@ -219,18 +219,10 @@ def first_line(error: BaseException) -> str:
     return lines[0].rstrip(".") if lines else type(error).__name__
 
 
-def _kind(place: Place) -> str:
-    return "spatial" if place[1] else "batch"
-
-
 def _export(
     model: nn.Module, example_inputs: Sequence[Tensor], places: Collection[Place], kind: Any
 ) -> ExportedProgram:
-    # A trace takes a size of 1 for a constant.
-    example_inputs = [
-        torch.cat([example, example]) if (position, 0) in places and len(example) == 1 else example
-        for position, example in enumerate(example_inputs)
-    ]
+    example_inputs = doubled(example_inputs, places)
     shapes = tuple(
         {axis: kind for axis in range(example.dim()) if (position, axis) in places}
         for position, example in enumerate(example_inputs)
