@@ -47,20 +47,16 @@ class Comparison:
     """One output on one sample; NaN and None where the two cannot be compared.
 
     Attributes:
-        sample: Name of the sample.
-        output: Name of the output, the candidate's where it has one.
+        sample, output: Their names, the output's as the candidate has it.
         ok: Whether the output holds.
         reason: Why it does not; or, of one that holds, why that proves little. Empty otherwise.
-        shape: The truth's shape.
-        dtype: The candidate's dtype.
-        rtol: Relative to the largest |want| of this output.
-        atol: Absolute.
+        shape, dtype: The truth's shape, and the candidate's dtype.
+        rtol, atol: See `Tolerance`.
         allowed: atol + rtol * max|want|.
         max_abs: The largest |got - want|.
         max_rel: max_abs / max|want|.
         index: Where that is, or where the first value that is not finite is.
-        got: The candidate's value there.
-        want: The truth's value there.
+        got, want: The candidate's value there, and the truth's.
     """
 
     sample: str
@@ -93,8 +89,7 @@ class Report:
     """All comparisons of one check; true when there are any and all of them hold. `print` shows the table.
 
     Attributes:
-        candidate: Name of the runner that was checked.
-        truth: Name of the runner that it was checked against.
+        candidate, truth: Names of the runner that was checked, and of that which it was checked against.
         comparisons: Sample by sample, output by output.
         precision: The half type that the candidate computes in, if it does.
     """
@@ -154,9 +149,8 @@ def check(
         candidate: The form under test.
         truth: The form that is right, best in float64.
         samples: Name and feeds of each sample; both runners get the same arrays.
-        rtol: By default that of `DEFAULT_TOLERANCE` for the half type that the candidate computes in, or else for
-            the type of its output.
-        atol: The same.
+        rtol, atol: By default those of `DEFAULT_TOLERANCE` for the half type that the candidate computes in, or else
+            for the type of its output.
 
     Raises:
         InputError: There are no samples, a tolerance is negative or not finite, or feeds do not fit.
@@ -246,11 +240,6 @@ def _compare(
         atol = default.atol if atol is None else atol
     else:
         rtol = atol = 0.0  # integers and truth values have no rounding
-    return _measure(sample, output, got, want, rtol, atol)
-
-
-def _measure(sample: str, output: str, got: _Array, want: _Array, rtol: float, atol: float) -> Comparison:
-    """The comparison of two outputs of one shape and kind."""
     exact_got, exact_want = got.astype(np.float64), want.astype(np.float64)
 
     def values_at(position: np.intp) -> dict[str, Any]:

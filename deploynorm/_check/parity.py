@@ -97,8 +97,7 @@ def check_file(
         path: The ONNX file.
         backend: See `Checks.add_file`.
         seed: Of the random inputs.
-        rtol: See `deploynorm.check`.
-        atol: See `deploynorm.check`.
+        rtol, atol: See `deploynorm.check`.
     """
     checks = Checks(Network.of(model, example_inputs, **reading), seed=seed, rtol=rtol, atol=atol)
     checks.add_file(path, backend)
@@ -112,8 +111,7 @@ class Checks:
         network: As given.
         keep_float32: Layers that stayed in float32 in a half file, for the comparison of a broken check.
         seed: Of the random inputs.
-        rtol: See `deploynorm.check`.
-        atol: See `deploynorm.check`.
+        rtol, atol: See `deploynorm.check`.
     """
 
     def __init__(
@@ -231,14 +229,10 @@ class Checks:
             self._reports.append(self._check(candidate, file.sizes))
 
     def _check(self, candidate: Runner, sizes: Mapping[str, Any] | None = None) -> Report:
-        expected = self._network.names
-        if len(candidate.inputs) != len(expected):
-            raise InputError(
-                candidate.name,
-                "has another number of inputs than the network",
-                got=", ".join(spec.name for spec in candidate.inputs),
-                expected=", ".join(expected),
-            )
+        got, expected = [spec.name for spec in candidate.inputs], self._network.names
+        if len(got) != len(expected):
+            problem = "has another number of inputs than the network"
+            raise InputError(candidate.name, problem, got=", ".join(got), expected=", ".join(expected))
         if self._made_for != (candidate.inputs, candidate.precision):
             self._make_samples(candidate, sizes or {})
         names = candidate.output_names

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import platform
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import datetime, timezone
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+import deploynorm
 from deploynorm._check.parity import Checks, Parity
-from deploynorm._convert.manifest import manifest
 from deploynorm._export import Exported, check_options, export
 from deploynorm._export.names import as_names, by_argument
 from deploynorm._export.precision import HALF, cast_floats, dtype_of, kept_layers, to_precision
@@ -21,14 +24,16 @@ from deploynorm._fold import FoldReport
 from deploynorm._fold import fold as fold_network
 from deploynorm.contract import METADATA_IMAGE, METADATA_LABELS, Lowering
 from deploynorm.errors import InputError
-from deploynorm.files import staging
+from deploynorm.files import sha256, staging
 from deploynorm.image import ImageSpec
-from deploynorm.inputs import Shape
+from deploynorm.inputs import Shape, sizes_to_dict
 from deploynorm.network import Network
 from deploynorm.run.backends import ONNX_BACKENDS
 from deploynorm.trace import Dynamic, dynamic_places, find_sizes, inference_copy
 
 __all__ = ["Conversion", "convert"]
+
+_PACKAGES = ("torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "onnxruntime-gpu", "numpy")
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,8 +86,38 @@ class Conversion:
         Args:
             file: Where it was saved, for the hashes.
         """
-        record = manifest(self.network, self.exported, file, self.function, self.seed)
-        return record | {"fold": None if self.fold is None else self.fold.to_dict()} | self.parity.to_dict()
+        exported, checkpoint = self.exported, self.network.checkpoint
+        if checkpoint is None:
+            kind = type(self.network.model)
+            source = {"class": f"{kind.__module__}.{kind.__qualname__}"}
+        else:
+            source = {"file": checkpoint.path.name}
+            source |= {key: getattr(checkpoint, key) for key in ("sha256", "kind", "factory")}
+        installed = {package: list(distributions(name=package)) for package in _PACKAGES}
+        versions = {package: found[0].version for package, found in installed.items() if found}
+        return {
+            "deploynorm": deploynorm.__version__,
+            "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "source": source,
+            "onnx": {
+                **_hashes(file),
+                "opset": exported.opset,
+                "lowering": exported.lowering,
+                "dtype": exported.dtype,
+                "kept_float32": list(exported.kept_float32),
+                "keep_io_types": exported.keep_io_types,
+                "function": self.function,
+                "inputs": [{"name": x.name, "shape": list(x.shape), "dtype": x.dtype} for x in exported.inputs],
+                "outputs": list(exported.output_names),
+                "nodes": dict(exported.node_counts()),
+                "sizes": sizes_to_dict(exported.inputs, exported.notes),
+                "notes": list(exported.notes),
+            },
+            "seed": self.seed,
+            "versions": {"python": platform.python_version(), **versions},
+            "fold": None if self.fold is None else self.fold.to_dict(),
+            **self.parity.to_dict(),
+        }
 
     def save(self, path: Path | str, *, external_data: bool | None = None) -> tuple[Path, Path]:
         """Writes model.onnx, and model.deploynorm.json with versions, hashes, sizes and the results of the checks.
@@ -247,9 +282,8 @@ def _labels(labels: Sequence[str] | Path) -> tuple[str, ...]:
         try:
             return tuple(labels.read_text(encoding="utf-8").splitlines())
         except (OSError, UnicodeDecodeError) as error:
-            raise InputError(
-                f"labels {labels}", f"cannot be read: {error}", expected="text, one name a line"
-            ) from error
+            problem = f"cannot be read: {error}"
+            raise InputError(f"labels {labels}", problem, expected="text, one name a line") from error
     names = () if isinstance(labels, str) else tuple(labels)
     if not names or any(not isinstance(name, str) for name in names):
         raise InputError("convert", "labels are not the names of classes", got=repr(labels), expected="a list of text")
@@ -262,3 +296,11 @@ def _check_labels(labels: tuple[str, ...] | None, exported: Exported) -> None:
     counts = [size for size in classes if isinstance(size, int)]
     if labels is not None and counts and len(labels) not in counts:
         raise InputError("convert", "another number of labels than classes", got=len(labels), expected=counts[0])
+
+
+def _hashes(file: Path | None) -> dict[str, Any]:
+    if file is None:
+        return {}
+    data = file.with_name(file.name + ".data")
+    external = {"file": data.name, "sha256": sha256(data)} if data.exists() else None
+    return {"file": file.name, "sha256": sha256(file), "external_data": external}

@@ -175,10 +175,9 @@ def export(
         examples = cast_floats(examples, own if keep_io_types else dtype)
     with _conversion_named(dtype, own):
         program = trace(twin, examples, dynamic, sizes=sizes)
-        if narrowed := narrowed_axes(
-            program
-        ):  # the file would compute something else at the other sizes, and say nothing
-            program = trace(twin, examples, dynamic, fixed={axis.kind for axis in narrowed}, sizes=sizes)
+        # At the other sizes the file would compute something else, and say nothing.
+        if narrowed := narrowed_axes(program):
+            program = trace(twin, examples, dynamic, fixed=set(narrowed.values()), sizes=sizes)
     onnx_model = to_onnx(program, opset)
     count = len(onnx_model.graph.outputs)  # less than the network returns, where some of that is None
     outputs = as_names("output_names", outputs, count) or tuple(default_output_names(program, count))
@@ -188,7 +187,7 @@ def export(
     refuse_types(onnx_model)
     lower(onnx_model, lowering, function=function)
     specs = tuple(_spec(value, i, sizes) for i, value in enumerate(onnx_model.graph.inputs))
-    notes = [f"fixed, since it holds for some sizes only: {axis.text}" for axis in narrowed]
+    notes = [f"fixed, since it holds for some sizes only: {axis}" for axis in narrowed]
     if dynamic is None:
         # Where no map may change, a note of the sizes says so.
         notes += _fixed_axes(specs, batch_only=sizes is not None and "spatial" not in sizes.kinds)
@@ -235,14 +234,10 @@ def _conversion_named(dtype: torch.dtype, own: torch.dtype) -> Iterator[None]:
     except ModelError as error:
         if dtype == own:
             raise
-        raise ModelError(
-            error.where,
-            f"{error.problem.rstrip('.')} (the network was converted from {own} to {dtype})",
-            got=error.got,
-            expected=error.expected,
-            fix="where types do not fit, keep the layer that makes tensors of its own type in float32 "
-            f"(--keep-float32); else {error.fix}",
-        ) from error
+        problem = f"{error.problem.rstrip('.')} (the network was converted from {own} to {dtype})"
+        fix = "where types do not fit, keep the layer that makes tensors of its own type in float32 (--keep-float32)"
+        fix = f"{fix}; else {error.fix}"
+        raise ModelError(error.where, problem, got=error.got, expected=error.expected, fix=fix) from error
 
 
 def _fixed_axes(specs: Sequence[TensorSpec], *, batch_only: bool) -> list[str]:

@@ -20,10 +20,7 @@ def round_fused_weights(model: ir.Model) -> None:
     """Gives the weights of half convolutions and linear layers the type of their input.
 
     onnxscript, which torch optimizes its graphs with, multiplies a BatchNorm with float32 parameters into the half
-    convolution before it, and leaves the product in float32.
-
-    Raises:
-        ModelError: The product does not fit into the type, or is not a constant.
+    convolution before it, and leaves the product in float32. ModelError: it does not fit, or is not a constant.
     """
     changed = False
     for node in model.graph.all_nodes():
@@ -37,21 +34,16 @@ def round_fused_weights(model: ir.Model) -> None:
                 continue
             weight = ir.convenience.get_const_tensor(value)
             if weight is None:
-                raise ModelError(
-                    "export",
-                    f"node {node.name}: its weight is computed in float32 where its input is {ONNX_HALF[dtype]}",
-                    fix="fold the network first, or keep that layer in float32 (--keep-float32)",
-                )
+                problem = f"node {node.name}: its weight is computed in float32 where its input is {ONNX_HALF[dtype]}"
+                fix = "fold the network first, or keep that layer in float32 (--keep-float32)"
+                raise ModelError("export", problem, fix=fix)
             exact = weight.numpy()
             with np.errstate(over="ignore"):
                 rounded = exact.astype(dtype.numpy())
             if not np.isfinite(rounded.astype(np.float32)).all():
-                raise ModelError(
-                    f"node {node.name}",
-                    f"its weight, multiplied by the norm behind it, does not fit into {ONNX_HALF[dtype]}",
-                    got=f"{np.abs(exact).max():.3g}",
-                    fix="keep that layer and its norm in float32 (--keep-float32), or use bfloat16",
-                )
+                problem = f"its weight, multiplied by the norm behind it, does not fit into {ONNX_HALF[dtype]}"
+                fix = "keep that layer and its norm in float32 (--keep-float32), or use bfloat16"
+                raise ModelError(f"node {node.name}", problem, got=f"{np.abs(exact).max():.3g}", fix=fix)
             name = f"{value.name}_{ONNX_HALF[dtype]}"
             if name not in model.graph.initializers:
                 model.graph.register_initializer(ir.val(name, const_value=ir.tensor(rounded, name=name)))
@@ -73,9 +65,7 @@ def refuse_types(model: ir.Model) -> None:
         schema = onnx.defs.get_schema(node.op_type, opset)
         for formal, value in zip(schema.inputs, node.inputs, strict=False):
             if value is not None and value.dtype == ir.DataType.BFLOAT16 and "tensor(bfloat16)" not in formal.types:
+                fix = f"pass --opset {BFLOAT16_OPSET} or later" if opset < BFLOAT16_OPSET else "use float16"
                 raise ModelError(
-                    "export",
-                    f"{node.op_type} has no bfloat16 in this opset",
-                    got=f"opset {opset}",
-                    fix=f"pass --opset {BFLOAT16_OPSET} or later" if opset < BFLOAT16_OPSET else "use float16",
+                    "export", f"{node.op_type} has no bfloat16 in this opset", got=f"opset {opset}", fix=fix
                 )

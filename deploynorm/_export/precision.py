@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -79,18 +79,16 @@ def to_precision(
     own, wide = dtype_of(twin), compute_dtype(dtype)
     kept = kept_layers(twin, keep_float32)
     if kept and dtype == wide:
-        raise InputError(
-            "keep_float32", f"nothing is in half precision where all is in {dtype_name(dtype)}", got=", ".join(kept)
-        )
-    stays_wide = _wide_parameters(twin) if isinstance(twin, fx.GraphModule) else _in_wide_layers(twin, kept)
-    _convert(twin, dtype, wide, stays_wide)
+        problem = f"nothing is in half precision where all is in {dtype_name(dtype)}"
+        raise InputError("keep_float32", problem, got=", ".join(kept))
+    _convert(twin, dtype, wide, _stay_wide(twin, kept))
     for module in dict.fromkeys(twin.get_submodule(name) for name in kept):  # one layer may have two names
-        _cast_around(module, inside=(dtype, wide), outside=(wide, dtype))
+        _cast_around(module, dtype, wide)
     if keep_io_types and own != dtype:
         if isinstance(twin, fx.GraphModule):
             _cast_ends(twin, own, dtype)
         else:
-            _cast_around(twin, inside=(own, dtype), outside=(dtype, own))
+            _cast_around(twin, own, dtype)
     return twin
 
 
@@ -101,26 +99,19 @@ def kept_layers(model: nn.Module, patterns: Sequence[str]) -> tuple[str, ...]:
         InputError: A pattern that names no layer, or an archive of torch.export, which has no layers.
     """
     if patterns and isinstance(model, fx.GraphModule):
-        raise InputError(
-            "keep_float32",
-            "an archive of torch.export has no layers that could be kept, for it is one graph",
-            got=", ".join(patterns),
-            fix="export from the network or checkpoint that the archive was made from",
-        )
+        problem = "an archive of torch.export has no layers that could be kept, for it is one graph"
+        fix = "export from the network or checkpoint that the archive was made from"
+        raise InputError("keep_float32", problem, got=", ".join(patterns), fix=fix)
     names = [name for name, _ in model.named_modules(remove_duplicate=False) if name]
     found: set[str] = set()
     for pattern in patterns:
         matched = fnmatch.filter(names, pattern)
         if not matched:
             near = difflib.get_close_matches(pattern, names, n=5, cutoff=0.4) or names[:5]
-            raise InputError(
-                "keep_float32",
-                "the network has no layer of that name",
-                got=repr(pattern),
-                expected=f"a name or pattern such as {', '.join(near)}",
-            )
+            problem, expected = "the network has no layer of that name", f"a name or pattern such as {', '.join(near)}"
+            raise InputError("keep_float32", problem, got=repr(pattern), expected=expected)
         found.update(matched)
-    return tuple(name for name in names if name in found and not _parents(name) & found)
+    return tuple(name for name in names if name in found and not any(name.startswith(f"{x}.") for x in found))
 
 
 def first_overflow(model: nn.Module, inputs: Sequence[Tensor]) -> str | None:
@@ -141,25 +132,19 @@ def first_overflow(model: nn.Module, inputs: Sequence[Tensor]) -> str | None:
     return found[0] if found else None
 
 
-def _parents(name: str) -> set[str]:
-    parts = name.split(".")
-    return {".".join(parts[:end]) for end in range(1, len(parts))}
-
-
-def _in_wide_layers(model: nn.Module, kept: Sequence[str]) -> Callable[[str, nn.Module], bool]:
-    """Whether a tensor stays wide: all of a kept layer, and those that a norm holds."""
+def _stay_wide(model: nn.Module, kept: Sequence[str]) -> set[str]:
+    """Names of the parameters and buffers that stay wide: all of a kept layer, and those that a norm holds."""
+    if isinstance(model, fx.GraphModule):  # an archive of torch.export: those that its operators take
+        frn = getattr(getattr(torch.ops, contract.DOMAIN), contract.TORCH_OP).default
+        norms = [node for node in model.graph.nodes if node.target in (frn, torch.ops.aten.batch_norm.default)]
+        return {name for node in norms for name in _sources(node.args[1:5])}
     inside = {module for name in kept for module in model.get_submodule(name).modules()}
-    return lambda _, module: module in inside or isinstance(module, _WIDE)
-
-
-def _wide_parameters(graph: fx.GraphModule) -> Callable[[str, nn.Module], bool]:
-    """Which tensors of an archive of torch.export stay wide, read from what its operators take."""
-    frn = getattr(getattr(torch.ops, contract.DOMAIN), contract.TORCH_OP).default
-    wide: set[str] = set()
-    for node in graph.graph.nodes:
-        if node.target in (frn, torch.ops.aten.batch_norm.default):
-            wide.update(_sources(node.args[1:5]))
-    return lambda name, _: name in wide
+    return {
+        f"{path}.{key}".lstrip(".")
+        for path, module in model.named_modules()
+        if module in inside or isinstance(module, _WIDE)
+        for key in (*module._parameters, *module._buffers)
+    }
 
 
 def _sources(arguments: Sequence[Any]) -> Iterator[str]:
@@ -174,9 +159,7 @@ def _sources(arguments: Sequence[Any]) -> Iterator[str]:
         seen.update(node.all_input_nodes)
 
 
-def _convert(
-    model: nn.Module, dtype: torch.dtype, wide: torch.dtype, stays_wide: Callable[[str, nn.Module], bool]
-) -> None:
+def _convert(model: nn.Module, dtype: torch.dtype, wide: torch.dtype, stay_wide: Collection[str]) -> None:
     """Converts every parameter and buffer in place; a tensor that two layers share stays one."""
     converted: dict[tuple[Tensor, torch.dtype], Tensor] = {}
     weak: list[str] = []
@@ -184,13 +167,13 @@ def _convert(
         for key, tensor in [*module._parameters.items(), *module._buffers.items()]:
             if tensor is None or not tensor.is_floating_point():
                 continue
-            name = f"{path}.{key}" if path else key
-            target = wide if stays_wide(name, module) else dtype
+            name = f"{path}.{key}".lstrip(".")
+            target = wide if name in stay_wide else dtype
             if (tensor, target) not in converted:
                 new = tensor.detach().to(target)
                 _refuse_overflow(name, tensor, new)
                 if key != "bias" and (lost := _lost_channels(module, tensor, new)):
-                    weak.append(f"{name} ({lost} of {tensor.shape[_channel_axis(module, tensor)]} channels)")
+                    weak.append(f"{name} ({lost})")
                 converted[tensor, target] = nn.Parameter(new, False) if key in module._parameters else new
             setattr(module, key, converted[tensor, target])  # and not in the table: an LSTM keeps a list of its own
     if weak:
@@ -206,45 +189,38 @@ def _refuse_overflow(name: str, tensor: Tensor, new: Tensor) -> None:
     lost = tensor.isfinite() & ~new.isfinite()
     if not bool(lost.any()):
         return
-    layer = name.rpartition(".")[0]
+    layer, _, key = name.rpartition(".")
     raise ModelError(
         f"layer {layer or '(the network)'}",
-        f"{name.rpartition('.')[2]} does not fit into {dtype_name(new.dtype)}",
+        f"{key} does not fit into {dtype_name(new.dtype)}",
         got=f"{tensor.abs().where(lost, tensor.new_zeros(())).max():.3g}",
         expected=f"at most {torch.finfo(new.dtype).max:.5g}",
         fix=f"keep_float32 (--keep-float32) {layer}, or bfloat16" if layer else "use bfloat16",
     )
 
 
-def _lost_channels(module: nn.Module, tensor: Tensor, new: Tensor) -> int:
-    """How many channels rounding moves by more than `_LOST` of their largest weight, all of it being 1."""
+def _lost_channels(module: nn.Module, tensor: Tensor, new: Tensor) -> str:
+    """How many channels rounding moves by more than `_LOST` of their largest weight; empty for none."""
     if tensor.dim() == 0 or not tensor.numel() or new.dtype in (tensor.dtype, torch.float32, torch.float64):
-        return 0
-    rows, rounded = (
-        t.double().movedim(_channel_axis(module, t), 0).reshape(t.shape[_channel_axis(module, t)], -1)
-        for t in (tensor, new)
-    )
+        return ""
+    axis = 1 if isinstance(module, nn.modules.conv._ConvTransposeNd) and tensor.dim() > 1 else 0
+    rows, rounded = (t.double().movedim(axis, 0).reshape(t.shape[axis], -1) for t in (tensor, new))
     error = (rounded - rows).abs().nan_to_num(0).amax(1)  # -inf is -inf in any type
-    return int((error > _LOST * rows.abs().amax(1)).sum())
+    lost = int((error > _LOST * rows.abs().amax(1)).sum())
+    return f"{lost} of {len(rows)} channels" if lost else ""
 
 
-def _channel_axis(module: nn.Module, tensor: Tensor) -> int:
-    return 1 if isinstance(module, nn.modules.conv._ConvTransposeNd) and tensor.dim() > 1 else 0
+def _cast_around(module: nn.Module, outer: torch.dtype, inner: torch.dtype) -> None:
+    """Casts the tensors of the outer type that go into a layer to the inner one, and those that come out back."""
 
-
-def _cast_around(
-    module: nn.Module, *, inside: tuple[torch.dtype, torch.dtype], outside: tuple[torch.dtype, torch.dtype]
-) -> None:
-    """Casts the tensors that go into a layer, and those that come out, each from one type to another."""
-
-    def cast(value: object, source: torch.dtype, target: torch.dtype) -> object:
-        return value.to(target) if isinstance(value, Tensor) and value.dtype == source else value
+    def cast(values: object, source: torch.dtype, target: torch.dtype) -> object:
+        return _pytree.tree_map_only(Tensor, lambda x: x.to(target) if x.dtype == source else x, values)
 
     def before(_: nn.Module, args: object, kwargs: object) -> object:
-        return _pytree.tree_map(lambda value: cast(value, *inside), (args, kwargs))
+        return cast((args, kwargs), outer, inner)
 
     def after(_: nn.Module, args: object, output: object) -> object:
-        return _pytree.tree_map(lambda value: cast(value, *outside), output)
+        return cast(output, inner, outer)
 
     module.register_forward_pre_hook(before, with_kwargs=True)  # type: ignore[arg-type]
     module.register_forward_hook(after)

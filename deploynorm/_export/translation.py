@@ -27,27 +27,17 @@ def to_onnx(program: torch.export.ExportedProgram, opset: int) -> ir.Model:
                 program, (), opset_version=opset, custom_translation_table=table, dynamo=True, verbose=False
             )
         except Exception as error:
-            raise ModelError(
-                "export",
-                f"torch.onnx.export cannot translate the network: {_cause(error)}",
-                fix="replace the operator it names, or export that part separately",
-            ) from error
+            cause: BaseException = error
+            while cause.__cause__ is not None:  # the innermost one names the operator
+                cause = cause.__cause__
+            problem = f"torch.onnx.export cannot translate the network: {type(cause).__name__}: {first_line(cause)}"
+            fix = "replace the operator it names, or export that part separately"
+            raise ModelError("export", problem, fix=fix) from error
     assert onnx_program is not None
     written = onnx_program.model.opset_imports[""]
     if written != opset:
         # torch logs a failed conversion and goes on with another opset; a user who asked for one expects that one.
-        raise ModelError(
-            "export",
-            "torch.onnx.export could not convert the graph",
-            got=f"opset {written}",
-            expected=f"opset {opset}",
-            fix="choose another --opset",
-        )
+        problem = "torch.onnx.export could not convert the graph"
+        got, expected = f"opset {written}", f"opset {opset}"
+        raise ModelError("export", problem, got=got, expected=expected, fix="choose another --opset")
     return onnx_program.model
-
-
-def _cause(error: BaseException) -> str:
-    """The innermost cause, which names the operator; the outer ones are torch's own steps."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return f"{type(error).__name__}: {first_line(error)}"

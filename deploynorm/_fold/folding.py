@@ -128,7 +128,7 @@ class _Folding:
             program = trace(self._model, examples, dynamic, sizes=sizes)
         except ModelError as error:
             raise NotFoldableError(f"the network cannot be traced ({error.problem})") from error
-        if narrowed := "; ".join(axis.text for axis in narrowed_axes(program)):
+        if narrowed := "; ".join(narrowed_axes(program)):
             raise NotFoldableError(f"the network branches on sizes ({narrowed}): leave these axes out of dynamic")
         return TraceReader(self._model, program)
 
@@ -153,7 +153,7 @@ class _Folding:
         for layer, (weight, bias) in folded.items():
             layer.weight = nn.Parameter(weight, requires_grad=False)
             layer.bias = nn.Parameter(bias, requires_grad=False)
-        self._exact |= exact
+            self._exact[layer] = exact[layer]
         producers.mark_folded(norm)
         self._put(norm, nn.Identity())
         names = {module: name for name, module in self._model.named_modules()}

@@ -52,12 +52,11 @@ class SwapReport:
                 alike.setdefault((kind, became or "-", outcome, detail), []).append(name or "(the network)")
         parts = [table("Layers", ("class", "became", "outcome", "count"), counts)]
         if alike:
-            rows = [(_shortened(names), *key) for key, names in alike.items()]
+            rows = [
+                (names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more", *key)
+                for key, names in alike.items()
+            ]
             title = "Layers that stayed, in whole or in part, and why"
             parts.append(table(title, ("layer", "class", "became", "outcome", "why"), rows))
         parts += [f"note: {note}" for note in self.notes]
         return "\n\n".join(parts)
-
-
-def _shortened(names: list[str]) -> str:
-    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"

@@ -1,11 +1,9 @@
 """One traced network, and all that is asked of it."""
 
-from deploynorm.trace.reader import LINEAR_OPERATORS, TraceReader, has_hooks, operator_name, walk
+from deploynorm.trace.reader import LINEAR_OPERATORS, TraceReader, aten_operators, has_hooks, operator_name, walk
 from deploynorm.trace.sizes import Sizes, axis_letter, find_sizes
 from deploynorm.trace.tracing import (
     Dynamic,
-    DynamicKind,
-    NarrowedAxis,
     argument_names,
     as_inputs,
     doubled,
@@ -20,11 +18,10 @@ from deploynorm.trace.tracing import (
 __all__ = [
     "LINEAR_OPERATORS",
     "Dynamic",
-    "DynamicKind",
-    "NarrowedAxis",
     "Sizes",
     "TraceReader",
     "argument_names",
+    "aten_operators",
     "as_inputs",
     "axis_letter",
     "doubled",

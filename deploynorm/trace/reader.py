@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
-__all__ = ["LINEAR_OPERATORS", "TraceReader", "has_hooks", "operator_name", "walk"]
+__all__ = ["LINEAR_OPERATORS", "TraceReader", "aten_operators", "has_hooks", "operator_name", "walk"]
 
 _aten = torch.ops.aten
 
@@ -27,40 +27,41 @@ LINEAR_OPERATORS = {
 """Linear layers and convolutions -> rank of an output with the batch on axis 0 and the channels on axis 1."""
 
 
+def aten_operators(names: str) -> frozenset[object]:
+    """All forms of torch's operators of these names, those in place too: "add cat" has aten.add_.Tensor."""
+    forms = [form for name in names.split() for form in (name, f"{name}_") if hasattr(_aten, form)]
+    packets = [getattr(_aten, form) for form in forms]
+    return frozenset(getattr(packet, overload) for packet in packets for overload in packet.overloads())
+
+
 class TraceReader:
-    """Answers questions about a traced network, as it was when it was traced.
+    """Answers questions about a network as it was when it was traced, once or several times.
 
     A call is an operator that a module's own forward calls: those of its children are theirs.
-
-    Args:
-        model: The network.
-        program: Its trace.
     """
 
-    def __init__(self, model: nn.Module, program: ExportedProgram) -> None:
+    def __init__(self, model: nn.Module, *programs: ExportedProgram) -> None:
         by_path = dict(model.named_modules(remove_duplicate=False))
-        signature = program.graph_signature
-        stored = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
-        tensors = {
-            **dict(model.named_parameters(remove_duplicate=False)),
-            **dict(model.named_buffers(remove_duplicate=False)),
-        }
+        tensors = dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])
         self._module: dict[fx.Node, nn.Module] = {}
         self._calls: dict[nn.Module, list[fx.Node]] = {}
         self._not_activations: set[fx.Node] = set()
         nodes: dict[int, list[fx.Node]] = {}
-        for node in program.graph.nodes:
-            if node.op == "placeholder" and node.name not in signature.user_inputs:
-                self._not_activations.add(node)
-                if stored.get(node.name) in tensors:
-                    nodes.setdefault(id(tensors[stored[node.name]]), []).append(node)
-            stack = node.meta.get("nn_module_stack")
-            if node.op == "call_function" and stack:
-                # torch may mark the second call of a module as "path@1".
-                module = by_path.get(list(stack.values())[-1][0].split("@")[0])
-                if module is not None:
-                    self._module[node] = module
-                    self._calls.setdefault(module, []).append(node)
+        for program in programs:
+            signature = program.graph_signature
+            stored = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+            for node in program.graph.nodes:
+                if node.op == "placeholder" and node.name not in signature.user_inputs:
+                    self._not_activations.add(node)
+                    if stored.get(node.name) in tensors:
+                        nodes.setdefault(id(tensors[stored[node.name]]), []).append(node)
+                stack = node.meta.get("nn_module_stack")
+                if node.op == "call_function" and stack:
+                    # torch may mark the second call of a module as "path@1".
+                    module = by_path.get(list(stack.values())[-1][0].split("@")[0])
+                    if module is not None:
+                        self._module[node] = module
+                        self._calls.setdefault(module, []).append(node)
         # By module and name, since a parameter may be replaced once the network is traced.
         self._stored = {
             (module, name): nodes.get(id(tensor), [])

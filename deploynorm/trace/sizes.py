@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,17 +24,11 @@ _COARSE = 32
 
 @dataclass(frozen=True)
 class Sizes:
-    """The sizes that a network takes besides those of its examples.
+    """The sizes that a network takes besides those of its examples."""
 
-    Attributes:
-        names: Of the inputs.
-        shapes: Of the examples.
-        groups: For each set of axes that vary together the growth of each axis, by one step.
-    """
-
-    names: tuple[str, ...]
-    shapes: tuple[Shape, ...]
-    groups: tuple[Mapping[Place, int], ...]
+    names: tuple[str, ...]  # of the inputs
+    shapes: tuple[Shape, ...]  # of the examples
+    groups: tuple[Mapping[Place, int], ...]  # axes that vary together, each with its growth by one step
 
     @property
     def places(self) -> frozenset[Place]:
@@ -59,38 +53,37 @@ class Sizes:
 
     def notes(self, dynamic: Collection[Place]) -> list[str]:
         """What limits the sizes of a file in which these axes are dynamic, in a sentence each."""
-        groups = [{place: step for place, step in group.items() if place in dynamic} for group in self.groups]
-        groups = [group for group in groups if group and any(axis for _, axis in group)]
         notes: list[str] = []
         in_step: dict[str, list[str]] = {}
         alike: dict[str, list[str]] = {}
-        for group in groups:
-            letters = list(dict.fromkeys(self._letter(place) for place in group))
+        for whole in self.groups:
+            group = {place: step for place, step in whole.items() if place in dynamic}
+            if not any(axis for _, axis in group):
+                continue
+            letters = self._letters(group)
             if len(set(group.values())) > 1:
                 steps = " and ".join(f"{self.names[i]} by {step}" for (i, _), step in group.items())
                 in_step.setdefault(steps, []).append(_joined(letters))
                 continue
             if len(letters) > 1:
                 notes.append(f"{_joined(letters)} vary together")
-            place, step = next(iter(group.items()))
-            name = _joined(letters)
-            if len(group) == 1 and len(self.shapes) > 1:
-                name += f" of {self.names[place[0]]}"
-            size = self.shapes[place[0]][place[1]]
+            (position, axis), step = next(iter(group.items()))
+            size = self.shapes[position][axis]
             if step > 1:
                 rule = f"multiples of {step}" if size % step == 0 else f"{size} and multiples of {step} more or less"
-                alike.setdefault(rule, []).append(name)
+                owner = f" of {self.names[position]}" if len(group) == 1 and len(self.shapes) > 1 else ""
+                alike.setdefault(rule, []).append(_joined(letters) + owner)
         notes += [f"{_joined(letters)} vary in step: {steps}" for steps, letters in in_step.items()]
         notes += [f"{_joined(names)}: {rule}" for rule, names in alike.items()]
-        spatial = {(i, axis) for i, shape in enumerate(self.shapes) for axis in range(2, len(shape))}
-        if spatial and not spatial & self.places:
-            letters = list(dict.fromkeys(self._letter(place) for place in sorted(spatial)))
+        spatial = [(i, axis) for i, shape in enumerate(self.shapes) for axis in range(2, len(shape))]
+        if spatial and self.places.isdisjoint(spatial):
             varied = "only the batch was varied" if "batch" in self.kinds else "no size was varied"
+            letters = self._letters(spatial)
             notes.append(f"{varied}, since the network refuses every other {_joined(letters)} that was tried")
         return notes
 
-    def _letter(self, place: Place) -> str:
-        return axis_letter(len(self.shapes[place[0]]), place[1])
+    def _letters(self, places: Iterable[Place]) -> list[str]:
+        return list(dict.fromkeys(axis_letter(len(self.shapes[i]), axis) for i, axis in places))
 
 
 def axis_kind(axis: int) -> str:
@@ -113,10 +106,8 @@ def find_sizes(model: nn.Module, examples: Sequence[Tensor], names: Sequence[str
        inputs refuse to grow one by one, all by the same amount, or each by a part of its own size.
     4. Height and width together, and at last twice the size and parts of that.
 
-    Args:
-        model: The network, in evaluation mode on the CPU. A copy of it runs, since forward may change buffers.
-        examples: Its inputs.
-        names: Of the inputs, for notes.
+    The network is in evaluation mode on the CPU; a copy of it runs, since forward may change buffers. The names are
+    those of its inputs, for notes.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a module of torch.export warns of torch's own code when copied
@@ -201,10 +192,7 @@ class _Search:
         return [(i, axis) for i in inputs for axis in range(2, len(self.shapes[i]))]
 
     def _takes(self, units: Sequence[Mapping[Place, int]]) -> bool:
-        """Whether it runs with each unit larger: each by another number of steps, and each by one.
-
-        A single unit grows by one step, and by two.
-        """
+        """Whether it runs with each unit larger, by another number of steps, then by one; a single one by 1 and 2."""
         apart = range(1, len(units) + 1)
         return self._runs(units, apart) and self._runs(units, [1] * len(units) if len(units) > 1 else [2])
 
