@@ -55,11 +55,7 @@ class Parity:
         return bool(self.reports) and all(self.reports)
 
     def tables(self, verbose: bool = False) -> str:
-        """The table of errors, and where a check is broken, how far off the network itself is.
-
-        Args:
-            verbose: Show each sample, and not only the worst of each output.
-        """
+        """The table of errors, of the worst sample or with `verbose` of all, and what explains a broken check."""
         parts = [parity_table(self.reports, "Parity with the network in float64", verbose)]
         if self.itself is not None:
             parts.append(parity_table([self.itself], "For comparison, with nothing exported", verbose))
@@ -136,10 +132,7 @@ class Checks:
     ) -> None:
         """Checks the folded network in PyTorch, on inputs of the example's shape.
 
-        Args:
-            folded: To be checked.
-            output_names: Of its outputs, for the table.
-            dtype: The type that it is folded in, where that is not the network's own.
+        The output names are for the table; dtype is that of folding, where it is not the network's own.
         """
         wide = None if dtype == dtype_of(self._network.model) else dtype
         with EagerRunner(folded, self._network.inputs, output_names, dtype=wide) as candidate:
@@ -259,8 +252,7 @@ class Checks:
                     self._notes.append(f"not checked on {label}, which the network itself refuses")
 
     def _fitted(self, feeds: Mapping[str, _Array], precision: str | None) -> dict[str, _Array]:
-        """Floats less what a half network would round away of them; integers within the range of the example's, which
-        may be the indices of a table."""
+        """Floats that the half type holds exactly; integers, which may index a table, within the example's range."""
         fitted = dict(feeds)
         for (name, x), example in zip(feeds.items(), self._network.examples, strict=True):
             if x.dtype.kind == "f" and precision is not None:

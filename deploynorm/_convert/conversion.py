@@ -45,8 +45,7 @@ class Conversion:
         fold: What folding did; None where it was left out.
         parity: The checks: the folded network, then the file in each runtime at hand.
         network: What it was made from.
-        function: Whether the custom node's body is in the model.
-        seed: Of the inputs of the checks.
+        function, seed: As given to `convert`.
     """
 
     exported: Exported
@@ -65,11 +64,7 @@ class Conversion:
         return (*self.network.notes, *self.exported.notes, *self.parity.notes)
 
     def tables(self, verbose: bool = False) -> str:
-        """The layers folded, the nodes, the parity table and the notes.
-
-        Args:
-            verbose: Show each layer and each sample.
-        """
+        """The layers folded, the nodes, the parity table and the notes; with `verbose` each layer and each sample."""
         parts = [] if self.fold is None else [self.fold.tables(verbose)]
         parts += [str(replace(self.exported, notes=())), self.parity.tables(verbose)]
         parts += ["\n".join(f"note: {note}" for note in self.notes)] if self.notes else []
@@ -81,10 +76,8 @@ class Conversion:
     __repr__ = __str__  # for notebooks, where the fields would fill pages
 
     def to_dict(self, file: Path | None = None) -> dict[str, Any]:
-        """The manifest: what the model was made from, with which versions, what is in it, and how it was checked.
-
-        Args:
-            file: Where it was saved, for the hashes.
+        """The manifest: what the model was made from, with which versions, what is in it, and how it was checked; with
+        the hashes of the file, where it was saved.
         """
         exported, checkpoint = self.exported, self.network.checkpoint
         if checkpoint is None:
@@ -120,14 +113,11 @@ class Conversion:
         }
 
     def save(self, path: Path | str, *, external_data: bool | None = None) -> tuple[Path, Path]:
-        """Writes model.onnx, and model.deploynorm.json with versions, hashes, sizes and the results of the checks.
+        """Writes model.onnx, and model.deploynorm.json with versions, hashes, sizes and checks; returns both paths.
 
         Args:
             path: The .onnx file. It is written beside and renamed when whole; an earlier one stays if that fails.
             external_data: Weights in a file of their own; None does so past 2 GB.
-
-        Returns:
-            Both files.
 
         Raises:
             ParityError: A check does not hold; nothing is written.
@@ -196,8 +186,7 @@ def convert(
         rtol, atol: See `deploynorm.check`.
 
     Returns:
-        The model and all that was found; nothing is written. It is true when the checks hold, and its `save` refuses
-        to write where they do not.
+        The model and all that was found; nothing is written.
 
     Raises:
         InputError: An argument does not fit.
@@ -232,7 +221,7 @@ def convert(
     own, working, examples = dtype_of(network.model), network.model, network.examples
     sizes = None
     if dynamic != "none":
-        sizes = find_sizes(inference_copy(working), [example.cpu() for example in examples], network.names)
+        sizes = find_sizes(inference_copy(working), [example.cpu() for example in examples])
     if own in HALF and dtype not in (None, own) and (dtype == torch.float32 or not keep_io_types):
         # Folding in the network's own half type would round its weights once more.
         working = to_precision(working, torch.float32, keep_io_types=keep_io_types)

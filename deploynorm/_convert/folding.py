@@ -26,21 +26,13 @@ __all__ = ["Folding", "fold_checked"]
 
 @dataclass(frozen=True, eq=False)
 class Folding:
-    """A folded network and what was found of it; true when the check holds. `print` shows its tables.
-
-    Attributes:
-        model: The folded network.
-        report: What became of each layer.
-        parity: The folded network against the one given.
-        network: The one given.
-        dynamic: Axes that are dynamic in the file.
-    """
+    """A folded network and what was found of it; true when the check holds. `print` shows its tables."""
 
     model: nn.Module
     report: FoldReport
     parity: Parity
-    network: Network
-    dynamic: Dynamic | None
+    network: Network  # the one given
+    dynamic: Dynamic | None  # axes that are dynamic in the file
 
     def __bool__(self) -> bool:
         return bool(self.parity)

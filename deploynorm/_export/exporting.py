@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import onnx
@@ -15,10 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from deploynorm import onnx_file
-from deploynorm._export.half_graph import BFLOAT16_OPSET, refuse_types, round_fused_weights
 from deploynorm._export.names import as_names, by_argument, default_output_names, name_axes, name_inputs_and_outputs
 from deploynorm._export.precision import DTYPES, cast_floats, dtype_name, dtype_of, kept_layers, to_precision
-from deploynorm._export.translation import to_onnx
+from deploynorm._export.translation import BFLOAT16_OPSET, to_onnx
 from deploynorm.contract import LOWERINGS, MAX_OPSET, METADATA_SIZES, MIN_OPSET, Lowering
 from deploynorm.errors import InputError, ModelError
 from deploynorm.inputs import TensorSpec, sizes_to_dict
@@ -111,7 +109,7 @@ def export(
     metadata: Mapping[str, str] | None = None,
     sizes: Sizes | None = None,
 ) -> Exported:
-    """Exports a network to ONNX, each FRN layer as one node.
+    """Exports a network to ONNX, each FRN layer as one node; nothing is written.
 
     The network itself is left as it is: a copy is put in evaluation mode, on the CPU, and FRN layers of other
     projects in it are taken over (see `deploynorm.layers.adopt`). Fold first: `deploynorm.fold`.
@@ -120,9 +118,8 @@ def export(
         model: Any network that torch.export can trace.
         example_inputs: Positional inputs of forward, or the only one; sizes above 1 on the axes that are to be dynamic.
         dtype: Type of weights and activations; by default the network stays in its own. In half precision the
-            parameters of FRN, and of norms that did not fold, stay in float32 (see `deploynorm._export.precision`).
-        keep_float32: Names of layers that stay in float32 in a half network, with casts around them; `*` stands for
-            anything.
+            parameters of FRN, and of norms that did not fold, stay in float32.
+        keep_float32: Names of layers that stay in float32 in a half network, with casts around them; or patterns (*).
         keep_io_types: Whether inputs and outputs keep the network's own type, with casts inside.
         dynamic: Axes that must be dynamic: "none", "batch", "spatial", "all", or by input and axis, with their names
             ({"x": {0: "N", 2: "H"}}). None makes each axis dynamic that the network takes in other sizes; `notes` has
@@ -134,9 +131,6 @@ def export(
         output_names: By default the keys of a dict that the network returns, else "output", or "output_0", ...
         metadata: Entries for the model's metadata_props.
         sizes: What `deploynorm.trace.find_sizes` found, where it was asked already.
-
-    Returns:
-        The model; nothing is written.
 
     Raises:
         InputError: An unsupported opset, an example input that is not a tensor, no layer of a name to be kept, or names
@@ -173,18 +167,24 @@ def export(
     else:
         twin = to_precision(model, dtype, keep_float32=keep_float32, keep_io_types=keep_io_types)
         examples = cast_floats(examples, own if keep_io_types else dtype)
-    with _conversion_named(dtype, own):
+    try:
         program = trace(twin, examples, dynamic, sizes=sizes)
         # At the other sizes the file would compute something else, and say nothing.
         if narrowed := narrowed_axes(program):
             program = trace(twin, examples, dynamic, fixed=set(narrowed.values()), sizes=sizes)
+    except ModelError as error:
+        if dtype == own:
+            raise
+        # Most likely because the network was converted.
+        problem = f"{error.problem.rstrip('.')} (the network was converted from {own} to {dtype})"
+        fix = "where types do not fit, keep the layer that makes tensors of its own type in float32 (--keep-float32)"
+        fix = f"{fix}; else {error.fix}"
+        raise ModelError(error.where, problem, got=error.got, expected=error.expected, fix=fix) from error
     onnx_model = to_onnx(program, opset)
     count = len(onnx_model.graph.outputs)  # less than the network returns, where some of that is None
     outputs = as_names("output_names", outputs, count) or tuple(default_output_names(program, count))
     name_inputs_and_outputs(onnx_model, inputs, outputs)
     name_axes(onnx_model, axis_names)
-    round_fused_weights(onnx_model)
-    refuse_types(onnx_model)
     lower(onnx_model, lowering, function=function)
     specs = tuple(_spec(value, i, sizes) for i, value in enumerate(onnx_model.graph.inputs))
     notes = [f"fixed, since it holds for some sizes only: {axis}" for axis in narrowed]
@@ -193,19 +193,12 @@ def export(
         notes += _fixed_axes(specs, batch_only=sizes is not None and "spatial" not in sizes.kinds)
     if sizes is not None:
         places = {(i, axis) for i, x in enumerate(specs) for axis, size in enumerate(x.shape) if isinstance(size, str)}
-        notes += replace(sizes, names=inputs).notes(places)
+        notes += sizes.notes(places, inputs)
     onnx_model.producer_name = "deploynorm"
     onnx_model.metadata_props.update(metadata or {})
     onnx_model.metadata_props[METADATA_SIZES] = json.dumps(sizes_to_dict(specs, notes))
-    return Exported(
-        onnx_model,
-        specs,
-        lowering,
-        dtype_name(dtype),
-        kept_layers(twin, keep_float32),
-        keep_io_types,
-        tuple(notes),
-    )
+    kept = kept_layers(twin, keep_float32)
+    return Exported(onnx_model, specs, lowering, dtype_name(dtype), kept, keep_io_types, tuple(notes))
 
 
 def check_options(
@@ -224,20 +217,6 @@ def check_options(
     if number is not None and not (isinstance(number, int) and MIN_OPSET <= number <= MAX_OPSET):
         raise InputError("export", "unsupported opset", got=opset, expected=f"{MIN_OPSET} to {MAX_OPSET}")
     return dtype, opset
-
-
-@contextmanager
-def _conversion_named(dtype: torch.dtype, own: torch.dtype) -> Iterator[None]:
-    """Adds to an error of the trace that the network was converted, which is most likely its cause."""
-    try:
-        yield
-    except ModelError as error:
-        if dtype == own:
-            raise
-        problem = f"{error.problem.rstrip('.')} (the network was converted from {own} to {dtype})"
-        fix = "where types do not fit, keep the layer that makes tensors of its own type in float32 (--keep-float32)"
-        fix = f"{fix}; else {error.fix}"
-        raise ModelError(error.where, problem, got=error.got, expected=error.expected, fix=fix) from error
 
 
 def _fixed_axes(specs: Sequence[TensorSpec], *, batch_only: bool) -> list[str]:

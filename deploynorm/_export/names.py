@@ -79,9 +79,8 @@ def name_inputs_and_outputs(model: ir.Model, input_names: Sequence[str], output_
         if value.name in reserved:
             value.name = next(name for n in itertools.count(1) if (name := f"{value.name}_{n}") not in names)
             names.add(value.name)
-    for values, given in ((graph.inputs, input_names), (graph.outputs, outputs)):
-        for value, name in zip(values, given, strict=True):
-            value.name = name
+    for value, name in zip((*graph.inputs, *graph.outputs), (*input_names, *outputs), strict=True):
+        value.name = name
 
 
 def name_axes(model: ir.Model, given: Mapping[tuple[int, int], str]) -> None:

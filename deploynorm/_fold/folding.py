@@ -37,8 +37,7 @@ def fold(
     3. MABN -> BatchNorm of mean zero, which computes the same values. Then each MABN and BatchNorm that follows a
        convolution, transposed convolution or linear layer goes into its weight and bias, and Identity takes its
        place. That requires a trace (torch.export): the layer must be a module of torch.nn, called once, with the
-       normalization as its only reader. Shared layers, outputs read twice, functional calls and control flow make a
-       normalization not foldable.
+       normalization as its only reader.
     4. A MABN that cannot be folded stays a per-channel affine, in the form of that BatchNorm: the graph is then the
        one that a BatchNorm network gives, for every runtime (benchmarks/affine.py measures the other forms).
 
@@ -46,9 +45,9 @@ def fold(
 
     Args:
         model: Any network; it is left untouched.
-        example_inputs: Positional inputs of forward, for the trace; a bare tensor is the only one.
-        dynamic: Axes that will be dynamic, as in `export`. None stands for all that the network takes in other
-            sizes. Where it branches on the size of one, no normalization folds until that axis is left out here.
+        example_inputs: Positional inputs of forward, or the only one, for the trace.
+        dynamic: Axes that will be dynamic, as in `deploynorm.export`. Where the network branches on the size of one, no
+            normalization folds until that axis is left out here.
         sizes: What `deploynorm.trace.find_sizes` found, where it was asked already.
 
     Returns:

@@ -26,11 +26,7 @@ PLAIN: dict[type[nn.Module], type[nn.Module]] = {
     CenConv3d: nn.Conv3d,
     CenConvTranspose2d: nn.ConvTranspose2d,
 }
-BATCH_NORM: dict[type[nn.Module], type[nn.modules.batchnorm._BatchNorm]] = {
-    MABN1d: nn.BatchNorm1d,
-    MABN2d: nn.BatchNorm2d,
-    MABN3d: nn.BatchNorm3d,
-}
+BATCH_NORM = {MABN1d: nn.BatchNorm1d, MABN2d: nn.BatchNorm2d, MABN3d: nn.BatchNorm3d}
 FRN = (FRN1d, FRN2d, FRN3d)
 
 

@@ -31,11 +31,7 @@ CARRIES = aten_operators(
 )
 """Operators that pass on a shift of their input, and leave the channels on their axis."""
 
-_MAY_ALIAS = aten_operators("dropout feature_dropout") | {
-    _aten.relu_.default,
-    _aten.add_.Tensor,
-    _aten.mul_.Tensor,
-}
+_MAY_ALIAS = aten_operators("dropout feature_dropout") | {_aten.relu_.default, _aten.add_.Tensor, _aten.mul_.Tensor}
 """Operators whose result may lie in the memory of their first input."""
 
 

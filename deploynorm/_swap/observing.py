@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -101,27 +102,21 @@ def _trace_both_modes(
 def _fixed_batches(program: ExportedProgram) -> list[str]:
     """The inputs for whose batch size alone a trace holds: where code makes a plain number of it, as len(x) does."""
     inputs = [node for node in program.graph.nodes if node.name in program.graph_signature.user_inputs]
-    batches = [(node.name, node.meta["val"].shape[0]) for node in inputs if node.meta["val"].dim()]
-    return [
-        f"axis 0 of {name}: {size} alone"
-        for name, size in batches
-        if isinstance(size, int) or size.node.maybe_as_int() is not None
-    ]
+    batches = {node.name: node.meta["val"].shape[0] for node in inputs if node.meta["val"].dim()}
+    fixed = {name: x for name, x in batches.items() if isinstance(x, int) or x.node.maybe_as_int() is not None}
+    return [f"axis 0 of {name}: {size} alone" for name, size in fixed.items()]
 
 
 def _count_forwards(model: nn.Module, examples: Sequence[Tensor], layers: Sequence[nn.Module]) -> Counter[nn.Module]:
     """Runs the network and counts how often each layer's forward ran, however it was called."""
     counts: Counter[nn.Module] = Counter()
 
-    def counted(layer: nn.Module) -> Callable[..., Any]:
-        def forward(*args: Any) -> Any:
-            counts[layer] += 1
-            return type(layer).forward(layer, *args)
-
-        return forward
+    def forward(layer: nn.Module, *args: Any) -> Any:
+        counts[layer] += 1
+        return type(layer).forward(layer, *args)
 
     for layer in layers:
-        layer.forward = counted(layer)
+        layer.forward = partial(forward, layer)
     try:
         model(*examples)
     finally:

@@ -69,7 +69,7 @@ def swap(
 
     Args:
         model: Any network; it is left untouched.
-        example_inputs: Positional inputs of forward, of the sizes of training; a bare tensor is the only one.
+        example_inputs: Positional inputs of forward, or the only one, of the sizes of training.
         norm: "frn" or "mabn".
         thresholds: For FRN, which ReLUs become TLUs: those that are a normalization's "own", "all" that
             normalizations reach, or "none", which leaves every activation where it is.

@@ -12,26 +12,20 @@ __all__ = ["LINEAR_OPERATORS", "TraceReader", "aten_operators", "has_hooks", "op
 
 _aten = torch.ops.aten
 
-LINEAR_OPERATORS = {
-    _aten.linear.default: 2,
-    _aten.conv1d.default: 3,
-    _aten.conv1d.padding: 3,
-    _aten.conv_transpose1d.default: 3,
-    _aten.conv2d.default: 4,
-    _aten.conv2d.padding: 4,
-    _aten.conv_transpose2d.input: 4,
-    _aten.conv3d.default: 5,
-    _aten.conv3d.padding: 5,
-    _aten.conv_transpose3d.input: 5,
-}
-"""Linear layers and convolutions -> rank of an output with the batch on axis 0 and the channels on axis 1."""
-
 
 def aten_operators(names: str) -> frozenset[object]:
     """All forms of torch's operators of these names, those in place too: "add cat" has aten.add_.Tensor."""
     forms = [form for name in names.split() for form in (name, f"{name}_") if hasattr(_aten, form)]
     packets = [getattr(_aten, form) for form in forms]
     return frozenset(getattr(packet, overload) for packet in packets for overload in packet.overloads())
+
+
+LINEAR_OPERATORS = dict.fromkeys(aten_operators("linear"), 2) | {
+    operator: 2 + spatial
+    for spatial in (1, 2, 3)
+    for operator in aten_operators(f"conv{spatial}d conv_transpose{spatial}d")
+}
+"""Linear layers and convolutions -> rank of an output with the batch on axis 0 and the channels on axis 1."""
 
 
 class TraceReader:
@@ -93,11 +87,7 @@ class TraceReader:
     def inputs(self, node: fx.Node) -> list[fx.Node]:
         """The activations that an operator reads: of a normalization what it normalizes, else all but parameters."""
         nodes = node.all_input_nodes[:1] if self.normalization(node) else node.all_input_nodes
-        return [
-            source
-            for source in nodes
-            if source not in self._not_activations and isinstance(source.meta.get("val"), Tensor)
-        ]
+        return [x for x in nodes if x not in self._not_activations and isinstance(x.meta.get("val"), Tensor)]
 
     @staticmethod
     def readers(node: fx.Node) -> list[fx.Node]:

@@ -26,7 +26,6 @@ _COARSE = 32
 class Sizes:
     """The sizes that a network takes besides those of its examples."""
 
-    names: tuple[str, ...]  # of the inputs
     shapes: tuple[Shape, ...]  # of the examples
     groups: tuple[Mapping[Place, int], ...]  # axes that vary together, each with its growth by one step
 
@@ -51,8 +50,8 @@ class Sizes:
         }
         return tuple(map(known.get, range(len(shape))))
 
-    def notes(self, dynamic: Collection[Place]) -> list[str]:
-        """What limits the sizes of a file in which these axes are dynamic, in a sentence each."""
+    def notes(self, dynamic: Collection[Place], names: Sequence[str]) -> list[str]:
+        """What limits the sizes of a file in which these axes are dynamic, and whose inputs have these names."""
         notes: list[str] = []
         in_step: dict[str, list[str]] = {}
         alike: dict[str, list[str]] = {}
@@ -62,7 +61,7 @@ class Sizes:
                 continue
             letters = self._letters(group)
             if len(set(group.values())) > 1:
-                steps = " and ".join(f"{self.names[i]} by {step}" for (i, _), step in group.items())
+                steps = " and ".join(f"{names[i]} by {step}" for (i, _), step in group.items())
                 in_step.setdefault(steps, []).append(_joined(letters))
                 continue
             if len(letters) > 1:
@@ -71,10 +70,10 @@ class Sizes:
             size = self.shapes[position][axis]
             if step > 1:
                 rule = f"multiples of {step}" if size % step == 0 else f"{size} and multiples of {step} more or less"
-                owner = f" of {self.names[position]}" if len(group) == 1 and len(self.shapes) > 1 else ""
+                owner = f" of {names[position]}" if len(group) == 1 and len(self.shapes) > 1 else ""
                 alike.setdefault(rule, []).append(_joined(letters) + owner)
         notes += [f"{_joined(letters)} vary in step: {steps}" for steps, letters in in_step.items()]
-        notes += [f"{_joined(names)}: {rule}" for rule, names in alike.items()]
+        notes += [f"{_joined(axes)}: {rule}" for rule, axes in alike.items()]
         spatial = [(i, axis) for i, shape in enumerate(self.shapes) for axis in range(2, len(shape))]
         if spatial and self.places.isdisjoint(spatial):
             varied = "only the batch was varied" if "batch" in self.kinds else "no size was varied"
@@ -97,7 +96,7 @@ def axis_letter(rank: int, axis: int) -> str:
     return ("N", "C", *spatial)[axis] if axis < 2 + len(spatial) else f"axis_{axis}"
 
 
-def find_sizes(model: nn.Module, examples: Sequence[Tensor], names: Sequence[str] = ()) -> Sizes:
+def find_sizes(model: nn.Module, examples: Sequence[Tensor]) -> Sizes:
     """Runs a copy of the network with larger inputs, and reports what it takes.
 
     1. Everything larger at once, each axis by another amount, then by one: most networks whose map is not fixed.
@@ -106,14 +105,12 @@ def find_sizes(model: nn.Module, examples: Sequence[Tensor], names: Sequence[str
        inputs refuse to grow one by one, all by the same amount, or each by a part of its own size.
     4. Height and width together, and at last twice the size and parts of that.
 
-    The network is in evaluation mode on the CPU; a copy of it runs, since forward may change buffers. The names are
-    those of its inputs, for notes.
+    The network is in evaluation mode on the CPU; a copy of it runs, since forward may change buffers.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a module of torch.export warns of torch's own code when copied
         search = _Search(copy.deepcopy(model), examples)
-    names = tuple(names) or tuple(f"input {position}" for position in range(len(examples)))
-    return Sizes(names, search.shapes, tuple(search.groups()))
+    return Sizes(search.shapes, tuple(search.groups()))
 
 
 class _Search:

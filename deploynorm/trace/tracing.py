@@ -154,10 +154,7 @@ def argument_names(model: nn.Module, count: int | None = None) -> list[str]:
 
 
 def narrowed_axes(program: ExportedProgram) -> dict[str, str]:
-    """The dynamic axes of a trace that holds for some of their sizes only, because the network branches on them.
-
-    Each axis with these sizes, in words -> "batch" or "spatial".
-    """
+    """Dynamic axes of which a trace holds for some sizes only: the axis and these sizes -> "batch" or "spatial"."""
     narrowed: dict[str, str] = {}
     for node in program.graph.nodes:
         if node.op != "placeholder" or node.name not in program.graph_signature.user_inputs:
