@@ -86,8 +86,9 @@ def carried_over(norm: BatchNorm, new: nn.Module, memo: Memo) -> nn.Module:
         if (parameter := getattr(norm, name)) is not None:
             setattr(new, name, copy.deepcopy(parameter, memo))
     if _has_own_activation(norm):
-        behind = {name: getattr(norm, name, nn.Identity()) for name in ("drop", "act")}
-        behind = {name: copy.deepcopy(x, memo) for name, x in behind.items() if not isinstance(x, nn.Identity)}
+        behind = {name: copy.deepcopy(getattr(norm, name), memo) for name in ("drop", "act") if hasattr(norm, name)}
+        # The copy of a ReLU that is absorbed is an Identity.
+        behind = {name: layer for name, layer in behind.items() if not isinstance(layer, nn.Identity)}
         if behind:
             new = nn.Sequential(OrderedDict(norm=new, **behind))
     return new.train(norm.training)
