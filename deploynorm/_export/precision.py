@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import warnings
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -147,16 +147,12 @@ def _stay_wide(model: nn.Module, kept: Sequence[str]) -> set[str]:
     }
 
 
-def _sources(arguments: Sequence[Any]) -> Iterator[str]:
+def _sources(arguments: Sequence[Any]) -> set[str]:
     """The parameters and buffers that arguments are computed from."""
-    waiting = [argument for argument in arguments if isinstance(argument, fx.Node)]
-    seen: set[fx.Node] = set()
-    while waiting:
-        node = waiting.pop()
-        if node.op == "get_attr":
-            yield str(node.target)
-        waiting += [source for source in node.all_input_nodes if source not in seen]
-        seen.update(node.all_input_nodes)
+    nodes = [argument for argument in arguments if isinstance(argument, fx.Node)]
+    for node in nodes:  # the list grows
+        nodes += [source for source in node.all_input_nodes if source not in nodes]
+    return {str(node.target) for node in nodes if node.op == "get_attr"}
 
 
 def _convert(model: nn.Module, dtype: torch.dtype, wide: torch.dtype, stay_wide: Collection[str]) -> None:
