@@ -133,10 +133,7 @@ def run_on_files(
     Args:
         model: An ONNX file, an engine, or a file that `deploynorm.load` reads.
         files: .npy, .npz or image files; NAME=FILE for a named input. Float arrays are cast to a half input's type.
-        backend: See `deploynorm.open_runner`, as for the next three; "eager" for a network.
-        providers: ONNX Runtime's.
-        plugins: Operator libraries.
-        trust_engine: Whether an engine may be loaded.
+        backend, providers, plugins, trust_engine: See `deploynorm.open_runner`; backend "eager" for a network.
         top: How many classes are listed for each image.
         reading: For a network, its file and input shapes: see `deploynorm.convert`.
 

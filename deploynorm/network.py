@@ -65,9 +65,7 @@ class Network:
             example_inputs: Positional inputs of forward, or the only one. Where they are left out random ones are made,
                 of the shapes given or named by the file.
             input_shapes: Shape of an input by name, "" for the only one, where `example_inputs` is left out.
-            factory: For a file, see `deploynorm.load`; so are the other two.
-            factory_kwargs: Arguments of the factory.
-            trust_pickle: Whether a pickle may run code.
+            factory, factory_kwargs, trust_pickle: For a file, see `deploynorm.load`.
 
         Raises:
             ModelError: The file is refused; see `deploynorm.load`.

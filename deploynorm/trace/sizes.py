@@ -86,7 +86,7 @@ class Sizes:
 
 
 def axis_kind(axis: int) -> str:
-    """ "spatial", or "batch" for axis 0."""
+    """Whether an axis is "batch" (axis 0) or "spatial"."""
     return "spatial" if axis else "batch"
 
 
