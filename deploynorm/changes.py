@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
-__all__ = ["Change"]
+__all__ = ["Change", "LayerReport"]
 
 
 class Change(NamedTuple):
@@ -23,3 +25,23 @@ class Change(NamedTuple):
     outcome: str
     became: str = ""
     detail: str = ""
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """What swap or fold found and did.
+
+    Attributes:
+        found: How many layers of each class that it knows the network has.
+        changes: One entry for each layer that it looked at, in the network's order.
+    """
+
+    found: Counter[str]
+    changes: tuple[Change, ...]
+
+    def with_outcome(self, outcome: str) -> tuple[Change, ...]:
+        return tuple(change for change in self.changes if change.outcome == outcome)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report for JSON."""
+        return {"found": dict(self.found), "changes": [change._asdict() for change in self.changes]}

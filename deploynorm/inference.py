@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,11 +14,16 @@ from deploynorm.dtypes import HALF, largest, numpy_dtype
 from deploynorm.errors import InputError
 from deploynorm.files import staging
 from deploynorm.image import ImageSpec
-from deploynorm.inputs import Shape, TensorSpec
+from deploynorm.inputs import TensorSpec
 from deploynorm.onnx_file import OnnxFile
 from deploynorm.run import BACKENDS, ENGINE_SUFFIXES, open_runner
 from deploynorm.run.base import Runner
 from deploynorm.tables import table
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from deploynorm.network import Reading
 
 __all__ = ["Inference", "Result", "run_on_files"]
 
@@ -119,10 +124,7 @@ def run_on_files(
     plugins: Sequence[Path] | None = None,
     trust_engine: bool = False,
     top: int = 5,
-    input_shapes: Mapping[str, Shape] | None = None,
-    factory: str | None = None,
-    factory_kwargs: Mapping[str, Any] | None = None,
-    trust_pickle: bool = False,
+    **reading: Unpack[Reading],
 ) -> Inference:
     """Runs an ONNX file, a TensorRT engine or a network on arrays and images; what `deploynorm run` does.
 
@@ -131,15 +133,9 @@ def run_on_files(
     Args:
         model: An ONNX file, an engine, or a file that `deploynorm.load` reads.
         files: .npy, .npz or image files; NAME=FILE for a named input. Float arrays are cast to a half input's type.
-        backend: See `deploynorm.open_runner`; "eager" for a network.
-        providers: Likewise.
-        plugins: Likewise.
-        trust_engine: Likewise.
+        backend, providers, plugins, trust_engine: See `deploynorm.open_runner`; backend "eager" for a network.
         top: How many classes are listed for each image.
-        input_shapes: For a network, see `deploynorm.convert`.
-        factory: Likewise.
-        factory_kwargs: Likewise.
-        trust_pickle: Likewise.
+        reading: For a network, its file and input shapes: see `deploynorm.convert`.
 
     Raises:
         InputError: A file cannot be read or does not fit the network, or options do not fit the model.
@@ -156,9 +152,7 @@ def run_on_files(
         from deploynorm.network import Network  # an ONNX file runs where torch is not installed
         from deploynorm.run.eager import EagerRunner
 
-        network = Network.of(
-            model, input_shapes=input_shapes, factory=factory, factory_kwargs=factory_kwargs, trust_pickle=trust_pickle
-        )
+        network = Network.of(model, **reading)
         # Nothing is known of the sizes that it takes, so any may be tried.
         free = [
             TensorSpec(x.name, tuple("?" if axis != 1 else size for axis, size in enumerate(x.shape)), x.dtype)

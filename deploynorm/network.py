@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,16 @@ from deploynorm.image import ImageSpec
 from deploynorm.inputs import Shape, TensorSpec
 from deploynorm.trace import argument_names, as_inputs
 
-__all__ = ["Network"]
+__all__ = ["Network", "Reading"]
+
+
+class Reading(TypedDict, total=False):
+    """How a network is read from its file, and the shapes of its inputs: the options of `Network.of`."""
+
+    input_shapes: Mapping[str, Shape] | None
+    factory: str | None
+    factory_kwargs: Mapping[str, Any] | None
+    trust_pickle: bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,9 +65,7 @@ class Network:
             example_inputs: Positional inputs of forward, or the only one. Where they are left out random ones are made,
                 of the shapes given or named by the file.
             input_shapes: Shape of an input by name, "" for the only one, where `example_inputs` is left out.
-            factory: For a file, as for `deploynorm.load`.
-            factory_kwargs: Likewise.
-            trust_pickle: Likewise.
+            factory, factory_kwargs, trust_pickle: For a file, see `deploynorm.load`.
 
         Raises:
             ModelError: The file is refused; see `deploynorm.load`.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -15,7 +16,9 @@ from deploynorm.errors import InputError, ParityError
 from deploynorm.run.base import Runner
 from deploynorm.tables import table
 
-__all__ = ["DEFAULT_TOLERANCE", "Comparison", "Report", "Tolerance", "check", "parity_table"]
+__all__ = ["DEFAULT_TOLERANCE", "Comparison", "Report", "Tolerance", "check", "check_known", "parity_table"]
+
+_Array = npt.NDArray[Any]
 
 
 class Tolerance(NamedTuple):
@@ -25,8 +28,6 @@ class Tolerance(NamedTuple):
     atol: float
     reason: str
 
-
-_EXACT = Tolerance(0.0, 0.0, "integers and truth values have no rounding")
 
 DEFAULT_TOLERANCE: Final[Mapping[str, Tolerance]] = {
     "float32": Tolerance(1e-4, 1e-7, "rounding through 50 layers is some 1e-6 of max|y|; a wrong layer is far more"),
@@ -43,39 +44,35 @@ atol bounds what remains where the exact output is zero."""
 
 @dataclass(frozen=True)
 class Comparison:
-    """One output on one sample.
+    """One output on one sample; NaN and None where the two cannot be compared.
 
     Attributes:
-        sample: Name of the sample.
-        output: Name of the output, the candidate's where it has one.
-        shape: The truth's shape.
-        dtype: The candidate's dtype.
-        rtol: Relative to the largest |want| of this output.
-        atol: Absolute.
-        allowed: atol + rtol * max|want|.
-        max_abs: The largest |got - want|; NaN where it could not be taken.
-        max_rel: max_abs / max|want|.
-        index: Where that is, or where the first value that is not finite is.
-        got: The candidate's value there.
-        want: The truth's value there.
+        sample, output: Their names, the output's as the candidate has it.
         ok: Whether the output holds.
         reason: Why it does not; or, of one that holds, why that proves little. Empty otherwise.
+        shape, dtype: The truth's shape, and the candidate's dtype.
+        rtol, atol: See `Tolerance`.
+        allowed: atol + rtol * max|want|.
+        max_abs: The largest |got - want|.
+        max_rel: max_abs / max|want|.
+        index: Where that is, or where the first value that is not finite is.
+        got, want: The candidate's value there, and the truth's.
     """
 
     sample: str
     output: str
-    shape: tuple[int, ...]
-    dtype: str
-    rtol: float
-    atol: float
-    allowed: float
-    max_abs: float
-    max_rel: float
-    index: tuple[int, ...] | None
-    got: float | None
-    want: float | None
     ok: bool
     reason: str
+    shape: tuple[int, ...]
+    dtype: str
+    rtol: float = math.nan
+    atol: float = math.nan
+    allowed: float = math.nan
+    max_abs: float = math.nan
+    max_rel: float = math.nan
+    index: tuple[int, ...] | None = None
+    got: float | None = None
+    want: float | None = None
 
     @property
     def severity(self) -> float:
@@ -92,8 +89,7 @@ class Report:
     """All comparisons of one check; true when there are any and all of them hold. `print` shows the table.
 
     Attributes:
-        candidate: Name of the runner that was checked.
-        truth: Name of the runner that it was checked against.
+        candidate, truth: Names of the runner that was checked, and of that which it was checked against.
         comparisons: Sample by sample, output by output.
         precision: The half type that the candidate computes in, if it does.
     """
@@ -109,19 +105,12 @@ class Report:
     @property
     def worst(self) -> Comparison:
         """The comparison furthest over its tolerance, or nearest to it when all hold."""
-        return max(self.comparisons, key=lambda comparison: (not comparison.ok, comparison.severity))
+        return _worst(self.comparisons)
 
     def to_dict(self) -> dict[str, Any]:
         """The report in what JSON has; NaN and infinities are "nan", "inf" and "-inf"."""
-        return {
-            "ok": bool(self),
-            "candidate": self.candidate,
-            "truth": self.truth,
-            "precision": self.precision,
-            "comparisons": [
-                {name: _to_json(value) for name, value in asdict(comparison).items()} for comparison in self.comparisons
-            ],
-        }
+        record: dict[str, Any] = _to_json(asdict(self))
+        return {"ok": bool(self)} | record
 
     def __str__(self) -> str:
         return parity_table([self], f"Parity with {self.truth}")
@@ -144,7 +133,7 @@ class Report:
 def check(
     candidate: Runner,
     truth: Runner,
-    samples: Iterable[tuple[str, Mapping[str, npt.NDArray[Any]]]],
+    samples: Iterable[tuple[str, Mapping[str, _Array]]],
     *,
     rtol: float | None = None,
     atol: float | None = None,
@@ -160,51 +149,58 @@ def check(
         candidate: The form under test.
         truth: The form that is right, best in float64.
         samples: Name and feeds of each sample; both runners get the same arrays.
-        rtol: By default that of `DEFAULT_TOLERANCE` for the half type that the candidate computes in, or else for
-            the type of its output.
-        atol: Likewise.
+        rtol, atol: By default those of `DEFAULT_TOLERANCE` for the half type that the candidate computes in, or else
+            for the type of its output.
 
     Raises:
         InputError: There are no samples, a tolerance is negative or not finite, or feeds do not fit.
     """
+    known = ((sample, feeds, truth.infer(feeds)) for sample, feeds in samples)
+    return check_known(candidate, truth.name, known, rtol=rtol, atol=atol)
+
+
+def check_known(
+    candidate: Runner,
+    truth: str,
+    samples: Iterable[tuple[str, Mapping[str, _Array], Mapping[str, _Array]]],
+    *,
+    rtol: float | None = None,
+    atol: float | None = None,
+) -> Report:
+    """`check` against outputs that are known: the samples have them as their third part."""
     for name, value in (("rtol", rtol), ("atol", atol)):
         if value is not None and not 0 <= value < math.inf:
             raise InputError("check", f"{name} must be finite and not negative", got=value)
     comparisons: list[Comparison] = []
-    empty = True
-    for sample, feeds in samples:
-        empty = False
-        want, got = truth.infer(feeds), candidate.infer(feeds)
+    for sample, feeds, want in samples:
+        got = candidate.infer(feeds)
         if not want:
-            comparisons.append(_incomparable(sample, "", None, None, "the truth has no outputs"))
-        for output, one_got, one_want in _pairs(got, want):
-            comparisons.append(_compare(sample, output, one_got, one_want, rtol, atol, candidate.precision))
-    if empty:
+            comparisons.append(Comparison(sample, "", False, "the truth has no outputs", (), ""))
+        comparisons += (_compare(sample, *pair, rtol, atol, candidate.precision) for pair in _pairs(got, want))
+    if not comparisons:
         raise InputError("check", "no samples: nothing was compared", fix="give at least one")
-    return Report(candidate.name, truth.name, tuple(comparisons), candidate.precision)
+    return Report(candidate.name, truth, tuple(comparisons), candidate.precision)
 
 
 def parity_table(reports: Iterable[Report], title: str, verbose: bool = False) -> str:
     """The errors beside what is allowed: for each output the worst sample, or all of them."""
     rows = []
     for report in reports:
-        outputs: dict[str, list[Any]] = {}
+        outputs: dict[str, list[Comparison]] = {}
         for comparison in report.comparisons:
             outputs.setdefault(comparison.output, []).append(comparison)
         for output, comparisons in outputs.items():
-            worst = max(comparisons, key=lambda c: (not c.ok, c.severity))
-            for comparison in comparisons if verbose else [worst]:
-                verdict = ("ok" if comparison.ok else "BROKEN") + (
-                    f": {comparison.reason}" if comparison.reason else ""
-                )
+            count = () if verbose else (len(comparisons),)
+            for comparison in comparisons if verbose else [_worst(comparisons)]:
+                verdict = ": ".join(filter(None, ("ok" if comparison.ok else "BROKEN", comparison.reason)))
                 errors = (f"{x:.2e}" for x in (comparison.max_abs, comparison.max_rel, comparison.allowed))
-                count = () if verbose else (len(comparisons),)
                 rows.append((report.candidate, output, *count, comparison.sample, *errors, verdict))
     sample = ("sample",) if verbose else ("samples", "worst sample")
     return table(title, ("candidate", "output", *sample, "max |error|", "relative", "allowed", ""), rows)
 
 
-_Array = npt.NDArray[Any]
+def _worst(comparisons: Iterable[Comparison]) -> Comparison:
+    return max(comparisons, key=lambda comparison: (not comparison.ok, comparison.severity))
 
 
 def _pairs(got: Mapping[str, _Array], want: Mapping[str, _Array]) -> list[tuple[str, _Array | None, _Array | None]]:
@@ -223,95 +219,66 @@ def _compare(
     atol: float | None,
     precision: str | None,
 ) -> Comparison:
-    if got is None or want is None:
-        reason = "the candidate lacks this output" if got is None else "the truth has no such output"
-        return _incomparable(sample, output, got, want, reason)
-    kinds = _kind(got.dtype), _kind(want.dtype)
-    if kinds[0] != kinds[1]:
-        return _incomparable(
-            sample, output, got, want, f"the candidate gives {got.dtype.name} where the truth has {want.dtype.name}"
-        )
-    if kinds[1] not in ("floating", "integer", "bool"):
-        return _incomparable(sample, output, got, want, f"{want.dtype.name} outputs cannot be compared")
+    def incomparable(reason: str) -> Comparison:
+        shape, dtype = () if want is None else want.shape, "" if got is None else got.dtype.name
+        return Comparison(sample, output, False, reason, shape, dtype)
+
+    if got is None:
+        return incomparable("the candidate lacks this output")
+    if want is None:
+        return incomparable("the truth has no such output")
+    kind = _kind(want.dtype)
+    if _kind(got.dtype) != kind:
+        return incomparable(f"the candidate gives {got.dtype.name} where the truth has {want.dtype.name}")
+    if kind not in ("floating", "integer", "bool"):
+        return incomparable(f"{want.dtype.name} outputs cannot be compared")
     if got.shape != want.shape:
-        return _incomparable(
-            sample, output, got, want, f"the candidate gives shape {got.shape} where the truth has {want.shape}"
-        )
-    default = DEFAULT_TOLERANCE.get(precision or got.dtype.name, DEFAULT_TOLERANCE["float64"])
-    if kinds[1] == "floating":
+        return incomparable(f"the candidate gives shape {got.shape} where the truth has {want.shape}")
+    if kind == "floating":
+        default = DEFAULT_TOLERANCE.get(precision or got.dtype.name, DEFAULT_TOLERANCE["float64"])
         rtol = default.rtol if rtol is None else rtol
         atol = default.atol if atol is None else atol
     else:
-        rtol, atol, _ = _EXACT
-    return _measure(sample, output, got, want, rtol, atol)
+        rtol = atol = 0.0  # integers and truth values have no rounding
+    exact_got, exact_want = got.astype(np.float64), want.astype(np.float64)
 
+    def values_at(position: np.intp) -> dict[str, Any]:
+        index = tuple(map(int, np.unravel_index(position, want.shape)))
+        return {"index": index, "got": float(exact_got[index]), "want": float(exact_want[index])}
 
-def _measure(sample: str, output: str, got: _Array, want: _Array, rtol: float, atol: float) -> Comparison:
-    wide_got, wide_want = got.astype(np.float64), want.astype(np.float64)
-
-    def verdict(reason: str, ok: bool, at: int | None, error: float, scale: float) -> Comparison:
-        index = None if at is None else tuple(int(i) for i in np.unravel_index(at, want.shape))
-        return Comparison(
-            sample,
-            output,
-            want.shape,
-            got.dtype.name,
-            rtol,
-            atol,
-            allowed=atol + rtol * scale,
-            max_abs=error,
-            max_rel=error / scale if scale else (0.0 if error == 0 else math.inf),
-            index=index,
-            got=None if index is None else float(wide_got[index]),
-            want=None if index is None else float(wide_want[index]),
-            ok=ok,
-            reason=reason,
-        )
-
+    result = partial(Comparison, sample, output, shape=want.shape, dtype=got.dtype.name, rtol=rtol, atol=atol)
     if want.size == 0:
-        return verdict("the output is empty: nothing but its shape was compared", True, None, 0.0, 0.0)
+        reason = "the output is empty: nothing but its shape was compared"
+        return result(ok=True, reason=reason, allowed=atol, max_abs=0.0, max_rel=0.0)
     for values, reason in (
-        (wide_want, "the truth itself is not finite, so the check proves nothing"),
-        (wide_got, "the candidate is not finite where the truth is"),
+        (exact_want, "the truth itself is not finite, so the check proves nothing"),
+        (exact_got, "the candidate is not finite where the truth is"),
     ):
         bad = ~np.isfinite(values)
         if bad.any():
-            return verdict(reason, False, int(bad.argmax()), math.nan, math.nan)
+            return result(ok=False, reason=reason, **values_at(bad.argmax()))
     with np.errstate(over="ignore"):
-        error = np.abs(wide_got - wide_want)
+        error = np.abs(exact_got - exact_want)
     if want.dtype.kind in "iu":
         # float64 rounds away a small difference of two large integers.
         error = np.maximum(error, got != want)
-    scale = float(np.abs(wide_want).max())
-    at = int(error.argmax())
-    worst = float(error.flat[at])
+    scale, worst = float(np.abs(exact_want).max()), float(error.max())
     allowed = atol + rtol * scale
+    reason = ""
     if not worst <= allowed:
-        return verdict(f"off by {worst:.3g}, {allowed:.3g} allowed", False, at, worst, scale)
-    remark = ""
-    if scale <= atol:
-        remark = "the truth is zero within atol everywhere, which proves little"
-    elif want.size > 1 and bool((wide_want == wide_want.flat[0]).all()):
-        remark = "the truth is the same everywhere, which proves little"
-    return verdict(remark, True, at, worst, scale)
-
-
-def _incomparable(sample: str, output: str, got: _Array | None, want: _Array | None, reason: str) -> Comparison:
-    return Comparison(
-        sample,
-        output,
-        shape=() if want is None else want.shape,
-        dtype="" if got is None else got.dtype.name,
-        rtol=math.nan,
-        atol=math.nan,
-        allowed=math.nan,
-        max_abs=math.nan,
-        max_rel=math.nan,
-        index=None,
-        got=None,
-        want=None,
-        ok=False,
+        reason = f"off by {worst:.3g}, {allowed:.3g} allowed"
+    elif scale <= atol:
+        reason = "the truth is zero within atol everywhere, which proves little"
+    elif want.size > 1 and bool((exact_want == exact_want.flat[0]).all()):
+        reason = "the truth is the same everywhere, which proves little"
+    relative = worst / scale if scale else (math.inf if worst else 0.0)
+    return result(
+        ok=worst <= allowed,
         reason=reason,
+        allowed=allowed,
+        max_abs=worst,
+        max_rel=relative,
+        **values_at(error.argmax()),
     )
 
 
@@ -322,7 +289,9 @@ def _kind(dtype: np.dtype[Any]) -> str:
     return {"f": "floating", "i": "integer", "u": "integer", "b": "bool"}.get(dtype.kind, dtype.name)
 
 
-def _to_json(value: object) -> object:
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    return list(value) if isinstance(value, tuple) else value
+def _to_json(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _to_json(item) for name, item in value.items()}
+    if isinstance(value, tuple):
+        return [_to_json(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

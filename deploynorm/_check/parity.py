@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy.typing as npt
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from deploynorm._check.comparison import Report, check, parity_table
-from deploynorm._export.precision import DTYPES, dtype_of, first_overflow, to_precision
+from deploynorm._check.comparison import Report, check_known, parity_table
+from deploynorm._export.precision import DTYPES, cast_floats, dtype_of, first_overflow, to_precision
 from deploynorm.dtypes import numpy_dtype
 from deploynorm.errors import BackendError, InputError, ModelError
-from deploynorm.inputs import Shape, TensorSpec, with_sizes
+from deploynorm.inputs import TensorSpec, with_sizes
 from deploynorm.libraries import find_library
 from deploynorm.network import Network
 from deploynorm.onnx_file import OnnxFile
@@ -25,10 +25,14 @@ from deploynorm.run.base import Runner
 from deploynorm.run.eager import EagerRunner
 from deploynorm.samples import sample_inputs
 
-__all__ = ["Parity", "check_file", "check_folded", "check_onnx"]
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from deploynorm.network import Reading
+
+__all__ = ["Checks", "Parity", "check_file"]
 
 _Array = npt.NDArray[Any]
-_Sample = tuple[str, Mapping[str, _Array]]
 
 
 @dataclass(frozen=True)
@@ -50,21 +54,8 @@ class Parity:
     def __bool__(self) -> bool:
         return bool(self.reports) and all(self.reports)
 
-    def __add__(self, other: Parity) -> Parity:
-        """The checks of both."""
-        return Parity(
-            (*self.reports, *other.reports),
-            (*self.notes, *other.notes),
-            other.itself if self.itself is None else self.itself,  # a broken report is false
-            self.advice or other.advice,
-        )
-
     def tables(self, verbose: bool = False) -> str:
-        """The table of errors, and where a check is broken, how far off the network itself is.
-
-        Args:
-            verbose: Show each sample, and not only the worst of each output.
-        """
+        """The table of errors, of the worst sample or with `verbose` of all, and what explains a broken check."""
         parts = [parity_table(self.reports, "Parity with the network in float64", verbose)]
         if self.itself is not None:
             parts.append(parity_table([self.itself], "For comparison, with nothing exported", verbose))
@@ -84,268 +75,189 @@ class Parity:
             report.raise_if_broken()
 
 
-@dataclass(frozen=True)
-class _Settings:
-    """How a check is made."""
-
-    seed: int = 0
-    rtol: float | None = None
-    atol: float | None = None
-
-
-def check_folded(
-    network: Network,
-    folded: nn.Module,
-    output_names: Sequence[str] | None = None,
-    *,
-    dtype: torch.dtype | None = None,
-    seed: int = 0,
-    rtol: float | None = None,
-    atol: float | None = None,
-) -> Parity:
-    """The folded network in PyTorch against the network as given in float64, on inputs of the example's shape.
-
-    Args:
-        network: As given.
-        folded: To be checked.
-        output_names: Of its outputs, for the table.
-        dtype: The type that it is folded in, where that is not the network's own.
-        seed: Of the random inputs.
-        rtol: See `deploynorm.check`.
-        atol: Likewise.
-    """
-    wide = None if dtype == dtype_of(network.model) else dtype
-    candidate = EagerRunner(folded, network.inputs, output_names, dtype=wide)
-    candidate.name = f"folded, {candidate.name}"
-    comparing = _Comparing(network, network.inputs, network.base, _Settings(seed, rtol, atol))
-    return _explained(Parity((comparing.check(candidate),)), comparing, ())
-
-
-def check_onnx(
-    network: Network,
-    model: Path | str | OnnxFile,
-    *,
-    backend: str | None = None,
-    keep_float32: Sequence[str] = (),
-    seed: int = 0,
-    rtol: float | None = None,
-    atol: float | None = None,
-) -> Parity:
-    """An ONNX file against the network as given in float64, on several shapes inside the file's dynamic range.
-
-    A file in half precision is judged by "half", which rounds every tensor. ONNX Runtime then shows that it loads: its
-    CPU computes half graphs in float32, where nothing overflows.
-
-    ONNX Runtime runs a file stock, and where it holds our operator, with our library too, if that is built: one file
-    is to give the same numbers in both. A file without function bodies runs with the library only.
-
-    Args:
-        network: As given.
-        model: The file, with its external data beside it.
-        backend: "onnxruntime", "half" or "reference" alone; by default half and onnxruntime as above, or reference
-            where onnxruntime is not installed.
-        keep_float32: Layers that stayed in float32 in a half file, for the comparison of a broken check.
-        seed: Of the random inputs.
-        rtol: See `deploynorm.check`.
-        atol: Likewise.
-
-    Raises:
-        ModelError: The file cannot be read or run.
-        BackendError: The backend is missing.
-        InputError: The file has other inputs than the network.
-    """
-    file, notes = OnnxFile.read(model), []
-    if backend is None and not _has_onnxruntime():
-        backend = "reference"
-    comparing = _Comparing(network, (), network.base, _Settings(seed, rtol, atol), file.sizes)
-    if backend in ("half", "reference"):
-        return _explained(Parity((_check_file(file, backend, comparing),)), comparing, keep_float32)
-    precision = file.half_type
-    reports = [_check_file(file, "half", comparing)] if precision and backend is None else []
-    ways: list[tuple[str, Sequence[Path] | None]] = []
-    if not file.has_operator or file.has_body or find_library() is None:
-        ways.append(("", []))
-    if file.has_operator and find_library() is not None:
-        ways.append((", deploynorm library", None))
-    for suffix, plugins in ways:
-        suffix += f", {precision} as float32" if precision else ""
-        try:
-            reports.append(_check_file(file, "onnxruntime", comparing, plugins, suffix))
-        except BackendError as error:
-            if precision is None or backend is not None:
-                raise
-            notes.append(f"onnxruntime cannot load it on the CPU: it {error.problem} ({error.got})")
-            break
-    return _explained(Parity(tuple(reports), (*notes, *comparing.notes)), comparing, keep_float32)
-
-
 def check_file(
     model: str | Path | nn.Module,
     path: Path | str,
-    example_inputs: Any = None,
+    example_inputs: Tensor | Sequence[Tensor] | None = None,
     *,
-    input_shapes: Mapping[str, Shape] | None = None,
-    factory: str | None = None,
-    factory_kwargs: Mapping[str, Any] | None = None,
-    trust_pickle: bool = False,
-    **options: Any,
+    backend: str | None = None,
+    seed: int = 0,
+    rtol: float | None = None,
+    atol: float | None = None,
+    **reading: Unpack[Reading],
 ) -> Parity:
     """An ONNX file against the network that it was made from; what `deploynorm check` does.
 
     Args:
-        model: The network or its file, as for `deploynorm.convert`.
+        model: The network or its file. It, `example_inputs` and `reading` are those of `deploynorm.convert`.
         path: The ONNX file.
-        example_inputs: As for `deploynorm.convert`.
-        input_shapes: Likewise.
-        factory: Likewise.
-        factory_kwargs: Likewise.
-        trust_pickle: Likewise.
-        options: See `check_onnx`.
+        backend: See `Checks.add_file`.
+        seed: Of the random inputs.
+        rtol, atol: See `deploynorm.check`.
     """
-    network = Network.of(
-        model,
-        example_inputs,
-        input_shapes=input_shapes,
-        factory=factory,
-        factory_kwargs=factory_kwargs,
-        trust_pickle=trust_pickle,
-    )
-    return check_onnx(network, path, **options)
+    checks = Checks(Network.of(model, example_inputs, **reading), seed=seed, rtol=rtol, atol=atol)
+    checks.add_file(path, backend)
+    return checks.parity()
 
 
-class _Comparing:
-    """Candidates against one network in float64, which runs once for each sample."""
+class Checks:
+    """What was made of a network, against the network as given in float64, on inputs that both take.
+
+    Args:
+        network: As given.
+        keep_float32: Layers that stayed in float32 in a half file, for the comparison of a broken check.
+        seed: Of the random inputs.
+        rtol, atol: See `deploynorm.check`.
+    """
 
     def __init__(
         self,
         network: Network,
-        inputs: Sequence[TensorSpec],
-        base: Mapping[str, Shape],
-        settings: _Settings,
-        found: Mapping[str, Any] | None = None,
+        *,
+        keep_float32: Sequence[str] = (),
+        seed: int = 0,
+        rtol: float | None = None,
+        atol: float | None = None,
     ) -> None:
-        self.network, self.inputs, self.settings = network, tuple(inputs), settings
-        self.notes: list[str] = []
-        self._base, self._found = base, found or {}
-        self._samples: list[_Sample] = []
-        self._wanted: dict[int, dict[str, _Array]] = {}
-        self._precision: str | None = None
+        self._network, self._keep_float32, self._seed = network, keep_float32, seed
+        self._tolerances = {"rtol": rtol, "atol": atol}
+        self._reports: list[Report] = []
+        self._notes: list[str] = []
+        # What the last candidate was checked on, with what the network computes of it; the next may take the same.
+        self._samples: list[tuple[str, dict[str, _Array], dict[str, _Array]]] = []
+        self._made_for: tuple[tuple[TensorSpec, ...], str | None] | None = None
 
-    def check(self, candidate: Runner) -> Report:
-        if len(candidate.inputs) != len(self._base):
-            raise InputError(
-                candidate.name,
-                "has another number of inputs than the network",
-                got=", ".join(spec.name for spec in candidate.inputs),
-                expected=", ".join(self._base),
+    def add_folded(
+        self, folded: nn.Module, output_names: Sequence[str] | None = None, dtype: torch.dtype | None = None
+    ) -> None:
+        """Checks the folded network in PyTorch, on inputs of the example's shape.
+
+        The output names are for the table; dtype is that of folding, where it is not the network's own.
+        """
+        wide = None if dtype == dtype_of(self._network.model) else dtype
+        with EagerRunner(folded, self._network.inputs, output_names, dtype=wide) as candidate:
+            candidate.name = f"folded, {candidate.name}"
+            self._reports.append(self._check(candidate))
+
+    def add_file(self, model: Path | str, backend: str | None = None) -> None:
+        """Checks an ONNX file, on several shapes inside its dynamic range.
+
+        A file in half precision is judged by "half", which rounds every tensor. ONNX Runtime then shows that it loads:
+        its CPU computes half graphs in float32, where nothing overflows.
+
+        ONNX Runtime runs a file stock, and where it holds our operator, with our library too, if that is built: one
+        file is to give the same numbers in both. A file without function bodies runs with the library only.
+
+        Args:
+            model: The file, with its external data beside it.
+            backend: "onnxruntime", "half" or "reference" alone; by default half and onnxruntime as above, or reference
+                where onnxruntime is not installed.
+
+        Raises:
+            ModelError: The file cannot be read or run.
+            BackendError: The backend is missing.
+            InputError: The file has other inputs than the network.
+        """
+        file = OnnxFile.read(model)
+        if backend is None:
+            try:
+                import_onnxruntime()
+            except BackendError:
+                backend = "reference"
+        if backend in ("half", "reference"):
+            self._add_runner(file, backend)
+            return
+        precision = file.half_type
+        if precision and backend is None:
+            self._add_runner(file, "half")
+        with_library = file.has_operator and find_library() is not None
+        ways: dict[str, Sequence[Path] | None] = {} if with_library and not file.has_body else {"": []}
+        if with_library:
+            ways[", deploynorm library"] = None
+        for suffix, plugins in ways.items():
+            suffix += f", {precision} as float32" if precision else ""
+            try:
+                self._add_runner(file, "onnxruntime", suffix, plugins)
+            except BackendError as error:
+                if precision is None or backend is not None:
+                    raise
+                self._notes.append(f"onnxruntime cannot load it on the CPU: it {error.problem} ({error.got})")
+                break
+
+    def parity(self) -> Parity:
+        """The checks so far and, where one is broken, how far off the network's own rounding is.
+
+        Some networks amplify rounding: FRN over maps of one or two pixels does, with random weights above all. The
+        network in its own type, or in the half type of the candidate, is then as far from float64 as the candidate is,
+        and no export could be nearer.
+        """
+        parity = Parity(tuple(self._reports), tuple(self._notes))
+        broken = [report for report in parity.reports if not report]
+        if not broken:
+            return parity
+        network, precision = self._network, broken[0].precision
+        model, inputs, examples = network.model, network.inputs, network.examples
+        if precision is not None:
+            model = to_precision(model, DTYPES[precision], keep_float32=self._keep_float32)
+            inputs = tuple(replace(x, dtype=precision) if "float" in x.dtype else x for x in inputs)
+            examples = cast_floats(examples, DTYPES[precision])
+        with EagerRunner(model, inputs) as itself:
+            itself.name = f"the network itself, {inputs[0].dtype}"
+            own = self._check(itself)
+        advice = ""
+        if not own and precision is not None and (layer := first_overflow(model, examples)) is not None:
+            advice = (
+                f"In {precision} the output of layer {layer or '(the network)'} is not finite. Take bfloat16, or keep "
+                "the network in float32 from there to where its values are small again (--keep-float32)."
             )
-        if not self._samples or candidate.precision != self._precision or candidate.inputs != self.inputs:
-            self._prepare(candidate)
-        want = _Known(self._wanted, self.inputs, candidate.output_names)
-        return check(candidate, want, self._samples, rtol=self.settings.rtol, atol=self.settings.atol)
+        elif not own:
+            advice = "The network itself is as far off: it amplifies rounding. Try larger inputs or trained weights."
+        return replace(parity, itself=own, advice=advice)
 
-    def _prepare(self, candidate: Runner) -> None:
-        """Makes the samples that the network takes, and what it computes of them in float64."""
-        self.inputs, self._precision = with_sizes(candidate.inputs, self._found), candidate.precision
+    def _add_runner(
+        self, file: OnnxFile, backend: str, suffix: str = "", plugins: Sequence[Path] | None = None
+    ) -> None:
+        with open_runner(file, backend, plugins=plugins) as candidate:
+            candidate.name += suffix
+            self._reports.append(self._check(candidate, file.sizes))
+
+    def _check(self, candidate: Runner, sizes: Mapping[str, Any] | None = None) -> Report:
+        got, expected = [spec.name for spec in candidate.inputs], self._network.names
+        if len(got) != len(expected):
+            problem = "has another number of inputs than the network"
+            raise InputError(candidate.name, problem, got=", ".join(got), expected=", ".join(expected))
+        if self._made_for != (candidate.inputs, candidate.precision):
+            self._make_samples(candidate, sizes or {})
+        names = candidate.output_names
+        samples = [
+            (label, feeds, dict(zip(names, want.values(), strict=True)) if len(names) == len(want) else want)
+            for label, feeds, want in self._samples
+        ]
+        return check_known(candidate, "eager float64", samples, **self._tolerances)
+
+    def _make_samples(self, candidate: Runner, sizes: Mapping[str, Any]) -> None:
+        """Inputs that the network and the candidate take, and what the network computes of them in float64."""
+        inputs = with_sizes(candidate.inputs, sizes)
         # A file may have been given other names than forward has: inputs are paired in order.
-        base = {spec.name: shape for spec, shape in zip(self.inputs, self._base.values(), strict=True)}
-        self._samples, self._wanted = [], {}
-        with EagerRunner(self.network.model, self.inputs, dtype=torch.float64) as truth:
-            for label, feeds in sample_inputs(self.inputs, seed=self.settings.seed, base=base):
-                feeds = self._in_range(_rounded(feeds, candidate.precision))
+        base = {spec.name: shape for spec, shape in zip(inputs, self._network.base.values(), strict=True)}
+        self._samples, self._made_for = [], (candidate.inputs, candidate.precision)
+        with EagerRunner(self._network.model, inputs, dtype=torch.float64) as truth:
+            for label, feeds in sample_inputs(inputs, seed=self._seed, base=base):
+                feeds = self._fitted(feeds, candidate.precision)
                 try:
-                    want = truth.infer(feeds)
+                    self._samples.append((label, feeds, truth.infer(feeds)))
                 except ModelError:
                     if not self._samples:
                         raise
-                    self.notes.append(f"not checked on {label}, which the network itself refuses")
-                    continue
-                self._samples.append((label, feeds))
-                self._wanted[id(feeds)] = want
+                    self._notes.append(f"not checked on {label}, which the network itself refuses")
 
-    def _in_range(self, feeds: dict[str, _Array]) -> dict[str, _Array]:
-        """Integers within the range of the example's, which may be the indices of a table."""
-        for (name, x), example in zip(list(feeds.items()), self.network.examples, strict=True):
-            if x.dtype.kind in "iu" and example.numel():
+    def _fitted(self, feeds: Mapping[str, _Array], precision: str | None) -> dict[str, _Array]:
+        """Floats that the half type holds exactly; integers, which may index a table, within the example's range."""
+        fitted = dict(feeds)
+        for (name, x), example in zip(feeds.items(), self._network.examples, strict=True):
+            if x.dtype.kind == "f" and precision is not None:
+                fitted[name] = x.astype(numpy_dtype(precision)).astype(x.dtype)
+            elif x.dtype.kind in "iu" and example.numel():
                 low, high = int(example.min()), int(example.max())
-                feeds[name] = (low + x % (high - low + 1)).astype(x.dtype)
-        return feeds
-
-
-class _Known(Runner):
-    """What the network in float64 computed, by the inputs that it was given."""
-
-    name = "eager float64"
-
-    def __init__(
-        self, wanted: Mapping[int, dict[str, _Array]], inputs: tuple[TensorSpec, ...], names: tuple[str, ...]
-    ) -> None:
-        self._wanted, self.inputs, self.output_names = wanted, inputs, names
-
-    def infer(self, feeds: Mapping[str, _Array]) -> dict[str, _Array]:
-        want = self._wanted[id(feeds)]
-        return dict(zip(self.output_names, want.values(), strict=True)) if len(self.output_names) == len(want) else want
-
-    def close(self) -> None:
-        pass
-
-
-def _explained(parity: Parity, comparing: _Comparing, keep_float32: Sequence[str]) -> Parity:
-    """The checks, with how far off the network's own rounding is where one is broken.
-
-    Some networks amplify rounding: FRN over maps of one or two pixels does, with random weights above all. The
-    network in its own type, or in the half type of the candidate, is then as far from float64 as the candidate is, and
-    no export could be nearer.
-    """
-    broken = [report for report in parity.reports if not report]
-    if not broken:
-        return parity
-    network, precision = comparing.network, broken[0].precision
-    model, inputs = network.model, network.inputs
-    if precision is not None:
-        model = to_precision(model, DTYPES[precision], keep_float32=keep_float32)
-        inputs = tuple(TensorSpec(x.name, x.shape, precision if "float" in x.dtype else x.dtype) for x in inputs)
-    with EagerRunner(model, inputs) as itself:
-        itself.name = f"the network itself, {inputs[0].dtype}"
-        own = _Comparing(network, inputs, network.base, comparing.settings).check(itself)
-    advice = ""
-    layer = None
-    if not own and precision is not None:
-        examples = [x.to(DTYPES[precision]) if x.is_floating_point() else x for x in network.examples]
-        layer = first_overflow(model, examples)
-    if layer is not None:
-        advice = (
-            f"In {precision} the output of layer {layer or '(the network)'} is not finite. Take bfloat16, or keep the "
-            "network in float32 from there to where its values are small again (--keep-float32)."
-        )
-    elif not own:
-        advice = "The network itself is as far off: it amplifies rounding. Try larger inputs or trained weights."
-    return replace(parity, itself=own, advice=advice)
-
-
-def _check_file(
-    file: OnnxFile,
-    backend: str,
-    comparing: _Comparing,
-    plugins: Sequence[Path] | None = None,
-    suffix: str = "",
-) -> Report:
-    with open_runner(file, backend, plugins=plugins) as candidate:
-        candidate.name += suffix
-        return comparing.check(candidate)
-
-
-def _rounded(feeds: dict[str, _Array], precision: str | None) -> dict[str, _Array]:
-    """The inputs less what a half network would round away of them."""
-    if precision is None:
-        return feeds
-    low = numpy_dtype(precision)
-    return {name: x.astype(low).astype(x.dtype) if x.dtype.kind == "f" else x for name, x in feeds.items()}
-
-
-def _has_onnxruntime() -> bool:
-    try:
-        import_onnxruntime()
-    except BackendError:
-        return False
-    return True
+                fitted[name] = (low + x % (high - low + 1)).astype(x.dtype)
+        return fitted

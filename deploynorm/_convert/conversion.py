@@ -3,32 +3,37 @@
 from __future__ import annotations
 
 import json
+import platform
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import datetime, timezone
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from deploynorm._check.parity import Parity, check_folded, check_onnx
-from deploynorm._convert.manifest import manifest
+import deploynorm
+from deploynorm._check.parity import Checks, Parity
 from deploynorm._export import Exported, check_options, export
 from deploynorm._export.names import as_names, by_argument
-from deploynorm._export.precision import HALF, dtype_of, kept_layers, to_precision
+from deploynorm._export.precision import HALF, cast_floats, dtype_of, kept_layers, to_precision
 from deploynorm._fold import FoldReport
 from deploynorm._fold import fold as fold_network
 from deploynorm.contract import METADATA_IMAGE, METADATA_LABELS, Lowering
 from deploynorm.errors import InputError
-from deploynorm.files import staging
+from deploynorm.files import sha256, staging
 from deploynorm.image import ImageSpec
-from deploynorm.inputs import Shape
+from deploynorm.inputs import Shape, sizes_to_dict
 from deploynorm.network import Network
-from deploynorm.run.backends import BACKENDS
-from deploynorm.trace import Dynamic, Sizes, dynamic_places, find_sizes, inference_copy
+from deploynorm.run.backends import ONNX_BACKENDS
+from deploynorm.trace import Dynamic, dynamic_places, find_sizes, inference_copy
 
 __all__ = ["Conversion", "convert"]
+
+_PACKAGES = ("torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "onnxruntime-gpu", "numpy")
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,8 +45,7 @@ class Conversion:
         fold: What folding did; None where it was left out.
         parity: The checks: the folded network, then the file in each runtime at hand.
         network: What it was made from.
-        function: Whether the custom node's body is in the model.
-        seed: Of the inputs of the checks.
+        function, seed: As given to `convert`.
     """
 
     exported: Exported
@@ -60,11 +64,7 @@ class Conversion:
         return (*self.network.notes, *self.exported.notes, *self.parity.notes)
 
     def tables(self, verbose: bool = False) -> str:
-        """The layers folded, the nodes, the parity table and the notes.
-
-        Args:
-            verbose: Show each layer and each sample.
-        """
+        """The layers folded, the nodes, the parity table and the notes; with `verbose` each layer and each sample."""
         parts = [] if self.fold is None else [self.fold.tables(verbose)]
         parts += [str(replace(self.exported, notes=())), self.parity.tables(verbose)]
         parts += ["\n".join(f"note: {note}" for note in self.notes)] if self.notes else []
@@ -76,23 +76,48 @@ class Conversion:
     __repr__ = __str__  # for notebooks, where the fields would fill pages
 
     def to_dict(self, file: Path | None = None) -> dict[str, Any]:
-        """The manifest: what the model was made from, with which versions, what is in it, and how it was checked.
-
-        Args:
-            file: Where it was saved, for the hashes.
+        """The manifest: what the model was made from, with which versions, what is in it, and how it was checked; with
+        the hashes of the file, where it was saved.
         """
-        record = manifest(self.network, self.exported, file, self.function, self.seed)
-        return record | {"fold": None if self.fold is None else self.fold.to_dict()} | self.parity.to_dict()
+        exported, checkpoint = self.exported, self.network.checkpoint
+        if checkpoint is None:
+            kind = type(self.network.model)
+            source = {"class": f"{kind.__module__}.{kind.__qualname__}"}
+        else:
+            source = {"file": checkpoint.path.name}
+            source |= {key: getattr(checkpoint, key) for key in ("sha256", "kind", "factory")}
+        installed = {package: list(distributions(name=package)) for package in _PACKAGES}
+        versions = {package: found[0].version for package, found in installed.items() if found}
+        return {
+            "deploynorm": deploynorm.__version__,
+            "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "source": source,
+            "onnx": {
+                **_hashes(file),
+                "opset": exported.opset,
+                "lowering": exported.lowering,
+                "dtype": exported.dtype,
+                "kept_float32": list(exported.kept_float32),
+                "keep_io_types": exported.keep_io_types,
+                "function": self.function,
+                "inputs": [{"name": x.name, "shape": list(x.shape), "dtype": x.dtype} for x in exported.inputs],
+                "outputs": list(exported.output_names),
+                "nodes": dict(exported.node_counts()),
+                "sizes": sizes_to_dict(exported.inputs, exported.notes),
+                "notes": list(exported.notes),
+            },
+            "seed": self.seed,
+            "versions": {"python": platform.python_version(), **versions},
+            "fold": None if self.fold is None else self.fold.to_dict(),
+            **self.parity.to_dict(),
+        }
 
     def save(self, path: Path | str, *, external_data: bool | None = None) -> tuple[Path, Path]:
-        """Writes model.onnx, and model.deploynorm.json with versions, hashes, sizes and the results of the checks.
+        """Writes model.onnx, and model.deploynorm.json with versions, hashes, sizes and checks; returns both paths.
 
         Args:
             path: The .onnx file. It is written beside and renamed when whole; an earlier one stays if that fails.
             external_data: Weights in a file of their own; None does so past 2 GB.
-
-        Returns:
-            Both files.
 
         Raises:
             ParityError: A check does not hold; nothing is written.
@@ -148,32 +173,20 @@ def convert(
         model: A network, which is left as it is, or a file that `deploynorm.load` reads.
         example_inputs: Positional inputs of forward, or the only one; may be left out for a file.
         input_shapes: Shape of an input by name, "" for the only one, in place of `example_inputs`.
-        factory: For a file, see `deploynorm.load`.
-        factory_kwargs: Likewise.
-        trust_pickle: Likewise.
+        factory, factory_kwargs, trust_pickle: For a file, see `deploynorm.load`.
         fold: False exports the network as it is.
-        dtype: See `deploynorm.export`.
-        keep_float32: Likewise.
-        keep_io_types: Likewise.
-        dynamic: Likewise.
-        opset: Likewise.
-        lowering: Likewise.
-        function: Likewise.
-        input_names: Likewise.
-        output_names: Likewise.
+        dtype, keep_float32, keep_io_types, dynamic, opset, lowering, function, input_names, output_names: See
+            `deploynorm.export`.
         image: How an image becomes the input; by default as the file has it. It is put into the model, for
             `deploynorm run`.
-        mean: In place of `image`, with `std`: of each channel, for images of the size of the first input.
-        std: Likewise.
+        mean, std: In place of `image`: of each channel, for images of the size of the first input.
         labels: Name of each class, or a text file with one a line; by default as the file has them.
         backend: What runs the model for the check: see `deploynorm check`.
         seed: Of the random inputs of the check.
-        rtol: See `deploynorm.check`.
-        atol: Likewise.
+        rtol, atol: See `deploynorm.check`.
 
     Returns:
-        The model and all that was found; nothing is written. It is true when the checks hold, and its `save` refuses
-        to write where they do not.
+        The model and all that was found; nothing is written.
 
     Raises:
         InputError: An argument does not fit.
@@ -189,28 +202,33 @@ def convert(
         trust_pickle=trust_pickle,
     )
     keep_float32 = tuple(keep_float32)
+    # What is wrong in an argument is reported at once.
     dtype, _ = check_options(dtype, opset, lowering)
-    if backend is not None and (backend not in BACKENDS or BACKENDS[backend].runs != "onnx"):
-        known = [name for name, row in BACKENDS.items() if row.runs == "onnx"]
-        raise InputError("convert", "unknown backend", got=repr(backend), expected=", ".join(known))
-    own = dtype_of(network.model)
-    kept_layers(network.model, keep_float32)  # a name that is wrong is reported at once
+    if backend is not None and backend not in ONNX_BACKENDS:
+        raise InputError("convert", "unknown backend", got=repr(backend), expected=", ".join(ONNX_BACKENDS))
+    kept_layers(network.model, keep_float32)
     names = as_names("input_names", input_names, len(network.names)) or network.names
     dynamic = by_argument(dynamic, names, network.names)
     if dynamic is not None:
-        dynamic_places(network.model, network.examples, dynamic)  # an axis that is not there is reported at once
-    names_of_classes = _labels(labels)
-    metadata = _metadata(network, _image(network, image, mean, std), names_of_classes)
-    sizes = None if dynamic == "none" else _sizes(network)
-    working, examples, folding, parity = network.model, network.examples, None, Parity(())
+        dynamic_places(network.model, network.examples, dynamic)
+    labels = network.labels if labels is None else _labels(labels)
+    image = _image(network, image, mean, std)
+    metadata = {}
+    if image is not None:
+        metadata[METADATA_IMAGE] = json.dumps(image.to_dict())
+    if labels is not None:
+        metadata[METADATA_LABELS] = json.dumps(labels)
+    own, working, examples = dtype_of(network.model), network.model, network.examples
+    sizes = None
+    if dynamic != "none":
+        sizes = find_sizes(inference_copy(working), [example.cpu() for example in examples])
     if own in HALF and dtype not in (None, own) and (dtype == torch.float32 or not keep_io_types):
         # Folding in the network's own half type would round its weights once more.
         working = to_precision(working, torch.float32, keep_io_types=keep_io_types)
-        examples = tuple(x.float() if x.is_floating_point() and not keep_io_types else x for x in examples)
-    check: dict[str, Any] = {"seed": seed, "rtol": rtol, "atol": atol}
+        examples = examples if keep_io_types else cast_floats(examples, torch.float32)
+    report = None
     if fold:
-        working, folding = fold_network(working, examples, dynamic=dynamic, sizes=sizes)
-    folded, folded_type = working, dtype_of(working)
+        working, report = fold_network(working, examples, dynamic=dynamic, sizes=sizes)
     exported = export(
         working,
         examples,
@@ -226,19 +244,15 @@ def convert(
         metadata=metadata,
         sizes=sizes,
     )
-    _check_labels(network.labels if labels is None else names_of_classes, exported)
-    if folding is not None and folding.modified:
-        parity += check_folded(network, folded, exported.output_names, dtype=folded_type, **check)
+    _check_labels(labels, exported)
+    checks = Checks(network, keep_float32=keep_float32, seed=seed, rtol=rtol, atol=atol)
+    if report is not None and report.modified:
+        checks.add_folded(working, exported.output_names, dtype_of(working))
     with tempfile.TemporaryDirectory(prefix="deploynorm-") as folder:
         path = Path(folder) / "model.onnx"
         exported.save(path)
-        parity += check_onnx(network, path, backend=backend, keep_float32=keep_float32, **check)
-    return Conversion(exported, folding, parity, network, function, seed)
-
-
-def _sizes(network: Network) -> Sizes:
-    twin = inference_copy(network.model)
-    return find_sizes(twin, [example.cpu() for example in network.examples], network.names)
+        checks.add_file(path, backend)
+    return Conversion(exported, report, checks.parity(), network, function, seed)
 
 
 def _image(
@@ -252,16 +266,13 @@ def _image(
     return ImageSpec(tuple(map(int, size)), tuple(mean), tuple(std))  # type: ignore[arg-type]
 
 
-def _labels(labels: Sequence[str] | Path | None) -> tuple[str, ...] | None:
+def _labels(labels: Sequence[str] | Path) -> tuple[str, ...]:
     if isinstance(labels, Path):
         try:
             return tuple(labels.read_text(encoding="utf-8").splitlines())
         except (OSError, UnicodeDecodeError) as error:
-            raise InputError(
-                f"labels {labels}", f"cannot be read: {error}", expected="text, one name a line"
-            ) from error
-    if labels is None:
-        return None
+            problem = f"cannot be read: {error}"
+            raise InputError(f"labels {labels}", problem, expected="text, one name a line") from error
     names = () if isinstance(labels, str) else tuple(labels)
     if not names or any(not isinstance(name, str) for name in names):
         raise InputError("convert", "labels are not the names of classes", got=repr(labels), expected="a list of text")
@@ -276,12 +287,9 @@ def _check_labels(labels: tuple[str, ...] | None, exported: Exported) -> None:
         raise InputError("convert", "another number of labels than classes", got=len(labels), expected=counts[0])
 
 
-def _metadata(network: Network, image: ImageSpec | None, labels: tuple[str, ...] | None) -> dict[str, str]:
-    """What `deploynorm run` needs to know of images and classes, for the ONNX file."""
-    labels = network.labels if labels is None else labels
-    entries: dict[str, Any] = {}
-    if image is not None:
-        entries[METADATA_IMAGE] = image.to_dict()
-    if labels is not None:
-        entries[METADATA_LABELS] = list(labels)
-    return {key: json.dumps(value) for key, value in entries.items()}
+def _hashes(file: Path | None) -> dict[str, Any]:
+    if file is None:
+        return {}
+    data = file.with_name(file.name + ".data")
+    external = {"file": data.name, "sha256": sha256(data)} if data.exists() else None
+    return {"file": file.name, "sha256": sha256(file), "external_data": external}

@@ -2,41 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from deploynorm._check.parity import Parity, check_folded
+from deploynorm._check.parity import Checks, Parity
 from deploynorm._fold import FoldReport, fold
 from deploynorm.files import staging
-from deploynorm.inputs import Shape
 from deploynorm.network import Network
 from deploynorm.trace import Dynamic, quiet, trace
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from deploynorm.network import Reading
 
 __all__ = ["Folding", "fold_checked"]
 
 
 @dataclass(frozen=True, eq=False)
 class Folding:
-    """A folded network and what was found of it; true when the check holds. `print` shows its tables.
-
-    Attributes:
-        model: The folded network.
-        report: What became of each layer.
-        parity: The folded network against the one given.
-        network: The one given.
-        dynamic: Axes that are dynamic in the file.
-    """
+    """A folded network and what was found of it; true when the check holds. `print` shows its tables."""
 
     model: nn.Module
     report: FoldReport
     parity: Parity
-    network: Network
-    dynamic: Dynamic | None
+    network: Network  # the one given
+    dynamic: Dynamic | None  # axes that are dynamic in the file
 
     def __bool__(self) -> bool:
         return bool(self.parity)
@@ -71,27 +67,18 @@ def fold_checked(
     model: nn.Module | str | Path,
     example_inputs: Tensor | Sequence[Tensor] | None = None,
     *,
-    input_shapes: Mapping[str, Shape] | None = None,
-    factory: str | None = None,
-    factory_kwargs: Mapping[str, Any] | None = None,
-    trust_pickle: bool = False,
     dynamic: Dynamic | None = None,
     seed: int = 0,
     rtol: float | None = None,
     atol: float | None = None,
+    **reading: Unpack[Reading],
 ) -> Folding:
     """Folds a network and checks the folded one against it; what `deploynorm fold` does.
 
-    The arguments are those of `deploynorm.convert`.
+    The arguments, `reading` among them, are those of `deploynorm.convert`.
     """
-    network = Network.of(
-        model,
-        example_inputs,
-        input_shapes=input_shapes,
-        factory=factory,
-        factory_kwargs=factory_kwargs,
-        trust_pickle=trust_pickle,
-    )
+    network = Network.of(model, example_inputs, **reading)
     folded, report = fold(network.model, network.examples, dynamic=dynamic)
-    parity = check_folded(network, folded, seed=seed, rtol=rtol, atol=atol)
-    return Folding(folded, report, parity, network, dynamic)
+    checks = Checks(network, seed=seed, rtol=rtol, atol=atol)
+    checks.add_folded(folded)
+    return Folding(folded, report, checks.parity(), network, dynamic)

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import onnx
 import onnx_ir as ir
@@ -16,10 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from deploynorm import onnx_file
-from deploynorm._export.half_graph import BFLOAT16_OPSET, refuse_types, round_fused_weights
 from deploynorm._export.names import as_names, by_argument, default_output_names, name_axes, name_inputs_and_outputs
-from deploynorm._export.precision import DTYPES, dtype_of, kept_layers, to_precision
-from deploynorm._export.translation import to_onnx
+from deploynorm._export.precision import DTYPES, cast_floats, dtype_name, dtype_of, kept_layers, to_precision
+from deploynorm._export.translation import BFLOAT16_OPSET, to_onnx
 from deploynorm.contract import LOWERINGS, MAX_OPSET, METADATA_SIZES, MIN_OPSET, Lowering
 from deploynorm.errors import InputError, ModelError
 from deploynorm.inputs import TensorSpec, sizes_to_dict
@@ -76,10 +73,6 @@ class Exported:
         """How many nodes of each operator the graph has; a custom operator with its domain before it."""
         return onnx_file.node_counts(self.model.graph.all_nodes())
 
-    def size_bytes(self) -> int:
-        """Bytes of all weights."""
-        return onnx_file.size_bytes(self.model)
-
     def to_proto(self) -> onnx.ModelProto:
         """The model as onnx's protobuf; past 2 GB it can no longer be serialised in one piece."""
         return ir.to_proto(self.model)
@@ -116,7 +109,7 @@ def export(
     metadata: Mapping[str, str] | None = None,
     sizes: Sizes | None = None,
 ) -> Exported:
-    """Exports a network to ONNX, each FRN layer as one node.
+    """Exports a network to ONNX, each FRN layer as one node; nothing is written.
 
     The network itself is left as it is: a copy is put in evaluation mode, on the CPU, and FRN layers of other
     projects in it are taken over (see `deploynorm.layers.adopt`). Fold first: `deploynorm.fold`.
@@ -125,9 +118,8 @@ def export(
         model: Any network that torch.export can trace.
         example_inputs: Positional inputs of forward, or the only one; sizes above 1 on the axes that are to be dynamic.
         dtype: Type of weights and activations; by default the network stays in its own. In half precision the
-            parameters of FRN, and of norms that did not fold, stay in float32 (see `deploynorm._export.precision`).
-        keep_float32: Names of layers that stay in float32 in a half network, with casts around them; `*` stands for
-            anything.
+            parameters of FRN, and of norms that did not fold, stay in float32.
+        keep_float32: Names of layers that stay in float32 in a half network, with casts around them; or patterns (*).
         keep_io_types: Whether inputs and outputs keep the network's own type, with casts inside.
         dynamic: Axes that must be dynamic: "none", "batch", "spatial", "all", or by input and axis, with their names
             ({"x": {0: "N", 2: "H"}}). None makes each axis dynamic that the network takes in other sizes; `notes` has
@@ -139,9 +131,6 @@ def export(
         output_names: By default the keys of a dict that the network returns, else "output", or "output_0", ...
         metadata: Entries for the model's metadata_props.
         sizes: What `deploynorm.trace.find_sizes` found, where it was asked already.
-
-    Returns:
-        The model; nothing is written.
 
     Raises:
         InputError: An unsupported opset, an example input that is not a tensor, no layer of a name to be kept, or names
@@ -167,64 +156,55 @@ def export(
         raise InputError("export", "an input and an output of one name", got=", ".join(sorted(both)))
     if sizes is None and dynamic != "none":
         # Asked of the network as it is: in float16 a CPU takes twenty times as long.
-        sizes = find_sizes(inference_copy(model), [_cast(example, own).cpu() for example in examples])
+        sizes = find_sizes(inference_copy(model), [example.cpu() for example in cast_floats(examples, own)])
     axis_names: dict[tuple[int, int], str] = {}
     dynamic = by_argument(dynamic, inputs, arguments)
     if isinstance(dynamic, Mapping):
         for name, axes in dynamic.items():
-            places = dynamic_places(model, examples, {name: axes})
-            axis_names |= {(i, axis): axes[axis] for i, axis in places}
+            axis_names |= {(i, axis): axes[axis] for i, axis in dynamic_places(model, examples, {name: axes})}
     if dtype == own and not keep_float32:
         twin = inference_copy(model)
     else:
         twin = to_precision(model, dtype, keep_float32=keep_float32, keep_io_types=keep_io_types)
-        examples = tuple(_cast(example, own if keep_io_types else dtype) for example in examples)
-    with _conversion_named(dtype, own):
+        examples = cast_floats(examples, own if keep_io_types else dtype)
+    try:
         program = trace(twin, examples, dynamic, sizes=sizes)
-        narrowed = narrowed_axes(program)
-        if narrowed:  # the file would compute something else at the other sizes, and say nothing
-            kinds = {axis.kind for axis in narrowed}
-            program = trace(twin, examples, dynamic, fixed=kinds, sizes=sizes)
+        # At the other sizes the file would compute something else, and say nothing.
+        if narrowed := narrowed_axes(program):
+            program = trace(twin, examples, dynamic, fixed=set(narrowed.values()), sizes=sizes)
+    except ModelError as error:
+        if dtype == own:
+            raise
+        # Most likely because the network was converted.
+        problem = f"{error.problem.rstrip('.')} (the network was converted from {own} to {dtype})"
+        fix = "where types do not fit, keep the layer that makes tensors of its own type in float32 (--keep-float32)"
+        fix = f"{fix}; else {error.fix}"
+        raise ModelError(error.where, problem, got=error.got, expected=error.expected, fix=fix) from error
     onnx_model = to_onnx(program, opset)
     count = len(onnx_model.graph.outputs)  # less than the network returns, where some of that is None
     outputs = as_names("output_names", outputs, count) or tuple(default_output_names(program, count))
     name_inputs_and_outputs(onnx_model, inputs, outputs)
     name_axes(onnx_model, axis_names)
-    round_fused_weights(onnx_model)
-    refuse_types(onnx_model)
     lower(onnx_model, lowering, function=function)
     specs = tuple(_spec(value, i, sizes) for i, value in enumerate(onnx_model.graph.inputs))
-    notes = [f"fixed, since it holds for some sizes only: {axis.text}" for axis in narrowed]
+    notes = [f"fixed, since it holds for some sizes only: {axis}" for axis in narrowed]
     if dynamic is None:
         # Where no map may change, a note of the sizes says so.
         notes += _fixed_axes(specs, batch_only=sizes is not None and "spatial" not in sizes.kinds)
     if sizes is not None:
-        found = {
-            (i, axis) for i, spec in enumerate(specs) for axis, size in enumerate(spec.shape) if isinstance(size, str)
-        }
-        notes += replace(sizes, names=inputs).notes(found)
+        places = {(i, axis) for i, x in enumerate(specs) for axis, size in enumerate(x.shape) if isinstance(size, str)}
+        notes += sizes.notes(places, inputs)
     onnx_model.producer_name = "deploynorm"
     onnx_model.metadata_props.update(metadata or {})
     onnx_model.metadata_props[METADATA_SIZES] = json.dumps(sizes_to_dict(specs, notes))
-    return Exported(
-        onnx_model,
-        specs,
-        lowering,
-        str(dtype).removeprefix("torch."),
-        kept_layers(twin, keep_float32),
-        keep_io_types,
-        tuple(notes),
-    )
+    kept = kept_layers(twin, keep_float32)
+    return Exported(onnx_model, specs, lowering, dtype_name(dtype), kept, keep_io_types, tuple(notes))
 
 
 def check_options(
     dtype: torch.dtype | str | None, opset: int | None, lowering: str
 ) -> tuple[torch.dtype | None, int | None]:
-    """The type, which may be given by its name, and the opset that the lowering needs.
-
-    Raises:
-        InputError: There is no such type, opset or lowering.
-    """
+    """The type, which may be given by its name, and the opset that the lowering needs; raises InputError for others."""
     if isinstance(dtype, str):
         if dtype not in DTYPES:
             raise InputError("dtype", "not a type for a network", got=repr(dtype), expected=", ".join(DTYPES))
@@ -239,34 +219,11 @@ def check_options(
     return dtype, opset
 
 
-def _cast(example: object, dtype: torch.dtype) -> Any:
-    return example.to(dtype) if isinstance(example, Tensor) and example.is_floating_point() else example
-
-
-@contextmanager
-def _conversion_named(dtype: torch.dtype, own: torch.dtype) -> Iterator[None]:
-    """Adds to an error of the trace that the network was converted, which is most likely its cause."""
-    try:
-        yield
-    except ModelError as error:
-        if dtype == own:
-            raise
-        raise ModelError(
-            error.where,
-            f"{error.problem.rstrip('.')} (the network was converted from {own} to {dtype})",
-            got=error.got,
-            expected=error.expected,
-            fix="where types do not fit, keep the layer that makes tensors of its own type in float32 "
-            f"(--keep-float32); else {error.fix}",
-        ) from error
-
-
 def _fixed_axes(specs: Sequence[TensorSpec], *, batch_only: bool) -> list[str]:
     notes = []
     for spec in specs:
-        axes = [0] if batch_only else [axis for axis in range(len(spec.shape)) if axis != 1]
-        fixed = [f"{axis} ({spec.shape[axis]})" for axis in axes if isinstance(spec.shape[axis], int)]
-        if fixed:
+        axes = (axis for axis in range(len(spec.shape)) if axis == 0 or (axis > 1 and not batch_only))
+        if fixed := [f"{axis} ({spec.shape[axis]})" for axis in axes if isinstance(spec.shape[axis], int)]:
             notes.append(f"the network fixes axis {', '.join(fixed)} of input {spec.name}")
     return notes
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import onnx_ir as ir
 from torch.export import ExportedProgram
@@ -15,15 +16,10 @@ __all__ = ["as_names", "by_argument", "default_output_names", "name_axes", "name
 
 
 def as_names(option: str, names: str | Sequence[str] | None, count: int | None = None) -> tuple[str, ...] | None:
-    """Names that a user gave, or None where none were.
-
-    Args:
-        option: What they are called in a message: "input_names".
-        names: A bare string is the one name.
-        count: How many there must be, where that is known.
+    """The names that a user gave, a bare string being the one name, or None where none were.
 
     Raises:
-        InputError: Another number of names; one that is empty, no text, or given twice.
+        InputError: Another number of names than `count`; one that is empty, no text, or given twice.
     """
     if names is None:
         return None
@@ -81,25 +77,20 @@ def name_inputs_and_outputs(model: ir.Model, input_names: Sequence[str], output_
     names = {str(value.name) for value in _all_values(graph)} | reserved
     for value in _all_values(graph):
         if value.name in reserved:
-            value.name = next(name for name in _numbered(str(value.name)) if name not in names)
+            value.name = next(name for n in itertools.count(1) if (name := f"{value.name}_{n}") not in names)
             names.add(value.name)
-    for values, given in ((graph.inputs, input_names), (graph.outputs, outputs)):
-        for value, name in zip(values, given, strict=True):
-            value.name = name
+    for value, name in zip((*graph.inputs, *graph.outputs), (*input_names, *outputs), strict=True):
+        value.name = name
 
 
 def name_axes(model: ir.Model, given: Mapping[tuple[int, int], str]) -> None:
-    """Renames torch's symbols (s77) on every value, in place: as given, else N, then L, H and W, or D, H and W.
-
-    Args:
-        model: Straight from translation.
-        given: Names by input and axis.
+    """Renames torch's symbols (s77) on every value, in place: as given by input and axis, else N, then L, H and W, or
+    D, H and W.
 
     Raises:
         InputError: Two names for axes that are always of one size, or one name for two sizes.
     """
     names: dict[str, str] = {}
-    chosen: dict[str, str] = {}
     places = [(i, axis) for i, value in enumerate(model.graph.inputs) for axis in range(len(value.shape or ()))]
     for i, axis in sorted(places, key=lambda place: place not in given):
         value = model.graph.inputs[i]
@@ -107,13 +98,12 @@ def name_axes(model: ir.Model, given: Mapping[tuple[int, int], str]) -> None:
         if isinstance(size, int) or size.value is None:
             continue
         name = given.get((i, axis))
-        if name is not None and chosen.setdefault(size.value, name) != name:
-            raise InputError(
-                "dynamic", "two names for axes that always have one size", got=f"{chosen[size.value]} and {name}"
-            )
         if size.value in names:
+            if name not in (None, names[size.value]):
+                got = f"{names[size.value]} and {name}"
+                raise InputError("dynamic", "two names for axes that always have one size", got=got)
             continue
-        if name is not None and name in names.values():
+        if name in names.values():
             raise InputError("dynamic", "one name for axes of different sizes", got=name)
         letter = name or axis_letter(len(value.shape or ()), axis)
         names[size.value] = letter if letter not in names.values() else f"{letter}_{value.name}"
@@ -131,19 +121,10 @@ def name_axes(model: ir.Model, given: Mapping[tuple[int, int], str]) -> None:
         )
 
 
-def _all_values(graph: ir.Graph) -> Iterator[ir.Value]:
+def _all_values(graph: ir.Graph) -> Iterable[ir.Value]:
     """Every value of a graph and of its subgraphs, each once."""
-    seen: set[ir.Value] = set()
-    graphs = [graph, *graph.subgraphs()]
-    for each in graphs:
-        for value in (*each.inputs, *each.initializers.values(), *(out for node in each for out in node.outputs)):
-            if value not in seen:
-                seen.add(value)
-                yield value
-
-
-def _numbered(name: str) -> Iterator[str]:
-    number = 1
-    while True:
-        yield f"{name}_{number}"
-        number += 1
+    values: dict[ir.Value, None] = {}
+    for each in (graph, *graph.subgraphs()):
+        outputs = (value for node in each for value in node.outputs)
+        values |= dict.fromkeys((*each.inputs, *each.initializers.values(), *outputs))
+    return values

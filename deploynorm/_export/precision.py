@@ -5,25 +5,25 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree
 
-from deploynorm.contract import DOMAIN, TORCH_OP
+from deploynorm import contract, dtypes
 from deploynorm.errors import InputError, ModelError
 from deploynorm.layers._precision import FullPrecisionBuffers
 from deploynorm.layers.functional import compute_dtype
 from deploynorm.trace import inference_copy
 
-__all__ = ["DTYPES", "HALF", "dtype_of", "first_overflow", "kept_layers", "to_precision"]
+__all__ = ["DTYPES", "HALF", "cast_floats", "dtype_name", "dtype_of", "first_overflow", "kept_layers", "to_precision"]
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in contract.DTYPES}
 """The types that a network can be converted to, by name."""
 
-HALF = (torch.float16, torch.bfloat16)
+HALF = tuple(DTYPES[name] for name in dtypes.HALF)
 
 _WIDE = (FullPrecisionBuffers, nn.modules.batchnorm._BatchNorm)
 """FRN and MABN, BatchNorm: layers whose parameters and statistics are float32 beside an input in half precision."""
@@ -36,6 +36,15 @@ is 5e-4 in float16: more means that the channel lies near the smallest number of
 def dtype_of(model: nn.Module) -> torch.dtype:
     """The type of the network's parameters, as its first one has it; float32 for a network that has none."""
     return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def cast_floats(tensors: Iterable[Tensor], dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """The tensors, those of a floating type in this one."""
+    return tuple(tensor.to(dtype) if tensor.is_floating_point() else tensor for tensor in tensors)
 
 
 def to_precision(
@@ -54,14 +63,8 @@ def to_precision(
        for float16, and ONNX, TensorRT and torch take float32 ones beside a half input.
     3. Layers that `keep_float32` names, with what is inside them; their inputs and outputs are cast.
 
-    Args:
-        model: Any network; it is left untouched.
-        dtype: float16, bfloat16, float32 or float64.
-        keep_float32: Names of layers as in `named_modules`; `*` stands for anything, also for dots.
-        keep_io_types: Whether inputs and outputs keep the type that the network has now, with casts inside.
-
-    Returns:
-        A copy on the CPU, in evaluation mode, with other projects' FRN layers taken over.
+    The network given is left untouched: the result is an `inference_copy`. `keep_io_types` keeps the type that inputs
+    and outputs have now, with casts inside.
 
     Raises:
         InputError: A type of another kind, a name that no layer has, or layers to be kept where there is no half.
@@ -76,18 +79,16 @@ def to_precision(
     own, wide = dtype_of(twin), compute_dtype(dtype)
     kept = kept_layers(twin, keep_float32)
     if kept and dtype == wide:
-        raise InputError(
-            "keep_float32", f"nothing is in half precision where all is in {_name(dtype)}", got=", ".join(kept)
-        )
-    stays_wide = _wide_parameters(twin) if isinstance(twin, fx.GraphModule) else _in_wide_layers(twin, kept)
-    _convert(twin, dtype, wide, stays_wide)
+        problem = f"nothing is in half precision where all is in {dtype_name(dtype)}"
+        raise InputError("keep_float32", problem, got=", ".join(kept))
+    _convert(twin, dtype, wide, _stay_wide(twin, kept))
     for module in dict.fromkeys(twin.get_submodule(name) for name in kept):  # one layer may have two names
-        _cast_around(module, inside=(dtype, wide), outside=(wide, dtype))
+        _cast_around(module, dtype, wide)
     if keep_io_types and own != dtype:
         if isinstance(twin, fx.GraphModule):
             _cast_ends(twin, own, dtype)
         else:
-            _cast_around(twin, inside=(own, dtype), outside=(dtype, own))
+            _cast_around(twin, own, dtype)
     return twin
 
 
@@ -98,89 +99,63 @@ def kept_layers(model: nn.Module, patterns: Sequence[str]) -> tuple[str, ...]:
         InputError: A pattern that names no layer, or an archive of torch.export, which has no layers.
     """
     if patterns and isinstance(model, fx.GraphModule):
-        raise InputError(
-            "keep_float32",
-            "an archive of torch.export has no layers that could be kept, for it is one graph",
-            got=", ".join(patterns),
-            fix="export from the network or checkpoint that the archive was made from",
-        )
+        problem = "an archive of torch.export has no layers that could be kept, for it is one graph"
+        fix = "export from the network or checkpoint that the archive was made from"
+        raise InputError("keep_float32", problem, got=", ".join(patterns), fix=fix)
     names = [name for name, _ in model.named_modules(remove_duplicate=False) if name]
     found: set[str] = set()
     for pattern in patterns:
         matched = fnmatch.filter(names, pattern)
         if not matched:
             near = difflib.get_close_matches(pattern, names, n=5, cutoff=0.4) or names[:5]
-            raise InputError(
-                "keep_float32",
-                "the network has no layer of that name",
-                got=repr(pattern),
-                expected=f"a name or pattern such as {', '.join(near)}",
-            )
+            problem, expected = "the network has no layer of that name", f"a name or pattern such as {', '.join(near)}"
+            raise InputError("keep_float32", problem, got=repr(pattern), expected=expected)
         found.update(matched)
-    return tuple(name for name in names if name in found and not _parents(name) & found)
+    return tuple(name for name in names if name in found and not any(name.startswith(f"{x}.") for x in found))
 
 
 def first_overflow(model: nn.Module, inputs: Sequence[Tensor]) -> str | None:
     """The innermost layer that first gives infinity or NaN for finite inputs, by name; None if none does."""
+    names = {module: name for name, module in model.named_modules()}
     found: list[str] = []
 
-    def look(name: str) -> Callable[[nn.Module, object, object], None]:
-        def hook(_: nn.Module, args: object, output: object) -> None:
-            given, got = (
-                [x for x in _pytree.tree_leaves(each) if isinstance(x, Tensor) and x.is_floating_point()]
-                for each in (args, output)
-            )
-            if not found and all(bool(x.isfinite().all()) for x in given):
-                found.extend([name] * any(not bool(x.isfinite().all()) for x in got))
+    def is_finite(values: object) -> bool:
+        tensors = (x for x in _pytree.tree_leaves(values) if isinstance(x, Tensor) and x.is_floating_point())
+        return all(bool(x.isfinite().all()) for x in tensors)
 
-        return hook
+    def look(module: nn.Module, args: object, output: object) -> None:
+        if not found and module in names and is_finite(args) and not is_finite(output):
+            found.append(names[module])
 
-    hooks = [module.register_forward_hook(look(name)) for name, module in model.named_modules()]
-    try:
-        with torch.inference_mode():
-            model(*inputs)
-    finally:
-        for handle in hooks:
-            handle.remove()
+    with torch.inference_mode(), nn.modules.module.register_module_forward_hook(look):
+        model(*inputs)
     return found[0] if found else None
 
 
-def _parents(name: str) -> set[str]:
-    parts = name.split(".")
-    return {".".join(parts[:end]) for end in range(1, len(parts))}
-
-
-def _in_wide_layers(model: nn.Module, kept: Sequence[str]) -> Callable[[str, nn.Module], bool]:
-    """Whether a tensor stays wide: all of a kept layer, and those that a norm holds."""
+def _stay_wide(model: nn.Module, kept: Sequence[str]) -> set[str]:
+    """Names of the parameters and buffers that stay wide: all of a kept layer, and those that a norm holds."""
+    if isinstance(model, fx.GraphModule):  # an archive of torch.export: those that its operators take
+        frn = getattr(getattr(torch.ops, contract.DOMAIN), contract.TORCH_OP).default
+        norms = [node for node in model.graph.nodes if node.target in (frn, torch.ops.aten.batch_norm.default)]
+        return {name for node in norms for name in _sources(node.args[1:5])}
     inside = {module for name in kept for module in model.get_submodule(name).modules()}
-    return lambda _, module: module in inside or isinstance(module, _WIDE)
+    return {
+        f"{path}.{key}".lstrip(".")
+        for path, module in model.named_modules()
+        if module in inside or isinstance(module, _WIDE)
+        for key in (*module._parameters, *module._buffers)
+    }
 
 
-def _wide_parameters(graph: fx.GraphModule) -> Callable[[str, nn.Module], bool]:
-    """Which tensors of an archive of torch.export stay wide, read from what its operators take."""
-    frn = getattr(getattr(torch.ops, DOMAIN), TORCH_OP).default
-    wide: set[str] = set()
-    for node in graph.graph.nodes:
-        if node.target in (frn, torch.ops.aten.batch_norm.default):
-            wide.update(_sources(node.args[1:5]))
-    return lambda name, _: name in wide
-
-
-def _sources(arguments: Sequence[Any]) -> Iterator[str]:
+def _sources(arguments: Sequence[Any]) -> set[str]:
     """The parameters and buffers that arguments are computed from."""
-    waiting = [argument for argument in arguments if isinstance(argument, fx.Node)]
-    seen: set[fx.Node] = set()
-    while waiting:
-        node = waiting.pop()
-        if node.op == "get_attr":
-            yield str(node.target)
-        waiting += [source for source in node.all_input_nodes if source not in seen]
-        seen.update(node.all_input_nodes)
+    nodes = [argument for argument in arguments if isinstance(argument, fx.Node)]
+    for node in nodes:  # the list grows
+        nodes += [source for source in node.all_input_nodes if source not in nodes]
+    return {str(node.target) for node in nodes if node.op == "get_attr"}
 
 
-def _convert(
-    model: nn.Module, dtype: torch.dtype, wide: torch.dtype, stays_wide: Callable[[str, nn.Module], bool]
-) -> None:
+def _convert(model: nn.Module, dtype: torch.dtype, wide: torch.dtype, stay_wide: Collection[str]) -> None:
     """Converts every parameter and buffer in place; a tensor that two layers share stays one."""
     converted: dict[tuple[Tensor, torch.dtype], Tensor] = {}
     weak: list[str] = []
@@ -188,19 +163,19 @@ def _convert(
         for key, tensor in [*module._parameters.items(), *module._buffers.items()]:
             if tensor is None or not tensor.is_floating_point():
                 continue
-            name = f"{path}.{key}" if path else key
-            target = wide if stays_wide(name, module) else dtype
+            name = f"{path}.{key}".lstrip(".")
+            target = wide if name in stay_wide else dtype
             if (tensor, target) not in converted:
                 new = tensor.detach().to(target)
                 _refuse_overflow(name, tensor, new)
                 if key != "bias" and (lost := _lost_channels(module, tensor, new)):
-                    weak.append(f"{name} ({lost} of {tensor.shape[_channel_axis(module, tensor)]} channels)")
+                    weak.append(f"{name} ({lost})")
                 converted[tensor, target] = nn.Parameter(new, False) if key in module._parameters else new
             setattr(module, key, converted[tensor, target])  # and not in the table: an LSTM keeps a list of its own
     if weak:
         warnings.warn(
-            f"deploynorm: weights so small that {_name(dtype)} loses them or most of their digits: {'; '.join(weak)}. "
-            "Fix: keep those layers in float32 (keep_float32, --keep-float32), or take bfloat16",
+            f"deploynorm: weights so small that {dtype_name(dtype)} loses them or most of their digits: "
+            f"{'; '.join(weak)}. Fix: keep those layers in float32 (keep_float32, --keep-float32), or take bfloat16",
             RuntimeWarning,
             stacklevel=3,
         )
@@ -210,45 +185,38 @@ def _refuse_overflow(name: str, tensor: Tensor, new: Tensor) -> None:
     lost = tensor.isfinite() & ~new.isfinite()
     if not bool(lost.any()):
         return
-    layer = name.rpartition(".")[0]
+    layer, _, key = name.rpartition(".")
     raise ModelError(
         f"layer {layer or '(the network)'}",
-        f"{name.rpartition('.')[2]} does not fit into {_name(new.dtype)}",
+        f"{key} does not fit into {dtype_name(new.dtype)}",
         got=f"{tensor.abs().where(lost, tensor.new_zeros(())).max():.3g}",
         expected=f"at most {torch.finfo(new.dtype).max:.5g}",
         fix=f"keep_float32 (--keep-float32) {layer}, or bfloat16" if layer else "use bfloat16",
     )
 
 
-def _lost_channels(module: nn.Module, tensor: Tensor, new: Tensor) -> int:
-    """How many channels rounding moves by more than `_LOST` of their largest weight, all of it being 1."""
+def _lost_channels(module: nn.Module, tensor: Tensor, new: Tensor) -> str:
+    """How many channels rounding moves by more than `_LOST` of their largest weight; empty for none."""
     if tensor.dim() == 0 or not tensor.numel() or new.dtype in (tensor.dtype, torch.float32, torch.float64):
-        return 0
-    rows, rounded = (
-        t.double().movedim(_channel_axis(module, t), 0).reshape(t.shape[_channel_axis(module, t)], -1)
-        for t in (tensor, new)
-    )
+        return ""
+    axis = 1 if isinstance(module, nn.modules.conv._ConvTransposeNd) and tensor.dim() > 1 else 0
+    rows, rounded = (t.double().movedim(axis, 0).reshape(t.shape[axis], -1) for t in (tensor, new))
     error = (rounded - rows).abs().nan_to_num(0).amax(1)  # -inf is -inf in any type
-    return int((error > _LOST * rows.abs().amax(1)).sum())
+    lost = int((error > _LOST * rows.abs().amax(1)).sum())
+    return f"{lost} of {len(rows)} channels" if lost else ""
 
 
-def _channel_axis(module: nn.Module, tensor: Tensor) -> int:
-    return 1 if isinstance(module, nn.modules.conv._ConvTransposeNd) and tensor.dim() > 1 else 0
+def _cast_around(module: nn.Module, outer: torch.dtype, inner: torch.dtype) -> None:
+    """Casts the tensors of the outer type that go into a layer to the inner one, and those that come out back."""
 
-
-def _cast_around(
-    module: nn.Module, *, inside: tuple[torch.dtype, torch.dtype], outside: tuple[torch.dtype, torch.dtype]
-) -> None:
-    """Casts the tensors that go into a layer, and those that come out, each from one type to another."""
-
-    def cast(value: object, source: torch.dtype, target: torch.dtype) -> object:
-        return value.to(target) if isinstance(value, Tensor) and value.dtype == source else value
+    def cast(values: object, source: torch.dtype, target: torch.dtype) -> object:
+        return _pytree.tree_map_only(Tensor, lambda x: x.to(target) if x.dtype == source else x, values)
 
     def before(_: nn.Module, args: object, kwargs: object) -> object:
-        return _pytree.tree_map(lambda value: cast(value, *inside), (args, kwargs))
+        return cast((args, kwargs), outer, inner)
 
     def after(_: nn.Module, args: object, output: object) -> object:
-        return _pytree.tree_map(lambda value: cast(value, *outside), output)
+        return cast(output, inner, outer)
 
     module.register_forward_pre_hook(before, with_kwargs=True)  # type: ignore[arg-type]
     module.register_forward_hook(after)
@@ -269,7 +237,3 @@ def _cast_ends(module: fx.GraphModule, own: torch.dtype, dtype: torch.dtype) -> 
                 inside = graph.call_function(to, (node, dtype))
                 node.replace_all_uses_with(inside, delete_user_cb=lambda user, inside=inside: user is not inside)
     module.recompile()
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

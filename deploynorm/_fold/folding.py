@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 
 from deploynorm._fold import local, weights
-from deploynorm._fold.producers import Foldable, Producers, Refusal
+from deploynorm._fold.producers import Foldable, NotFoldableError, Producers
 from deploynorm._fold.report import FoldReport, FoldResult, Outcome
 from deploynorm.changes import Change
 from deploynorm.errors import ModelError
@@ -38,8 +37,7 @@ def fold(
     3. MABN -> BatchNorm of mean zero, which computes the same values. Then each MABN and BatchNorm that follows a
        convolution, transposed convolution or linear layer goes into its weight and bias, and Identity takes its
        place. That requires a trace (torch.export): the layer must be a module of torch.nn, called once, with the
-       normalization as its only reader. Shared layers, outputs read twice, functional calls and control flow make a
-       normalization not foldable.
+       normalization as its only reader.
     4. A MABN that cannot be folded stays a per-channel affine, in the form of that BatchNorm: the graph is then the
        one that a BatchNorm network gives, for every runtime (benchmarks/affine.py measures the other forms).
 
@@ -47,9 +45,9 @@ def fold(
 
     Args:
         model: Any network; it is left untouched.
-        example_inputs: Positional inputs of forward, for the trace; a bare tensor is the only one.
-        dynamic: Axes that will be dynamic, as in `export`. None stands for all that the network takes in other
-            sizes. Where it branches on the size of one, no normalization folds until that axis is left out here.
+        example_inputs: Positional inputs of forward, or the only one, for the trace.
+        dynamic: Axes that will be dynamic, as in `deploynorm.export`. Where the network branches on the size of one, no
+            normalization folds until that axis is left out here.
         sizes: What `deploynorm.trace.find_sizes` found, where it was asked already.
 
     Returns:
@@ -61,11 +59,8 @@ def fold(
         ModelError: The network cannot be copied.
     """
     examples = as_inputs("fold", example_inputs)
-    twin = inference_copy(model)
-    paths = {module: path for path, module in twin.named_modules()}
-    folding = _Folding(twin, paths)
-    for module, path in paths.items():
-        folding.rewrite_locally(module, path)
+    folding = _Folding(inference_copy(model))
+    folding.rewrite_locally()
     folding.fold_norms(examples, dynamic, sizes)
     return folding.result()
 
@@ -73,105 +68,95 @@ def fold(
 class _Folding:
     """One fold under way: the network being changed, and the report so far; cases as in `fold`."""
 
-    def __init__(self, model: nn.Module, paths: dict[nn.Module, str]) -> None:
+    def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self._order = list(paths.values())
+        self._paths = {module: path for path, module in model.named_modules()}
         self._changes: dict[str, Change] = {}
         # Weights and biases of changed layers in float64, so that a second change is not rounded twice.
         self._exact: dict[nn.Module, tuple[Tensor, Tensor | None]] = {}
-        kinds = (*local.PLAIN, *local.BATCH_NORM, *local.FRN, *_NORMS, TLU)
-        self._found = Counter(type(module).__name__ for module in paths if isinstance(module, kinds))
         # Each normalization: its path, and the class that the user wrote.
         self._norms: dict[nn.Module, tuple[str, str]] = {
-            module: (path, type(module).__name__) for module, path in paths.items() if isinstance(module, _NORMS)
+            module: (path, type(module).__name__) for module, path in self._paths.items() if isinstance(module, _NORMS)
         }
 
-    def rewrite_locally(self, module: nn.Module, path: str) -> None:
-        """Replaces a layer by its equivalent, if it has one, wherever it stands."""
-        replacement = local.rewrite_locally(module)
-        if replacement is None:
-            return
-        kind, became = type(module).__name__, type(replacement).__name__
-        if has_hooks(module):
-            self._report(path, kind, "not foldable", "", "it has hooks")
-            return
-        self._put(module, replacement)
-        if isinstance(replacement, Foldable):  # case 1
-            self._exact[replacement] = (local.centred_weight(module), replacement.bias)
-            self._report(path, kind, "folded", became, f"weight centred, now {became}")
-        elif isinstance(replacement, local.FRN):  # case 2
-            self._report(path, kind, "folded", became, "learned epsilon computed")
-        elif isinstance(replacement, _NORMS):  # case 3 or 4
-            self._norms[replacement] = (path, kind)
+    def rewrite_locally(self) -> None:
+        """Replaces each layer by its equivalent, if it has one, wherever it stands."""
+        for module, path in self._paths.items():
+            replacement = local.rewrite_locally(module)
+            if replacement is None:
+                continue
+            kind, became = type(module).__name__, type(replacement).__name__
+            if has_hooks(module):
+                self._report(path, kind, "not foldable", "", "it has hooks")
+                continue
+            self._put(module, replacement)
+            if isinstance(replacement, Foldable):  # case 1
+                self._exact[replacement] = (weights.centred_weight(module), replacement.bias)
+                self._report(path, kind, "folded", became, f"weight centred, now {became}")
+            elif isinstance(replacement, local.FRN):  # case 2
+                self._report(path, kind, "folded", became, "learned epsilon computed")
+            else:  # case 3 or 4
+                self._norms[replacement] = (path, kind)
 
     def fold_norms(self, examples: Sequence[Tensor], dynamic: Dynamic | None, sizes: Sizes | None) -> None:
         """Folds each normalization into the layers before it, or reports why not."""
         if not self._norms:
             return
-        reader = self._traced(examples, dynamic, sizes)
-        if isinstance(reader, Refusal):
+        try:
+            reader = self._traced(examples, dynamic, sizes)
+        except NotFoldableError as reason:
             for norm in self._norms:
-                self._refuse(norm, reader)
+                self._refuse(norm, str(reason))
             return
         producers = Producers(reader)
-        for norm in sorted(self._norms, key=reader.first_call):
-            if refusal := self._fold_norm(norm, producers):
-                self._refuse(norm, refusal)
+        called = [module for module in reader.called if module in self._norms]
+        for norm in dict.fromkeys((*called, *self._norms)):
+            try:
+                self._fold_norm(norm, producers)
+            except NotFoldableError as reason:
+                self._refuse(norm, str(reason))
 
     def result(self) -> FoldResult:
-        ordered = tuple(self._changes[path] for path in self._order if path in self._changes)
-        return FoldResult(self._model, FoldReport(self._found, ordered))
+        kinds = (*local.PLAIN, *local.BATCH_NORM, *local.FRN, *_NORMS, TLU)
+        found = Counter(type(module).__name__ for module in self._paths if isinstance(module, kinds))
+        changes = tuple(self._changes[path] for path in self._paths.values() if path in self._changes)
+        return FoldResult(self._model, FoldReport(found, changes))
 
-    def _traced(
-        self, examples: Sequence[Tensor], dynamic: Dynamic | None, sizes: Sizes | None
-    ) -> TraceReader | Refusal:
+    def _traced(self, examples: Sequence[Tensor], dynamic: Dynamic | None, sizes: Sizes | None) -> TraceReader:
         try:
             program = trace(self._model, examples, dynamic, sizes=sizes)
         except ModelError as error:
-            return Refusal(f"the network cannot be traced ({error.problem})")
-        if narrowed := "; ".join(axis.text for axis in narrowed_axes(program)):
-            return Refusal(f"the network branches on sizes ({narrowed}): leave these axes out of dynamic")
+            raise NotFoldableError(f"the network cannot be traced ({error.problem})") from error
+        if narrowed := "; ".join(narrowed_axes(program)):
+            raise NotFoldableError(f"the network branches on sizes ({narrowed}): leave these axes out of dynamic")
         return TraceReader(self._model, program)
 
-    def _fold_norm(self, norm: nn.Module, producers: Producers) -> Refusal | None:
-        """Case 3 for one normalization, or why it cannot be folded."""
+    def _fold_norm(self, norm: nn.Module, producers: Producers) -> None:
+        """Case 3 for one normalization."""
         assert isinstance(norm, _NORMS)
-        path, kind = self._norms[norm]
         if norm.running_mean is None or norm.running_var is None:
-            return Refusal("it has no running statistics")
+            raise NotFoldableError("it has no running statistics")
         if type(norm) not in _NORMS:
-            return Refusal("it is a subclass of BatchNorm")
+            raise NotFoldableError("it is a subclass of BatchNorm")
         if has_hooks(norm):
-            return Refusal("it has hooks")
+            raise NotFoldableError("it has hooks")
         layers = producers.of(norm)
-        if isinstance(layers, Refusal):
-            return layers
-        affine = weights.batch_norm_as_affine(norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps)
-        exact = [self._scaled(layer, *affine) for layer in layers]
-        folded = [[tensor.to(layer.weight.dtype) for tensor in pair] for layer, pair in zip(layers, exact, strict=True)]
-        if not all(bool(torch.isfinite(tensor).all()) for pair in folded for tensor in pair):
-            return Refusal(f"the folded weight overflows {layers[0].weight.dtype}")
-        for layer, pair, (weight, bias) in zip(layers, exact, folded, strict=True):
+        affine = weights.batch_norm_as_affine(norm)
+        exact = {
+            layer: weights.scale_and_shift(layer, *self._exact.get(layer, (layer.weight, layer.bias)), *affine)
+            for layer in layers
+        }
+        folded = {layer: [tensor.to(layer.weight.dtype) for tensor in pair] for layer, pair in exact.items()}
+        if not all(bool(tensor.isfinite().all()) for pair in folded.values() for tensor in pair):
+            raise NotFoldableError(f"the folded weight overflows {layers[0].weight.dtype}")
+        for layer, (weight, bias) in folded.items():
             layer.weight = nn.Parameter(weight, requires_grad=False)
             layer.bias = nn.Parameter(bias, requires_grad=False)
-            self._exact[layer] = pair
+            self._exact[layer] = exact[layer]
         producers.mark_folded(norm)
         self._put(norm, nn.Identity())
         names = {module: name for name, module in self._model.named_modules()}
-        self._report(path, kind, "folded", "Identity", "into " + ", ".join(names[layer] for layer in layers))
-        return None
-
-    def _scaled(self, layer: Foldable, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
-        """Weight and bias of scale * layer(x) + shift, in float64."""
-        weight, bias = self._exact.get(layer, (layer.weight, layer.bias))
-        return weights.scale_and_shift(
-            weight,
-            bias,
-            scale,
-            shift,
-            groups=1 if isinstance(layer, nn.Linear) else layer.groups,
-            transposed=not isinstance(layer, nn.Linear) and layer.transposed,
-        )
+        self._report(*self._norms[norm], "folded", "Identity", "into " + ", ".join(names[layer] for layer in layers))
 
     def _put(self, old: nn.Module, new: nn.Module) -> None:
         new.eval()
@@ -182,12 +167,12 @@ class _Folding:
                 if child is old:
                     parent._modules[name] = new
 
-    def _refuse(self, norm: nn.Module, refusal: Refusal) -> None:
+    def _refuse(self, norm: nn.Module, reason: str) -> None:
         path, kind = self._norms[norm]
         if kind.startswith("MABN"):  # case 4
-            self._report(path, kind, "affine", type(norm).__name__, refusal.reason)
+            self._report(path, kind, "affine", type(norm).__name__, reason)
         else:
-            self._report(path, kind, "not foldable", "", refusal.reason)
+            self._report(path, kind, "not foldable", "", reason)
 
     def _report(self, path: str, kind: str, outcome: Outcome, became: str, detail: str) -> None:
         self._changes[path] = Change(path, kind, outcome, became, detail)

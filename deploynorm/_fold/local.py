@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from deploynorm._fold import weights
+from deploynorm._fold.weights import centred_weight
 from deploynorm.layers import (
     CenConv1d,
     CenConv2d,
@@ -18,7 +18,7 @@ from deploynorm.layers import (
     MABN3d,
 )
 
-__all__ = ["BATCH_NORM", "FRN", "PLAIN", "centred_weight", "rewrite_locally"]
+__all__ = ["BATCH_NORM", "FRN", "PLAIN", "rewrite_locally"]
 
 PLAIN: dict[type[nn.Module], type[nn.Module]] = {
     CenConv1d: nn.Conv1d,
@@ -26,11 +26,7 @@ PLAIN: dict[type[nn.Module], type[nn.Module]] = {
     CenConv3d: nn.Conv3d,
     CenConvTranspose2d: nn.ConvTranspose2d,
 }
-BATCH_NORM: dict[type[nn.Module], type[nn.modules.batchnorm._BatchNorm]] = {
-    MABN1d: nn.BatchNorm1d,
-    MABN2d: nn.BatchNorm2d,
-    MABN3d: nn.BatchNorm3d,
-}
+BATCH_NORM = {MABN1d: nn.BatchNorm1d, MABN2d: nn.BatchNorm2d, MABN3d: nn.BatchNorm3d}
 FRN = (FRN1d, FRN2d, FRN3d)
 
 
@@ -50,12 +46,6 @@ def rewrite_locally(layer: nn.Module) -> nn.Module | None:
     if type(layer) in FRN and layer.eps_l is not None:  # case 3
         return _to_fixed_eps(layer)
     return None
-
-
-def centred_weight(layer: nn.Module) -> Tensor:
-    """The weight that a CenConv layer convolves with, in float64."""
-    assert isinstance(layer, nn.modules.conv._ConvNd)
-    return weights.center(layer.weight, groups=layer.groups, transposed=layer.transposed)
 
 
 def _to_plain(layer: nn.Module) -> nn.Module:

@@ -6,24 +6,20 @@ order in which modules are defined.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import get_args
 
 from torch import fx, nn
 
 from deploynorm.trace import LINEAR_OPERATORS, TraceReader, has_hooks, operator_name
 
-__all__ = ["Foldable", "Producers", "Refusal"]
+__all__ = ["Foldable", "NotFoldableError", "Producers"]
 
 Foldable = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
 """The layers that take over a scale and a shift per output channel."""
 
 
-@dataclass(frozen=True)
-class Refusal:
-    """Why a normalization cannot be folded."""
-
-    reason: str
+class NotFoldableError(Exception):
+    """A normalization cannot be folded; its text is the reason in the report."""
 
 
 class Producers:
@@ -37,9 +33,6 @@ class Producers:
     3. That layer is a module of torch.nn with the forward of its class, its weight is stored, and it has no hooks.
     4. The layer is called once, nothing else reads its parameters, and nothing else reads its output.
     5. The layer's channels are on axis 1, which the normalization scales.
-
-    Args:
-        trace: The trace of the network.
     """
 
     def __init__(self, trace: TraceReader) -> None:
@@ -50,27 +43,24 @@ class Producers:
         """Notes that a normalization is gone: one behind it reads the layer before it from now on."""
         self._folded.update(self._trace.calls(norm))
 
-    def of(self, norm: nn.Module) -> list[Foldable] | Refusal:
-        """The layers that can take over a BatchNorm layer in evaluation mode, one for each call; or why there are none.
+    def of(self, norm: nn.Module) -> list[Foldable]:
+        """The layers that can take over a BatchNorm layer in evaluation mode, one for each call.
 
         Each is called once, and the normalization alone reads its output.
+
+        Raises:
+            NotFoldableError: There are none.
         """
         if reader := self._trace.foreign_reader(norm):  # case 1
-            return Refusal(f"its parameters or statistics are used outside its own forward, by {reader}")
-        calls = self._trace.calls(norm)
-        if not calls:
-            return Refusal("it is not reached from the network's inputs")
-        found = []
-        for call in calls:
-            producer = self._producer(call)
-            if isinstance(producer, Refusal):
-                return producer
-            found.append(producer)
+            raise NotFoldableError(f"its parameters or statistics are used outside its own forward, by {reader}")
+        found = [self._producer(call) for call in self._trace.calls(norm)]
+        if not found:
+            raise NotFoldableError("it is not reached from the network's inputs")
         if len(set(found)) < len(found):  # case 4
-            return Refusal("the layer before it is called several times")
+            raise NotFoldableError("the layer before it is called several times")
         return found
 
-    def _producer(self, call: fx.Node) -> Foldable | Refusal:
+    def _producer(self, call: fx.Node) -> Foldable:
         trace = self._trace
         source = call.args[0]
         assert isinstance(source, fx.Node)
@@ -80,24 +70,24 @@ class Producers:
         name = operator_name(source)
         if source.target not in LINEAR_OPERATORS:
             origin = name if source.op == "placeholder" else f"the output of {name}"
-            return Refusal(f"it normalizes {origin}, not that of a convolution or linear layer")
+            raise NotFoldableError(f"it normalizes {origin}, not that of a convolution or linear layer")
         layer = trace.module(source)
         if layer is None or not isinstance(layer, Foldable):  # case 3
-            return Refusal(f"the {name} before it is a functional call, not a layer")
+            raise NotFoldableError(f"the {name} before it is a functional call, not a layer")
         if source.args[1] not in trace.stored(layer, "weight"):
-            return Refusal(f"the weight of the {name} before it is computed, not stored")
+            raise NotFoldableError(f"the weight of the {name} before it is computed, not stored")
         if not _is_stock(layer):
-            return Refusal(f"the layer before it is a {type(layer).__name__} with a forward of its own")
+            raise NotFoldableError(f"the layer before it is a {type(layer).__name__} with a forward of its own")
         if has_hooks(layer):
-            return Refusal("the layer before it has hooks")
+            raise NotFoldableError("the layer before it has hooks")
         if (count := len(trace.readers_of(layer, "weight"))) > 1:  # case 4
-            return Refusal(f"the layer before it is called {count} times")
+            raise NotFoldableError(f"the layer before it is called {count} times")
         if reader := trace.foreign_reader(layer):
-            return Refusal(f"the bias of the layer before it is read elsewhere too, by {reader}")
+            raise NotFoldableError(f"the bias of the layer before it is read elsewhere too, by {reader}")
         if (count := len(trace.readers(source))) > 1:
-            return Refusal(f"the output of the layer before it is used {count} times")
+            raise NotFoldableError(f"the output of the layer before it is used {count} times")
         if source.meta["val"].dim() != LINEAR_OPERATORS[source.target]:  # case 5
-            return Refusal("the layer before it has its channels on another axis")
+            raise NotFoldableError("the layer before it has its channels on another axis")
         return layer
 
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, get_args
 
 from torch import nn
 
-from deploynorm.changes import Change
+from deploynorm.changes import LayerReport
 from deploynorm.tables import table
 
 __all__ = ["FoldReport", "FoldResult", "Outcome"]
@@ -16,39 +15,21 @@ __all__ = ["FoldReport", "FoldResult", "Outcome"]
 Outcome = Literal["folded", "affine", "not foldable"]
 
 
-@dataclass(frozen=True)
-class FoldReport:
+class FoldReport(LayerReport):
     """What a fold found and did; `print(report)` shows it as tables.
 
-    Attributes:
-        found: How many layers of each class that folding knows the network has. Those of them without an entry in
-            `changes` have nothing to fold and are unchanged: FRN with a constant epsilon, and TLU.
-        changes: One entry for each layer that folding looked at, in the network's order. Outcomes: "folded" (gone, or
-            with its constants computed), "affine" (kept as a per-channel affine, in the form of a BatchNorm layer of
-            mean zero) and "not foldable" (unchanged, for the reason in `detail`).
+    Layers that are found without an entry in `changes` have nothing to fold: FRN with a constant epsilon, and TLU.
+    Outcomes: "folded" (gone, or with its constants computed), "affine" (kept as a per-channel affine, in the form of a
+    BatchNorm layer of mean zero) and "not foldable" (unchanged, for the reason in `detail`).
     """
-
-    found: Counter[str]
-    changes: tuple[Change, ...]
-
-    def with_outcome(self, outcome: Outcome) -> tuple[Change, ...]:
-        return tuple(change for change in self.changes if change.outcome == outcome)
 
     @property
     def modified(self) -> bool:
         """Whether the folded network differs from the one given."""
         return any(change.outcome != "not foldable" for change in self.changes)
 
-    def to_dict(self) -> dict[str, Any]:
-        """The report for JSON."""
-        return {"found": dict(self.found), "changes": [change._asdict() for change in self.changes]}
-
     def tables(self, verbose: bool = False) -> str:
-        """Layers by class and outcome; then each layer that did not fold, with the reason.
-
-        Args:
-            verbose: Whether the second table has every layer.
-        """
+        """Layers by class and outcome; then each layer that did not fold, with the reason; with `verbose` every one."""
         rows = []
         for kind, found in sorted(self.found.items()):
             outcomes = Counter(change.outcome for change in self.changes if change.kind == kind)

@@ -1,80 +1,48 @@
-"""The weight algebra of folding, in float64 and on tensors alone."""
+"""The weight algebra of folding, in float64."""
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from deploynorm.layers import functional
+from deploynorm._fold.producers import Foldable
+from deploynorm.layers.functional import center_weight
 
-__all__ = ["batch_norm_as_affine", "center", "scale_and_shift"]
+__all__ = ["batch_norm_as_affine", "centred_weight", "scale_and_shift"]
 
 
-def center(weight: Tensor, *, groups: int = 1, transposed: bool = False) -> Tensor:
-    """The weight that a CenConv layer convolves with: W - mean(W) over each filter's fan-in.
+def centred_weight(layer: nn.Module) -> Tensor:
+    """The weight that a CenConv layer convolves with: W - mean(W) over each filter's fan-in."""
+    assert isinstance(layer, nn.modules.conv._ConvNd)
+    return center_weight(layer.weight.double(), groups=layer.groups, transposed=layer.transposed)
 
-    Args:
-        weight: (out, in/groups, ...), or (in, out/groups, ...) when transposed.
-        groups: Of the convolution.
-        transposed: Whether it is a transposed convolution.
 
-    Returns:
-        float64 tensor of the same shape.
+def batch_norm_as_affine(norm: nn.modules.batchnorm._BatchNorm) -> tuple[Tensor, Tensor]:
+    """Batch normalization in evaluation as y = scale * x + shift; both are (C,).
+
+    scale = weight / sqrt(running_var + eps);  shift = bias - scale * running_mean
     """
-    return functional.center_weight(weight.double(), groups=groups, transposed=transposed)
-
-
-def batch_norm_as_affine(
-    running_mean: Tensor, running_var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor]:
-    """Batch normalization in evaluation as y = scale * x + shift, per channel.
-
-        scale = weight / sqrt(running_var + eps);  shift = bias - scale * running_mean
-
-    MABN is the case running_mean = 0. All tensors are (C,).
-
-    Returns:
-        scale and shift, (C,) float64.
-    """
-    scale = torch.rsqrt(running_var.double() + eps)
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    weight: Tensor | None = norm.weight
+    bias: Tensor | None = norm.bias
+    scale = torch.rsqrt(norm.running_var.double() + norm.eps)
     if weight is not None:
         scale = scale * weight.double()
-    shift = -scale * running_mean.double()
-    if bias is not None:
-        shift = shift + bias.double()
-    return scale, shift
+    shift = -scale * norm.running_mean.double()
+    return scale, shift if bias is None else shift + bias.double()
 
 
 def scale_and_shift(
-    weight: Tensor,
-    bias: Tensor | None,
-    scale: Tensor,
-    shift: Tensor,
-    *,
-    groups: int = 1,
-    transposed: bool = False,
+    layer: Foldable, weight: Tensor, bias: Tensor | None, scale: Tensor, shift: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Weight and bias of the layer that computes scale * layer(x) + shift.
+    """Weight and bias of scale * layer(x) + shift, for a layer that has this weight and bias.
 
-        W' = scale * W per output channel;  b' = scale * b + shift
-
-    Args:
-        weight: (out, in/groups, ...) of a convolution, (out, in) of a linear layer, or (in, out/groups, ...).
-        bias: (out,), or None for 0.
-        scale: (out,).
-        shift: (out,).
-        groups: Of the convolution.
-        transposed: Whether it is a transposed convolution, whose output channels stand on the second axis, a group
-            after another along the first.
-
-    Returns:
-        Weight of the same shape and bias (out,), float64.
+    W' = scale * W per output channel;  b' = scale * b + shift
     """
-    w, scale, shift = weight.double(), scale.double(), shift.double()
-    if transposed:
-        grouped = w.reshape(groups, w.shape[0] // groups, *w.shape[1:])
-        per_filter = scale.reshape(groups, 1, -1, *[1] * (w.dim() - 2))
-        scaled = (grouped * per_filter).reshape(w.shape)
-    else:
-        scaled = w * scale.reshape(-1, *[1] * (w.dim() - 1))
-    return scaled, shift if bias is None else scale * bias.double() + shift
+    if isinstance(layer, nn.Linear) or not layer.transposed:  # (out, ...)
+        per_filter = scale.reshape(-1, *[1] * (weight.dim() - 1))
+    else:  # (in, out / groups, ...), the inputs of one group after those of another
+        per_filter = scale.reshape(layer.groups, -1).repeat_interleave(weight.shape[0] // layer.groups, 0)
+        per_filter = per_filter.reshape(*weight.shape[:2], *[1] * (weight.dim() - 2))
+    return per_filter * weight.double(), shift if bias is None else scale * bias.double() + shift

@@ -11,25 +11,12 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from deploynorm.layers.cenconv import CenConv1d, CenConv2d, CenConv3d, CenConvTranspose2d
+from deploynorm._fold.local import PLAIN
 from deploynorm.layers.frn import FRN1d, FRN2d, FRN3d
 from deploynorm.layers.mabn import MABN1d, MABN2d, MABN3d
 from deploynorm.trace import has_hooks
 
-__all__ = [
-    "CENTRED",
-    "FRN",
-    "MABN",
-    "BatchNorm",
-    "Memo",
-    "carried_over",
-    "centred",
-    "has_own_activation",
-    "is_norm",
-    "like",
-    "rank_of",
-    "why_not_swapped",
-]
+__all__ = ["CENTRED", "FRN", "MABN", "Memo", "carried_over", "centred", "is_norm", "like", "rank_of", "why_not_swapped"]
 
 BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.SyncBatchNorm
 Memo = dict[int, Any]
@@ -39,12 +26,7 @@ FRN: dict[int, type[FRN1d | FRN2d | FRN3d]] = {1: FRN1d, 2: FRN2d, 3: FRN3d}
 MABN: dict[int, type[MABN1d | MABN2d | MABN3d]] = {1: MABN1d, 2: MABN2d, 3: MABN3d}
 """Layers by the number of spatial axes."""
 
-CENTRED: dict[type[nn.Module], type[nn.Module]] = {
-    nn.Conv1d: CenConv1d,
-    nn.Conv2d: CenConv2d,
-    nn.Conv3d: CenConv3d,
-    nn.ConvTranspose2d: CenConvTranspose2d,
-}
+CENTRED = {plain: kind for kind, plain in PLAIN.items()}
 
 _BATCH_NORMS: dict[type[nn.Module], int | None] = {
     nn.BatchNorm1d: 1,
@@ -53,7 +35,6 @@ _BATCH_NORMS: dict[type[nn.Module], int | None] = {
     nn.SyncBatchNorm: None,  # takes any
 }
 _OTHER_NORMS = (nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, nn.LocalResponseNorm, nn.modules.instancenorm._InstanceNorm)
-_TIMM = "timm.layers.norm_act"
 
 
 def is_norm(layer: nn.Module) -> bool:
@@ -73,27 +54,25 @@ def why_not_swapped(norm: nn.Module) -> str:
         return "it has hooks"
     if parametrize.is_parametrized(norm):
         return "its parameters are parametrized"
-    if not has_own_activation(norm) and _stock_kind(norm) is None:
+    if not _has_own_activation(norm) and _stock_kind(norm) is None:
         return f"a {name} with a forward of its own"
     return ""
 
 
-def has_own_activation(norm: nn.Module) -> bool:
-    """Whether it is one of timm's layers that hold `drop` and `act` and call them behind a plain batch normalization.
-
-    Only the classes themselves are known, by identity: a subclass may compute something else.
-    """
-    timm = sys.modules.get(_TIMM)
+def _has_own_activation(norm: nn.Module) -> bool:
+    """Whether it is a layer of timm that holds `drop` and `act` and calls them behind a plain batch normalization."""
+    timm = sys.modules.get("timm.layers.norm_act")
+    # By identity: a subclass may compute something else.
     return timm is not None and type(norm) in (timm.BatchNormAct2d, timm.SyncBatchNormAct)
 
 
 def rank_of(norm: nn.Module) -> int | None:
     """The number of spatial axes that the normalization's class says, or None where it takes any."""
-    kind = nn.BatchNorm2d if has_own_activation(norm) else _stock_kind(norm)
+    kind = nn.BatchNorm2d if _has_own_activation(norm) else _stock_kind(norm)
     return None if kind is None else _BATCH_NORMS[kind]
 
 
-def like(norm: BatchNorm, model: nn.Module) -> dict[str, Any]:
+def like(norm: nn.Module, model: nn.Module) -> dict[str, Any]:
     """Device and dtype of a normalization, as arguments for the layer that takes its place."""
     own = (getattr(norm, name) for name in ("weight", "running_var"))
     floating = (tensor for tensor in (*own, *model.parameters()) if tensor is not None and tensor.is_floating_point())
@@ -104,11 +83,11 @@ def like(norm: BatchNorm, model: nn.Module) -> dict[str, Any]:
 def carried_over(norm: BatchNorm, new: nn.Module, memo: Memo) -> nn.Module:
     """The new layer with the normalization's gamma, beta and mode, and with timm's `drop` and `act` behind it."""
     for name in ("weight", "bias"):
-        parameter = getattr(norm, name)
-        if parameter is not None:
+        if (parameter := getattr(norm, name)) is not None:
             setattr(new, name, copy.deepcopy(parameter, memo))
-    if has_own_activation(norm):
+    if _has_own_activation(norm):
         behind = {name: copy.deepcopy(getattr(norm, name), memo) for name in ("drop", "act") if hasattr(norm, name)}
+        # The copy of a ReLU that is absorbed is an Identity.
         behind = {name: layer for name, layer in behind.items() if not isinstance(layer, nn.Identity)}
         if behind:
             new = nn.Sequential(OrderedDict(norm=new, **behind))

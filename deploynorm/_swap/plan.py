@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -13,58 +13,46 @@ from deploynorm._swap.layers import BatchNorm, Memo
 from deploynorm._swap.observing import Observed
 from deploynorm._swap.report import Outcome
 from deploynorm.changes import Change
-from deploynorm.trace import TraceReader
 
-__all__ = ["Network", "Plan", "SwappedNorm", "planned", "unchanged"]
+__all__ = ["Network", "Plan", "planned"]
+
+Build = Callable[[Memo], nn.Module]
 
 
 class Plan(NamedTuple):
     """What becomes of one layer, and how the layer that takes its place is built; None for one that stays."""
 
     change: Change
-    build: Callable[[Memo], nn.Module] | None = None
+    build: Build | None = None
 
 
-class SwappedNorm(NamedTuple):
-    """A batch normalization that is swapped, and the number of its spatial axes."""
-
-    layer: BatchNorm
-    rank: int
+def planned(
+    path: str, layer: nn.Module, outcome: Outcome, detail: str, became: str = "", build: Build | None = None
+) -> Plan:
+    return Plan(Change(path, type(layer).__name__, outcome, became, detail), build)
 
 
 @dataclass(frozen=True)
 class Network:
-    """The network given, what was seen of it, and the normalizations that are swapped.
-
-    Attributes:
-        model: The network given.
-        layers: Its modules, by path; a shared one under its first.
-        observed: What its copy did.
-        norms: The batch normalizations that are swapped, by path.
-        options: Arguments of the new layers, as the user gave them.
-    """
+    """The network given, what was seen of it, and the normalizations that are swapped."""
 
     model: nn.Module
-    layers: Mapping[str, nn.Module]
+    layers: Mapping[str, nn.Module]  # its modules, by path; a shared one under its first
     observed: Observed
-    norms: Mapping[str, SwappedNorm]
-    options: Mapping[str, Any]
-
-    @property
-    def traces(self) -> Sequence[TraceReader]:
-        return self.observed.traces
+    norms: Mapping[str, tuple[BatchNorm, int]]  # by path: those that are swapped, and how many spatial axes they have
+    options: Mapping[str, Any]  # of the new layers, as the user gave them
 
     def seen(self, path: str) -> nn.Module:
         """The layer of this path in the copy that was traced."""
         return self.observed.modules[path]
 
-    def path(self, seen: nn.Module) -> str:
-        """The path of a layer of the copy that was traced."""
-        return self._paths[seen]
+    def given(self, seen: nn.Module) -> nn.Module:
+        """The layer of the network given that became this one in the copy."""
+        return self.layers[self._paths[seen]]
 
-    def name(self, seen: nn.Module) -> str:
-        """The path of a layer of the copy, for a sentence."""
-        return self._paths[seen] or "the network"
+    def names(self, seen: Iterable[nn.Module]) -> str:
+        """Layers of the copy, for a sentence."""
+        return ", ".join(self._paths[layer] or "the network" for layer in seen)
 
     @cached_property
     def seen_norms(self) -> set[nn.Module]:
@@ -74,15 +62,3 @@ class Network:
     @cached_property
     def _paths(self) -> dict[nn.Module, str]:
         return {module: path for path, module in self.observed.modules.items()}
-
-
-def planned(
-    path: str, layer: nn.Module, outcome: Outcome, became: str, detail: str, build: Callable[[Memo], nn.Module]
-) -> Plan:
-    """The plan of a layer that another takes the place of."""
-    return Plan(Change(path, type(layer).__name__, outcome, became, detail), build)
-
-
-def unchanged(path: str, layer: nn.Module, reason: str) -> Plan:
-    """The plan of a layer that stays."""
-    return Plan(Change(path, type(layer).__name__, "unchanged", "", reason))

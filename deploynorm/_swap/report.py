@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from deploynorm.changes import Change
+from deploynorm.changes import LayerReport
 from deploynorm.tables import table
 
 __all__ = ["Outcome", "SwapReport"]
@@ -15,32 +15,19 @@ Outcome = Literal["absorbed", "swapped", "partly", "unchanged"]
 
 
 @dataclass(frozen=True)
-class SwapReport:
-    """What a swap found and did; `print(report)` shows it as tables.
+class SwapReport(LayerReport):
+    """What a swap found and did; `print(report)` shows it as tables. `notes` concern the whole network.
 
-    Attributes:
-        found: How many layers of each class that swapping knows the network has.
-        changes: One entry for each of these layers, in the network's order. Outcomes: "absorbed" (a normalization that
-            took its ReLU in as a TLU, or that ReLU), "swapped" (another layer now), "partly" (a normalization that is
-            another layer now, beside which something stays that does not fit it: a ReLU behind FRN, which then learns
-            no threshold, or a layer before MABN that is not centred) and "unchanged" (for the reason in `detail`).
-        notes: What concerns the whole network.
+    Outcomes: "absorbed" (a normalization that took its ReLU in as a TLU, or that ReLU), "swapped" (another layer now),
+    "partly" (a normalization that is another layer now, beside which something stays that does not fit it: a ReLU
+    behind FRN, which then learns no threshold, or a layer before MABN that is not centred) and "unchanged" (for the
+    reason in `detail`).
     """
 
-    found: Counter[str]
-    changes: tuple[Change, ...]
     notes: tuple[str, ...] = ()
 
-    def with_outcome(self, outcome: Outcome) -> tuple[Change, ...]:
-        return tuple(change for change in self.changes if change.outcome == outcome)
-
     def to_dict(self) -> dict[str, Any]:
-        """The report for JSON."""
-        return {
-            "found": dict(self.found),
-            "changes": [change._asdict() for change in self.changes],
-            "notes": list(self.notes),
-        }
+        return super().to_dict() | {"notes": list(self.notes)}
 
     def __str__(self) -> str:
         """Layers by class and outcome; then all that stayed in whole or in part, layers of one reason in one row."""
@@ -52,12 +39,11 @@ class SwapReport:
                 alike.setdefault((kind, became or "-", outcome, detail), []).append(name or "(the network)")
         parts = [table("Layers", ("class", "became", "outcome", "count"), counts)]
         if alike:
-            rows = [(_shortened(names), *key) for key, names in alike.items()]
+            rows = [
+                (names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more", *key)
+                for key, names in alike.items()
+            ]
             title = "Layers that stayed, in whole or in part, and why"
             parts.append(table(title, ("layer", "class", "became", "outcome", "why"), rows))
         parts += [f"note: {note}" for note in self.notes]
         return "\n\n".join(parts)
-
-
-def _shortened(names: list[str]) -> str:
-    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"

@@ -15,7 +15,7 @@ from torch.nn.utils import parametrize
 from deploynorm._swap.activations import Thresholds
 from deploynorm._swap.layers import FRN, MABN, BatchNorm, Memo, is_norm, rank_of, why_not_swapped
 from deploynorm._swap.observing import Observed, observe
-from deploynorm._swap.plan import Network, Plan, SwappedNorm, unchanged
+from deploynorm._swap.plan import Network, Plan, planned
 from deploynorm._swap.report import SwapReport
 from deploynorm._swap.to_frn import plan_frn
 from deploynorm._swap.to_mabn import plan_mabn
@@ -55,10 +55,8 @@ def swap(
     2. FRN: a ReLU layer goes into the FRN before it as its TLU where it is provably that normalization's own, and
        Identity takes its place. One that reads normalizations in another way, as behind the addition of a residual
        block, stays, or becomes a TLU layer with thresholds="all". A functional call stays, and so does a layer that
-       is called in several ways, since removing it would require other code: the FRN before it has no TLU then. With
-       a TLU it would compute max(y, tau, 0), which at the start, tau = 0, gives tau no gradient, so that nothing
-       would ever be learned. Other activations stay. Epsilon is learned where the example inputs give maps of one
-       value.
+       is called in several ways. The FRN before a ReLU that stays has no TLU: max(y, tau, 0) would give tau no
+       gradient at the start, tau = 0. Epsilon is learned where the example inputs give maps of one value.
     3. MABN: a convolution whose output goes only to MABN becomes CenConv. Activations stay. MABN keeps the
        BatchNorm's epsilon and momentum.
 
@@ -66,19 +64,18 @@ def swap(
     the example and any batch size from 2 up. Where a network cannot be traced the normalizations are swapped anyway,
     but every activation stays and no convolution is centred.
 
-    The network keeps its classes: only layers are replaced, wherever it holds them. A graph module could have
-    the calls of a shared ReLU rewritten, and would lose the network's own methods, training branches and pickling.
+    The network keeps its classes, methods and training branches: only layers are replaced, wherever it holds them.
     Parameters are new objects, so create the optimiser afterwards.
 
     Args:
         model: Any network; it is left untouched.
-        example_inputs: Positional inputs of forward, of the sizes of training; a bare tensor is the only one.
+        example_inputs: Positional inputs of forward, or the only one, of the sizes of training.
         norm: "frn" or "mabn".
         thresholds: For FRN, which ReLUs become TLUs: those that are a normalization's "own", "all" that
             normalizations reach, or "none", which leaves every activation where it is.
-        weights: "keep" copies every weight, gamma and beta among them, so that an untrained network keeps its own
-            initialisation. MABN's second moment starts anew: it does not follow from BatchNorm's statistics, since
-            the input that they describe is centred now. "reset" draws all anew by each layer's reset_parameters.
+        weights: "keep" copies every weight, gamma and beta among them. MABN's second moment starts anew: it does not
+            follow from BatchNorm's statistics, since the input that they describe is centred now. "reset" draws all
+            anew by each layer's reset_parameters.
         options: Further arguments of the new layers: `eps` and `learned_eps` of FRN2d; `eps`, `momentum`,
             `moving_batch_size` and so on of MABN2d.
 
@@ -94,22 +91,29 @@ def swap(
     examples = as_inputs("swap", example_inputs)
     _check_model(model)
     layers = dict(model.named_modules())
-    observed = observe(model, examples, [path for path, layer in layers.items() if isinstance(layer, nn.ReLU)])
+    observed = observe(model, examples)
     plans: dict[str, Plan] = {}
-    norms: dict[str, SwappedNorm] = {}
+    norms: dict[str, tuple[BatchNorm, int]] = {}
     for path, layer in layers.items():
         if is_norm(layer):  # case 1
-            reason = why_not_swapped(layer) or _read_elsewhere(path, observed)
-            rank = _rank(path, layer, observed)
+            reason, rank = why_not_swapped(layer), rank_of(layer)
+            if not reason and (reader := observed.trace.foreign_reader(observed.modules[path])):
+                reason = f"its parameters or statistics are used outside its own forward, by {reader}"
+            if not reason and rank is None and (shapes := observed.trace.input_shapes(observed.modules[path])):
+                rank = max(len(shapes[0]) - 2, 1)
             if isinstance(layer, BatchNorm) and rank is not None and not reason:
-                norms[path] = SwappedNorm(layer, rank)
+                norms[path] = layer, rank
             else:
-                plans[path] = unchanged(path, layer, reason or "the number of its axes is not known")
+                plans[path] = planned(path, layer, "unchanged", reason or "the number of its axes is not known")
     network = Network(model, layers, observed, norms, options)
     others = plan_frn(network, thresholds) if norm == "frn" else plan_mabn(network)  # case 2 or 3
     plans |= {plan.change.name: plan for plan in others}
 
-    swapped = _rebuilt(model, layers, plans)
+    memo: Memo = {}  # copy finds the new layers in it, also where a list or attribute holds the old one
+    for path, plan in plans.items():
+        if plan.build is not None:
+            memo[id(layers[path])] = plan.build(memo)
+    swapped = copy.deepcopy(model, memo)
     notes = list(_notes(norm, thresholds, observed, plans))
     if weights == "reset" and (unknown := _reset(swapped)):
         notes.append(f"not reset, because no reset_parameters of a layer draws them: {', '.join(unknown)}")
@@ -128,14 +132,12 @@ def _check_arguments(norm: str, thresholds: str, weights: str, options: Mapping[
     if norm == "mabn" and thresholds != "own":
         raise InputError("swap", "only FRN has thresholds", got=repr(thresholds), fix="leave them out for MABN")
     kind = FRN[2] if norm == "frn" else MABN[2]
-    taken = {"num_features", "tlu", "affine", "device", "dtype"} & options.keys()
+    if taken := {"num_features", "tlu", "affine", "device", "dtype"} & options.keys():
+        raise InputError("swap", f"{', '.join(sorted(taken))} of a layer follows from the network", got=dict(options))
     try:
-        if not taken:
-            kind(1, **options)
+        kind(1, **options)
     except TypeError as error:
         raise InputError("swap", f"{kind.__name__} does not take these options: {error}", got=dict(options)) from error
-    if taken:
-        raise InputError("swap", f"{', '.join(sorted(taken))} of a layer follows from the network", got=dict(options))
 
 
 def _check_model(model: nn.Module) -> None:
@@ -149,28 +151,6 @@ def _check_model(model: nn.Module) -> None:
     if not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
         found = ", ".join(f"{count} {kind}" for kind, count in sorted(norms.items()))
         raise ModelError(where, "the network has no batch normalization", got=found or "no normalization at all")
-
-
-def _read_elsewhere(path: str, observed: Observed) -> str:
-    seen = observed.modules[path]
-    readers = [reader for trace in observed.traces if (reader := trace.foreign_reader(seen)) is not None]
-    return f"its parameters or statistics are used outside its own forward, by {readers[0]}" if readers else ""
-
-
-def _rank(path: str, layer: nn.Module, observed: Observed) -> int | None:
-    if rank_of(layer) is not None:
-        return rank_of(layer)
-    shapes = [shape for trace in observed.traces for shape in trace.input_shapes(observed.modules[path])]
-    return max(len(shapes[0]) - 2, 1) if shapes else None
-
-
-def _rebuilt(model: nn.Module, layers: Mapping[str, nn.Module], plans: Mapping[str, Plan]) -> nn.Module:
-    """A copy of the network in which each layer with a plan is another, also where a list or attribute holds it."""
-    memo: Memo = {}
-    for path, plan in plans.items():
-        if plan.build is not None:
-            memo[id(layers[path])] = plan.build(memo)
-    return copy.deepcopy(model, memo)
 
 
 def _notes(norm: Norm, thresholds: Thresholds, observed: Observed, plans: Mapping[str, Plan]) -> Iterator[str]:

@@ -13,7 +13,7 @@ from typing import Any
 
 from deploynorm.contract import DTYPES, MAX_OPSET, MIN_OPSET
 from deploynorm.inputs import parse_dynamic_axes, parse_input_shapes
-from deploynorm.run.backends import BACKENDS
+from deploynorm.run.backends import ONNX_BACKENDS
 
 __all__ = [
     "ONNX_HELP",
@@ -191,7 +191,7 @@ def add_parity(parser: argparse.ArgumentParser, *, backend: bool = True) -> None
     if backend:
         group.add_argument(
             "--backend",
-            choices=[name for name, backend in BACKENDS.items() if backend.runs == "onnx"],
+            choices=ONNX_BACKENDS,
             help="what runs the ONNX file: half rounds every half tensor as a GPU does, reference is ONNX's slow "
             "evaluator (default onnxruntime, after half for a file in half precision; reference where onnxruntime is "
             "not installed)",

@@ -9,7 +9,7 @@ from deploynorm.errors import BackendError
 from deploynorm.packages import import_module
 from deploynorm.run.base import Runner
 
-__all__ = ["BACKENDS", "ENGINE_SUFFIXES", "Backend", "available"]
+__all__ = ["BACKENDS", "ENGINE_SUFFIXES", "ONNX_BACKENDS", "Backend", "available"]
 
 
 class Backend(NamedTuple):
@@ -52,6 +52,9 @@ BACKENDS: Final[Mapping[str, Backend]] = {
     ),
     "eager": Backend("deploynorm.run.eager", "EagerRunner", "network", (), "PyTorch itself"),
 }
+
+ONNX_BACKENDS: Final = tuple(name for name, backend in BACKENDS.items() if backend.runs == "onnx")
+"""Those that run an ONNX file."""
 
 ENGINE_SUFFIXES: Final = (".engine", ".plan")
 

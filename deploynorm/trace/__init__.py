@@ -1,13 +1,12 @@
 """One traced network, and all that is asked of it."""
 
-from deploynorm.trace.reader import LINEAR_OPERATORS, TraceReader, has_hooks, operator_name, walk
+from deploynorm.trace.reader import LINEAR_OPERATORS, TraceReader, aten_operators, has_hooks, operator_name, walk
 from deploynorm.trace.sizes import Sizes, axis_letter, find_sizes
 from deploynorm.trace.tracing import (
     Dynamic,
-    DynamicKind,
-    NarrowedAxis,
     argument_names,
     as_inputs,
+    doubled,
     dynamic_places,
     first_line,
     inference_copy,
@@ -19,13 +18,13 @@ from deploynorm.trace.tracing import (
 __all__ = [
     "LINEAR_OPERATORS",
     "Dynamic",
-    "DynamicKind",
-    "NarrowedAxis",
     "Sizes",
     "TraceReader",
     "argument_names",
+    "aten_operators",
     "as_inputs",
     "axis_letter",
+    "doubled",
     "dynamic_places",
     "find_sizes",
     "first_line",

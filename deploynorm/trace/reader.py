@@ -8,67 +8,65 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
-__all__ = ["LINEAR_OPERATORS", "TraceReader", "has_hooks", "operator_name", "walk"]
+__all__ = ["LINEAR_OPERATORS", "TraceReader", "aten_operators", "has_hooks", "operator_name", "walk"]
 
 _aten = torch.ops.aten
 
-LINEAR_OPERATORS = {
-    _aten.linear.default: 2,
-    _aten.conv1d.default: 3,
-    _aten.conv1d.padding: 3,
-    _aten.conv_transpose1d.default: 3,
-    _aten.conv2d.default: 4,
-    _aten.conv2d.padding: 4,
-    _aten.conv_transpose2d.input: 4,
-    _aten.conv3d.default: 5,
-    _aten.conv3d.padding: 5,
-    _aten.conv_transpose3d.input: 5,
+
+def aten_operators(names: str) -> frozenset[object]:
+    """All forms of torch's operators of these names, those in place too: "add cat" has aten.add_.Tensor."""
+    forms = [form for name in names.split() for form in (name, f"{name}_") if hasattr(_aten, form)]
+    packets = [getattr(_aten, form) for form in forms]
+    return frozenset(getattr(packet, overload) for packet in packets for overload in packet.overloads())
+
+
+LINEAR_OPERATORS = dict.fromkeys(aten_operators("linear"), 2) | {
+    operator: 2 + spatial
+    for spatial in (1, 2, 3)
+    for operator in aten_operators(f"conv{spatial}d conv_transpose{spatial}d")
 }
 """Linear layers and convolutions -> rank of an output with the batch on axis 0 and the channels on axis 1."""
 
 
 class TraceReader:
-    """Answers questions about a traced network, as it was when it was traced.
+    """Answers questions about a network as it was when it was traced, once or several times.
 
     A call is an operator that a module's own forward calls: those of its children are theirs.
-
-    Args:
-        model: The network.
-        program: Its trace.
     """
 
-    def __init__(self, model: nn.Module, program: ExportedProgram) -> None:
+    def __init__(self, model: nn.Module, *programs: ExportedProgram) -> None:
         by_path = dict(model.named_modules(remove_duplicate=False))
-        signature = program.graph_signature
-        stored = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
-        tensors = {
-            **dict(model.named_parameters(remove_duplicate=False)),
-            **dict(model.named_buffers(remove_duplicate=False)),
-        }
-        self._position: dict[fx.Node, int] = {}
+        tensors = dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])
         self._module: dict[fx.Node, nn.Module] = {}
         self._calls: dict[nn.Module, list[fx.Node]] = {}
         self._not_activations: set[fx.Node] = set()
         nodes: dict[int, list[fx.Node]] = {}
-        for position, node in enumerate(program.graph.nodes):
-            self._position[node] = position
-            if node.op == "placeholder" and node.name not in signature.user_inputs:
-                self._not_activations.add(node)
-                if stored.get(node.name) in tensors:
-                    nodes.setdefault(id(tensors[stored[node.name]]), []).append(node)
-            stack = node.meta.get("nn_module_stack")
-            if node.op == "call_function" and stack:
-                # torch may mark the second call of a module as "path@1".
-                module = by_path.get(list(stack.values())[-1][0].split("@")[0])
-                if module is not None:
-                    self._module[node] = module
-                    self._calls.setdefault(module, []).append(node)
+        for program in programs:
+            signature = program.graph_signature
+            stored = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+            for node in program.graph.nodes:
+                if node.op == "placeholder" and node.name not in signature.user_inputs:
+                    self._not_activations.add(node)
+                    if stored.get(node.name) in tensors:
+                        nodes.setdefault(id(tensors[stored[node.name]]), []).append(node)
+                stack = node.meta.get("nn_module_stack")
+                if node.op == "call_function" and stack:
+                    # torch may mark the second call of a module as "path@1".
+                    module = by_path.get(list(stack.values())[-1][0].split("@")[0])
+                    if module is not None:
+                        self._module[node] = module
+                        self._calls.setdefault(module, []).append(node)
         # By module and name, since a parameter may be replaced once the network is traced.
         self._stored = {
             (module, name): nodes.get(id(tensor), [])
             for module in model.modules()
             for name, tensor in (*module._parameters.items(), *module._buffers.items())
         }
+
+    @property
+    def called(self) -> Iterable[nn.Module]:
+        """The modules that are called, in order of their first calls."""
+        return self._calls
 
     def calls(self, module: nn.Module) -> list[fx.Node]:
         """The operators that the module's own forward calls, in order."""
@@ -77,10 +75,6 @@ class TraceReader:
     def module(self, node: fx.Node) -> nn.Module | None:
         """The module whose own forward calls the operator."""
         return self._module.get(node)
-
-    def first_call(self, module: nn.Module) -> int:
-        """Position of the module's first call in the trace; behind all others where it is not called."""
-        return min((self._position[call] for call in self.calls(module)), default=len(self._position))
 
     def normalization(self, node: fx.Node) -> nn.Module | None:
         """The module whose forward calls this batch normalization; None where the operator is another."""
@@ -93,11 +87,7 @@ class TraceReader:
     def inputs(self, node: fx.Node) -> list[fx.Node]:
         """The activations that an operator reads: of a normalization what it normalizes, else all but parameters."""
         nodes = node.all_input_nodes[:1] if self.normalization(node) else node.all_input_nodes
-        return [
-            source
-            for source in nodes
-            if source not in self._not_activations and isinstance(source.meta.get("val"), Tensor)
-        ]
+        return [x for x in nodes if x not in self._not_activations and isinstance(x.meta.get("val"), Tensor)]
 
     @staticmethod
     def readers(node: fx.Node) -> list[fx.Node]:
@@ -135,10 +125,8 @@ def walk(
 ) -> Iterator[fx.Node]:
     """Where a walk through a trace ends, nearest first.
 
-    Args:
-        calls: Where it starts.
-        step: The operators next to one: its readers, or its inputs.
-        through: The kinds of operators behind which it goes on.
+    It starts at `calls`, `step` gives the operators next to one (its readers, or its inputs), and it goes on behind
+    those whose kind is in `through`.
     """
     seen: set[fx.Node] = set()
     waiting = [node for call in calls for node in step(call)]
@@ -154,10 +142,7 @@ def walk(
 
 
 def has_hooks(module: nn.Module, *, backward: bool = False) -> bool:
-    """Whether hooks run around the module's forward or, with `backward`, around its backward pass.
-
-    Hooks on backward passes count where the layer will be trained, and not where it only runs.
-    """
+    """Whether hooks run around the module's forward or, with `backward`, for a layer to be trained, its backward."""
     hooks = [module._forward_hooks, module._forward_pre_hooks]
     if backward:
         hooks += [module._backward_hooks, module._backward_pre_hooks]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from deploynorm.inputs import AxisSizes, Shape
 
-__all__ = ["Place", "Sizes", "axis_letter", "find_sizes"]
+__all__ = ["Place", "Sizes", "axis_kind", "axis_letter", "find_sizes"]
 
 Place = tuple[int, int]
 """An input by its position, and one of its axes."""
@@ -24,17 +24,10 @@ _COARSE = 32
 
 @dataclass(frozen=True)
 class Sizes:
-    """The sizes that a network takes besides those of its examples.
+    """The sizes that a network takes besides those of its examples."""
 
-    Attributes:
-        names: Of the inputs.
-        shapes: Of the examples.
-        groups: For each set of axes that vary together the growth of each axis, by one step.
-    """
-
-    names: tuple[str, ...]
-    shapes: tuple[Shape, ...]
-    groups: tuple[Mapping[Place, int], ...]
+    shapes: tuple[Shape, ...]  # of the examples
+    groups: tuple[Mapping[Place, int], ...]  # axes that vary together, each with its growth by one step
 
     @property
     def places(self) -> frozenset[Place]:
@@ -44,55 +37,57 @@ class Sizes:
     @property
     def kinds(self) -> frozenset[str]:
         """Of "batch" and "spatial", those of which an axis may change."""
-        return frozenset("spatial" if axis else "batch" for _, axis in self.places)
+        return frozenset(axis_kind(axis) for _, axis in self.places)
 
     def of_input(self, position: int) -> tuple[AxisSizes | None, ...]:
         """What is known of each axis of an input."""
-        group_of = {place: (index, step) for index, group in enumerate(self.groups) for place, step in group.items()}
-        known = (group_of.get((position, axis)) for axis in range(len(self.shapes[position])))
-        return tuple(
-            None if entry is None else AxisSizes(size, entry[1], str(entry[0]))
-            for size, entry in zip(self.shapes[position], known, strict=True)
-        )
+        shape = self.shapes[position]
+        known = {
+            axis: AxisSizes(shape[axis], step, str(index))
+            for index, group in enumerate(self.groups)
+            for (i, axis), step in group.items()
+            if i == position
+        }
+        return tuple(map(known.get, range(len(shape))))
 
-    def notes(self, dynamic: Collection[Place]) -> list[str]:
-        """What limits the sizes of a file, in a sentence each.
-
-        Args:
-            dynamic: The axes that are dynamic in the file.
-        """
-        groups = [{place: step for place, step in group.items() if place in dynamic} for group in self.groups]
-        groups = [group for group in groups if group and any(axis for _, axis in group)]
+    def notes(self, dynamic: Collection[Place], names: Sequence[str]) -> list[str]:
+        """What limits the sizes of a file in which these axes are dynamic, and whose inputs have these names."""
         notes: list[str] = []
         in_step: dict[str, list[str]] = {}
         alike: dict[str, list[str]] = {}
-        for group in groups:
-            letters = list(dict.fromkeys(self._letter(place) for place in group))
+        for whole in self.groups:
+            group = {place: step for place, step in whole.items() if place in dynamic}
+            if not any(axis for _, axis in group):
+                continue
+            letters = self._letters(group)
             if len(set(group.values())) > 1:
-                steps = " and ".join(f"{self.names[i]} by {step}" for (i, _), step in group.items())
+                steps = " and ".join(f"{names[i]} by {step}" for (i, _), step in group.items())
                 in_step.setdefault(steps, []).append(_joined(letters))
                 continue
             if len(letters) > 1:
                 notes.append(f"{_joined(letters)} vary together")
-            place, step = next(iter(group.items()))
-            name = _joined(letters)
-            if len(group) == 1 and len(self.shapes) > 1:
-                name += f" of {self.names[place[0]]}"
-            size = self.shapes[place[0]][place[1]]
+            (position, axis), step = next(iter(group.items()))
+            size = self.shapes[position][axis]
             if step > 1:
                 rule = f"multiples of {step}" if size % step == 0 else f"{size} and multiples of {step} more or less"
-                alike.setdefault(rule, []).append(name)
+                owner = f" of {names[position]}" if len(group) == 1 and len(self.shapes) > 1 else ""
+                alike.setdefault(rule, []).append(_joined(letters) + owner)
         notes += [f"{_joined(letters)} vary in step: {steps}" for steps, letters in in_step.items()]
-        notes += [f"{_joined(names)}: {rule}" for rule, names in alike.items()]
-        spatial = {(i, axis) for i, shape in enumerate(self.shapes) for axis in range(2, len(shape))}
-        if spatial and not spatial & self.places:
-            letters = list(dict.fromkeys(self._letter(place) for place in sorted(spatial)))
+        notes += [f"{_joined(axes)}: {rule}" for rule, axes in alike.items()]
+        spatial = [(i, axis) for i, shape in enumerate(self.shapes) for axis in range(2, len(shape))]
+        if spatial and self.places.isdisjoint(spatial):
             varied = "only the batch was varied" if "batch" in self.kinds else "no size was varied"
+            letters = self._letters(spatial)
             notes.append(f"{varied}, since the network refuses every other {_joined(letters)} that was tried")
         return notes
 
-    def _letter(self, place: Place) -> str:
-        return axis_letter(len(self.shapes[place[0]]), place[1])
+    def _letters(self, places: Iterable[Place]) -> list[str]:
+        return list(dict.fromkeys(axis_letter(len(self.shapes[i]), axis) for i, axis in places))
+
+
+def axis_kind(axis: int) -> str:
+    """Whether an axis is "batch" (axis 0) or "spatial"."""
+    return "spatial" if axis else "batch"
 
 
 def axis_letter(rank: int, axis: int) -> str:
@@ -101,7 +96,7 @@ def axis_letter(rank: int, axis: int) -> str:
     return ("N", "C", *spatial)[axis] if axis < 2 + len(spatial) else f"axis_{axis}"
 
 
-def find_sizes(model: nn.Module, examples: Sequence[Tensor], names: Sequence[str] = ()) -> Sizes:
+def find_sizes(model: nn.Module, examples: Sequence[Tensor]) -> Sizes:
     """Runs a copy of the network with larger inputs, and reports what it takes.
 
     1. Everything larger at once, each axis by another amount, then by one: most networks whose map is not fixed.
@@ -110,16 +105,12 @@ def find_sizes(model: nn.Module, examples: Sequence[Tensor], names: Sequence[str
        inputs refuse to grow one by one, all by the same amount, or each by a part of its own size.
     4. Height and width together, and at last twice the size and parts of that.
 
-    Args:
-        model: The network, in evaluation mode on the CPU. A copy of it runs, since forward may change buffers.
-        examples: Its inputs.
-        names: Of the inputs, for notes.
+    The network is in evaluation mode on the CPU; a copy of it runs, since forward may change buffers.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a module of torch.export warns of torch's own code when copied
         search = _Search(copy.deepcopy(model), examples)
-    names = tuple(names) or tuple(f"input {position}" for position in range(len(examples)))
-    return Sizes(names, search.shapes, tuple(search.groups()))
+    return Sizes(search.shapes, tuple(search.groups()))
 
 
 class _Search:
@@ -157,25 +148,19 @@ class _Search:
 
     def _in_step(self, inputs: Sequence[int]) -> list[dict[Place, int]]:
         """All inputs by the same amount, or each by a part of its size."""
-        equal: dict[str, dict[Place, int]] = {}
-        in_proportion: dict[str, dict[Place, int]] = {}
-        for place in self._axes(inputs):
-            letter = axis_letter(len(self.shapes[place[0]]), place[1])
-            equal.setdefault(letter, {})[place] = 1
-            in_proportion.setdefault(letter, {})[place] = self.shapes[place[0]][place[1]]
-        for group in in_proportion.values():
-            common = math.gcd(*group.values())
-            group.update({place: size // common for place, size in group.items()})
-        kinds = [list(equal.values())] + (
-            [list(in_proportion.values())] if equal != in_proportion and len(inputs) > 1 else []
-        )
+        sizes: dict[str, dict[Place, int]] = {}
+        for i, axis in self._axes(inputs):
+            sizes.setdefault(axis_letter(len(self.shapes[i]), axis), {})[i, axis] = self.shapes[i][axis]
+        equal = [dict.fromkeys(group, 1) for group in sizes.values()]
+        in_proportion = [
+            {place: size // math.gcd(*group.values()) for place, size in group.items()} for group in sizes.values()
+        ]
+        kinds = [equal] if equal == in_proportion else [equal, in_proportion]
         for units in kinds:
             if found := self._by_step(units):
                 return found
-            if len(units) > 1:
-                alone = [group for unit in units for group in self._by_step([unit])]
-                if alone:
-                    return alone
+            if len(units) > 1 and (alone := [group for unit in units for group in self._by_step([unit])]):
+                return alone
         for units in kinds:  # case 4
             together = {place: step for unit in units for place, step in unit.items()}
             if found := self._by_step([together]):
@@ -204,10 +189,7 @@ class _Search:
         return [(i, axis) for i in inputs for axis in range(2, len(self.shapes[i]))]
 
     def _takes(self, units: Sequence[Mapping[Place, int]]) -> bool:
-        """Whether it runs with each unit larger: each by another number of steps, and each by one.
-
-        A single unit grows by one step, and by two.
-        """
+        """Whether it runs with each unit larger, by another number of steps, then by one; a single one by 1 and 2."""
         apart = range(1, len(units) + 1)
         return self._runs(units, apart) and self._runs(units, [1] * len(units) if len(units) > 1 else [2])
 

@@ -8,7 +8,7 @@ import logging
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, fx, nn
@@ -16,14 +16,14 @@ from torch.export import Dim, ExportedProgram
 
 from deploynorm.errors import InputError, ModelError
 from deploynorm.layers.adopt import adopt
-from deploynorm.trace.sizes import Place, Sizes, find_sizes
+from deploynorm.trace.sizes import Place, Sizes, axis_kind, find_sizes
 
 __all__ = [
     "Dynamic",
     "DynamicKind",
-    "NarrowedAxis",
     "argument_names",
     "as_inputs",
+    "doubled",
     "dynamic_places",
     "first_line",
     "inference_copy",
@@ -45,26 +45,12 @@ def inference_copy(model: nn.Module) -> nn.Module:
         with quiet():
             twin = copy.deepcopy(model).cpu().requires_grad_(False)
     except Exception as error:
-        raise ModelError(
-            type(model).__name__,
-            f"the network cannot be copied: {first_line(error)}",
-            fix="remove what does not deep-copy (hooks, open files, non-leaf tensors)",
-        ) from error
+        problem = f"the network cannot be copied: {first_line(error)}"
+        fix = "remove what does not deep-copy (hooks, open files, non-leaf tensors)"
+        raise ModelError(type(model).__name__, problem, fix=fix) from error
     if isinstance(twin, fx.GraphModule):
         _refuse_training_graph(twin)
     return adopt(twin).eval()
-
-
-class NarrowedAxis(NamedTuple):
-    """A free axis whose trace holds for some sizes only, because the network branches on it.
-
-    Attributes:
-        kind: "batch" or "spatial".
-        text: Which axis, and the sizes.
-    """
-
-    kind: str
-    text: str
 
 
 def as_inputs(where: str, example_inputs: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -95,40 +81,35 @@ def trace(
     fixed: Collection[str] = (),
     sizes: Sizes | None = None,
 ) -> ExportedProgram:
-    """Traces a network with torch.export.
+    """Traces a network in evaluation mode with torch.export.
 
     Args:
-        model: Network in evaluation mode.
+        model: The network.
         example_inputs: Positional inputs of forward. Sizes above 1 on the axes that are to be dynamic.
-        dynamic: Axes that must be dynamic, as a word or by input and axis ({"x": {0: "N", 2: "H"}}). None makes those
-            dynamic that the network takes in other sizes (`find_sizes`); one that it branches on is dynamic in the
-            trace, which then holds for some sizes only: see `narrowed_axes`.
+        dynamic: As in `deploynorm.export`. With None an axis that the network branches on is dynamic in the trace,
+            which then holds for some sizes only: see `narrowed_axes`.
         fixed: With None, the kinds of axes ("batch", "spatial") that stay as in the example all the same.
         sizes: What `find_sizes` found, where it was asked already.
-
-    Returns:
-        The program, with ATen and deploynorm operators.
 
     Raises:
         InputError: An example input is not a tensor, or `dynamic` names an input or axis that is not there.
         ModelError: torch.export cannot trace the network, or the network fixes an axis that must be dynamic.
     """
-    # The copy that is traced lies on the CPU.
     examples = [example.detach().cpu() for example in as_inputs("trace", example_inputs)]
     if dynamic == "none":
         return _export(model, examples, (), Dim.AUTO)
     if sizes is None:
         sizes = find_sizes(model, examples)
     if dynamic is None:
-        places = [place for place in sizes.places if ("spatial" if place[1] else "batch") not in fixed]
+        places = [place for place in sizes.places if axis_kind(place[1]) not in fixed]
         return _export(model, examples, places, Dim.AUTO)
     wanted = dynamic_places(model, examples, dynamic)
     if refused := wanted - sizes.places:
-        raise _not_free(model, dynamic, f"it refuses another {' or '.join(sorted(set(map(_kind, refused))))} size")
+        kinds = sorted({axis_kind(axis) for _, axis in refused})
+        raise _not_free(model, dynamic, f"it refuses another {' or '.join(kinds)} size")
     program = _export(model, examples, wanted, Dim.DYNAMIC)
-    narrowed = narrowed_axes(program)
-    if narrowed:
-        raise _not_free(model, dynamic, f"it branches on {'; '.join(axis.text for axis in narrowed)}")
+    if narrowed := narrowed_axes(program):
+        raise _not_free(model, dynamic, f"it branches on {'; '.join(narrowed)}")
     return program
 
 
@@ -143,7 +124,7 @@ def dynamic_places(model: nn.Module, examples: Sequence[Tensor], dynamic: Dynami
         if dynamic not in get_args(DynamicKind):
             raise InputError("dynamic", "unknown word", got=repr(dynamic), expected=", ".join(get_args(DynamicKind)))
         kinds = {"all": ("batch", "spatial"), "none": ()}.get(dynamic, (dynamic,))
-        return {place for place in axes if place[1] != 1 and _kind(place) in kinds}
+        return {place for place in axes if place[1] != 1 and axis_kind(place[1]) in kinds}
     names = argument_names(model, len(examples))
     wanted: set[Place] = set()
     for name, named in dynamic.items():
@@ -159,9 +140,8 @@ def dynamic_places(model: nn.Module, examples: Sequence[Tensor], dynamic: Dynami
         wanted |= {(position, axis) for axis in named}
     if missing := sorted(wanted - axes):
         position, axis = missing[0]
-        raise InputError(
-            "dynamic", f"input {names[position]} has no axis {axis}", expected=f"0 to {examples[position].dim() - 1}"
-        )
+        expected = f"0 to {examples[position].dim() - 1}"
+        raise InputError("dynamic", f"input {names[position]} has no axis {axis}", expected=expected)
     return wanted
 
 
@@ -170,47 +150,51 @@ def argument_names(model: nn.Module, count: int | None = None) -> list[str]:
     parameters = inspect.signature(model.forward).parameters.values()
     named = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     count = max(1, len(named)) if count is None else count
-    return (
-        [*named, *["x", *(f"x_{position}" for position in range(1, count))]][:count]
-        if len(named) < count
-        else named[:count]
-    )
+    return [*named, "x", *(f"x_{position}" for position in range(1, count))][:count]
 
 
-def narrowed_axes(program: ExportedProgram) -> list[NarrowedAxis]:
-    """The free axes of a trace that hold for some sizes only."""
-    narrowed = []
+def narrowed_axes(program: ExportedProgram) -> dict[str, str]:
+    """Dynamic axes of which a trace holds for some sizes only: the axis and these sizes -> "batch" or "spatial"."""
+    narrowed: dict[str, str] = {}
     for node in program.graph.nodes:
         if node.op != "placeholder" or node.name not in program.graph_signature.user_inputs:
             continue
         for axis, size in enumerate(getattr(node.meta["val"], "shape", ())):
             if not isinstance(size, torch.SymInt):
                 continue
-            bounds = program.range_constraints.get(size.node.expr)
-            if bounds is None:
+            if (bounds := program.range_constraints.get(size.node.expr)) is None:
                 continue
             # A convolution narrows a spatial axis from below on its own; torch assumes 2 and up for any axis.
             low = int(bounds.lower) if axis == 0 and bounds.lower > 2 else None
             high = int(bounds.upper) if bounds.upper.is_finite and bounds.upper < 2**31 else None
             if low is not None or high is not None:
                 span = f"{low if low is not None else 1} to {high if high is not None else 'any'}"
-                narrowed.append(NarrowedAxis("spatial" if axis else "batch", f"axis {axis} of {node.name}: {span}"))
+                narrowed[f"axis {axis} of {node.name}: {span}"] = axis_kind(axis)
     return narrowed
 
 
+def doubled(examples: Sequence[Tensor], places: Collection[Place]) -> list[Tensor]:
+    """The examples, those of batch 1 as a batch of 2 where it is to be dynamic: a trace takes a size of 1 for fixed."""
+    return [
+        torch.cat([example, example]) if (position, 0) in places and len(example) == 1 else example
+        for position, example in enumerate(examples)
+    ]
+
+
 @contextmanager
-def quiet() -> Iterator[None]:
-    """Keeps torch's warnings and logs about its own internals from the user of export: what matters is raised."""
+def quiet(*names: str) -> Iterator[None]:
+    """Keeps warnings and logs of torch, and of further loggers, from the user of export: what matters is raised."""
+    levels = {logger: logger.level for logger in map(logging.getLogger, ("torch", *names))}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=FutureWarning)
         warnings.filterwarnings("ignore", category=DeprecationWarning)
-        torch_logger = logging.getLogger("torch")
-        level = torch_logger.level
-        torch_logger.setLevel(logging.CRITICAL)
+        for logger in levels:
+            logger.setLevel(logging.CRITICAL)
         try:
             yield
         finally:
-            torch_logger.setLevel(level)
+            for logger, level in levels.items():
+                logger.setLevel(level)
 
 
 def first_line(error: BaseException) -> str:
@@ -219,18 +203,10 @@ def first_line(error: BaseException) -> str:
     return lines[0].rstrip(".") if lines else type(error).__name__
 
 
-def _kind(place: Place) -> str:
-    return "spatial" if place[1] else "batch"
-
-
 def _export(
     model: nn.Module, example_inputs: Sequence[Tensor], places: Collection[Place], kind: Any
 ) -> ExportedProgram:
-    # A trace takes a size of 1 for a constant.
-    example_inputs = [
-        torch.cat([example, example]) if (position, 0) in places and len(example) == 1 else example
-        for position, example in enumerate(example_inputs)
-    ]
+    example_inputs = doubled(example_inputs, places)
     shapes = tuple(
         {axis: kind for axis in range(example.dim()) if (position, axis) in places}
         for position, example in enumerate(example_inputs)
@@ -238,41 +214,27 @@ def _export(
     code = getattr(type(model).forward, "__code__", None)
     takes_star_args = code is not None and code.co_flags & 0x04 and code.co_argcount == 1
     dynamic_shapes: Any = (shapes,) if takes_star_args else shapes
+    where = f"trace of {type(model).__name__}"
+    got = "inputs of shape " + ", ".join(str(tuple(example.shape)) for example in example_inputs)
     try:
         with torch.no_grad(), quiet():
             return torch.export.export(model, tuple(example_inputs), dynamic_shapes=dynamic_shapes)
+    except InputError as error:
+        raise ModelError(where, f"the network refuses the example input: {error}", got=got) from error
     except Exception as error:
-        raise _explain(model, example_inputs, places, error) from error
+        if "Constraints violated" in str(error) or ("marked" in str(error) and "specialized" in str(error)):
+            problem = f"axes that must be dynamic are fixed, or are always of one size with others: {first_line(error)}"
+            fix = "name the axes of the same size in the other inputs too, or leave the choice out"
+        else:
+            problem = f"torch.export cannot trace the network: {type(error).__name__}: {first_line(error)}"
+            fix = "check the input shape first; control flow that depends on values has to go (torch.cond, torch.where)"
+        raise ModelError(where, problem, got=got, fix=fix) from error
 
 
 def _not_free(model: nn.Module, dynamic: Dynamic, reason: str) -> ModelError:
-    return ModelError(
-        f"trace of {type(model).__name__}",
-        f"the network fixes a size that dynamic={dynamic!r} requires to be dynamic: {reason}",
-        fix="leave the choice out, or name fewer axes (none, batch, spatial, all)",
-    )
-
-
-def _explain(
-    model: nn.Module, example_inputs: Sequence[Tensor], places: Collection[Place], error: Exception
-) -> ModelError:
-    where = f"trace of {type(model).__name__}"
-    shapes = "inputs of shape " + ", ".join(str(tuple(example.shape)) for example in example_inputs)
-    if isinstance(error, InputError):
-        return ModelError(where, f"the network refuses the example input: {error}", got=shapes)
-    if "Constraints violated" in str(error) or ("marked" in str(error) and "specialized" in str(error)):
-        return ModelError(
-            where,
-            f"axes that must be dynamic are fixed, or are always of one size with others: {first_line(error)}",
-            got=shapes,
-            fix="name the axes of the same size in the other inputs too, or leave the choice out",
-        )
-    return ModelError(
-        where,
-        f"torch.export cannot trace the network: {type(error).__name__}: {first_line(error)}",
-        got=shapes,
-        fix="check the input shape first; control flow that depends on values has to go (torch.cond, torch.where)",
-    )
+    problem = f"the network fixes a size that dynamic={dynamic!r} requires to be dynamic: {reason}"
+    fix = "leave the choice out, or name fewer axes (none, batch, spatial, all)"
+    return ModelError(f"trace of {type(model).__name__}", problem, fix=fix)
 
 
 def _refuse_training_graph(model: fx.GraphModule) -> None:
@@ -282,8 +244,5 @@ def _refuse_training_graph(model: fx.GraphModule) -> None:
     for node in model.graph.nodes:
         position = training_argument.get(node.target)
         if position is not None and node.args[position]:
-            raise ModelError(
-                type(model).__name__,
-                f"the archive was traced in training mode (node {node.name})",
-                fix="call model.eval() before torch.export.export",
-            )
+            problem = f"the archive was traced in training mode (node {node.name})"
+            raise ModelError(type(model).__name__, problem, fix="call model.eval() before torch.export.export")

@@ -128,17 +128,17 @@ CASES = {
 def test_what_is_found_and_said(name: str) -> None:
     network, shapes, groups, notes = CASES[name]
     examples = [torch.zeros(shape) for shape in shapes]
-    found = find_sizes(network.eval(), examples, [f"in{i}" for i in range(len(shapes))])
+    found = find_sizes(network.eval(), examples)
     assert list(found.groups) == groups
-    assert found.notes(found.places) == notes
+    assert found.notes(found.places, [f"in{i}" for i in range(len(shapes))]) == notes
     assert found.shapes == shapes
 
 
 def test_axes_that_are_fixed_in_the_file_need_no_note() -> None:
     found = find_sizes(Apply(lambda x: nn.functional.pixel_unshuffle(x, 2)), [torch.zeros(2, 3, 8, 8)])
-    assert found.notes(found.places) == ["H and W: multiples of 2"]
-    assert found.notes({(0, 0), (0, 3)}) == ["W: multiples of 2"]
-    assert found.notes({(0, 0)}) == []
+    assert found.notes(found.places, ["x"]) == ["H and W: multiples of 2"]
+    assert found.notes({(0, 0), (0, 3)}, ["x"]) == ["W: multiples of 2"]
+    assert found.notes({(0, 0)}, ["x"]) == []
     assert found.kinds == {"batch", "spatial"}
     assert found.of_input(0) == (AxisSizes(2, 1, "0"), None, AxisSizes(8, 2, "1"), AxisSizes(8, 2, "2"))
 
