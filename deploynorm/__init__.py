@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from deploynorm.packages import import_module
+from deploynorm.packages import load as _load
 
 if TYPE_CHECKING:
     from deploynorm._build import build as build
@@ -74,7 +74,7 @@ __all__ = ["__version__", *_HOME]
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return globals().setdefault(name, getattr(import_module(_HOME[name]), name))
+    return globals().setdefault(name, _load(f"{_HOME[name]}.{name}"))
 
 
 def __dir__() -> list[str]:

@@ -5,12 +5,9 @@ from __future__ import annotations
 import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import ModuleType
-from typing import Final
+from typing import Any, Final
 
 from deploynorm.errors import BackendError
-
-__all__ = ["import_module", "naming_missing_packages"]
 
 _PACKAGES: Final = {
     "google": "protobuf",
@@ -38,11 +35,8 @@ def naming_missing_packages() -> Iterator[None]:
         raise BackendError(module, "this package is needed here, and is not installed", fix=fix) from error
 
 
-def import_module(name: str) -> ModuleType:
-    """A module of ours.
-
-    Raises:
-        BackendError: A package that it imports is not installed.
-    """
+def load(path: str) -> Any:
+    """A function or class of ours, `module.name`; BackendError where a package that the module imports is missing."""
+    module, _, name = path.rpartition(".")
     with naming_missing_packages():
-        return importlib.import_module(name)
+        return getattr(importlib.import_module(module), name)
