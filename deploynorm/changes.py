@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-__all__ = ["Change"]
-
 
 class Change(NamedTuple):
     """What became of one layer of a network, or of one node of an ONNX graph.

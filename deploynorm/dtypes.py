@@ -10,8 +10,6 @@ import numpy as np
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["HALF", "ONNX_HALF", "largest", "numpy_dtype", "torch_dtype"]
-
 HALF: Final = ("float16", "bfloat16")
 """The half types, the coarser last."""
 
@@ -20,11 +18,7 @@ ONNX_HALF: Final[Mapping[int, str]] = {10: "float16", 16: "bfloat16"}
 
 
 def numpy_dtype(name: str) -> np.dtype[Any]:
-    """NumPy's dtype, from ml_dtypes for the types that NumPy itself does not have.
-
-    Raises:
-        TypeError: There is no such type.
-    """
+    """NumPy's dtype, from ml_dtypes for the types that NumPy itself does not have; TypeError where there is none."""
     try:
         return np.dtype(name)
     except TypeError:

@@ -7,8 +7,6 @@ import shutil
 import sys
 from collections.abc import Iterable, Sequence
 
-__all__ = ["table"]
-
 _PLAIN_WIDTH = 200
 """Columns of a table that no terminal limits: a pipe has no width, and a table folded at 80 cannot be searched."""
 

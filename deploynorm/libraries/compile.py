@@ -19,8 +19,6 @@ from deploynorm.libraries.find import ORT_LIBRARY, cache_of_these_sources, cache
 from deploynorm.libraries.tools import CudaTools, Tools, find_cuda, find_program, find_tools, run, tensorrt_headers
 from deploynorm.tables import table
 
-__all__ = ["Build", "build", "cache_key"]
-
 
 @dataclass(frozen=True)
 class Build:
@@ -29,10 +27,8 @@ class Build:
     Attributes:
         library: The operator library for ONNX Runtime.
         libraries: All libraries that were built, this one among them; they lie in one folder.
-        tools: CMake and the C++ compiler.
-        cuda: The CUDA compiler; None for a build without CUDA.
-        options: What CMake was given.
-        flags: $CXXFLAGS, which CMake adds.
+        tools, cuda: The compilers; cuda is None for a build without CUDA.
+        options, flags: What CMake was given, and $CXXFLAGS, which CMake adds.
     """
 
     library: Path
@@ -71,22 +67,16 @@ def build(
     architectures: Sequence[str] = (),
     sanitize: str = "",
 ) -> Build:
-    """Builds the libraries from the sources that the package brings.
-
-    Several processes may build at once: each works in a folder of its own and moves the finished files into their
-    place.
+    """Builds the libraries from the sources that the package brings. Several processes may do so at once.
 
     Args:
         folder: Where they go; by default a cache, under a key of sources, compilers and flags, where `library_path`
             finds them.
         cuda: Build the CUDA kernels into the operator library, and the TensorRT plugin.
         tensorrt: With cuda, whether to build the plugin; its build needs TensorRT's headers.
-        architectures: Of the GPUs, as CMake has them ("90", "86-real"); by default all from Turing to Blackwell. Only
-            with cuda.
+        architectures: Of the GPUs, as CMake has them ("90", "86-real"); by default those of plugins/CMakeLists.txt,
+            all since Turing. Only with cuda.
         sanitize: Sanitizers to build with, as for -fsanitize ("address,undefined"); only with a folder.
-
-    Returns:
-        The paths of the libraries, with the compilers and options.
 
     Raises:
         InputError: An option of a build with CUDA was given without cuda.
@@ -108,7 +98,7 @@ def build(
         options += [f"-DTENSORRT_INCLUDE_DIR={headers}"]
     target = (cache_key(tools, cuda_tools, options) if folder is None else folder) / ORT_LIBRARY
     target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="deploynorm-build-") as work:
+    with tempfile.TemporaryDirectory(prefix="deploynorm-build-") as work:  # of this process alone
         configure: list[str | Path] = [tools.cmake, "-S", source_folder(), "-B", work, "-DCMAKE_BUILD_TYPE=Release"]
         configure += [f"-DCMAKE_CXX_COMPILER={tools.compiler}", *options]
         if (ninja := find_program("ninja")) is not None:

@@ -7,7 +7,6 @@ was built from the sources of this package.
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import importlib.metadata
 import os
@@ -17,23 +16,7 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from deploynorm.errors import BackendError
-
-__all__ = [
-    "LIBRARIES",
-    "ORT_LIBRARY",
-    "TENSORRT_LIBRARY",
-    "TENSORRT_REGISTER_LIBRARY",
-    "TORCH_LIBRARY",
-    "NativeLibrary",
-    "cache_of_these_sources",
-    "cache_root",
-    "cpu_variants",
-    "cuda_variants",
-    "find_library",
-    "library_path",
-    "source_digest",
-    "source_folder",
-]
+from deploynorm.libraries.kernels import open_kernels
 
 ORT_LIBRARY: Final = "libdeploynorm_ort.so"
 TORCH_LIBRARY: Final = "libdeploynorm_torch.so"
@@ -103,9 +86,8 @@ def library_path(name: str = ORT_LIBRARY) -> Path:
     if library is None:
         row = next(row for key, row in LIBRARIES.items() if name in (key, row.file))
         first = "pip install 'deploynorm[build,cuda]'" if row.needs_cuda else "install a C++ compiler (g++ or clang++)"
-        raise BackendError(
-            "deploynorm.libraries", f"{row.file} is not built on this machine", fix=f"{first}, then: {row.command}"
-        )
+        problem = f"{row.file} is not built on this machine"
+        raise BackendError("deploynorm.libraries", problem, fix=f"{first}, then: {row.command}")
     return library
 
 
@@ -126,31 +108,25 @@ def installed_library(file: str) -> Path | None:
 
 
 def cpu_variants(library: Path) -> list[str]:
-    """The compiled variants of the CPU kernel that this processor runs, the best first.
-
-    Raises:
-        BackendError: The library cannot be loaded.
-    """
+    """The compiled variants of the CPU kernel that this processor runs, the best first."""
     return _names(library, "deploynorm_cpu_variants")
 
 
 def cuda_variants(library: Path) -> list[str]:
-    """The variants of the CUDA kernel; none in a library that was built without CUDA.
-
-    Raises:
-        BackendError: The library cannot be loaded.
-    """
+    """The variants of the CUDA kernel; none in a library that was built without CUDA."""
     return _names(library, "deploynorm_cuda_variants") if b"deploynorm_cuda_variants" in library.read_bytes() else []
 
 
 def _names(library: Path, function: str) -> list[str]:
-    """The names that a function of the library returns, as an array that ends with a null pointer."""
+    """The names that a function of the library returns, as an array that ends with a null pointer.
+
+    Raises:
+        BackendError: The library cannot be loaded.
+    """
     try:
-        names = getattr(ctypes.CDLL(str(library)), function)
+        array = getattr(open_kernels(library, function), function)()
     except (OSError, AttributeError) as error:
         raise BackendError(str(library), f"cannot be loaded: {error}", fix="deploynorm plugins build") from error
-    names.restype = ctypes.POINTER(ctypes.c_char_p)
-    array = names()
     found: list[str] = []
     while array[len(found)] is not None:
         found.append(array[len(found)].decode())

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final
 
@@ -11,8 +9,6 @@ from deploynorm.errors import BackendError, InputError
 
 if TYPE_CHECKING:
     import onnxruntime
-
-__all__ = ["PROVIDERS", "find_provider", "import_onnxruntime", "open_cuda", "quiet_options"]
 
 PROVIDERS: Final[Mapping[str, tuple[str, dict[str, str]]]] = {
     "cpu": ("CPUExecutionProvider", {}),
@@ -35,11 +31,8 @@ def import_onnxruntime() -> Any:
     try:
         import onnxruntime
     except ImportError as error:
-        raise BackendError(
-            "onnxruntime",
-            f"the package cannot be imported: {error}",
-            fix=f"{_INSTALL_CPU} (and 'numpy<2' for onnxruntime 1.18)",
-        ) from error
+        fix = f"{_INSTALL_CPU} (and 'numpy<2' for onnxruntime 1.18)"
+        raise BackendError("onnxruntime", f"the package cannot be imported: {error}", fix=fix) from error
     return onnxruntime
 
 
@@ -55,11 +48,7 @@ def quiet_options() -> onnxruntime.SessionOptions:
 
 
 def find_provider(name: str, ort: Any) -> tuple[str, dict[str, str]]:
-    """ONNX Runtime's name and options of a provider.
-
-    Args:
-        name: One of `PROVIDERS`, or ONNX Runtime's own name.
-        ort: The module onnxruntime.
+    """ONNX Runtime's name and options of a provider, which may be given by either name.
 
     Raises:
         InputError: There is no such provider.
@@ -78,13 +67,3 @@ def find_provider(name: str, ort: Any) -> tuple[str, dict[str, str]]:
             fix=_INSTALL_CPU if name == "cpu" else _INSTALL_GPU,
         )
     return full, settings
-
-
-def open_cuda(ort: Any) -> None:
-    """Opens the CUDA and cuDNN that pip has put where the system does not look; ONNX Runtime 1.21 and later can.
-
-    It would print what is missing; `session` reports a provider that does not start.
-    """
-    if hasattr(ort, "preload_dlls"):
-        with contextlib.redirect_stdout(io.StringIO()):
-            ort.preload_dlls()

@@ -10,8 +10,6 @@ import onnx_ir as ir
 from deploynorm.changes import Change
 from deploynorm.tables import table
 
-__all__ = ["RewriteResult"]
-
 
 @dataclass(frozen=True)
 class RewriteResult:
