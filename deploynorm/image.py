@@ -44,11 +44,7 @@ class ImageSpec:
 
     @classmethod
     def from_dict(cls, data: object) -> ImageSpec:
-        """Reads {"shape": [C, H, W], "mean": [C numbers], "std": [C numbers]}.
-
-        Raises:
-            InputError: A key is missing, unknown or holds a wrong value; the message names it.
-        """
+        """Reads {"shape": [C, H, W], "mean": [C numbers], "std": [C numbers]}; InputError names a key that is wrong."""
         keys = ("shape", "mean", "std")
         expected = f"the keys {', '.join(keys)}"
         if not isinstance(data, Mapping):

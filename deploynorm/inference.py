@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
-from deploynorm.dtypes import HALF, largest, numpy_dtype
+from deploynorm.dtypes import HALF, numpy_dtype
 from deploynorm.errors import InputError
 from deploynorm.files import staging
 from deploynorm.image import ImageSpec
@@ -230,7 +231,8 @@ def _as_declared(runner: Runner, feeds: Mapping[str, _Array], notes: list[str]) 
         with np.errstate(over="ignore"):
             cast[name] = value.astype(numpy_dtype(dtype))
         if (np.isfinite(value) & ~np.isfinite(cast[name])).any():
-            got, expected = f"{np.abs(value[np.isfinite(value)]).max():.5g}", f"at most {largest(dtype):.5g}"
+            got = f"{np.abs(value[np.isfinite(value)]).max():.5g}"
+            expected = f"at most {float(ml_dtypes.finfo(cast[name].dtype).max):.5g}"  # type: ignore[no-untyped-call]
             fix = "scale the input, or export in another type"
             raise InputError(f"input {name}", f"does not fit into {dtype}", got=got, expected=expected, fix=fix)
         notes.append(f"{name} is cast from {value.dtype.name} to {dtype}")

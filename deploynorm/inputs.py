@@ -36,7 +36,6 @@ class TensorSpec:
     """One input or output.
 
     Attributes:
-        name: Its name.
         shape: A number is a fixed size; a name is one that may change, and is the same wherever the name stands.
         dtype: NumPy's name of its type.
         sizes: For each axis what is known of its sizes; empty where nothing is.

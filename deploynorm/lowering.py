@@ -124,9 +124,7 @@ def frn_nodes(model: ir.Model) -> list[ir.Node]:
 
 
 def write_rmsnorm(model: ir.Model, nodes: list[ir.Node], half: bool, function: bool) -> None:
-    """Attaches bodies on RMSNormalization and gives each node its epsilon attribute.
-
-    RMSNormalization has one epsilon. With an epsilon per channel, FRN(x; eps_c) = RMS(s_c * x; eps_0) with
+    """RMSNormalization has one epsilon, an attribute. With one per channel, FRN(x; eps_c) = RMS(s_c * x; eps_0) with
     s_c = sqrt(eps_0 / eps_c): such a node carries s in place of eps.
     """
     opset = model.opset_imports[""]

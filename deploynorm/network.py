@@ -22,14 +22,7 @@ from deploynorm.trace import argument_names, as_inputs
 
 @dataclass(frozen=True, eq=False)
 class Network:
-    """A network, an example of each input, and what its file says of it.
-
-    Attributes:
-        model: The network.
-        examples: Its positional inputs.
-        names: Of these.
-        checkpoint: Where it was read from a file.
-    """
+    """A network, an example of each positional input, by name, and what its file says of it, where it has one."""
 
     model: nn.Module
     examples: tuple[Tensor, ...]
@@ -54,8 +47,8 @@ class Network:
         """
         loaded = None
         if isinstance(model, type):
-            name = model.__name__
-            raise InputError("network", "a class, and not a network", got=name, fix=f"pass {name}(...)")
+            fix = f"pass {model.__name__}(...)"
+            raise InputError("network", "a class, and not a network", got=model.__name__, fix=fix)
         if isinstance(model, nn.Module):
             if factory is not None or factory_kwargs is not None or trust_pickle:
                 problem = "factory, factory_kwargs and trust_pickle are for a file"

@@ -50,20 +50,18 @@ def tolerance(text: str) -> float:
 
 
 def json_object(text: str) -> dict[str, Any]:
-    expected = 'expected an object such as {"num_classes": 10}'
     try:
         value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise argparse.ArgumentTypeError(f"not JSON: {text!r}; {expected}") from error
+    except json.JSONDecodeError:
+        value = None
     if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f"not a JSON object: {text!r}; {expected}")
+        raise argparse.ArgumentTypeError(f'not JSON of an object: {text!r}; expected one such as {{"num_classes": 10}}')
     return value
 
 
 def add_onnx_file(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "model", metavar="MODEL", type=existing_file, help="an ONNX file that deploynorm export has written"
-    )
+    text = "an ONNX file that deploynorm export has written"
+    parser.add_argument("model", metavar="MODEL", type=existing_file, help=text)
 
 
 def add_model(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import itertools
 import os
 from collections.abc import Mapping
 from functools import cache
@@ -74,13 +75,10 @@ LIBRARIES: Final[Mapping[str, NativeLibrary]] = {
 
 
 def library_path(name: str = ORT_LIBRARY) -> Path:
-    """The path of a library of ours; by default of that for `SessionOptions.register_custom_ops_library`.
+    """The path of a library of ours, by its file name or its host's name in `LIBRARIES`.
 
-    Args:
-        name: Its file name, or its host's name in `LIBRARIES`.
-
-    Raises:
-        BackendError: It was neither installed nor built on this machine.
+    The default is that for `SessionOptions.register_custom_ops_library`. BackendError where it was neither installed
+    nor built on this machine.
     """
     library = find_library(name)
     if library is None:
@@ -100,11 +98,9 @@ def find_library(name: str = ORT_LIBRARY) -> Path | None:
 
 def installed_library(file: str) -> Path | None:
     """Where pip has put the library. An editable installation does not have it beside its modules."""
-    for distribution in importlib.metadata.distributions(name="deploynorm"):
-        path = Path(str(distribution.locate_file(f"deploynorm/{file}")))
-        if path.is_file():
-            return path
-    return None
+    distributions = importlib.metadata.distributions(name="deploynorm")
+    paths = (Path(str(distribution.locate_file(f"deploynorm/{file}"))) for distribution in distributions)
+    return next((path for path in paths if path.is_file()), None)
 
 
 def cpu_variants(library: Path) -> list[str]:
@@ -118,19 +114,12 @@ def cuda_variants(library: Path) -> list[str]:
 
 
 def _names(library: Path, function: str) -> list[str]:
-    """The names that a function of the library returns, as an array that ends with a null pointer.
-
-    Raises:
-        BackendError: The library cannot be loaded.
-    """
+    """The names that a function of the library returns, as an array that ends with a null pointer."""
     try:
         array = getattr(open_kernels(library, function), function)()
     except (OSError, AttributeError) as error:
         raise BackendError(str(library), f"cannot be loaded: {error}", fix="deploynorm plugins build") from error
-    found: list[str] = []
-    while array[len(found)] is not None:
-        found.append(array[len(found)].decode())
-    return found
+    return [name.decode() for name in itertools.takewhile(lambda name: name is not None, array)]
 
 
 def source_folder() -> Path:

@@ -62,9 +62,7 @@ _FUNCTIONS: Final = {
 def open_kernels(library: Path, *required: str) -> ctypes.CDLL:
     """A library with the types of those functions of frn.h that it has: not every one has those of CUDA or of training.
 
-    Raises:
-        OSError: The file is missing or no library for this machine.
-        AttributeError: It lacks a required function.
+    OSError where it is no library for this machine, AttributeError where it lacks a required function.
     """
     opened = ctypes.CDLL(str(library))
     for name, (result, arguments) in _FUNCTIONS.items():

@@ -62,48 +62,30 @@ def find_tools() -> Tools:
 
 
 def find_cuda() -> CudaTools:
-    """The CUDA compiler: $CUDACXX, nvcc on PATH, under $CUDA_HOME, in /usr/local/cuda or from pip's packages.
-
-    Raises:
-        BackendError: There is none.
-    """
+    """The CUDA compiler: $CUDACXX, nvcc on PATH, under $CUDA_HOME, in /usr/local/cuda or from pip's packages."""
     named = os.environ.get("CUDACXX")
     packages = importlib.util.find_spec("nvidia")
     homes = [os.environ.get("CUDA_HOME"), "/usr/local/cuda"]
     homes += [f"{folder}/cu13" for folder in (packages and packages.submodule_search_locations) or ()]
-    places = [named] if named else ["nvcc", *(f"{home}/bin/nvcc" for home in homes if home)]
-    nvcc = _first(places)
+    nvcc = _first([named] if named else ["nvcc", *(f"{home}/bin/nvcc" for home in homes if home)])
     if nvcc is None:
-        raise BackendError(
-            _WHERE,
-            "no CUDA compiler found",
-            got=named and f"CUDACXX={named}",
-            fix="pip install 'deploynorm[cuda]', or install the CUDA toolkit, 12.8 or later",
-        )
+        fix = "pip install 'deploynorm[cuda]', or install the CUDA toolkit, 12.8 or later"
+        raise BackendError(_WHERE, "no CUDA compiler found", got=named and f"CUDACXX={named}", fix=fix)
     lines = run([nvcc, "--version"]).strip().splitlines()
     return CudaTools(nvcc, next((line for line in lines if "release" in line), lines[-1]))
 
 
 def tensorrt_headers(cache: Path) -> Path:
-    """A folder of TensorRT's headers: $TENSORRT_INCLUDE_DIR, else those of a package, which pip gets and `cache` keeps.
-
-    Raises:
-        BackendError: The folder that the variable names has none, or the package cannot be had or is another.
-    """
-    named = os.environ.get("TENSORRT_INCLUDE_DIR")
-    if named:
+    """A folder of TensorRT's headers: $TENSORRT_INCLUDE_DIR, else of a package, which pip gets and `cache` keeps."""
+    if named := os.environ.get("TENSORRT_INCLUDE_DIR"):
         if not (Path(named) / _HEADER).is_file():
             fix = "name the folder `include` of TensorRT, or unset it"
             raise BackendError(_WHERE, f"TENSORRT_INCLUDE_DIR has no {_HEADER}", got=named, fix=fix)
         return Path(named)
     folder = cache / "tensorrt-headers" / HEADERS_SHA256[:16]
-    if not (folder / _HEADER).is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        _unpack_headers(folder)
-    return folder
-
-
-def _unpack_headers(folder: Path) -> None:
+    if (folder / _HEADER).is_file():
+        return folder
+    folder.mkdir(parents=True, exist_ok=True)
     fix = "download TensorRT and name its folder `include` with TENSORRT_INCLUDE_DIR, or leave the plugin out"
     with tempfile.TemporaryDirectory(prefix="deploynorm-headers-") as work:
         pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "-d", work]
@@ -121,6 +103,7 @@ def _unpack_headers(folder: Path) -> None:
             for name in wheel.namelist():
                 if name.startswith(_FOLDER_IN_PACKAGE) and name.endswith(".h"):
                     (staged / Path(name).name).write_bytes(wheel.read(name))
+    return folder
 
 
 def _first(names: Iterable[str]) -> Path | None:
@@ -138,10 +121,7 @@ def run(command: list[str | Path]) -> str:
     done = subprocess.run([str(word) for word in command], capture_output=True, text=True)
     if done.returncode != 0:
         words = (done.stdout + done.stderr).strip().splitlines()[-15:]
-        raise BackendError(
-            _WHERE,
-            f"{Path(command[0]).name} failed with exit code {done.returncode}",
-            got="\n".join(["", *words]),
-            fix="fix what it names, or choose another compiler with CXX",
-        )
+        problem = f"{Path(command[0]).name} failed with exit code {done.returncode}"
+        fix = "fix what it names, or choose another compiler with CXX"
+        raise BackendError(_WHERE, problem, got="\n".join(["", *words]), fix=fix)
     return done.stdout

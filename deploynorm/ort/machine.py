@@ -19,11 +19,7 @@ _BINDING = {"onnxruntime": "onnxruntime {}", "machine": "{}", "block": "blocks o
 
 
 def describe(runtime: Any, source_sha256: str | None = None) -> dict[str, str | int | None]:
-    """What a file rewritten here says of this machine, and of the file that it was made from.
-
-    Raises:
-        BackendError: onnxruntime does not block channels on this processor.
-    """
+    """What a file rewritten here says of this machine, and of the file that it was made from."""
     return {
         "onnxruntime": str(runtime.__version__),
         "machine": platform.machine(),
@@ -38,10 +34,6 @@ def check_this_machine(where: str, metadata_json: str, runtime: Any) -> None:
     """Refuses a file, by its metadata entry `METADATA_CPU`, that was rewritten for another machine.
 
     With another block size it would run and give wrong numbers: ONNX Runtime does not look.
-
-    Raises:
-        BackendError: The version of onnxruntime, the architecture or the block size differs here.
-        ModelError: The entry is not what `deploynorm rewrite` writes.
     """
     try:
         note = json.loads(metadata_json)
@@ -65,10 +57,7 @@ def block_size(runtime: Any) -> int:
     """How many channels ONNX Runtime puts side by side on this processor: 16 with AVX-512, 8 with AVX.
 
     It has no call that says so. It pads the output channels of a convolution to whole blocks, so a convolution with one
-    is optimised, and its weight read.
-
-    Raises:
-        BackendError: onnxruntime does not block channels on this processor.
+    is optimised, and its weight read. BackendError where it does not block channels on this processor.
     """
     import onnx.parser
 

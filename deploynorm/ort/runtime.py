@@ -23,11 +23,7 @@ _INSTALL_GPU = "pip uninstall onnxruntime, then pip install 'deploynorm[gpu]'"
 
 
 def import_onnxruntime() -> Any:
-    """The module onnxruntime.
-
-    Raises:
-        BackendError: It is not installed, or its own libraries are missing.
-    """
+    """The module onnxruntime; BackendError where it cannot be imported."""
     try:
         import onnxruntime
     except ImportError as error:
@@ -37,23 +33,14 @@ def import_onnxruntime() -> Any:
 
 
 def quiet_options() -> onnxruntime.SessionOptions:
-    """Options of a session that logs fatal errors only: all others are raised, as errors of ours.
-
-    Raises:
-        BackendError: onnxruntime is missing.
-    """
+    """Options of a session that logs fatal errors only: all others are raised, as errors of ours."""
     options = import_onnxruntime().SessionOptions()
     options.log_severity_level = 4
     return options
 
 
 def find_provider(name: str, ort: Any) -> tuple[str, dict[str, str]]:
-    """ONNX Runtime's name and options of a provider, which may be given by either name.
-
-    Raises:
-        InputError: There is no such provider.
-        BackendError: This onnxruntime was built without it.
-    """
+    """ONNX Runtime's name and options of a provider, which may be given by either name."""
     present = ort.get_available_providers()
     full, settings = PROVIDERS.get(name, (name, {}))
     if full not in present and full == name and name not in ort.get_all_providers():

@@ -105,14 +105,11 @@ class _Blocking:
         # Case 1.
         x, parameters = _need(node.inputs[0]), node.inputs[1:]
         if self._padded(x.channels) != x.channels:
-            constants = [_constant(value) for value in parameters]
-            if any(constant is None for constant in constants):
+            constants = [array for value in parameters if (array := _constant(value)) is not None]
+            if len(constants) < len(parameters):
                 raise _RefusedError("its parameters are not constant, so the last block cannot be filled up")
-            parameters = [
-                self._parameter(node, name, constant)
-                for name, constant in zip(PARAMETERS, constants, strict=True)
-                if constant is not None
-            ]
+            named = zip(PARAMETERS, constants, strict=True)
+            parameters = [self._parameter(node, name, constant) for name, constant in named]
         self._replace(node, BLOCKED_OP_TYPE, [x.blocked, *parameters], {BLOCK_ATTRIBUTE: self._block}, DOMAIN)
         return BLOCKED_OP_TYPE
 

@@ -19,8 +19,7 @@ class RewriteResult:
         model: The new model; the one given is untouched.
         changes: One entry for each node that the pass looked at, in the graph's order. Outcomes: "rewritten", with
             what it became, and "unchanged", with the reason.
-        before: Nodes of each operator in the graph that the pass started from.
-        after: Likewise of the result.
+        before, after: Nodes of each operator in the graph that the pass started from, and in the result.
     """
 
     model: ir.Model

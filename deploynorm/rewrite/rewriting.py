@@ -25,12 +25,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Rewritten:
-    """A rewritten file that was checked against its source. True where both compute equal numbers; `print` shows it.
-
-    Attributes:
-        source: The file that it was made from, with the passes in the order in which they ran.
-        result: The new graph, and what was done.
-        parity: The check of the new file against the source; None where nothing was rewritten.
+    """A rewritten file, and its check against its source (None where nothing was rewritten), which makes it true or
+    false; `print` shows both.
     """
 
     source: OnnxFile
@@ -54,10 +50,9 @@ class Rewritten:
         """What was rewritten, and the errors of the check: of each sample (verbose), or the worst of each output."""
         from deploynorm._check import parity_table
 
-        parts = [str(self.result)]
-        if self.parity is not None:
-            parts.append(parity_table([self.parity], f"Parity with {self.source.where}", verbose))
-        return "\n\n".join(parts)
+        if self.parity is None:
+            return str(self.result)
+        return f"{self.result}\n\n{parity_table([self.parity], f'Parity with {self.source.where}', verbose)}"
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON has it."""
@@ -70,14 +65,7 @@ class Rewritten:
         }
 
     def save(self, path: Path | str | None = None, *, external_data: bool | None = None) -> str:
-        """Writes the file.
-
-        Args:
-            path: By default beside the source, with the ending of the last pass.
-            external_data: See deploynorm.onnx_file.save.
-
-        Returns:
-            What was written, and for which machine.
+        """Writes the file, by default beside the source, and says what was written and for which machine.
 
         Raises:
             ModelError: Nothing was rewritten.
