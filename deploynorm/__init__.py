@@ -48,10 +48,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
-    "convert": "deploynorm._convert",
-    "Conversion": "deploynorm._convert",
-    "load": "deploynorm.checkpoint",
-    "save": "deploynorm.checkpoint",
+    **dict.fromkeys(("convert", "Conversion"), "deploynorm._convert"),
+    **dict.fromkeys(("load", "save"), "deploynorm.checkpoint"),
     "swap": "deploynorm._swap",
     "fold": "deploynorm._fold",
     "export": "deploynorm._export",
@@ -61,11 +59,9 @@ _HOME = {
     "check": "deploynorm._check",
     "sample_inputs": "deploynorm.samples",
     "ImageSpec": "deploynorm.image",
-    "DeployNormError": "deploynorm.errors",
-    "InputError": "deploynorm.errors",
-    "ModelError": "deploynorm.errors",
-    "BackendError": "deploynorm.errors",
-    "ParityError": "deploynorm.errors",
+    **dict.fromkeys(
+        ("DeployNormError", "InputError", "ModelError", "BackendError", "ParityError"), "deploynorm.errors"
+    ),
 }
 
 __all__ = ["__version__", *_HOME]

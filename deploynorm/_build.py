@@ -115,21 +115,15 @@ def _targets(trt: TensorRT, asked: Sequence[str]) -> tuple[str, ...]:
     here = gpu_here()
     if not trt.rtx:
         if asked and tuple(asked) != (here,):
-            raise InputError(
-                "--compute-capability",
-                "TensorRT builds for the GPU of this machine only",
-                got=", ".join(asked),
-                expected=here or "a GPU",
-                fix="build on the machine that runs the engine, or for RTX cards with --backend tensorrt-rtx",
-            )
+            problem = "TensorRT builds for the GPU of this machine only"
+            got, expected = ", ".join(asked), here or "a GPU"
+            fix = "build on the machine that runs the engine, or for RTX cards with --backend tensorrt-rtx"
+            raise InputError("--compute-capability", problem, got=got, expected=expected, fix=fix)
         return () if here is None else (here,)
     if not asked:
         if here is None:
-            raise BackendError(
-                "build",
-                "there is no GPU here whose kind the engine could be for",
-                fix="name it, as in --compute-capability 8.9 for an RTX 40",
-            )
+            problem = "there is no GPU here whose kind the engine could be for"
+            raise BackendError("build", problem, fix="name it, as in --compute-capability 8.9 for an RTX 40")
         return (here,)
     members = trt.module.ComputeCapability.__members__
     known = {f"{name[2:-1]}.{name[-1]}": name for name in members if name.startswith("SM")}
@@ -139,13 +133,10 @@ def _targets(trt: TensorRT, asked: Sequence[str]) -> tuple[str, ...]:
 
 
 def _check_options(trt: TensorRT, settings: Settings) -> None:
-    for option, value in (
-        ("--timing-cache", settings.timing_cache),
-        ("--version-compatible", settings.version_compatible or None),
-        ("--hardware-compatible", settings.hardware_compatible),
-    ):
-        if trt.rtx and value is not None:
-            raise InputError(option, f"{trt.name} does not have this", fix="leave it out, or use --backend tensorrt")
+    for name in ("timing_cache", "version_compatible", "hardware_compatible"):
+        if trt.rtx and getattr(settings, name) not in (None, False):
+            option, fix = f"--{name.replace('_', '-')}", "leave it out, or use --backend tensorrt"
+            raise InputError(option, f"{trt.name} does not have this", fix=fix)
     if settings.hardware_compatible is not None:
         check_choice("--hardware-compatible", "unknown", settings.hardware_compatible, HARDWARE_COMPATIBILITY)
     if settings.workspace is not None and settings.workspace < 0:

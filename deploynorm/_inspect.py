@@ -30,15 +30,14 @@ class Inspection:
         return "nodes" if "opsets" in self.facts else "layers"
 
     def to_dict(self) -> dict[str, Any]:
-        """What JSON has of it."""
         return {**self.facts, self._kind: dict(self.counts)}
 
     def __str__(self) -> str:
         rows = []
         for name, value in self.facts.items():
             if isinstance(value, dict):
-                value = ", ".join(f"{key}: {each}" for key, each in value.items())
-            elif isinstance(value, list):
+                value = [f"{key}: {each}" for key, each in value.items()]
+            if isinstance(value, list):
                 value = ", ".join(map(str, value))
             rows.append((name, "-" if value in (None, "") else value))
         columns = ("operator" if self._kind == "nodes" else "class", "count")

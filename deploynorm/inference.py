@@ -27,13 +27,7 @@ _Array = npt.NDArray[Any]
 
 @dataclass(frozen=True, eq=False)
 class Result:
-    """The outputs of one run.
-
-    Attributes:
-        input: The files that were fed.
-        outputs: Arrays by name.
-        classes: For each image the most likely classes of an output, best first, where the model has class names.
-    """
+    """The outputs of one run on some files, and of an output with class names the most likely ones of each image."""
 
     input: str
     outputs: Mapping[str, _Array]
@@ -86,7 +80,6 @@ class Inference:
         return "\n\n".join([*map(str, self.results), *(f"note: {note}" for note in self.notes)])
 
     def to_dict(self) -> dict[str, Any]:
-        """What JSON has of it."""
         results = [{"input": result.input, "outputs": result.summary()} for result in self.results]
         return {"runner": self.runner, "results": results}
 

@@ -127,7 +127,11 @@ class OnnxFile:
 
     @cached_property
     def half_types(self) -> tuple[str, ...]:
-        return half_types(self.to_ir())
+        """The half types of the graph's values, the coarser last."""
+        graph = self.to_ir().graph
+        inner = (value for node in graph.all_nodes() for value in node.outputs)
+        found = {value.dtype for value in (*graph.inputs, *graph.outputs, *graph.initializers.values(), *inner)}
+        return tuple(name for dtype, name in ONNX_HALF.items() if dtype in found)
 
     @property
     def half_type(self) -> str | None:
@@ -170,14 +174,6 @@ def node_counts(nodes: Iterable[onnx.NodeProto] | Iterable[ir.Node]) -> Counter[
 def size_bytes(model: ir.Model) -> int:
     """Bytes of all weights."""
     return sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value)
-
-
-def half_types(model: ir.Model) -> tuple[str, ...]:
-    """The half types of the graph's values, the coarser last."""
-    values = (*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values())
-    inner = (value for node in model.graph.all_nodes() for value in node.outputs)
-    found = {value.dtype for value in (*values, *inner)}
-    return tuple(name for dtype, name in ONNX_HALF.items() if dtype in found)
 
 
 def save(model: ir.Model, path: Path | str, *, external_data: bool | None = None) -> None:

@@ -10,14 +10,9 @@ from typing import Any, Final
 from deploynorm.errors import BackendError
 
 _PACKAGES: Final = {
+    **{name: name for name in ("ml_dtypes", "numpy", "onnx", "onnxscript", "rich", "torch")},
     "google": "protobuf",
-    "ml_dtypes": "ml_dtypes",
-    "numpy": "numpy",
-    "onnx": "onnx",
     "onnx_ir": "onnx-ir",
-    "onnxscript": "onnxscript",
-    "rich": "rich",
-    "torch": "torch",
 }
 """The packages that we import without being asked for their backend, by the names of their modules."""
 

@@ -45,17 +45,16 @@ def sample_inputs(
     seen: set[tuple[Shape, ...]] = set()
     for index, grown in enumerate(_variants(units, np.random.default_rng(seed))):
         sizes = {(x.input, x.axis): x.base + steps * x.step for unit, steps in grown.items() for x in units[unit]}
-        varied = tuple(
-            tuple(sizes.get((spec.name, axis), size) for axis, size in enumerate(shapes[spec.name])) for spec in specs
-        )
-        if varied in seen:
+        varied = {
+            name: tuple(sizes.get((name, axis), size) for axis, size in enumerate(shape))
+            for name, shape in shapes.items()
+        }
+        if tuple(varied.values()) in seen:
             continue
-        seen.add(varied)
-        label = ", ".join(
-            f"{spec.name} {shape_text(shape).removeprefix('a ')}" for spec, shape in zip(specs, varied, strict=True)
-        )
+        seen.add(tuple(varied.values()))
+        label = ", ".join(f"{name} {shape_text(shape).removeprefix('a ')}" for name, shape in varied.items())
         rng = np.random.default_rng((seed, index))
-        yield label, {spec.name: _values(spec, shape, rng) for spec, shape in zip(specs, varied, strict=True)}
+        yield label, {spec.name: _values(spec, varied[spec.name], rng) for spec in specs}
 
 
 class _Axis(NamedTuple):

@@ -8,7 +8,7 @@ import platform
 import shutil
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,36 +27,22 @@ class Build:
     Attributes:
         library: The operator library for ONNX Runtime.
         libraries: All libraries that were built, this one among them; they lie in one folder.
-        tools, cuda: The compilers; cuda is None for a build without CUDA.
-        options, flags: What CMake was given, and $CXXFLAGS, which CMake adds.
+        facts: The compilers and options, as JSON has them.
     """
 
     library: Path
     libraries: tuple[Path, ...]
-    tools: Tools
-    cuda: CudaTools | None
-    options: tuple[str, ...]
-    flags: str = ""
+    facts: Mapping[str, str | list[str] | None]
 
     def __str__(self) -> str:
-        rows = [("compiler", f"{self.tools.compiler} ({self.tools.compiler_version})"), ("CMake", self.tools.cmake)]
-        rows += [] if self.cuda is None else [("CUDA compiler", f"{self.cuda.nvcc} ({self.cuda.version})")]
-        rows += [("options", option) for option in self.options] + ([("CXXFLAGS", self.flags)] if self.flags else [])
-        return table("Built", ("", ""), [*rows, *(("library", path) for path in self.libraries)])
+        rows = []
+        for name, value in {**self.facts, "library": [str(path) for path in self.libraries]}.items():
+            each = value if isinstance(value, list) else [value]
+            rows += [(name.replace("_", " "), text) for text in each if text]
+        return table("Built", ("", ""), rows)
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON has it."""
-        return {
-            "library": str(self.library),
-            "libraries": [str(path) for path in self.libraries],
-            "compiler": str(self.tools.compiler),
-            "compiler_version": self.tools.compiler_version,
-            "cmake": str(self.tools.cmake),
-            "cuda_compiler": None if self.cuda is None else str(self.cuda.nvcc),
-            "cuda_version": None if self.cuda is None else self.cuda.version,
-            "options": list(self.options),
-            "cxxflags": self.flags,
-        }
+        return {"library": str(self.library), "libraries": [str(path) for path in self.libraries], **self.facts}
 
 
 def build(
@@ -109,7 +95,16 @@ def build(
             for library in Path(work).glob("*.so"):
                 shutil.copy2(library, staged / library.name)
     built = tuple(sorted(target.parent.glob("*.so")))
-    return Build(target, built, tools, cuda_tools, tuple(options), os.environ.get("CXXFLAGS", ""))
+    facts: dict[str, str | list[str] | None] = {
+        "compiler": str(tools.compiler),
+        "compiler_version": tools.compiler_version,
+        "cmake": str(tools.cmake),
+        "cuda_compiler": None if cuda_tools is None else str(cuda_tools.nvcc),
+        "cuda_version": None if cuda_tools is None else cuda_tools.version,
+        "options": options,
+        "cxxflags": os.environ.get("CXXFLAGS", ""),
+    }
+    return Build(target, built, facts)
 
 
 def cache_key(tools: Tools, cuda: CudaTools | None, options: Sequence[str]) -> Path:

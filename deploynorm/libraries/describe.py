@@ -21,7 +21,6 @@ class Description:
         return table("Native libraries", ("", ""), self.facts.items())
 
     def to_dict(self) -> dict[str, str]:
-        """As JSON has it."""
         return dict(self.facts)
 
 

@@ -74,7 +74,6 @@ def explain(where: str, error: Exception) -> DeployNormError:
 
 def plain(error: Exception) -> str:
     """ONNX Runtime's text without its codes, the path, its source lines and its line breaks."""
-    text = re.sub(
-        r"^\[ONNXRuntimeError\] : \d+ : \w+ : (Load model from .* failed:)?", "", " ".join(str(error).split())
-    )
+    codes = r"^\[ONNXRuntimeError\] : \d+ : \w+ : (Load model from .* failed:)?"
+    text = re.sub(codes, "", " ".join(str(error).split()))
     return re.sub(r"/onnxruntime_src/.*?\) (?=[A-Z])", "", text).rstrip(". ")

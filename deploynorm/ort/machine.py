@@ -43,13 +43,10 @@ def check_this_machine(where: str, metadata_json: str, runtime: Any) -> None:
         raise ModelError(where, problem, got=metadata_json, fix=fix) from error
     here = describe(runtime)
     if any(facts[key] != here[key] for key in _BINDING):
-        raise BackendError(
-            where,
-            "was rewritten for another machine or another onnxruntime",
-            got=f"{_words(facts)}, rewritten on {note.get('processor') or 'an unknown processor'}",
-            expected=f"{_words(here)}, as here",
-            fix=f"run here, on the file it was made from: {_FIX}",
-        )
+        problem = "was rewritten for another machine or another onnxruntime"
+        got = f"{_words(facts)}, rewritten on {note.get('processor') or 'an unknown processor'}"
+        fix = f"run here, on the file it was made from: {_FIX}"
+        raise BackendError(where, problem, got=got, expected=f"{_words(here)}, as here", fix=fix)
 
 
 @cache
@@ -76,13 +73,9 @@ def block_size(runtime: Any) -> int:
         if (node.domain, node.op_type) == ("com.microsoft.nchwc", "Conv"):
             shapes = {tensor.name: tensor.dims for tensor in optimized.graph.initializer}
             return int(shapes[node.input[1]][0])
-    raise BackendError(
-        "onnxruntime",
-        f"onnxruntime {runtime.__version__} does not block channels on this processor",
-        got=processor_name(),
-        expected="an x86-64 processor with AVX, or another for which it has the blocked layout",
-        fix="use the file as exported",
-    )
+    problem = f"onnxruntime {runtime.__version__} does not block channels on this processor"
+    expected, fix = "an x86-64 processor with AVX, or another for which it has the blocked layout", "use it as exported"
+    raise BackendError("onnxruntime", problem, got=processor_name(), expected=expected, fix=fix)
 
 
 def _words(facts: dict[str, str | int | None]) -> str:

@@ -46,11 +46,8 @@ def find_provider(name: str, ort: Any) -> tuple[str, dict[str, str]]:
     if full not in present and full == name and name not in ort.get_all_providers():
         raise InputError("onnxruntime", "unknown provider", got=repr(name), expected=" or ".join(PROVIDERS))
     if full not in present:
-        raise BackendError(
-            "onnxruntime",
-            f"onnxruntime {ort.__version__} was built without the provider {name!r}",
-            got=[known for known, (full, _) in PROVIDERS.items() if full in present],
-            expected=name,
-            fix=_INSTALL_CPU if name == "cpu" else _INSTALL_GPU,
-        )
+        problem = f"onnxruntime {ort.__version__} was built without the provider {name!r}"
+        got = [known for known, (full, _) in PROVIDERS.items() if full in present]
+        fix = _INSTALL_CPU if name == "cpu" else _INSTALL_GPU
+        raise BackendError("onnxruntime", problem, got=got, expected=name, fix=fix)
     return full, settings

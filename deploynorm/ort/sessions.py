@@ -38,15 +38,13 @@ def register(options: onnxruntime.SessionOptions) -> None:
 
 
 def _register_library(options: onnxruntime.SessionOptions, library: Path) -> None:
-    """Registers a library of custom operators, or raises BackendError: it is none, or refuses this onnxruntime."""
+    """Registers a library of custom operators; BackendError where it is none, or refuses this onnxruntime."""
     try:
         options.register_custom_ops_library(str(library))
     except Exception as error:
-        raise BackendError(
-            str(library),
-            f"ONNX Runtime cannot load this plugin library: {plain(error)}",
-            fix="pass each library once, built for this machine and this onnxruntime",
-        ) from error
+        problem = f"ONNX Runtime cannot load this plugin library: {plain(error)}"
+        fix = "pass each library once, built for this machine and this onnxruntime"
+        raise BackendError(str(library), problem, fix=fix) from error
 
 
 def session(
@@ -99,13 +97,10 @@ def session(
         raise explain(where, error) from error
     lost = [name for name, (full, _) in zip(providers, asked, strict=True) if full not in opened.get_providers()]
     if lost:
-        raise BackendError(
-            where,
-            f"the provider {lost[0]!r} failed to start, and ONNX Runtime would have used another",
-            got=opened.get_providers(),
-            expected=[name for name, _ in asked],
-            fix="deploynorm doctor lists what is missing of driver, CUDA, cuDNN and TensorRT",
-        )
+        problem = f"the provider {lost[0]!r} failed to start, and ONNX Runtime would have used another"
+        expected = [name for name, _ in asked]
+        fix = "deploynorm doctor lists what is missing of driver, CUDA, cuDNN and TensorRT"
+        raise BackendError(where, problem, got=opened.get_providers(), expected=expected, fix=fix)
     if missing and _mentions_operator(model):
         text = f"deploynorm: FRN layers run as several operators each, which is slower: {missing}"
         warnings.warn(text, RuntimeWarning, stacklevel=2)

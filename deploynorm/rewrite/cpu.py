@@ -49,10 +49,7 @@ def optimize_for_cpu(model: ir.Model, *, source_sha256: str | None = None) -> Re
 
     Args:
         model: As exported, in float32, with each FRN as one node. It is left untouched.
-        source_sha256: Of the file that the model was read from, for the note in the result.
-
-    Returns:
-        The rewritten model, with a note of this machine in its metadata (`check_this_machine` reads it).
+        source_sha256: Of the file that the model was read from, for the note of this machine in the result's metadata.
 
     Raises:
         ModelError: The model has no FRN node, is not float32, was rewritten or optimised before, or cannot be run.
@@ -74,12 +71,9 @@ def optimize_for_cpu(model: ir.Model, *, source_sha256: str | None = None) -> Re
 def _refuse(model: ir.Model) -> None:
     for node in model.graph.all_nodes():
         if node.domain == NCHWC or (node.domain, node.op_type) == (DOMAIN, BLOCKED_OP_TYPE):
-            raise ModelError(
-                "rewrite",
-                "the file is rewritten already, or ONNX Runtime has optimised it",
-                got=f"{node.domain}::{node.op_type}",
-                fix="rewrite the file as exported",
-            )
+            problem = "the file is rewritten already, or ONNX Runtime has optimised it"
+            got = f"{node.domain}::{node.op_type}"
+            raise ModelError("rewrite", problem, got=got, fix="rewrite the file as exported")
     nodes = frn_nodes(model)
     if not nodes:
         problem = f"the file has no node {DOMAIN}::{OP_TYPE}, without which this has no use"

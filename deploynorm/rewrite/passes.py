@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Final, NamedTuple, TypeAlias
 
 if TYPE_CHECKING:
@@ -45,7 +46,8 @@ def sequence(*passes: RewritePass) -> RewritePass:
     def run(model: ir.Model, *, source_sha256: str | None = None) -> RewriteResult:
         result = passes[0](model, source_sha256=source_sha256)
         for each in passes[1:]:
-            result = result.then(each(result.model, source_sha256=source_sha256))
+            later = each(result.model, source_sha256=source_sha256)
+            result = replace(later, changes=(*result.changes, *later.changes), before=result.before)
         return result
 
     return run

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import onnx_ir as ir
 
@@ -31,10 +31,6 @@ class RewriteResult:
     def modified(self) -> bool:
         """Whether anything was rewritten."""
         return any(change.outcome == "rewritten" for change in self.changes)
-
-    def then(self, later: RewriteResult) -> RewriteResult:
-        """The results of two passes, the second on the result of the first, as one."""
-        return replace(later, changes=(*self.changes, *later.changes), before=self.before)
 
     def __str__(self) -> str:
         """What was rewritten, what was not and why, and the nodes before and after."""

@@ -55,7 +55,6 @@ class Rewritten:
         return f"{self.result}\n\n{parity_table([self.parity], f'Parity with {self.source.where}', verbose)}"
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON has it."""
         return {
             "rewrite": ", ".join(self.passes),
             "machine": self.machine,
@@ -104,7 +103,7 @@ def rewrite(
     rtol: float | None = None,
     atol: float | None = None,
 ) -> Rewritten:
-    """Rewrites an ONNX file and checks the result against it, on several shapes.
+    """Rewrites an ONNX file and checks the result against it, on several shapes. Nothing is written before `save`.
 
     Args:
         model: A file that `deploynorm export` has written, or what OnnxFile.read has read.
@@ -112,9 +111,6 @@ def rewrite(
         input_shapes: A shape by input that the network takes, "" for the only one; by default what the metadata says.
         seed: Of the random inputs.
         rtol, atol: See `deploynorm.check`.
-
-    Returns:
-        The rewritten graph and its check; nothing is written before `save`.
 
     Raises:
         InputError: An unknown pass, or the shape of an input is not known.
