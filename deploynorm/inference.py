@@ -64,11 +64,10 @@ def _cell(value: object) -> str:
 
 @dataclass(frozen=True, eq=False)
 class Inference:
-    """What a network gave for some files; `print` shows a table of each.
+    """What a network gave for some files: a result for each image, or one for all arrays; `print` shows their tables.
 
     Attributes:
         runner: Name of the backend.
-        results: One for each image, or one for all arrays.
         notes: What was converted.
     """
 

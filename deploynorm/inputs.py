@@ -18,12 +18,8 @@ SHAPE_EXAMPLE = "x:2x3x224x224, x:[2,3,224,224], or 2x3x224x224 for a network wi
 
 @dataclass(frozen=True)
 class AxisSizes:
-    """The sizes that a dynamic axis takes, as far as they were tried: base, base + step, base + 2 step and so on.
-
-    Attributes:
-        base: The size of the example.
-        step: The smallest growth that the network takes.
-        group: Axes of one group grow together, by equal numbers of steps.
+    """The sizes that a dynamic axis takes, as far as they were tried: base (of the example), base + step, base + 2 step
+    and so on. Axes of one group grow together, by equal numbers of steps.
     """
 
     base: int
