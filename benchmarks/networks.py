@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from deploynorm._export import export
 from deploynorm._fold import fold
+from deploynorm.contract import Lowering
 from deploynorm.layers import FRN2d
-from deploynorm.lowering import Lowering
 from deploynorm.models import frn_resnet, mabn_resnet
 
 __all__ = ["NETWORKS", "export_network", "timm_resnet"]

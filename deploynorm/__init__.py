@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from deploynorm.packages import import_module
+from deploynorm.packages import load as _load
 
 if TYPE_CHECKING:
     from deploynorm._build import build as build
@@ -48,10 +48,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
-    "convert": "deploynorm._convert",
-    "Conversion": "deploynorm._convert",
-    "load": "deploynorm.checkpoint",
-    "save": "deploynorm.checkpoint",
+    **dict.fromkeys(("convert", "Conversion"), "deploynorm._convert"),
+    **dict.fromkeys(("load", "save"), "deploynorm.checkpoint"),
     "swap": "deploynorm._swap",
     "fold": "deploynorm._fold",
     "export": "deploynorm._export",
@@ -61,11 +59,9 @@ _HOME = {
     "check": "deploynorm._check",
     "sample_inputs": "deploynorm.samples",
     "ImageSpec": "deploynorm.image",
-    "DeployNormError": "deploynorm.errors",
-    "InputError": "deploynorm.errors",
-    "ModelError": "deploynorm.errors",
-    "BackendError": "deploynorm.errors",
-    "ParityError": "deploynorm.errors",
+    **dict.fromkeys(
+        ("DeployNormError", "InputError", "ModelError", "BackendError", "ParityError"), "deploynorm.errors"
+    ),
 }
 
 __all__ = ["__version__", *_HOME]
@@ -74,7 +70,7 @@ __all__ = ["__version__", *_HOME]
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return globals().setdefault(name, getattr(import_module(_HOME[name]), name))
+    return globals().setdefault(name, _load(f"{_HOME[name]}.{name}"))
 
 
 def __dir__() -> list[str]:

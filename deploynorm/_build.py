@@ -5,20 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from deploynorm.contract import DOMAIN, OP_TYPE
-from deploynorm.errors import BackendError, InputError, ModelError
+from deploynorm.errors import BackendError, InputError, ModelError, check_choice
 from deploynorm.inputs import Shape
-from deploynorm.onnx_file import OnnxFile, OnnxSource
+from deploynorm.onnx_file import OnnxSource
 from deploynorm.trt import Flavour, TensorRT, gpu_here, import_tensorrt
 from deploynorm.trt.builder import build_way, load_plugins
 from deploynorm.trt.engine import Engine
 from deploynorm.trt.model import TensorRTModel
 from deploynorm.trt.profile import ranges
 from deploynorm.trt.settings import HARDWARE_COMPATIBILITY, Settings, Way
-
-__all__ = ["build"]
 
 
 def build(
@@ -41,25 +39,21 @@ def build(
 ) -> Engine:
     """Builds a TensorRT engine. Its types are those of the ONNX graph, whatever the version of TensorRT.
 
-    "auto" builds FRN both ways. Where this machine has a GPU of the kind that the engine is for, it runs both and
-    keeps the faster. Elsewhere nothing can be timed, and it keeps the one with fewer layers that write to memory; when
-    they are even, the native one, which needs no library where it runs.
-
     Args:
         model: A file, with its external data beside it, or a model in memory; see OnnxFile.read.
         backend: "auto" takes TensorRT where both are installed.
         compute_capabilities: The GPUs that the engine is for, such as "8.9". TensorRT-RTX builds for any, without a
             GPU; TensorRT for the one of this machine only, which is the default of both.
-        min_shapes: Smallest shapes by input; "" for the only input. See trt.profile.ranges for what may be left out;
-            where all three are, the engine is for one image of the size that the file's metadata has.
-        opt_shapes: The shapes that the engine is tuned for.
-        max_shapes: Largest shapes.
-        frn: "plugin" for our kernel, "native" for the operator's body as TensorRT fuses it.
+        min_shapes, opt_shapes, max_shapes: The smallest shapes by input, those that the engine is tuned for, and the
+            largest; "" for the only input. See trt.profile.ranges for what may be left out; where all three are, the
+            engine is for one image of the size that the file's metadata has.
+        frn: "plugin" for our kernel, "native" for the operator's body as TensorRT fuses it. "auto" builds both, runs
+            both on a GPU of the kind that the engine is for, and keeps the faster. Without one it keeps that with
+            fewer layers that write to memory; when they are even, the native one, which needs no library.
         tf32: Whether float32 products may be rounded to 10 bits.
         plugins: Plugin libraries instead of ours.
         embed_plugin: Whether the plugin libraries that it needs go into the plan, so that it runs where they are not
-            installed.
-            Who loads such a plan runs code from it, which TensorRT requires to be permitted.
+            installed. Who loads such a plan runs code from it, which TensorRT requires to be permitted.
         timing_cache: What an earlier engine had as its timing_cache, or the file of it; b"", or a file that does not
             exist yet, begins one. TensorRT only.
         workspace: Bytes of scratch memory that a layer may use; TensorRT's own default is all of the GPU's.
@@ -73,11 +67,10 @@ def build(
         ModelError: The model cannot be read or built; see TensorRTModel.read.
         BackendError: TensorRT, a GPU or the plugin is missing.
     """
-    if frn not in ("auto", "plugin", "native"):
-        raise InputError("build", "unknown way for FRN", got=repr(frn), expected="auto, plugin or native")
+    check_choice("build", "unknown way for FRN", frn, ("auto", *get_args(Way)))
     trt = import_tensorrt(backend)
     read = TensorRTModel.read(model)
-    opt_shapes = opt_shapes or ({} if min_shapes or max_shapes else _image_shape(read.file))
+    opt_shapes = opt_shapes or ({} if min_shapes or max_shapes else read.file.image_shape(batch=1))
     settings = Settings(
         ranges=ranges(read.file.inputs, minimum=min_shapes or {}, optimum=opt_shapes, maximum=max_shapes or {}),
         targets=_targets(trt, compute_capabilities),
@@ -93,13 +86,10 @@ def build(
     )
     _check_options(trt, settings)
     if not read.frn:
+        none = f"has no node {DOMAIN}::{OP_TYPE}"
         if frn == "plugin":
-            raise ModelError(
-                read.file.where,
-                f"has no node {DOMAIN}::{OP_TYPE}, so there is nothing for the plugin",
-                fix="leave --frn out",
-            )
-        return build_way(trt, read, "native", settings, f"the model has no node {DOMAIN}::{OP_TYPE}")
+            raise ModelError(read.file.where, f"{none}, so there is nothing for the plugin", fix="leave --frn out")
+        return build_way(trt, read, "native", settings, f"the model {none}")
     if frn != "auto":
         return build_way(trt, read, frn, settings, "as asked for")
     try:
@@ -110,15 +100,6 @@ def build(
         return build_way(trt, read, "native", settings, f"the plugin is not there ({error.where}: {error.problem})")
     both: dict[Way, Engine] = {way: build_way(trt, read, way, settings, "") for way in ("plugin", "native")}
     return _choose(both)
-
-
-def _image_shape(file: OnnxFile) -> dict[str, Shape]:
-    """One image of the size that the metadata has, for a model with one input."""
-    image, _ = file.image_and_labels
-    if image is None or len(file.inputs) != 1:
-        return {}
-    batch = file.inputs[0].shape[0]
-    return {"": (batch if isinstance(batch, int) else 1, *image.shape)}
 
 
 def _read_cache(cache: bytes | str | Path | None) -> bytes | None:
@@ -134,47 +115,30 @@ def _targets(trt: TensorRT, asked: Sequence[str]) -> tuple[str, ...]:
     here = gpu_here()
     if not trt.rtx:
         if asked and tuple(asked) != (here,):
-            raise InputError(
-                "--compute-capability",
-                "TensorRT builds for the GPU of this machine only",
-                got=", ".join(asked),
-                expected=here or "a GPU",
-                fix="build on the machine that runs the engine, or for RTX cards with --backend tensorrt-rtx",
-            )
+            problem = "TensorRT builds for the GPU of this machine only"
+            got, expected = ", ".join(asked), here or "a GPU"
+            fix = "build on the machine that runs the engine, or for RTX cards with --backend tensorrt-rtx"
+            raise InputError("--compute-capability", problem, got=got, expected=expected, fix=fix)
         return () if here is None else (here,)
     if not asked:
         if here is None:
-            raise BackendError(
-                "build",
-                "there is no GPU here whose kind the engine could be for",
-                fix="name it: --compute-capability 8.9 (RTX 40), 12.0 (RTX 50), 8.6 (RTX 30), 7.5 (RTX 20)",
-            )
+            problem = "there is no GPU here whose kind the engine could be for"
+            raise BackendError("build", problem, fix="name it, as in --compute-capability 8.9 for an RTX 40")
         return (here,)
     members = trt.module.ComputeCapability.__members__
     known = {f"{name[2:-1]}.{name[-1]}": name for name in members if name.startswith("SM")}
-    unknown = [text for text in asked if text not in known]
-    if unknown:
-        raise InputError(
-            "--compute-capability", f"{trt.name} does not build for this", got=unknown[0], expected=", ".join(known)
-        )
+    for text in asked:
+        check_choice("--compute-capability", f"{trt.name} does not build for this", text, known)
     return tuple(dict.fromkeys(asked))
 
 
 def _check_options(trt: TensorRT, settings: Settings) -> None:
-    for option, value in (
-        ("--timing-cache", settings.timing_cache),
-        ("--version-compatible", settings.version_compatible or None),
-        ("--hardware-compatible", settings.hardware_compatible),
-    ):
-        if trt.rtx and value is not None:
-            raise InputError(option, f"{trt.name} does not have this", fix="leave it out, or use --backend tensorrt")
-    if settings.hardware_compatible not in (None, *HARDWARE_COMPATIBILITY):
-        raise InputError(
-            "--hardware-compatible",
-            "unknown",
-            got=repr(settings.hardware_compatible),
-            expected=" or ".join(HARDWARE_COMPATIBILITY),
-        )
+    for name in ("timing_cache", "version_compatible", "hardware_compatible"):
+        if trt.rtx and getattr(settings, name) not in (None, False):
+            option, fix = f"--{name.replace('_', '-')}", "leave it out, or use --backend tensorrt"
+            raise InputError(option, f"{trt.name} does not have this", fix=fix)
+    if settings.hardware_compatible is not None:
+        check_choice("--hardware-compatible", "unknown", settings.hardware_compatible, HARDWARE_COMPATIBILITY)
     if settings.workspace is not None and settings.workspace < 0:
         raise InputError("--workspace", "must not be negative", got=settings.workspace)
     if settings.optimization_level is not None and not 0 <= settings.optimization_level <= 5:

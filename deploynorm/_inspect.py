@@ -17,17 +17,10 @@ from deploynorm.run.backends import ENGINE_SUFFIXES
 from deploynorm.tables import table
 from deploynorm.trt.manifest import manifest_path, read_manifest
 
-__all__ = ["Inspection", "inspect"]
-
 
 @dataclass(frozen=True)
 class Inspection:
-    """What is in a file; `print` shows it.
-
-    Attributes:
-        facts: By name.
-        counts: How many layers of each class, or nodes of each operator.
-    """
+    """Facts of a file by name, and how many layers of each class, or nodes of each operator; `print` shows them."""
 
     facts: Mapping[str, Any]
     counts: Mapping[str, int]
@@ -37,24 +30,19 @@ class Inspection:
         return "nodes" if "opsets" in self.facts else "layers"
 
     def to_dict(self) -> dict[str, Any]:
-        """What JSON has of it."""
         return {**self.facts, self._kind: dict(self.counts)}
 
     def __str__(self) -> str:
         rows = []
         for name, value in self.facts.items():
             if isinstance(value, dict):
-                value = ", ".join(f"{key}: {each}" for key, each in value.items())
-            elif isinstance(value, list):
+                value = [f"{key}: {each}" for key, each in value.items()]
+            if isinstance(value, list):
                 value = ", ".join(map(str, value))
             rows.append((name, "-" if value in (None, "") else value))
         columns = ("operator" if self._kind == "nodes" else "class", "count")
-        return "\n\n".join(
-            [
-                table(str(self.facts["file"]), ("", ""), rows[1:]),
-                table(self._kind.capitalize(), columns, self.counts.items()),
-            ]
-        )
+        counts = table(self._kind.capitalize(), columns, self.counts.items())
+        return f"{table(str(self.facts['file']), ('', ''), rows[1:])}\n\n{counts}"
 
 
 def inspect(
@@ -64,17 +52,7 @@ def inspect(
     factory_kwargs: Mapping[str, Any] | None = None,
     trust_pickle: bool = False,
 ) -> Inspection:
-    """What is in an ONNX file, an engine, or a file that `deploynorm.load` reads; what `deploynorm inspect` shows.
-
-    Args:
-        path: The file.
-        factory: See `deploynorm.load`.
-        factory_kwargs: Likewise.
-        trust_pickle: Likewise.
-
-    Raises:
-        ModelError: The file cannot be read.
-    """
+    """What is in an ONNX file, an engine, or a file that `deploynorm.load` reads (with its options)."""
     path = Path(path)
     if path.suffix == ".onnx":
         return _onnx(path)

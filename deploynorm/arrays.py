@@ -10,8 +10,6 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-__all__ = ["to_array", "to_tensor"]
-
 
 def to_tensor(array: npt.NDArray[Any]) -> Tensor:
     """A tensor on the CPU with a copy of the array: torch refuses negative strides and read-only memory."""

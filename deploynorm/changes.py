@@ -6,8 +6,6 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-__all__ = ["Change", "LayerReport"]
-
 
 class Change(NamedTuple):
     """What became of one layer of a network, or of one node of an ONNX graph.

@@ -8,29 +8,7 @@ Every host (PyTorch, ONNX, ONNX Runtime, TensorRT) takes the names from here.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Final, Literal
-
-__all__ = [
-    "BLOCKED_OP_TYPE",
-    "BLOCK_ATTRIBUTE",
-    "DOMAIN",
-    "DTYPES",
-    "INPUTS",
-    "LOWERINGS",
-    "MAX_OPSET",
-    "METADATA_CPU",
-    "METADATA_IMAGE",
-    "METADATA_LABELS",
-    "METADATA_SIZES",
-    "MIN_OPSET",
-    "Lowering",
-    "NODE_ATTRIBUTES",
-    "OP_TYPE",
-    "OUTPUT",
-    "PARAMETERS",
-    "TORCH_OP",
-    "VERSION",
-]
+from typing import Final, NamedTuple, TypeAlias
 
 DOMAIN: Final = "deploynorm"
 """ONNX domain, torch.library namespace and TensorRT plugin namespace.
@@ -73,22 +51,35 @@ MAX_OPSET: Final = 23
 """Opsets of the default ONNX domain that export accepts."""
 
 METADATA_IMAGE: Final = "deploynorm.image"
-"""metadata_props key: how an image becomes the input, as JSON of shape (C, H, W), mean and std."""
-
 METADATA_LABELS: Final = "deploynorm.labels"
-"""metadata_props key: the class names, as a JSON list."""
-
-METADATA_CPU: Final = "deploynorm.optimized_for_cpu"
-"""metadata_props key: which machine and ONNX Runtime a file was rewritten for, as JSON."""
-
 METADATA_SIZES: Final = "deploynorm.sizes"
-"""metadata_props key: which sizes the network was found to take, as JSON (`deploynorm.inputs.sizes_to_dict`)."""
+METADATA_CPU: Final = "deploynorm.optimized_for_cpu"
+"""metadata_props keys; each value is JSON. How an image becomes the input (`ImageSpec.to_dict`); the class names; which
+sizes the network takes (`deploynorm.inputs.sizes_to_dict`); for which machine a file was rewritten."""
 
-Lowering = Literal["custom", "rmsnorm", "primitives"]
-"""A form of the operator's nodes in a graph; deploynorm.lowering has a writer for each."""
 
-LOWERINGS: Final[Mapping[Lowering, str]] = {
-    "custom": "as one node a layer, with its body beside it",
-    "rmsnorm": "on RMSNormalization, opset 23",
-    "primitives": "in primitive operators",
+class LoweringRow(NamedTuple):
+    """One row of `LOWERINGS`.
+
+    Attributes:
+        writer: The function that writes it, as `deploynorm.packages.load` finds it.
+        min_opset: The first opset that has its operators.
+        summary: What it is, for --help.
+    """
+
+    writer: str
+    min_opset: int
+    summary: str
+
+
+LOWERINGS: Final[Mapping[str, LoweringRow]] = {
+    "custom": LoweringRow(
+        "deploynorm.lowering.write_custom", MIN_OPSET, "as one node a layer, with its body beside it"
+    ),
+    "rmsnorm": LoweringRow("deploynorm.lowering.write_rmsnorm", 23, "on RMSNormalization, opset 23"),
+    "primitives": LoweringRow("deploynorm.lowering.write_primitives", MIN_OPSET, "in primitive operators"),
 }
+"""The forms of the operator's nodes in a graph. A new one takes one row here and its writer."""
+
+Lowering: TypeAlias = str
+"""A name in `LOWERINGS`."""

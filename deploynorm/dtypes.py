@@ -3,14 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import numpy as np
-
-if TYPE_CHECKING:
-    import torch
-
-__all__ = ["HALF", "ONNX_HALF", "largest", "numpy_dtype", "torch_dtype"]
 
 HALF: Final = ("float16", "bfloat16")
 """The half types, the coarser last."""
@@ -20,29 +15,10 @@ ONNX_HALF: Final[Mapping[int, str]] = {10: "float16", 16: "bfloat16"}
 
 
 def numpy_dtype(name: str) -> np.dtype[Any]:
-    """NumPy's dtype, from ml_dtypes for the types that NumPy itself does not have.
-
-    Raises:
-        TypeError: There is no such type.
-    """
+    """NumPy's dtype, from ml_dtypes for the types that NumPy itself does not have; TypeError where there is none."""
     try:
         return np.dtype(name)
     except TypeError:
         import ml_dtypes  # comes with onnx
 
         return np.dtype(getattr(ml_dtypes, name, name))
-
-
-def torch_dtype(name: str) -> torch.dtype | None:
-    """torch's dtype; None where torch has no such type."""
-    import torch
-
-    dtype = getattr(torch, name, None)
-    return dtype if isinstance(dtype, torch.dtype) else None
-
-
-def largest(name: str) -> float:
-    """The largest finite number of a floating type."""
-    import ml_dtypes
-
-    return float(ml_dtypes.finfo(numpy_dtype(name)).max)  # type: ignore[no-untyped-call]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["BackendError", "DeployNormError", "InputError", "ModelError", "ParityError"]
+from collections.abc import Collection
 
 
 class DeployNormError(Exception):
@@ -19,32 +19,18 @@ class DeployNormError(Exception):
     exit_code = 2
 
     def __init__(
-        self,
-        where: str,
-        problem: str,
-        *,
-        got: object = None,
-        expected: object = None,
-        fix: str | None = None,
+        self, where: str, problem: str, *, got: object = None, expected: object = None, fix: str | None = None
     ) -> None:
-        self.where = where
-        self.problem = problem
-        self.got = got
-        self.expected = expected
-        self.fix = fix
-        super().__init__(self._render())
-
-    def _render(self) -> str:
+        self.where, self.problem, self.got, self.expected, self.fix = where, problem, got, expected, fix
         # Text taken from another library may bring its own full stop.
-        sentences = [f"{self.where}: {self.problem.rstrip('.')}."]
-        found = [f"got {self.got}"] if self.got is not None else []
-        found += [f"expected {self.expected}"] if self.expected is not None else []
+        sentences = [f"{where}: {problem.rstrip('.')}."]
+        found = [f"{word} {value}" for word, value in (("got", got), ("expected", expected)) if value is not None]
         if found:
             text = "; ".join(found).rstrip(".")
             sentences.append(text[0].upper() + text[1:] + ".")
-        if self.fix is not None:
-            sentences.append(f"Fix: {self.fix}.")
-        return " ".join(sentences)
+        if fix is not None:
+            sentences.append(f"Fix: {fix}.")
+        super().__init__(" ".join(sentences))
 
 
 class InputError(DeployNormError, ValueError):
@@ -65,3 +51,9 @@ class ParityError(DeployNormError):
     """Two forms of a network do not compute the same numbers."""
 
     exit_code = 1
+
+
+def check_choice(where: str, problem: str, value: object, choices: Collection[str]) -> None:
+    """Raises InputError for a value that is not one of the choices."""
+    if value not in choices:
+        raise InputError(where, problem, got=repr(value), expected=", ".join(choices))

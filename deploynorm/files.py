@@ -12,17 +12,13 @@ from pathlib import Path
 
 from deploynorm.errors import InputError
 
-__all__ = ["sha256", "staging", "write_text"]
-
 
 @contextmanager
 def staging(target: Path) -> Iterator[Path]:
     """A folder beside the target; its files move into the target's folder when the block ends without an error.
 
-    The file named as the target moves last, so that whoever sees it sees the others too.
-
-    Raises:
-        InputError: The target's folder does not exist or cannot be written to.
+    The file named as the target moves last, so that whoever sees it sees the others too. InputError where the folder
+    does not exist or cannot be written to.
     """
     parent = target.parent
     try:
@@ -30,9 +26,8 @@ def staging(target: Path) -> Iterator[Path]:
             raise IsADirectoryError(f"{target} is a folder")
         folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=parent))
     except OSError as error:
-        raise InputError(
-            f"output {target}", f"cannot write there: {error.strerror or error}", fix="choose another output file"
-        ) from error
+        problem = f"cannot write there: {error.strerror or error}"
+        raise InputError(f"output {target}", problem, fix="choose another output file") from error
     try:
         yield folder
         for path in sorted(folder.iterdir(), key=lambda path: path.name == target.name):

@@ -13,8 +13,6 @@ import numpy.typing as npt
 
 from deploynorm.errors import BackendError, InputError
 
-__all__ = ["ImageSpec"]
-
 
 @dataclass(frozen=True)
 class ImageSpec:
@@ -35,41 +33,29 @@ class ImageSpec:
 
     def __post_init__(self) -> None:
         shape: object = self.shape
-        if not (isinstance(shape, tuple) and len(shape) == 3 and all(_is_size(size) for size in shape)):
+        if not (isinstance(shape, tuple) and len(shape) == 3 and all(type(size) is int and size > 0 for size in shape)):
             raise InputError("input.shape", "not the shape of an image", got=shape, expected="C, H, W, each at least 1")
-        fields: dict[str, Any] = {"mean": self.mean, "std": self.std}
-        for key, values in fields.items():
-            if not (
-                isinstance(values, tuple)
-                and len(values) == self.shape[0]
-                and all(_is_number(value) for value in values)
-                and (key == "mean" or min(values) > 0)
-            ):
-                kind = "positive numbers" if key == "std" else "numbers"
-                raise InputError(
-                    f"input.{key}", "does not fit the channels", got=values, expected=f"{self.shape[0]} finite {kind}"
-                )
+        fields: dict[str, tuple[Any, str]] = {"mean": (self.mean, "numbers"), "std": (self.std, "positive numbers")}
+        for key, (values, kind) in fields.items():
+            sound = isinstance(values, tuple) and len(values) == self.shape[0] and all(map(_is_number, values))
+            if not sound or (key == "std" and min(values) <= 0):
+                expected = f"{self.shape[0]} finite {kind}"
+                raise InputError(f"input.{key}", "does not fit the channels", got=values, expected=expected)
 
     @classmethod
     def from_dict(cls, data: object) -> ImageSpec:
-        """Reads {"shape": [C, H, W], "mean": [C numbers], "std": [C numbers]}.
-
-        Raises:
-            InputError: A key is missing, unknown or holds a wrong value; the message names it.
-        """
+        """Reads {"shape": [C, H, W], "mean": [C numbers], "std": [C numbers]}; InputError names a key that is wrong."""
         keys = ("shape", "mean", "std")
+        expected = f"the keys {', '.join(keys)}"
         if not isinstance(data, Mapping):
-            raise InputError("input", "not a table", got=type(data).__name__, expected="the keys " + ", ".join(keys))
-        for key in keys:
-            if key not in data:
-                raise InputError(f"input.{key}", "missing", expected="the keys " + ", ".join(keys))
+            raise InputError("input", "not a table", got=type(data).__name__, expected=expected)
+        for key in (*keys, *data):
+            if key not in keys or key not in data:
+                raise InputError(f"input.{key}", "missing" if key in keys else "unknown key", expected=expected)
             if not isinstance(data[key], list | tuple):
                 raise InputError(f"input.{key}", "not a list", got=repr(data[key]))
-        unknown = [str(key) for key in data if key not in keys]
-        if unknown:
-            raise InputError(f"input.{unknown[0]}", "unknown key", expected=", ".join(keys))
-        c_h_w: Any = tuple(data["shape"])
-        return cls(c_h_w, tuple(data["mean"]), tuple(data["std"]))
+        fields: Any = (tuple(data[key]) for key in keys)
+        return cls(*fields)
 
     def to_dict(self) -> dict[str, list[int] | list[float]]:
         """As plain lists, which from_dict reads back."""
@@ -90,36 +76,29 @@ class ImageSpec:
         channels, height, width = self.shape
         where = f"image {path}"
         if channels not in (1, 3):
-            raise InputError(
-                where, "no colour space of that many channels", got=channels, expected="1 (grey) or 3 (RGB)"
-            )
+            expected = "1 (grey) or 3 (RGB)"
+            raise InputError(where, "no colour space of that many channels", got=channels, expected=expected)
         try:
             from PIL import Image
         except ImportError as error:
             raise BackendError(where, "reading images needs Pillow", fix='pip install "pillow>=10"') from error
         try:
             with Image.open(path) as opened:
-                if opened.mode == "F" or opened.mode.startswith("I"):
-                    raise InputError(
-                        where, "not 8 bits a channel", got=f"mode {opened.mode}", fix="convert it to 8 bits"
-                    )
-                image = opened.convert("L" if channels == 1 else "RGB")
-        except InputError:
-            raise
+                mode = opened.mode
+                deep = mode == "F" or mode.startswith("I")
+                image = opened if deep else opened.convert("L" if channels == 1 else "RGB")
         except FileNotFoundError as error:
             raise InputError(where, "no such file") from error
         except Exception as error:  # decoders of broken files raise nearly anything
             raise InputError(where, "not an image that Pillow can read", fix="give a PNG or JPEG file") from error
+        if deep:
+            raise InputError(where, "not 8 bits a channel", got=f"mode {mode}", fix="convert it to 8 bits")
         if image.size != (width, height):
             image = image.resize((width, height), Image.Resampling.BILINEAR)
         pixels = np.asarray(image, dtype=np.float64).reshape(height, width, channels).transpose(2, 0, 1) / 255
         mean, std = (np.array(values).reshape(-1, 1, 1) for values in (self.mean, self.std))
         normalized: npt.NDArray[np.float32] = ((pixels - mean) / std).astype(np.float32)[np.newaxis]
         return normalized
-
-
-def _is_size(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def _is_number(value: object) -> bool:

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
-from deploynorm.dtypes import HALF, largest, numpy_dtype
+from deploynorm.dtypes import HALF, numpy_dtype
 from deploynorm.errors import InputError
 from deploynorm.files import staging
 from deploynorm.image import ImageSpec
@@ -25,21 +26,13 @@ if TYPE_CHECKING:
 
     from deploynorm.network import Reading
 
-__all__ = ["Inference", "Result", "run_on_files"]
-
 _ARRAY_ENDINGS = (".npy", ".npz")
 _Array = npt.NDArray[Any]
 
 
 @dataclass(frozen=True, eq=False)
 class Result:
-    """The outputs of one run.
-
-    Attributes:
-        input: The files that were fed.
-        outputs: Arrays by name.
-        classes: For each image the most likely classes of an output, best first, where the model has class names.
-    """
+    """The outputs of one run on some files, and of an output with class names the most likely ones of each image."""
 
     input: str
     outputs: Mapping[str, _Array]
@@ -76,11 +69,10 @@ def _cell(value: object) -> str:
 
 @dataclass(frozen=True, eq=False)
 class Inference:
-    """What a network gave for some files; `print` shows a table of each.
+    """What a network gave for some files: a result for each image, or one for all arrays; `print` shows their tables.
 
     Attributes:
         runner: Name of the backend.
-        results: One for each image, or one for all arrays.
         notes: What was converted.
     """
 
@@ -92,26 +84,21 @@ class Inference:
         return "\n\n".join([*map(str, self.results), *(f"note: {note}" for note in self.notes)])
 
     def to_dict(self) -> dict[str, Any]:
-        """What JSON has of it."""
-        return {
-            "runner": self.runner,
-            "results": [{"input": result.input, "outputs": result.summary()} for result in self.results],
-        }
+        results = [{"input": result.input, "outputs": result.summary()} for result in self.results]
+        return {"runner": self.runner, "results": results}
 
     def save(self, path: Path | str) -> Path:
         """Writes the outputs to an .npz file, those of several images one after the other along the batch.
 
         bfloat16 is written as float32, since NumPy's files do not have it.
-
-        Raises:
-            InputError: The folder cannot be written to.
         """
         path = Path(path)
-        names = self.results[0].outputs if self.results else {}
-        whole = {name: np.concatenate([result.outputs[name] for result in self.results]) for name in names}
+        whole: dict[str, Any] = {}
+        for name in self.results[0].outputs if self.results else ():
+            value = np.concatenate([result.outputs[name] for result in self.results])
+            whole[name] = value.astype(np.float32) if value.dtype.name == "bfloat16" else value
         with staging(path) as folder:
-            storable: dict[str, Any] = {name: _storable(value) for name, value in whole.items()}
-            np.savez(folder / path.name, **storable)
+            np.savez(folder / path.name, **whole)
         return path
 
 
@@ -144,11 +131,9 @@ def run_on_files(
     """
     model = Path(model)
     is_file = model.suffix in (".onnx", *ENGINE_SUFFIXES)
+    if backend == "eager" and is_file:
+        raise InputError("--backend", f"eager runs a network, not an ONNX file or engine ({model.suffix})", got=model)
     if backend == "eager" or (backend is None and not is_file):
-        if is_file:
-            raise InputError(
-                "--backend", f"eager runs a network, not an ONNX file or engine ({model.suffix})", got=model
-            )
         from deploynorm.network import Network  # an ONNX file runs where torch is not installed
         from deploynorm.run.eager import EagerRunner
 
@@ -191,45 +176,35 @@ def _open_file(
         runner = open_runner(model, "tensorrt", providers=providers, plugins=plugins, trust_engine=trust_engine)
         return runner, *image_and_labels(model)
     if model.suffix != ".onnx":
-        raise InputError(
-            "--backend", "an ONNX file is needed", got=f"{model} and {backend}", fix=f"deploynorm export {model}"
-        )
+        fix = f"deploynorm export {model}"
+        raise InputError("--backend", "an ONNX file is needed", got=f"{model} and {backend}", fix=fix)
     file = OnnxFile.read(model)
     return open_runner(file, backend, providers=providers, plugins=plugins), *file.image_and_labels
 
 
 def _feeds(files: Sequence[str], runner: Runner, image: ImageSpec | None) -> Iterable[tuple[str, Mapping[str, _Array]]]:
     """What to run: each image on its own, or all files together where one is an array or has a name."""
-    names = [spec.name for spec in runner.inputs]
+    first = runner.inputs[0].name
     named = [tuple(text.split("=", 1)) if "=" in text and not Path(text).exists() else ("", text) for text in files]
     if not any(name or Path(text).suffix in _ARRAY_ENDINGS for name, text in named):
-        return [(text, {names[0]: _read_image(text, image)}) for _, text in named]
+        return [(text, _read(text, first, image)) for _, text in named]
     feeds: dict[str, _Array] = {}
     for name, text in named:
-        if Path(text).suffix in _ARRAY_ENDINGS:
-            found = _read_arrays(Path(text), name or names[0])
-        else:
-            found = {name or names[0]: _read_image(text, image)}
+        found = _read(text, name or first, image)
         if twice := sorted(set(found) & set(feeds)):
-            raise InputError(
-                "run", f"two files for input {twice[0]!r}", got=", ".join(files), fix="name them: NAME=FILE"
-            )
+            problem = f"two files for input {twice[0]!r}"
+            raise InputError("run", problem, got=", ".join(files), fix="name them: NAME=FILE")
         feeds.update(found)
     return [(", ".join(text for _, text in named), feeds)]
 
 
-def _read_image(path: str, image: ImageSpec | None) -> _Array:
-    if image is None:
-        raise InputError(
-            "run",
-            "the model does not say how an image becomes its input",
-            got=path,
-            fix="pass a .npy file, or export with --mean and --std",
-        )
-    return image.read(Path(path))
-
-
-def _read_arrays(path: Path, name: str) -> dict[str, _Array]:
+def _read(path: str, name: str, image: ImageSpec | None) -> dict[str, _Array]:
+    """The arrays of a file by input: those of an .npz by their own names, any other under the name given."""
+    if Path(path).suffix not in _ARRAY_ENDINGS:
+        if image is None:
+            problem = "the model does not say how an image becomes its input"
+            raise InputError("run", problem, got=path, fix="pass a .npy file, or export with --mean and --std")
+        return {name: image.read(path)}
     try:
         content = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
@@ -248,19 +223,12 @@ def _as_declared(runner: Runner, feeds: Mapping[str, _Array], notes: list[str]) 
         with np.errstate(over="ignore"):
             cast[name] = value.astype(numpy_dtype(dtype))
         if (np.isfinite(value) & ~np.isfinite(cast[name])).any():
-            raise InputError(
-                f"input {name}",
-                f"does not fit into {dtype}",
-                got=f"{np.abs(value[np.isfinite(value)]).max():.5g}",
-                expected=f"at most {largest(dtype):.5g}",
-                fix="scale the input, or export in another type",
-            )
+            got = f"{np.abs(value[np.isfinite(value)]).max():.5g}"
+            expected = f"at most {float(ml_dtypes.finfo(cast[name].dtype).max):.5g}"  # type: ignore[no-untyped-call]
+            fix = "scale the input, or export in another type"
+            raise InputError(f"input {name}", f"does not fit into {dtype}", got=got, expected=expected, fix=fix)
         notes.append(f"{name} is cast from {value.dtype.name} to {dtype}")
     return cast
-
-
-def _storable(value: _Array) -> _Array:
-    return value.astype(np.float32) if value.dtype.name == "bfloat16" else value
 
 
 def _classes(scores: _Array, labels: tuple[str, ...], top: int) -> list[dict[str, Any]]:

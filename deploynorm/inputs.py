@@ -10,19 +10,6 @@ from typing import Any
 
 from deploynorm.errors import InputError
 
-__all__ = [
-    "SHAPE_EXAMPLE",
-    "AxisSizes",
-    "Shape",
-    "TensorSpec",
-    "base_shapes",
-    "parse_input_shapes",
-    "shape_text",
-    "read_sizes",
-    "sizes_to_dict",
-    "with_sizes",
-]
-
 Shape = tuple[int, ...]
 
 _LARGEST_SIZE = 2**14
@@ -31,12 +18,8 @@ SHAPE_EXAMPLE = "x:2x3x224x224, x:[2,3,224,224], or 2x3x224x224 for a network wi
 
 @dataclass(frozen=True)
 class AxisSizes:
-    """The sizes that a dynamic axis takes, as far as they were tried: base, base + step, base + 2 step and so on.
-
-    Attributes:
-        base: The size of the example.
-        step: The smallest growth that the network takes.
-        group: Axes of one group grow together, by equal numbers of steps.
+    """The sizes that a dynamic axis takes, as far as they were tried: base (of the example), base + step, base + 2 step
+    and so on. Axes of one group grow together, by equal numbers of steps.
     """
 
     base: int
@@ -49,7 +32,6 @@ class TensorSpec:
     """One input or output.
 
     Attributes:
-        name: Its name.
         shape: A number is a fixed size; a name is one that may change, and is the same wherever the name stands.
         dtype: NumPy's name of its type.
         sizes: For each axis what is known of its sizes; empty where nothing is.
@@ -63,13 +45,9 @@ class TensorSpec:
     @property
     def base(self) -> Shape | None:
         """A shape that the network is known to take; None where a dynamic axis has no known size."""
-        shape: list[int] = []
-        for axis, size in enumerate(self.shape):
-            known = self.sizes[axis] if axis < len(self.sizes) else None
-            if isinstance(size, str) and known is None:
-                return None
-            shape.append(size if isinstance(size, int) else known.base)  # type: ignore[union-attr]
-        return tuple(shape)
+        known = [size and size.base for size in self.sizes] + [None] * len(self.shape)
+        shape = [size if isinstance(size, int) else base for size, base in zip(self.shape, known, strict=False)]
+        return None if None in shape else tuple(shape)  # type: ignore[arg-type]
 
     def symbol(self, axis: int) -> str:
         """Name of a dynamic size; an axis without one ("" or "?") is independent of all others."""
@@ -78,40 +56,31 @@ class TensorSpec:
 
 
 def parse_input_shapes(texts: Sequence[str]) -> dict[str, Shape]:
-    """Reads `x:2x3x224x224`, `x:[2,3,224,224]` and, for a network with one input, the same without `x:`.
-
-    Returns:
-        Shape of each name; "" stands for the only input.
+    """Shapes by name from `x:2x3x224x224` or `x:[2,3,224,224]`; "" is the only input, written without `x:`.
 
     Raises:
         InputError: Another form, a size below 1, a name twice, or a shape without a name beside others.
     """
     shapes: dict[str, Shape] = {}
     for text in texts:
-        name, _, sizes = text.strip().rpartition(":")
-        sizes = sizes.strip()
+        name, _, sizes = (part.strip() for part in text.rpartition(":"))
         if sizes.startswith("[") and sizes.endswith("]"):
             sizes = sizes[1:-1]
         parts = [part.strip() for part in re.split("[xX,]", sizes)]
         # fullmatch of [0-9], not isdigit: int() also takes digits of other scripts.
-        if not all(re.fullmatch("0*[1-9][0-9]{0,8}", part) for part in parts) or (":" in text and not name.strip()):
+        if not all(re.fullmatch("0*[1-9][0-9]{0,8}", part) for part in parts) or (":" in text and not name):
             raise InputError("input shape", "not a shape", got=repr(text), expected=SHAPE_EXAMPLE)
-        name = name.strip()
         if name in shapes:
             raise InputError("input shape", f"given twice for {name or 'the only input'}", got=repr(text))
-        shapes[name] = tuple(int(part) for part in parts)
+        shapes[name] = tuple(map(int, parts))
     if "" in shapes and len(shapes) > 1:
-        raise InputError(
-            "input shape", "one shape has no name, but there are several", got=list(texts), expected=SHAPE_EXAMPLE
-        )
+        problem = "one shape has no name, but there are several"
+        raise InputError("input shape", problem, got=list(texts), expected=SHAPE_EXAMPLE)
     return shapes
 
 
 def parse_dynamic_axes(texts: Sequence[str]) -> Any:
-    """Reads "none", "batch", "spatial" or "all", or axes by number with their names: `x:0=N,2=H`.
-
-    Returns:
-        The word; for axes {"x": {0: "N", 2: "H"}}, "" being the only input; None where no text is given.
+    """The word "none", "batch", "spatial" or "all", or from `x:0=N,2=H` {"x": {0: "N", 2: "H"}}; None for no text.
 
     Raises:
         InputError: Another form, a word beside others, or an axis twice.
@@ -133,11 +102,7 @@ def parse_dynamic_axes(texts: Sequence[str]) -> Any:
 
 
 def base_shapes(specs: Sequence[TensorSpec], given: Mapping[str, Shape]) -> dict[str, Shape]:
-    """A whole shape for each input: the given one, else the one that it is known to take.
-
-    Args:
-        specs: The inputs.
-        given: Shapes by input; "" for the only one.
+    """A whole shape for each input: the given one ("" for the only input), else the one that it is known to take.
 
     Raises:
         InputError: A shape is missing, belongs to no input, or does not fit; or two sizes for one name.
@@ -151,26 +116,21 @@ def base_shapes(specs: Sequence[TensorSpec], given: Mapping[str, Shape]) -> dict
     sizes: dict[str, int] = {}
     for spec in specs:
         where = f"input {spec.name}"
+        declared = shape_text(spec.shape)
         shape = given.get(spec.name, given.get("", spec.base))
         if shape is None:
-            raise InputError(
-                where, "some of its axes are dynamic", got=shape_text(spec.shape), fix=f"give a shape: {SHAPE_EXAMPLE}"
-            )
-        fits = len(shape) == len(spec.shape) and all(
-            isinstance(want, str) or want == size for want, size in zip(spec.shape, shape, strict=True)
-        )
-        if not fits:
-            raise InputError(
-                where, "the given shape does not fit", got=shape_text(shape), expected=shape_text(spec.shape)
-            )
+            fix = f"give a shape: {SHAPE_EXAMPLE}"
+            raise InputError(where, "some of its axes are dynamic", got=declared, fix=fix)
+        if len(shape) != len(spec.shape) or any(
+            isinstance(want, int) and want != size for want, size in zip(spec.shape, shape, strict=True)
+        ):
+            raise InputError(where, "the given shape does not fit", got=shape_text(shape), expected=declared)
         for axis, size in enumerate(shape):
-            if isinstance(spec.shape[axis], str) and sizes.setdefault(spec.symbol(axis), size) != size:
-                raise InputError(
-                    where,
-                    f"two sizes for {spec.shape[axis]!r}",
-                    got=f"{sizes[spec.symbol(axis)]} and {size}",
-                    expected="one size for every axis of that name",
-                )
+            first = sizes.setdefault(spec.symbol(axis), size)
+            if isinstance(spec.shape[axis], str) and first != size:
+                expected = "one size for every axis of that name"
+                problem = f"two sizes for {spec.shape[axis]!r}"
+                raise InputError(where, problem, got=f"{first} and {size}", expected=expected)
         shapes[spec.name] = shape
     return shapes
 
@@ -181,10 +141,8 @@ def shape_text(shape: Sequence[int | str]) -> str:
 
 
 def sizes_to_dict(specs: Sequence[TensorSpec], notes: Sequence[str]) -> dict[str, Any]:
-    """What is known of the sizes of a file's inputs, as it stands in the file and in its manifest.
-
-    Returns:
-        {"inputs": {name: [[base, step, group] or null for each axis]}, "notes": [sentences]}.
+    """What is known of the sizes of a file's inputs, as it stands in the file and in its manifest:
+    {"inputs": {name: [[base, step, group] or null for each axis]}, "notes": [sentences]}.
     """
     known = {spec.name: [axis and [axis.base, axis.step, axis.group] for axis in spec.sizes] for spec in specs}
     return {"inputs": known, "notes": list(notes)}

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Final, NamedTuple
-
 import numpy as np
 import onnx
 import onnx.parser
@@ -13,13 +10,11 @@ import onnxscript
 from onnx.defs import OpSchema
 from onnx_ir.passes.common import InlinePass
 
-from deploynorm.contract import DOMAIN, INPUTS, NODE_ATTRIBUTES, OP_TYPE, OUTPUT, VERSION, Lowering
+from deploynorm.contract import DOMAIN, INPUTS, LOWERINGS, NODE_ATTRIBUTES, OP_TYPE, OUTPUT, VERSION
 from deploynorm.dtypes import ONNX_HALF
-from deploynorm.errors import InputError, ModelError
+from deploynorm.errors import ModelError
+from deploynorm.packages import load
 
-__all__ = ["Lowering", "frn_nodes", "function_proto", "lower", "register_schema", "translate"]
-
-RMSNORM_OPSET = 23
 _SCALED = OP_TYPE + "Scaled"
 
 
@@ -58,15 +53,11 @@ def function_proto(opset: int, *, half: bool = False) -> onnx.FunctionProto:
     better than a reduction over two axes. Sizes are computed, so that zero-size inputs pass.
 
     Args:
-        opset: Version of the default ONNX domain, which must be the model's own.
+        opset: Of the model.
         half: For float16 and bfloat16 X: casts to float32 first, where a square cannot overflow. A float32 or
             float64 body has no casts, because ONNX Runtime keeps the last one as a pass over the tensor.
     """
-    return _function(
-        OP_TYPE,
-        opset,
-        half,
-        """
+    core = """
         square = Mul (flat, flat)
         mean = ReduceMean <keepdims = 1> (square, last_axis)
         eps_column = Unsqueeze (eps, column_axis)
@@ -74,57 +65,46 @@ def function_proto(opset: int, *, half: bool = False) -> onnx.FunctionProto:
         root = Sqrt (positive)
         factor = Div (gamma_column, root)
         scaled = Mul (flat, factor)
-        """,
-    )
+        """
+    return _function(OP_TYPE, opset, half, core)
 
 
-def lower(model: ir.Model, lowering: Lowering, *, function: bool = True) -> None:
+def lower(model: ir.Model, lowering: str, *, function: bool = True) -> None:
     """Writes the operator's nodes in one of the forms, in place.
 
     Args:
         model: A graph with `deploynorm` nodes, straight from translation.
-        lowering: See deploynorm.contract.Lowering.
+        lowering: A name in deploynorm.contract.LOWERINGS.
         function: Whether a custom node's body goes with the model. Without it only TensorRT with our plugin and
             ONNX Runtime with our library can run the file; TensorRT 10.0 to 10.6 need it so.
 
     Raises:
-        InputError: An unknown lowering.
-        ModelError: Another local function has the operator's name (TensorRT looks functions up by name only); or
-            rmsnorm is asked for at an opset below 23, for float64, or with an epsilon that is not constant.
+        ModelError: Another local function has the operator's name (TensorRT looks functions up by name only); the
+            lowering needs a newer opset; or rmsnorm is asked for in float64, or with an epsilon that is not constant.
     """
-    if lowering not in _WRITERS:
-        raise InputError("export", "unknown lowering", got=repr(lowering), expected=", ".join(_WRITERS))
     for other in model.functions.values():
         if other.name == OP_TYPE:
-            raise ModelError(
-                "export",
-                f"the model already has a local function named {OP_TYPE}",
-                got=f"{other.domain}::{other.name}",
-                fix="rename that function: TensorRT finds functions by name and would take the wrong body",
-            )
+            problem = f"the model already has a local function named {OP_TYPE}"
+            fix = "rename that function: TensorRT finds functions by name and would take the wrong body"
+            raise ModelError("export", problem, got=f"{other.domain}::{other.name}", fix=fix)
     nodes = frn_nodes(model)
     if not nodes:
         return
-    opset = model.opset_imports[""]
+    row, opset = LOWERINGS[lowering], model.opset_imports[""]
+    if opset < row.min_opset:
+        problem, fix = f"{lowering} needs a newer opset", f"pass --opset {row.min_opset}, or --lowering primitives"
+        raise ModelError("export", problem, got=f"opset {opset}", expected=row.min_opset, fix=fix)
     half = any(node.inputs[0].dtype in ONNX_HALF for node in nodes if node.inputs[0] is not None)
-    _WRITERS[lowering](model, nodes, _Form(opset, half, function))
+    load(row.writer)(model, nodes, half, function)
 
 
-class _Form(NamedTuple):
-    """How the operator is to be written: for which opset, with casts around half values, with its body."""
-
-    opset: int
-    half: bool
-    function: bool
+def write_custom(model: ir.Model, nodes: list[ir.Node], half: bool, function: bool) -> None:
+    if function:
+        _attach(model, function_proto(model.opset_imports[""], half=half))
 
 
-def _write_custom(model: ir.Model, nodes: list[ir.Node], form: _Form) -> None:
-    if form.function:
-        _attach(model, function_proto(form.opset, half=form.half))
-
-
-def _write_primitives(model: ir.Model, nodes: list[ir.Node], form: _Form) -> None:
-    _attach(model, function_proto(form.opset, half=form.half))
+def write_primitives(model: ir.Model, nodes: list[ir.Node], half: bool, function: bool) -> None:
+    _attach(model, function_proto(model.opset_imports[""], half=half))
     _inline(model, nodes)
 
 
@@ -143,30 +123,19 @@ def frn_nodes(model: ir.Model) -> list[ir.Node]:
     return [node for node in model.graph.all_nodes() if node.domain == DOMAIN and node.op_type == OP_TYPE]
 
 
-def _write_rmsnorm(model: ir.Model, nodes: list[ir.Node], form: _Form) -> None:
-    """Attaches bodies on RMSNormalization and gives each node its epsilon attribute.
-
-    RMSNormalization has one epsilon. With an epsilon per channel, FRN(x; eps_c) = RMS(s_c * x; eps_0) with
+def write_rmsnorm(model: ir.Model, nodes: list[ir.Node], half: bool, function: bool) -> None:
+    """RMSNormalization has one epsilon, an attribute. With one per channel, FRN(x; eps_c) = RMS(s_c * x; eps_0) with
     s_c = sqrt(eps_0 / eps_c): such a node carries s in place of eps.
     """
-    opset, half, _ = form
-    if opset < RMSNORM_OPSET:
-        raise ModelError(
-            "export",
-            "RMSNormalization needs a newer opset",
-            got=f"opset {opset}",
-            expected=f"{RMSNORM_OPSET}",
-            fix=f"pass --opset {RMSNORM_OPSET}, or --lowering primitives",
-        )
+    opset = model.opset_imports[""]
     for node in nodes:
         x, eps = node.inputs[0], node.inputs[4]
         constant = None if eps is None else ir.convenience.get_const_tensor(eps)
         if constant is None:
             raise ModelError("export", f"node {node.name}: rmsnorm needs a constant epsilon", fix="use primitives")
         if x is not None and x.dtype == ir.DataType.DOUBLE:
-            raise ModelError(
-                "export", "RMSNormalization computes in float32", got="a float64 network", fix="use primitives"
-            )
+            problem = "RMSNormalization computes in float32"
+            raise ModelError("export", problem, got="a float64 network", fix="use primitives")
         values = constant.numpy().astype(np.float64)
         floor = float(values.min())
         node.attributes["epsilon"] = ir.AttrFloat32("epsilon", floor)
@@ -224,10 +193,3 @@ def _attach(model: ir.Model, proto: onnx.FunctionProto) -> None:
     function = ir.serde.deserialize_function(proto)
     model.functions[function.identifier()] = function
     model.opset_imports.setdefault(DOMAIN, VERSION)
-
-
-_WRITERS: Final[Mapping[Lowering, Callable[[ir.Model, list[ir.Node], _Form], None]]] = {
-    "custom": _write_custom,
-    "rmsnorm": _write_rmsnorm,
-    "primitives": _write_primitives,
-}

@@ -19,8 +19,6 @@ from deploynorm.image import ImageSpec
 from deploynorm.inputs import Shape, TensorSpec
 from deploynorm.trace import argument_names, as_inputs
 
-__all__ = ["Network", "Reading"]
-
 
 class Reading(TypedDict, total=False):
     """How a network is read from its file, and the shapes of its inputs: the options of `Network.of`."""
@@ -33,14 +31,7 @@ class Reading(TypedDict, total=False):
 
 @dataclass(frozen=True, eq=False)
 class Network:
-    """A network, an example of each input, and what its file says of it.
-
-    Attributes:
-        model: The network.
-        examples: Its positional inputs.
-        names: Of these.
-        checkpoint: Where it was read from a file.
-    """
+    """A network, an example of each positional input, by name, and what its file says of it, where it has one."""
 
     model: nn.Module
     examples: tuple[Tensor, ...]
@@ -60,28 +51,17 @@ class Network:
     ) -> Network:
         """The network, read from its file where a path is given, and its inputs.
 
-        Args:
-            model: A network, or a file that `deploynorm.load` reads.
-            example_inputs: Positional inputs of forward, or the only one. Where they are left out random ones are made,
-                of the shapes given or named by the file.
-            input_shapes: Shape of an input by name, "" for the only one, where `example_inputs` is left out.
-            factory, factory_kwargs, trust_pickle: For a file, see `deploynorm.load`.
-
-        Raises:
-            ModelError: The file is refused; see `deploynorm.load`.
-            InputError: No shape is known for an input, one was given for an input that is not there, or options for a
-                file are given with a network.
+        The arguments are those of `deploynorm.convert`. Inputs that are left out are random, of the shapes given or
+        named by the file.
         """
         loaded = None
         if isinstance(model, type):
-            raise InputError(
-                "network", "a class, and not a network", got=model.__name__, fix=f"pass {model.__name__}(...)"
-            )
+            fix = f"pass {model.__name__}(...)"
+            raise InputError("network", "a class, and not a network", got=model.__name__, fix=fix)
         if isinstance(model, nn.Module):
             if factory is not None or factory_kwargs is not None or trust_pickle:
-                raise InputError(
-                    "network", "factory, factory_kwargs and trust_pickle are for a file", fix="leave them out"
-                )
+                problem = "factory, factory_kwargs and trust_pickle are for a file"
+                raise InputError("network", problem, fix="leave them out")
         else:
             loaded = checkpoint.load(model, factory=factory, kwargs=factory_kwargs, trust_pickle=trust_pickle)
             model = loaded.model
@@ -134,7 +114,6 @@ def _required(model: nn.Module) -> list[str]:
 
 def _shapes(model: nn.Module, loaded: Checkpoint | None, given: Mapping[str, Shape]) -> dict[str, Shape]:
     """The shape of each input in forward's order: as given, else as the file has it."""
-    required = _required(model) or ["x"]
     names = argument_names(model)
     known: dict[str, Shape] = {}
     if loaded is not None and loaded.example_inputs is not None:
@@ -145,11 +124,8 @@ def _shapes(model: nn.Module, loaded: Checkpoint | None, given: Mapping[str, Sha
         if name and name not in names:
             raise InputError("--input-shape", f"the network has no input {name!r}", expected=", ".join(names))
         known[name or names[0]] = shape
-    missing = [name for name in required if name not in known]
-    if missing:
-        raise InputError(
-            "--input-shape",
-            f"the shape of input {', '.join(missing)} is not known",
-            fix=f"pass --input-shape {missing[0]}:1x3x224x224 with your sizes",
-        )
+    if missing := [name for name in _required(model) or ["x"] if name not in known]:
+        problem = f"the shape of input {', '.join(missing)} is not known"
+        fix = f"pass --input-shape {missing[0]}:1x3x224x224 with your sizes"
+        raise InputError("--input-shape", problem, fix=fix)
     return {name: known[name] for name in names if name in known}

@@ -5,22 +5,14 @@ from __future__ import annotations
 import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import ModuleType
-from typing import Final
+from typing import Any, Final
 
 from deploynorm.errors import BackendError
 
-__all__ = ["import_module", "naming_missing_packages"]
-
 _PACKAGES: Final = {
+    **{name: name for name in ("ml_dtypes", "numpy", "onnx", "onnxscript", "rich", "torch")},
     "google": "protobuf",
-    "ml_dtypes": "ml_dtypes",
-    "numpy": "numpy",
-    "onnx": "onnx",
     "onnx_ir": "onnx-ir",
-    "onnxscript": "onnxscript",
-    "rich": "rich",
-    "torch": "torch",
 }
 """The packages that we import without being asked for their backend, by the names of their modules."""
 
@@ -38,11 +30,8 @@ def naming_missing_packages() -> Iterator[None]:
         raise BackendError(module, "this package is needed here, and is not installed", fix=fix) from error
 
 
-def import_module(name: str) -> ModuleType:
-    """A module of ours.
-
-    Raises:
-        BackendError: A package that it imports is not installed.
-    """
+def load(path: str) -> Any:
+    """A function or class of ours, `module.name`; BackendError where a package that the module imports is missing."""
+    module, _, name = path.rpartition(".")
     with naming_missing_packages():
-        return importlib.import_module(name)
+        return getattr(importlib.import_module(module), name)

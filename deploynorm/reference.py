@@ -1,7 +1,8 @@
 """The numbers that everything else is held against: each layer and operator in NumPy, computed in float64.
 
-Written for reading and not for speed, from the papers and not from the layers. The result is rounded at the end, to
-the type of the first argument: float32, float16, float64 or the bfloat16 of ml_dtypes (which casts by way of float32).
+Written for reading and not for speed, from the papers and not from the layers. The result has the shape of the first
+argument, and is rounded at the end to its type: float32, float16, float64 or the bfloat16 of ml_dtypes (which casts by
+way of float32). A wrong type, rank or shape is an InputError.
 """
 
 from __future__ import annotations
@@ -14,8 +15,6 @@ import numpy.typing as npt
 from deploynorm.contract import DTYPES, INPUTS, PARAMETERS
 from deploynorm.errors import InputError
 
-__all__ = ["center_weight", "filter_response_norm", "mabn_eval", "tlu"]
-
 Array = npt.NDArray[Any]
 
 
@@ -26,16 +25,11 @@ def filter_response_norm(x: Array, gamma: Array, beta: Array, tau: Array, eps: A
 
     Args:
         x: (N, C, D1..Dk), k >= 0. With k = 0 every value is its own mean. A size may be 0.
-        gamma: (C,).
-        beta: (C,).
+        gamma, beta: (C,).
         tau: (C,); minus infinity for no TLU.
-        eps: (C,), the effective epsilon, greater than 0.
+        eps: (C,), the effective epsilon, greater than 0 (else InputError).
 
-    Returns:
-        Array of x's shape and type. A NaN in x makes the map that it stands in NaN, and no other.
-
-    Raises:
-        InputError: Wrong type or rank of x, wrong shape of a parameter, or an eps that is not positive.
+    A NaN in x makes the map that it stands in NaN, and no other.
 
     Source: Singh & Krishnan, arXiv:1911.09737, eq. 1 to 3 and section 3.3.
     """
@@ -55,17 +49,7 @@ def filter_response_norm(x: Array, gamma: Array, beta: Array, tau: Array, eps: A
 
 
 def tlu(x: Array, tau: Array) -> Array:
-    """Thresholded linear unit: max(x, tau), one threshold per channel.
-
-    Args:
-        x: (N, C, ...).
-        tau: (C,).
-
-    Returns:
-        Array of x's shape and type. A NaN in x stays NaN.
-
-    Raises:
-        InputError: Wrong type or rank of x, or wrong shape of tau.
+    """Thresholded linear unit: max(x, tau), x (N, C, ...), with one threshold per channel, tau (C,). NaN stays NaN.
 
     Source: Singh & Krishnan, arXiv:1911.09737, eq. 3.
     """
@@ -80,15 +64,8 @@ def mabn_eval(x: Array, second_moment: Array, weight: Array | None, bias: Array 
     Args:
         x: (N, C, ...).
         second_moment: (C,), the running E[x^2], in checkpoints under the name running_var.
-        weight: (C,), or None for 1.
-        bias: (C,), or None for 0.
+        weight, bias: (C,), or None for 1 and 0.
         eps: Added to the second moment.
-
-    Returns:
-        Array of x's shape and type.
-
-    Raises:
-        InputError: Wrong type or rank of x, or wrong shape of a parameter.
 
     Source: Yan et al., ICLR 2020, arXiv:2001.06838, Algorithm 1 (inference); megvii-model/MABN@995e8f5, MABN.py.
     """
@@ -107,12 +84,6 @@ def center_weight(weight: Array, groups: int = 1, transposed: bool = False) -> A
         weight: (out, in/groups, ...) of a convolution or linear layer; (in, out/groups, ...) when transposed.
         groups: Read for a transposed convolution alone, whose first axis holds the inputs of every group.
         transposed: Whether the weight is that of a transposed convolution.
-
-    Returns:
-        Array of weight's shape and type.
-
-    Raises:
-        InputError: Wrong type or rank of weight, or groups that do not divide its first axis.
 
     Source: Yan et al., ICLR 2020, arXiv:2001.06838, section 4.3; megvii-model/MABN@995e8f5, MABN.py, CenConv2d.
     """

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from deploynorm.errors import InputError
 from deploynorm.inputs import Shape, TensorSpec, base_shapes, shape_text
-
-__all__ = ["sample_inputs"]
 
 Array = npt.NDArray[Any]
 
@@ -47,45 +44,31 @@ def sample_inputs(
     units = _units(specs, shapes)
     seen: set[tuple[Shape, ...]] = set()
     for index, grown in enumerate(_variants(units, np.random.default_rng(seed))):
-        sizes = {place: size for unit, steps in grown.items() for place, size in units[unit].after(steps).items()}
-        varied = tuple(
-            tuple(sizes.get((spec.name, axis), size) for axis, size in enumerate(shapes[spec.name])) for spec in specs
-        )
-        if varied in seen:
+        sizes = {(x.input, x.axis): x.base + steps * x.step for unit, steps in grown.items() for x in units[unit]}
+        varied = {
+            name: tuple(sizes.get((name, axis), size) for axis, size in enumerate(shape))
+            for name, shape in shapes.items()
+        }
+        if tuple(varied.values()) in seen:
             continue
-        seen.add(varied)
-        label = ", ".join(
-            f"{spec.name} {shape_text(shape).removeprefix('a ')}" for spec, shape in zip(specs, varied, strict=True)
-        )
+        seen.add(tuple(varied.values()))
+        label = ", ".join(f"{name} {shape_text(shape).removeprefix('a ')}" for name, shape in varied.items())
         rng = np.random.default_rng((seed, index))
-        yield label, {spec.name: _values(spec, shape, rng) for spec, shape in zip(specs, varied, strict=True)}
+        yield label, {spec.name: _values(spec, varied[spec.name], rng) for spec in specs}
 
 
-@dataclass
-class _Unit:
-    """Axes that vary together: base and step of each, by input and axis."""
+class _Axis(NamedTuple):
+    """A dynamic axis of an input, with its base size and the step in which it grows."""
 
-    members: dict[tuple[str, int], tuple[int, int]]
-
-    @property
-    def batch(self) -> bool:
-        return all(axis == 0 for _, axis in self.members)
-
-    @property
-    def base(self) -> int:
-        return next(iter(self.members.values()))[0]
-
-    @property
-    def step(self) -> int:
-        return max(step for _, step in self.members.values())
-
-    def after(self, steps: int) -> dict[tuple[str, int], int]:
-        return {place: base + steps * step for place, (base, step) in self.members.items()}
+    input: str
+    axis: int
+    base: int
+    step: int
 
 
-def _units(specs: Sequence[TensorSpec], shapes: Mapping[str, Shape]) -> dict[str, _Unit]:
+def _units(specs: Sequence[TensorSpec], shapes: Mapping[str, Shape]) -> dict[str, list[_Axis]]:
     """What varies on its own: axes of one name, or of one group where groups are known. Axis 1, the channels, stays."""
-    units: dict[str, _Unit] = {}
+    units: dict[str, list[_Axis]] = {}
     group_of: dict[str, str] = {}
     for spec in specs:
         known = dict(enumerate(spec.sizes))
@@ -94,38 +77,37 @@ def _units(specs: Sequence[TensorSpec], shapes: Mapping[str, Shape]) -> dict[str
                 continue
             sizes, symbol = known.get(axis), spec.symbol(axis)
             group = group_of.setdefault(symbol, symbol if sizes is None else f"group {sizes.group}")
-            unit = units.setdefault(group, _Unit({}))
-            unit.members[spec.name, axis] = (shapes[spec.name][axis], 1 if sizes is None else sizes.step)
+            step = 1 if sizes is None else sizes.step
+            units.setdefault(group, []).append(_Axis(spec.name, axis, shapes[spec.name][axis], step))
     return units
 
 
-def _variants(units: Mapping[str, _Unit], rng: np.random.Generator) -> Iterator[dict[str, int]]:
+def _variants(units: Mapping[str, Sequence[_Axis]], rng: np.random.Generator) -> Iterator[dict[str, int]]:
     """How many steps each unit grows; no entry leaves it at its base."""
-    batches = [unit for unit in units if units[unit].batch]
-    spatial = sorted((unit for unit in units if not units[unit].batch), key=lambda unit: units[unit].base)
+    batches = [unit for unit in units if all(x.axis == 0 for x in units[unit])]
+    base = {unit: axes[0].base for unit, axes in units.items()}
+    stride = {unit: max(x.step for x in axes) for unit, axes in units.items()}
+    spatial = sorted((unit for unit in units if unit not in batches), key=lambda unit: base[unit])
     yield {}
     if batches:
-        yield {unit: 1 - units[unit].base for unit in batches}
+        yield {unit: 1 - base[unit] for unit in batches}
         yield dict.fromkeys(batches, 1)
     if spatial:
         step = int(rng.integers(1, (_LARGEST_STEP + 1) // 2))
         # The nearest odd size at or past the step: strides and pools round it, which is where backends differ.
         yield {
-            unit: ((units[unit].base + step) | 1) - units[unit].base
-            if units[unit].step == 1
-            else -(-step // units[unit].step)
+            unit: ((base[unit] + step) | 1) - base[unit] if stride[unit] == 1 else -(-step // stride[unit])
             for unit in spatial
         }
         growths = rng.choice(np.arange(1, _LARGEST_STEP + 1), size=len(spatial), replace=len(spatial) > _LARGEST_STEP)
         # Larger sizes grow more, so that equal sizes part and unequal ones never meet.
         steps: dict[str, int] = {}
         for unit, growth in zip(spatial, sorted(growths), strict=True):
-            steps[unit] = max(
-                -(-int(growth) // units[unit].step), 1 + max(steps.values(), default=0) * (units[unit].step > 1)
-            )
+            least = 1 + max(steps.values(), default=0) * (stride[unit] > 1)
+            steps[unit] = max(-(-int(growth) // stride[unit]), least)
         yield steps
         # A U-net takes multiples of its total stride only, and refuses the others.
-        yield {unit: -(-_TOTAL_STRIDE // units[unit].step) for unit in spatial}
+        yield {unit: -(-_TOTAL_STRIDE // stride[unit]) for unit in spatial}
 
 
 def _values(spec: TensorSpec, shape: Shape, rng: np.random.Generator) -> Array:
@@ -135,8 +117,6 @@ def _values(spec: TensorSpec, shape: Shape, rng: np.random.Generator) -> Array:
         raise InputError(f"input {spec.name}", "a dtype that numpy does not know", got=spec.dtype) from error
     if dtype.kind in "OSU":
         raise InputError(f"input {spec.name}", "not a numeric dtype", got=spec.dtype)
-    if dtype.kind == "b":
-        return rng.integers(0, 2, shape).astype(dtype)
-    if dtype.kind in "iu":
-        return rng.integers(0, _LARGEST_INTEGER, shape).astype(dtype)
+    if dtype.kind in "biu":
+        return rng.integers(0, 2 if dtype.kind == "b" else _LARGEST_INTEGER, shape).astype(dtype)
     return rng.standard_normal(shape).astype(dtype)

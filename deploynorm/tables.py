@@ -7,19 +7,14 @@ import shutil
 import sys
 from collections.abc import Iterable, Sequence
 
-__all__ = ["table"]
-
 _PLAIN_WIDTH = 200
 """Columns of a table that no terminal limits: a pipe has no width, and a table folded at 80 cannot be searched."""
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """A table without lines, its title above it. Longer cells are folded at the width of the terminal, if there is one.
+    """A table without lines; no title where that is empty, no headings where all of them are.
 
-    Args:
-        title: Empty for none.
-        columns: Their headings; all empty for a table without a heading.
-        rows: A cell for each column. Numbers should come as text, formatted.
+    Longer cells are folded at the width of the terminal, if there is one. Numbers should come as text, formatted.
     """
     from rich.console import Console
     from rich.markup import escape

@@ -20,7 +20,7 @@ from deploynorm._export.translation import BFLOAT16_OPSET, to_onnx
 from deploynorm.contract import LOWERINGS, MAX_OPSET, METADATA_SIZES, MIN_OPSET, Lowering
 from deploynorm.errors import InputError, ModelError
 from deploynorm.inputs import TensorSpec, sizes_to_dict
-from deploynorm.lowering import RMSNORM_OPSET, lower
+from deploynorm.lowering import lower
 from deploynorm.tables import table
 from deploynorm.trace import (
     Dynamic,
@@ -211,8 +211,8 @@ def check_options(
         dtype = DTYPES[dtype]
     if lowering not in LOWERINGS:
         raise InputError("lowering", "unknown", got=repr(lowering), expected=", ".join(LOWERINGS))
-    if opset is None and lowering == "rmsnorm":
-        opset = RMSNORM_OPSET
+    if opset is None and LOWERINGS[lowering].min_opset > DEFAULT_OPSET:
+        opset = LOWERINGS[lowering].min_opset
     number: object = opset
     if number is not None and not (isinstance(number, int) and MIN_OPSET <= number <= MAX_OPSET):
         raise InputError("export", "unsupported opset", got=opset, expected=f"{MIN_OPSET} to {MAX_OPSET}")

@@ -10,27 +10,22 @@ import sys
 import traceback
 import warnings
 from collections.abc import Sequence
-from typing import NoReturn, TextIO
+from typing import Any, Final, NoReturn
 
 import deploynorm
-from deploynorm.cli import build, check, doctor, export, fold, inspect, plugins, rewrite, run
+from deploynorm.cli import build, check, doctor, export, fold, inspect, options, plugins, rewrite, run
+from deploynorm.cli.terminal import Terminal
 from deploynorm.errors import DeployNormError
 from deploynorm.packages import naming_missing_packages
 
 __all__ = ["main"]
 
-# In the order of the pipeline, which is the order of --help.
-_VERBS = {
-    "fold": fold,
-    "export": export,
-    "rewrite": rewrite,
-    "build": build,
-    "check": check,
-    "run": run,
-    "inspect": inspect,
-    "plugins": plugins,
-    "doctor": doctor,
+_VERBS: Final[dict[str, Any]] = {
+    module.__name__.rpartition(".")[2]: module
+    for module in (fold, export, rewrite, build, check, run, inspect, plugins, doctor)
 }
+"""In the order of the pipeline, which is the order of --help. Each has `add_arguments`, and `run`, which takes a
+Terminal and by name the options that `add_arguments` added, and returns the exit code, or None for 0."""
 
 _EXIT_CODES = """
 exit codes: 0 done and parity holds, 1 parity broken, 2 usage or bad model, 3 something is missing on this machine
@@ -39,16 +34,21 @@ exit codes: 0 done and parity holds, 1 parity broken, 2 usage or bad model, 3 so
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one verb and returns the exit code."""
-    options = _parser().parse_args(arguments)
+    given = vars(_parser().parse_args(arguments))
+    verb = given.pop("verb")
+    terminal = Terminal(quiet=given.pop("quiet"), verbose=given.pop("verbose"), json=given.pop("json"))
     try:
         with warnings.catch_warnings(), naming_missing_packages():
-            warnings.showwarning = _show_warning
-            return int(options.run(options))
+            warnings.showwarning = lambda message, *_, **__: print(message, file=sys.stderr)  # without its line of code
+            for name, parse in options.PARSED.items():
+                if name in given:
+                    given[name] = parse(given[name] or ())
+            return _VERBS[verb].run(terminal, **given) or 0
     except DeployNormError as error:
-        print(f"deploynorm {options.verb}: {error}", file=sys.stderr)
+        print(f"deploynorm {verb}: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        print(f"deploynorm {options.verb}: interrupted", file=sys.stderr)
+        print(f"deploynorm {verb}: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of our output, `head` for one, has gone
         sys.stderr.close()
@@ -57,18 +57,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         traceback.print_exc()
         print("This is a fault of deploynorm: please report it with the lines above.", file=sys.stderr)
         return 70  # EX_SOFTWARE; 1 would say that parity is broken
-
-
-def _show_warning(
-    message: Warning | str,
-    category: type[Warning],
-    filename: str,
-    lineno: int,
-    file: TextIO | None = None,
-    line: str | None = None,
-) -> None:
-    """A warning as a sentence, without the line of code that it came from."""
-    print(message, file=sys.stderr)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -87,15 +75,15 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"deploynorm {deploynorm.__version__}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     for name, module in _VERBS.items():
-        summary, _, rest = (module.__doc__ or "").partition("\n")
+        text = str(module.__doc__)
         verb = verbs.add_parser(
             name,
-            help=summary,
-            description=summary + "\n" + rest,
+            help=text.partition("\n")[0],
+            description=text,
             epilog=_EXIT_CODES,
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
         module.add_arguments(verb)
-        verb.set_defaults(run=module.run)
+        options.add_output_control(verb)
     return parser

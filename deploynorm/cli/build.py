@@ -10,18 +10,16 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 from deploynorm.cli import options
-from deploynorm.inputs import parse_input_shapes
+from deploynorm.cli.terminal import Terminal
 from deploynorm.trt import FLAVOURS
 from deploynorm.trt.settings import HARDWARE_COMPATIBILITY, Way
 
-__all__ = ["add_arguments", "run"]
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", type=options.existing_file, help=options.ONNX_HELP)
+    options.add_onnx_file(parser)
     options.add_output(parser, ".engine")
     group = parser.add_argument_group("what the engine is for")
     group.add_argument(
@@ -32,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--compute-capability",
+        dest="compute_capabilities",
         metavar="X.Y",
         action="append",
         default=[],
@@ -51,7 +50,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             f"--{option}-shapes",
             metavar="[NAME:]SHAPE",
             action="append",
-            default=[],
             help=f"{text}: x:1x3x64x64 or 1x3x64x64",
         )
     group = parser.add_argument_group("how")
@@ -64,45 +62,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--plugins", metavar="LIB", type=Path, action="append", help="plugin libraries instead of ours")
     group.add_argument(
         "--no-embed-plugin",
-        action="store_true",
+        dest="embed_plugin",
+        action="store_false",
         help="leave the plugin library out: the engine runs only where ours is installed, and needs no --trust-engine",
     )
     group.add_argument("--tf32", action="store_true", help="let float32 products be rounded to 10 bits: faster")
     group.add_argument(
         "--timing-cache", metavar="FILE", type=Path, help="read where it exists, and written anew (TensorRT only)"
     )
-    group.add_argument("--workspace", metavar="MIB", type=int, help="scratch memory of a layer, in MiB (default: all)")
+    group.add_argument(
+        "--workspace", metavar="MIB", type=_mebibytes, help="scratch memory of a layer, in MiB (default: all)"
+    )
     group.add_argument("--optimization-level", metavar="0..5", type=int, help="how long to search")
-    options.add_output_control(parser)
 
 
-def run(arguments: argparse.Namespace) -> int:
-    output: Path = arguments.output or arguments.model.with_suffix(".engine")
-    shapes = {
-        option: parse_input_shapes(getattr(arguments, option)) for option in ("min_shapes", "opt_shapes", "max_shapes")
-    }
+def run(terminal: Terminal, model: Path, output: Path | None, timing_cache: Path | None, **given: Any) -> None:
+    output = output or model.with_suffix(".engine")
 
     from deploynorm._build import build
-    from deploynorm.cli.terminal import Terminal
 
-    terminal = Terminal(quiet=arguments.quiet)
     with terminal.step(f"building {output}"):
-        engine = build(
-            arguments.model,
-            backend=arguments.backend,
-            compute_capabilities=arguments.compute_capability,
-            frn=arguments.frn,
-            tf32=arguments.tf32,
-            plugins=arguments.plugins,
-            embed_plugin=not arguments.no_embed_plugin,
-            timing_cache=arguments.timing_cache,
-            workspace=None if arguments.workspace is None else arguments.workspace * 2**20,
-            version_compatible=arguments.version_compatible,
-            hardware_compatible=arguments.hardware_compatible,
-            optimization_level=arguments.optimization_level,
-            **shapes,
-        )
-    terminal.show(f"{engine.tables(arguments.verbose)}\n")
-    terminal.write_json(arguments.json, engine.save(output, timing_cache=arguments.timing_cache))
+        engine = build(model, timing_cache=timing_cache, **given)
+    terminal.show(f"{engine.tables(terminal.verbose)}\n")
+    terminal.write_json(engine.save(output, timing_cache=timing_cache))
     terminal.show(f"wrote {output} and {output.name}.json")
-    return 0
+
+
+def _mebibytes(text: str) -> int:
+    return int(text) * 2**20

@@ -7,31 +7,24 @@ A file in half precision runs with every tensor rounded, and overflowing, as on 
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
+from typing import Any
 
 from deploynorm.cli import options
-
-__all__ = ["add_arguments", "run"]
+from deploynorm.cli.terminal import Terminal
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_model(parser)
     parser.add_argument("candidate", metavar="ONNX", type=options.existing_file, help="the file under test")
     options.add_parity(parser)
-    options.add_output_control(parser)
 
 
-def run(arguments: argparse.Namespace) -> int:
-    model = options.model_options(arguments)
-
+def run(terminal: Terminal, model: Path, candidate: Path, **given: Any) -> None:
     from deploynorm._check.parity import check_file
-    from deploynorm.cli.terminal import Terminal
 
-    terminal = Terminal(quiet=arguments.quiet)
-    with terminal.step(f"checking {arguments.candidate}"):
-        parity = check_file(
-            arguments.model, arguments.candidate, backend=arguments.backend, **model, **options.tolerances(arguments)
-        )
-    terminal.show(parity.tables(arguments.verbose))
-    terminal.write_json(arguments.json, parity.to_dict())
+    with terminal.step(f"checking {candidate}"):
+        parity = check_file(model, candidate, **given)
+    terminal.show(parity.tables(terminal.verbose))
+    terminal.write_json(parity.to_dict())
     parity.raise_if_broken()
-    return 0

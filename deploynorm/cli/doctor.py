@@ -9,26 +9,22 @@ from __future__ import annotations
 import argparse
 import sys
 
-from deploynorm.cli import options
+from deploynorm.cli.terminal import Terminal
 from deploynorm.errors import BackendError
-
-__all__ = ["add_arguments", "run"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    options.add_output_control(parser)
+    """It has no options of its own."""
 
 
-def run(arguments: argparse.Namespace) -> int:
+def run(terminal: Terminal) -> int:
     from deploynorm import doctor
-    from deploynorm.cli.terminal import Terminal
 
-    terminal = Terminal(quiet=arguments.quiet)
     with terminal.step("examining"):
         diagnosis = doctor.diagnose(doctor.examine())
-    terminal.show(diagnosis.tables(arguments.verbose))
-    if arguments.quiet:
+    terminal.show(diagnosis.tables(terminal.verbose))
+    if terminal.quiet:
         for finding in diagnosis.broken:
             print(f"deploynorm doctor: {finding.problem}. Fix: {finding.remedy}.", file=sys.stderr)
-    terminal.write_json(arguments.json, diagnosis.to_dict())
+    terminal.write_json(diagnosis.to_dict())
     return 0 if diagnosis else BackendError.exit_code

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from deploynorm.cli import options
-
-__all__ = ["add_arguments", "run"]
+from deploynorm.cli.terminal import Terminal
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,22 +19,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_output(parser, ".folded.pt2")
     options.add_dynamic(parser)
     options.add_parity(parser, backend=False)
-    options.add_output_control(parser)
 
 
-def run(arguments: argparse.Namespace) -> int:
-    output: Path = arguments.output or arguments.model.with_suffix(".folded.pt2")
-    model, dynamic = options.model_options(arguments), options.dynamic(arguments)
+def run(terminal: Terminal, model: Path, output: Path | None, **given: Any) -> None:
+    output = output or model.with_suffix(".folded.pt2")
 
     from deploynorm._convert import fold_checked
-    from deploynorm.cli.terminal import Terminal
 
-    terminal = Terminal(quiet=arguments.quiet)
-    with terminal.step(f"folding {arguments.model}"):
-        result = fold_checked(arguments.model, **model, dynamic=dynamic, **options.tolerances(arguments))
-    terminal.show(f"{result.tables(arguments.verbose)}\n")
-    terminal.write_json(arguments.json, result.to_dict())
+    with terminal.step(f"folding {model}"):
+        result = fold_checked(model, **given)
+    terminal.show(f"{result.tables(terminal.verbose)}\n")
+    terminal.write_json(result.to_dict())
     with terminal.step(f"writing {output}"):
         result.save(output)
     terminal.show(f"wrote {output}")
-    return 0

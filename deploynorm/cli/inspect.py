@@ -7,25 +7,20 @@ functions, weights by type, and what it says of its origin. Of an engine: what i
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
+from typing import Any
 
 from deploynorm.cli import options
-
-__all__ = ["add_arguments", "run"]
+from deploynorm.cli.terminal import Terminal
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_model(parser, "checkpoint, state_dict, pickled module, .pt2, ONNX file or engine", shapes=False)
-    options.add_output_control(parser)
 
 
-def run(arguments: argparse.Namespace) -> int:
-    model = options.model_options(arguments)
-
+def run(terminal: Terminal, model: Path, **given: Any) -> None:
     from deploynorm._inspect import inspect
-    from deploynorm.cli.terminal import Terminal
 
-    terminal = Terminal(quiet=arguments.quiet)
-    inspection = inspect(arguments.model, **model)
+    inspection = inspect(model, **given)
     terminal.show(inspection)
-    terminal.write_json(arguments.json, inspection.to_dict())
-    return 0
+    terminal.write_json(inspection.to_dict())

@@ -8,33 +8,18 @@ from __future__ import annotations
 import argparse
 import json
 import math
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
-from deploynorm.contract import DTYPES, MAX_OPSET, MIN_OPSET
 from deploynorm.inputs import parse_dynamic_axes, parse_input_shapes
 from deploynorm.run.backends import ONNX_BACKENDS
 
-__all__ = [
-    "ONNX_HELP",
-    "add_dynamic",
-    "add_input_shape",
-    "add_model",
-    "add_output",
-    "add_output_control",
-    "add_parity",
-    "add_precision",
-    "add_tolerance",
-    "dynamic",
-    "existing_file",
-    "model_options",
-    "names",
-    "numbers",
-    "opset",
-    "tolerances",
-]
-
-ONNX_HELP = "an ONNX file that deploynorm export has written"
+PARSED: Final[Mapping[str, Callable[[Sequence[str]], Any]]] = {
+    **dict.fromkeys(("input_shapes", "min_shapes", "opt_shapes", "max_shapes"), parse_input_shapes),
+    "dynamic": parse_dynamic_axes,
+}
+"""Options that may be given several times, and what reads all their values together."""
 
 
 def existing_file(text: str) -> Path:
@@ -54,12 +39,6 @@ def output_file(text: str) -> Path:
     return path
 
 
-def opset(text: str) -> int:
-    if not text.isdecimal() or not MIN_OPSET <= int(text) <= MAX_OPSET:
-        raise argparse.ArgumentTypeError(f"unsupported opset {text}; expected {MIN_OPSET} to {MAX_OPSET}")
-    return int(text)
-
-
 def tolerance(text: str) -> float:
     try:
         value = float(text)
@@ -70,28 +49,19 @@ def tolerance(text: str) -> float:
     return value
 
 
-def names(text: str) -> list[str]:
-    """a,b,c."""
-    return [name.strip() for name in text.split(",")]
-
-
-def numbers(text: str) -> list[float]:
-    """0.5,0.25."""
-    try:
-        return [float(number) for number in text.split(",")]
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"no numbers: {text}; expected as in 0.485,0.456,0.406") from error
-
-
 def json_object(text: str) -> dict[str, Any]:
-    expected = 'expected an object such as {"num_classes": 10}'
     try:
         value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise argparse.ArgumentTypeError(f"not JSON: {text!r}; {expected}") from error
+    except json.JSONDecodeError:
+        value = None
     if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f"not a JSON object: {text!r}; {expected}")
+        raise argparse.ArgumentTypeError(f'not JSON of an object: {text!r}; expected one such as {{"num_classes": 10}}')
     return value
+
+
+def add_onnx_file(parser: argparse.ArgumentParser) -> None:
+    text = "an ONNX file that deploynorm export has written"
+    parser.add_argument("model", metavar="MODEL", type=existing_file, help=text)
 
 
 def add_model(
@@ -118,20 +88,12 @@ def add_model(
         add_input_shape(group)
 
 
-def model_options(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What `add_model` read, as the library's functions take it."""
-    found = {name: getattr(arguments, name) for name in ("factory", "factory_kwargs", "trust_pickle")}
-    if "input_shape" in arguments:
-        found["input_shapes"] = parse_input_shapes(arguments.input_shape)
-    return found
-
-
 def add_input_shape(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         "--input-shape",
+        dest="input_shapes",
         metavar="[NAME:]SHAPE",
         action="append",
-        default=[],
         help="x:2x3x224x224 or 2x3x224x224; may be left out where the model names its input",
     )
 
@@ -147,47 +109,14 @@ def add_dynamic(parser: argparse._ActionsContainer) -> None:
     )
 
 
-def dynamic(arguments: argparse.Namespace) -> Any:
-    """What `add_dynamic` read, as the library's functions take it."""
-    return parse_dynamic_axes(arguments.dynamic or ())
-
-
-def add_precision(parser: argparse._ActionsContainer) -> None:
-    """The type of weights and activations, and what does not take it."""
-    parser.add_argument(
-        "--dtype",
-        choices=[name for name in DTYPES if name != "float64"],
-        help="type of weights and activations (default: the network's own); FRN's parameters stay in float32",
-    )
-    parser.add_argument(
-        "--keep-io-types", action="store_true", help="inputs and outputs keep the network's own type, with casts inside"
-    )
-    parser.add_argument(
-        "--keep-float32",
-        metavar="NAME",
-        action="append",
-        default=[],
-        help="a layer that stays in float32 in half precision, as in named_modules; * stands for anything",
-    )
-
-
-def add_tolerance(parser: argparse._ActionsContainer) -> None:
-    parser.add_argument("--atol", type=tolerance, help="absolute tolerance (default by dtype; float32: 1e-7)")
-    parser.add_argument(
-        "--rtol", type=tolerance, help="relative to the largest output (default by dtype; float32: 1e-4)"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of the random inputs (default 0)")
-
-
-def tolerances(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What `add_tolerance` read, as the library's functions take it."""
-    return {"atol": arguments.atol, "rtol": arguments.rtol, "seed": arguments.seed}
-
-
-def add_parity(parser: argparse.ArgumentParser, *, backend: bool = True) -> None:
+def add_parity(parser: argparse.ArgumentParser, *, backend: bool = True) -> argparse._ArgumentGroup:
     """The tolerance and the inputs of a parity check."""
     group = parser.add_argument_group("parity check")
-    add_tolerance(group)
+    group.add_argument("--atol", type=tolerance, help="absolute tolerance (default by dtype; float32: 1e-7)")
+    group.add_argument(
+        "--rtol", type=tolerance, help="relative to the largest output (default by dtype; float32: 1e-4)"
+    )
+    group.add_argument("--seed", type=int, default=0, help="of the random inputs (default 0)")
     if backend:
         group.add_argument(
             "--backend",
@@ -196,6 +125,7 @@ def add_parity(parser: argparse.ArgumentParser, *, backend: bool = True) -> None
             "evaluator (default onnxruntime, after half for a file in half precision; reference where onnxruntime is "
             "not installed)",
         )
+    return group
 
 
 def add_output(parser: argparse.ArgumentParser, default: str) -> None:

@@ -8,11 +8,10 @@ runs, the compilers, and whether onnxruntime takes the library.
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
-from deploynorm.cli import options
+from deploynorm.cli.terminal import Terminal
 from deploynorm.libraries.find import LIBRARIES
-
-__all__ = ["add_arguments", "run"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,36 +24,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group = parser.add_argument_group("build")
     group.add_argument("--cuda", action="store_true", help="with nvcc: the CUDA kernels, and the TensorRT plugin")
-    group.add_argument("--no-tensorrt", action="store_true", help="with --cuda: leave the plugin and its headers out")
+    group.add_argument(
+        "--no-tensorrt",
+        dest="tensorrt",
+        action="store_false",
+        help="with --cuda: leave the plugin and its headers out",
+    )
     group.add_argument(
         "--architectures",
         metavar="LIST",
-        default="",
-        help="of the GPUs, as CMake has them: 90, or '86-real;89-real' (default: all from 75 to 120)",
+        type=lambda text: [name for name in text.replace(",", ";").split(";") if name],
+        default=[],
+        help="of the GPUs, as CMake has them: 90, or '86-real;89-real' (default: all since Turing)",
     )
-    options.add_output_control(parser)
 
 
-def run(arguments: argparse.Namespace) -> int:
+def run(terminal: Terminal, action: str, library: str, **given: Any) -> None:
     from deploynorm import libraries
-    from deploynorm.cli.terminal import Terminal
 
-    terminal = Terminal(quiet=arguments.quiet)
-    if arguments.action == "build":
-        with terminal.step("building"):
-            built = libraries.build(
-                cuda=arguments.cuda,
-                tensorrt=not arguments.no_tensorrt,
-                architectures=[name for name in arguments.architectures.replace(",", ";").split(";") if name],
-            )
-        terminal.show(built)
-        terminal.write_json(arguments.json, built.to_dict())
-    elif arguments.action == "path":
-        path = libraries.library_path(arguments.library)
+    if action == "path":
+        path = libraries.library_path(library)
         terminal.show(path)
-        terminal.write_json(arguments.json, {"library": str(path)})
-    else:
-        description = libraries.describe()
-        terminal.show(description)
-        terminal.write_json(arguments.json, description.to_dict())
-    return 0
+        terminal.write_json({"library": str(path)})
+        return
+    with terminal.step("building" if action == "build" else "looking"):
+        found = libraries.build(**given) if action == "build" else libraries.describe()
+    terminal.show(found)
+    terminal.write_json(found.to_dict())

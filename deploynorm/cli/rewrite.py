@@ -9,40 +9,36 @@ both compute the same numbers, on several shapes.
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
+from typing import Any
 
 from deploynorm.cli import options
-from deploynorm.inputs import parse_input_shapes
+from deploynorm.cli.terminal import Terminal
+from deploynorm.errors import InputError
 from deploynorm.rewrite.passes import PASSES
-
-__all__ = ["add_arguments", "run"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", type=options.existing_file, help=options.ONNX_HELP)
+    options.add_onnx_file(parser)
     options.add_output(parser, next(iter(PASSES.values())).suffix)
     passes = parser.add_argument_group("rewrites, in the order in which they are given")
-    for name, entry in PASSES.items():
-        option = f"--{name.replace('_', '-')}"
-        passes.add_argument(option, dest="passes", action="append_const", const=name, help=entry.summary)
-    group = parser.add_argument_group("parity check")
-    options.add_input_shape(group)
-    options.add_tolerance(group)
-    options.add_output_control(parser)
-    parser.set_defaults(error=parser.error)
+    for name, row in PASSES.items():
+        passes.add_argument(_option(name), dest="passes", action="append_const", const=name, help=row.summary)
+    options.add_input_shape(options.add_parity(parser, backend=False))
 
 
-def run(arguments: argparse.Namespace) -> int:
-    if not arguments.passes:
-        arguments.error(f"name a rewrite: {', '.join('--' + name.replace('_', '-') for name in PASSES)}")
-    shapes = parse_input_shapes(arguments.input_shape)
+def run(terminal: Terminal, model: Path, output: Path | None, passes: list[str] | None, **given: Any) -> None:
+    if passes is None:
+        raise InputError("rewrite", f"name a rewrite: {', '.join(map(_option, PASSES))}")
 
-    from deploynorm.cli.terminal import Terminal
     from deploynorm.rewrite import rewrite
 
-    terminal = Terminal(quiet=arguments.quiet)
-    with terminal.step(f"rewriting {arguments.model}"):
-        result = rewrite(arguments.model, arguments.passes, input_shapes=shapes, **options.tolerances(arguments))
-    terminal.show(f"{result.tables(arguments.verbose)}\n")
-    terminal.write_json(arguments.json, result.to_dict())
-    terminal.show(result.save(arguments.output))
-    return 0
+    with terminal.step(f"rewriting {model}"):
+        result = rewrite(model, passes, **given)
+    terminal.show(f"{result.tables(terminal.verbose)}\n")
+    terminal.write_json(result.to_dict())
+    terminal.show(result.save(output))
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"

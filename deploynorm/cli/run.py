@@ -10,17 +10,17 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from deploynorm.cli import options
+from deploynorm.cli.terminal import Terminal
 from deploynorm.run.backends import BACKENDS
-
-__all__ = ["add_arguments", "run"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_model(parser, "ONNX file, engine, checkpoint, state_dict, pickled module or .pt2")
     parser.add_argument(
-        "inputs", metavar="INPUT", nargs="+", help=".npy, .npz or image file; NAME=FILE where there are several inputs"
+        "files", metavar="INPUT", nargs="+", help=".npy, .npz or image file; NAME=FILE where there are several inputs"
     )
     parser.add_argument("-o", "--output", type=options.output_file, help="write the outputs to this .npz file")
     parser.add_argument("--top", type=int, default=5, help="classes to print for each image (default 5)")
@@ -32,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--provider",
+        dest="providers",
         choices=("cpu", "cuda", "tensorrt"),
         action="append",
         help="of onnxruntime, the preferred first (default cpu)",
@@ -40,36 +41,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     library.add_argument(
         "--plugins", metavar="LIB", type=Path, action="append", help="operator libraries instead of ours"
     )
-    library.add_argument("--stock", action="store_true", help="onnxruntime without our operator library")
+    library.add_argument(
+        "--stock", dest="plugins", action="store_const", const=[], help="onnxruntime without our operator library"
+    )
     group.add_argument(
         "--trust-engine",
         action="store_true",
         help="let the plugin that is inside an engine run; only for files from a source you trust",
     )
-    options.add_output_control(parser)
 
 
-def run(arguments: argparse.Namespace) -> int:
-    model = options.model_options(arguments)
-
-    from deploynorm.cli.terminal import Terminal
+def run(
+    terminal: Terminal, model: Path, files: list[str], providers: list[str] | None, output: Path | None, **given: Any
+) -> None:
     from deploynorm.inference import run_on_files
 
-    terminal = Terminal(quiet=arguments.quiet)
-    with terminal.step(f"running {arguments.model}"):
-        inference = run_on_files(
-            arguments.model,
-            arguments.inputs,
-            backend=arguments.backend,
-            providers=arguments.provider or ("cpu",),
-            plugins=[] if arguments.stock else arguments.plugins,
-            trust_engine=arguments.trust_engine,
-            top=arguments.top,
-            **model,
-        )
+    with terminal.step(f"running {model}"):
+        inference = run_on_files(model, files, providers=providers or ("cpu",), **given)
     terminal.show(inference)
-    if arguments.output is not None:
-        inference.save(arguments.output)
-        terminal.show(f"wrote {arguments.output}")
-    terminal.write_json(arguments.json, inference.to_dict())
-    return 0
+    if output is not None:
+        inference.save(output)
+        terminal.show(f"wrote {output}")
+    terminal.write_json(inference.to_dict())

@@ -6,32 +6,29 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from deploynorm.files import write_text
 
-__all__ = ["Terminal"]
 
-
+@dataclass(frozen=True)
 class Terminal:
-    """Prints for one run of a verb.
+    """Prints for one run of a verb: nothing (quiet), or with each layer and sample (verbose); and JSON into a file."""
 
-    Args:
-        quiet: Whether nothing is shown.
-    """
-
-    def __init__(self, *, quiet: bool = False) -> None:
-        self._quiet = quiet
+    quiet: bool
+    verbose: bool
+    json: Path | None
 
     def show(self, text: object) -> None:
-        if not self._quiet:
+        if not self.quiet:
             print(text)
 
     @contextmanager
     def step(self, text: str) -> Iterator[None]:
         """Shows what is being done while it lasts; nothing where standard error is not a terminal."""
-        if self._quiet or not sys.stderr.isatty():
+        if self.quiet or not sys.stderr.isatty():
             yield
             return
         from rich.console import Console
@@ -40,8 +37,6 @@ class Terminal:
         with Console(stderr=True).status(escape(text)):
             yield
 
-    @staticmethod
-    def write_json(path: Path | None, content: dict[str, Any]) -> None:
-        """Writes the machine-readable form, where one was asked for."""
-        if path is not None:
-            write_text(path, json.dumps(content, indent=2) + "\n")
+    def write_json(self, content: dict[str, Any]) -> None:
+        if self.json is not None:
+            write_text(self.json, json.dumps(content, indent=2) + "\n")

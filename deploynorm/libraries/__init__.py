@@ -1,14 +1,13 @@
 """The native libraries: where they are, what is in them, and building them on this machine."""
 
-from deploynorm.libraries.compile import Build, build
-from deploynorm.libraries.describe import Description, describe
+from deploynorm.libraries.compile import build
+from deploynorm.libraries.describe import describe
 from deploynorm.libraries.find import (
     LIBRARIES,
     ORT_LIBRARY,
     TENSORRT_LIBRARY,
     TENSORRT_REGISTER_LIBRARY,
     TORCH_LIBRARY,
-    NativeLibrary,
     cpu_variants,
     cuda_variants,
     find_library,
@@ -23,9 +22,6 @@ __all__ = [
     "TENSORRT_LIBRARY",
     "TENSORRT_REGISTER_LIBRARY",
     "TORCH_LIBRARY",
-    "Build",
-    "Description",
-    "NativeLibrary",
     "build",
     "cpu_variants",
     "cuda_variants",

@@ -8,7 +8,7 @@ import platform
 import shutil
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,6 @@ from deploynorm.libraries.find import ORT_LIBRARY, cache_of_these_sources, cache
 from deploynorm.libraries.tools import CudaTools, Tools, find_cuda, find_program, find_tools, run, tensorrt_headers
 from deploynorm.tables import table
 
-__all__ = ["Build", "build", "cache_key"]
-
 
 @dataclass(frozen=True)
 class Build:
@@ -29,38 +27,22 @@ class Build:
     Attributes:
         library: The operator library for ONNX Runtime.
         libraries: All libraries that were built, this one among them; they lie in one folder.
-        tools: CMake and the C++ compiler.
-        cuda: The CUDA compiler; None for a build without CUDA.
-        options: What CMake was given.
-        flags: $CXXFLAGS, which CMake adds.
+        facts: The compilers and options, as JSON has them.
     """
 
     library: Path
     libraries: tuple[Path, ...]
-    tools: Tools
-    cuda: CudaTools | None
-    options: tuple[str, ...]
-    flags: str = ""
+    facts: Mapping[str, str | list[str] | None]
 
     def __str__(self) -> str:
-        rows = [("compiler", f"{self.tools.compiler} ({self.tools.compiler_version})"), ("CMake", self.tools.cmake)]
-        rows += [] if self.cuda is None else [("CUDA compiler", f"{self.cuda.nvcc} ({self.cuda.version})")]
-        rows += [("options", option) for option in self.options] + ([("CXXFLAGS", self.flags)] if self.flags else [])
-        return table("Built", ("", ""), [*rows, *(("library", path) for path in self.libraries)])
+        rows = []
+        for name, value in {**self.facts, "library": [str(path) for path in self.libraries]}.items():
+            each = value if isinstance(value, list) else [value]
+            rows += [(name.replace("_", " "), text) for text in each if text]
+        return table("Built", ("", ""), rows)
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON has it."""
-        return {
-            "library": str(self.library),
-            "libraries": [str(path) for path in self.libraries],
-            "compiler": str(self.tools.compiler),
-            "compiler_version": self.tools.compiler_version,
-            "cmake": str(self.tools.cmake),
-            "cuda_compiler": None if self.cuda is None else str(self.cuda.nvcc),
-            "cuda_version": None if self.cuda is None else self.cuda.version,
-            "options": list(self.options),
-            "cxxflags": self.flags,
-        }
+        return {"library": str(self.library), "libraries": [str(path) for path in self.libraries], **self.facts}
 
 
 def build(
@@ -71,22 +53,16 @@ def build(
     architectures: Sequence[str] = (),
     sanitize: str = "",
 ) -> Build:
-    """Builds the libraries from the sources that the package brings.
-
-    Several processes may build at once: each works in a folder of its own and moves the finished files into their
-    place.
+    """Builds the libraries from the sources that the package brings. Several processes may do so at once.
 
     Args:
         folder: Where they go; by default a cache, under a key of sources, compilers and flags, where `library_path`
             finds them.
         cuda: Build the CUDA kernels into the operator library, and the TensorRT plugin.
         tensorrt: With cuda, whether to build the plugin; its build needs TensorRT's headers.
-        architectures: Of the GPUs, as CMake has them ("90", "86-real"); by default all from Turing to Blackwell. Only
-            with cuda.
+        architectures: Of the GPUs, as CMake has them ("90", "86-real"); by default those of plugins/CMakeLists.txt,
+            all since Turing. Only with cuda.
         sanitize: Sanitizers to build with, as for -fsanitize ("address,undefined"); only with a folder.
-
-    Returns:
-        The paths of the libraries, with the compilers and options.
 
     Raises:
         InputError: An option of a build with CUDA was given without cuda.
@@ -108,7 +84,7 @@ def build(
         options += [f"-DTENSORRT_INCLUDE_DIR={headers}"]
     target = (cache_key(tools, cuda_tools, options) if folder is None else folder) / ORT_LIBRARY
     target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="deploynorm-build-") as work:
+    with tempfile.TemporaryDirectory(prefix="deploynorm-build-") as work:  # of this process alone
         configure: list[str | Path] = [tools.cmake, "-S", source_folder(), "-B", work, "-DCMAKE_BUILD_TYPE=Release"]
         configure += [f"-DCMAKE_CXX_COMPILER={tools.compiler}", *options]
         if (ninja := find_program("ninja")) is not None:
@@ -119,7 +95,16 @@ def build(
             for library in Path(work).glob("*.so"):
                 shutil.copy2(library, staged / library.name)
     built = tuple(sorted(target.parent.glob("*.so")))
-    return Build(target, built, tools, cuda_tools, tuple(options), os.environ.get("CXXFLAGS", ""))
+    facts: dict[str, str | list[str] | None] = {
+        "compiler": str(tools.compiler),
+        "compiler_version": tools.compiler_version,
+        "cmake": str(tools.cmake),
+        "cuda_compiler": None if cuda_tools is None else str(cuda_tools.nvcc),
+        "cuda_version": None if cuda_tools is None else cuda_tools.version,
+        "options": options,
+        "cxxflags": os.environ.get("CXXFLAGS", ""),
+    }
+    return Build(target, built, facts)
 
 
 def cache_key(tools: Tools, cuda: CudaTools | None, options: Sequence[str]) -> Path:

@@ -10,16 +10,10 @@ from deploynorm.libraries.find import LIBRARIES, cpu_variants, cuda_variants, fi
 from deploynorm.libraries.tools import find_cuda, find_tools
 from deploynorm.tables import table
 
-__all__ = ["Description", "describe"]
-
 
 @dataclass(frozen=True)
 class Description:
-    """What `describe` found; `print` shows it.
-
-    Attributes:
-        facts: A line of text by subject.
-    """
+    """What `describe` found, a line of text by subject; `print` shows it."""
 
     facts: Mapping[str, str]
 
@@ -27,7 +21,6 @@ class Description:
         return table("Native libraries", ("", ""), self.facts.items())
 
     def to_dict(self) -> dict[str, str]:
-        """As JSON has it."""
         return dict(self.facts)
 
 

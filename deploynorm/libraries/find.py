@@ -7,9 +7,9 @@ was built from the sources of this package.
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import importlib.metadata
+import itertools
 import os
 from collections.abc import Mapping
 from functools import cache
@@ -17,23 +17,7 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from deploynorm.errors import BackendError
-
-__all__ = [
-    "LIBRARIES",
-    "ORT_LIBRARY",
-    "TENSORRT_LIBRARY",
-    "TENSORRT_REGISTER_LIBRARY",
-    "TORCH_LIBRARY",
-    "NativeLibrary",
-    "cache_of_these_sources",
-    "cache_root",
-    "cpu_variants",
-    "cuda_variants",
-    "find_library",
-    "library_path",
-    "source_digest",
-    "source_folder",
-]
+from deploynorm.libraries.kernels import open_kernels
 
 ORT_LIBRARY: Final = "libdeploynorm_ort.so"
 TORCH_LIBRARY: Final = "libdeploynorm_torch.so"
@@ -91,21 +75,17 @@ LIBRARIES: Final[Mapping[str, NativeLibrary]] = {
 
 
 def library_path(name: str = ORT_LIBRARY) -> Path:
-    """The path of a library of ours; by default of that for `SessionOptions.register_custom_ops_library`.
+    """The path of a library of ours, by its file name or its host's name in `LIBRARIES`.
 
-    Args:
-        name: Its file name, or its host's name in `LIBRARIES`.
-
-    Raises:
-        BackendError: It was neither installed nor built on this machine.
+    The default is that for `SessionOptions.register_custom_ops_library`. BackendError where it was neither installed
+    nor built on this machine.
     """
     library = find_library(name)
     if library is None:
         row = next(row for key, row in LIBRARIES.items() if name in (key, row.file))
         first = "pip install 'deploynorm[build,cuda]'" if row.needs_cuda else "install a C++ compiler (g++ or clang++)"
-        raise BackendError(
-            "deploynorm.libraries", f"{row.file} is not built on this machine", fix=f"{first}, then: {row.command}"
-        )
+        problem = f"{row.file} is not built on this machine"
+        raise BackendError("deploynorm.libraries", problem, fix=f"{first}, then: {row.command}")
     return library
 
 
@@ -118,43 +98,28 @@ def find_library(name: str = ORT_LIBRARY) -> Path | None:
 
 def installed_library(file: str) -> Path | None:
     """Where pip has put the library. An editable installation does not have it beside its modules."""
-    for distribution in importlib.metadata.distributions(name="deploynorm"):
-        path = Path(str(distribution.locate_file(f"deploynorm/{file}")))
-        if path.is_file():
-            return path
-    return None
+    distributions = importlib.metadata.distributions(name="deploynorm")
+    paths = (Path(str(distribution.locate_file(f"deploynorm/{file}"))) for distribution in distributions)
+    return next((path for path in paths if path.is_file()), None)
 
 
 def cpu_variants(library: Path) -> list[str]:
-    """The compiled variants of the CPU kernel that this processor runs, the best first.
-
-    Raises:
-        BackendError: The library cannot be loaded.
-    """
+    """The compiled variants of the CPU kernel that this processor runs, the best first."""
     return _names(library, "deploynorm_cpu_variants")
 
 
 def cuda_variants(library: Path) -> list[str]:
-    """The variants of the CUDA kernel; none in a library that was built without CUDA.
-
-    Raises:
-        BackendError: The library cannot be loaded.
-    """
+    """The variants of the CUDA kernel; none in a library that was built without CUDA."""
     return _names(library, "deploynorm_cuda_variants") if b"deploynorm_cuda_variants" in library.read_bytes() else []
 
 
 def _names(library: Path, function: str) -> list[str]:
     """The names that a function of the library returns, as an array that ends with a null pointer."""
     try:
-        names = getattr(ctypes.CDLL(str(library)), function)
+        array = getattr(open_kernels(library, function), function)()
     except (OSError, AttributeError) as error:
         raise BackendError(str(library), f"cannot be loaded: {error}", fix="deploynorm plugins build") from error
-    names.restype = ctypes.POINTER(ctypes.c_char_p)
-    array = names()
-    found: list[str] = []
-    while array[len(found)] is not None:
-        found.append(array[len(found)].decode())
-    return found
+    return [name.decode() for name in itertools.takewhile(lambda name: name is not None, array)]
 
 
 def source_folder() -> Path:

@@ -9,8 +9,6 @@ import ctypes
 from pathlib import Path
 from typing import Final
 
-__all__ = ["PARALLEL_FOR", "TASK", "TYPES", "Backward", "Forward", "open_kernels"]
-
 TYPES: Final = {"float32": 0, "float64": 1, "float16": 2, "bfloat16": 3}
 """Name of an element type -> deploynorm_type."""
 
@@ -45,18 +43,18 @@ class Backward(ctypes.Structure):
 _POINTER: Final = ctypes.c_void_p
 _NAMES: Final = (ctypes.POINTER(ctypes.c_char_p), ())
 _BYTES: Final = (ctypes.c_size_t, (_POINTER,))
-_CUDA: Final = (ctypes.c_int, (_POINTER, _POINTER, _POINTER, ctypes.c_char_p))
+_RUN: Final = (ctypes.c_int, (_POINTER, _POINTER, _POINTER, ctypes.c_char_p))
 
 _FUNCTIONS: Final = {
     "deploynorm_cpu_variants": _NAMES,
-    "deploynorm_frn_cpu": (ctypes.c_int, (_POINTER, _POINTER, _POINTER, ctypes.c_char_p)),
+    "deploynorm_frn_cpu": _RUN,
     "deploynorm_frn_backward_cpu_workspace": _BYTES,
     "deploynorm_frn_backward_cpu": (ctypes.c_int, (_POINTER, _POINTER, _POINTER, _POINTER, ctypes.c_char_p)),
     "deploynorm_cuda_variants": _NAMES,
     "deploynorm_frn_cuda_workspace": _BYTES,
-    "deploynorm_frn_cuda": _CUDA,
+    "deploynorm_frn_cuda": _RUN,
     "deploynorm_frn_backward_cuda_workspace": _BYTES,
-    "deploynorm_frn_backward_cuda": _CUDA,
+    "deploynorm_frn_backward_cuda": _RUN,
 }
 """Name -> what it returns, and its arguments."""
 
@@ -64,13 +62,7 @@ _FUNCTIONS: Final = {
 def open_kernels(library: Path, *required: str) -> ctypes.CDLL:
     """A library with the types of those functions of frn.h that it has: not every one has those of CUDA or of training.
 
-    Args:
-        library: The file.
-        required: Names of functions that it must have.
-
-    Raises:
-        OSError: The file is missing or no library for this machine.
-        AttributeError: It lacks a required function.
+    OSError where it is no library for this machine, AttributeError where it lacks a required function.
     """
     opened = ctypes.CDLL(str(library))
     for name, (result, arguments) in _FUNCTIONS.items():

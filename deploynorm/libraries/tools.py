@@ -9,13 +9,12 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Final, NamedTuple
 
 from deploynorm.errors import BackendError
 from deploynorm.files import sha256, staging
-
-__all__ = ["CudaTools", "Tools", "find_cuda", "find_program", "find_tools", "run", "tensorrt_headers"]
 
 _WHERE: Final = "deploynorm.libraries"
 
@@ -51,69 +50,42 @@ class CudaTools(NamedTuple):
 
 
 def find_tools() -> Tools:
-    """CMake and the C++ compiler: $CXX, else c++, g++ or clang++.
-
-    Raises:
-        BackendError: One of them is missing.
-    """
+    """CMake and the C++ compiler ($CXX, else c++, g++ or clang++); BackendError where one of them is missing."""
     cmake = find_program("cmake")
     if cmake is None:
         raise BackendError(_WHERE, "CMake is not installed", fix="pip install cmake ninja")
     named = os.environ.get("CXX")
-    found = (find_program(name) for name in ([named] if named else ["c++", "g++", "clang++"]))
-    compiler = next((path for path in found if path is not None), None)
+    compiler = _first([named] if named else ["c++", "g++", "clang++"])
     if compiler is None:
         raise BackendError(_WHERE, "no C++ compiler found", got=named and f"CXX={named}", fix="install g++ or clang++")
     return Tools(cmake, compiler, run([compiler, "--version"]).partition("\n")[0])
 
 
 def find_cuda() -> CudaTools:
-    """The CUDA compiler: $CUDACXX, nvcc on PATH, under $CUDA_HOME, in /usr/local/cuda or from pip's packages.
-
-    Raises:
-        BackendError: There is none.
-    """
+    """The CUDA compiler: $CUDACXX, nvcc on PATH, under $CUDA_HOME, in /usr/local/cuda or from pip's packages."""
     named = os.environ.get("CUDACXX")
     packages = importlib.util.find_spec("nvidia")
     homes = [os.environ.get("CUDA_HOME"), "/usr/local/cuda"]
     homes += [f"{folder}/cu13" for folder in (packages and packages.submodule_search_locations) or ()]
-    places = [named] if named else ["nvcc", *(f"{home}/bin/nvcc" for home in homes if home)]
-    nvcc = next((path for path in map(find_program, places) if path is not None), None)
+    nvcc = _first([named] if named else ["nvcc", *(f"{home}/bin/nvcc" for home in homes if home)])
     if nvcc is None:
-        raise BackendError(
-            _WHERE,
-            "no CUDA compiler found",
-            got=named and f"CUDACXX={named}",
-            fix="pip install 'deploynorm[cuda]', or install the CUDA toolkit, 12.8 or later",
-        )
+        fix = "pip install 'deploynorm[cuda]', or install the CUDA toolkit, 12.8 or later"
+        raise BackendError(_WHERE, "no CUDA compiler found", got=named and f"CUDACXX={named}", fix=fix)
     lines = run([nvcc, "--version"]).strip().splitlines()
     return CudaTools(nvcc, next((line for line in lines if "release" in line), lines[-1]))
 
 
 def tensorrt_headers(cache: Path) -> Path:
-    """A folder of TensorRT's headers: $TENSORRT_INCLUDE_DIR, else those of a package, which pip gets and `cache` keeps.
-
-    Raises:
-        BackendError: The folder that the variable names has none, or the package cannot be had or is another.
-    """
-    named = os.environ.get("TENSORRT_INCLUDE_DIR")
-    if named:
+    """A folder of TensorRT's headers: $TENSORRT_INCLUDE_DIR, else of a package, which pip gets and `cache` keeps."""
+    if named := os.environ.get("TENSORRT_INCLUDE_DIR"):
         if not (Path(named) / _HEADER).is_file():
-            raise BackendError(
-                _WHERE,
-                f"TENSORRT_INCLUDE_DIR has no {_HEADER}",
-                got=named,
-                fix="name the folder `include` of TensorRT, or unset it",
-            )
+            fix = "name the folder `include` of TensorRT, or unset it"
+            raise BackendError(_WHERE, f"TENSORRT_INCLUDE_DIR has no {_HEADER}", got=named, fix=fix)
         return Path(named)
     folder = cache / "tensorrt-headers" / HEADERS_SHA256[:16]
-    if not (folder / _HEADER).is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        _unpack_headers(folder)
-    return folder
-
-
-def _unpack_headers(folder: Path) -> None:
+    if (folder / _HEADER).is_file():
+        return folder
+    folder.mkdir(parents=True, exist_ok=True)
     fix = "download TensorRT and name its folder `include` with TENSORRT_INCLUDE_DIR, or leave the plugin out"
     with tempfile.TemporaryDirectory(prefix="deploynorm-headers-") as work:
         pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "-d", work]
@@ -121,18 +93,21 @@ def _unpack_headers(folder: Path) -> None:
         wheels = list(Path(work).glob("*.whl"))
         if done.returncode != 0 or len(wheels) != 1:
             words = (done.stderr or done.stdout).strip().splitlines()[-1:]
-            raise BackendError(
-                _WHERE, f"pip cannot get TensorRT's headers ({HEADERS_PACKAGE})", got="".join(words), fix=fix
-            )
+            problem = f"pip cannot get TensorRT's headers ({HEADERS_PACKAGE})"
+            raise BackendError(_WHERE, problem, got="".join(words), fix=fix)
         digest = sha256(wheels[0])
         if digest != HEADERS_SHA256:
-            raise BackendError(
-                _WHERE, f"{wheels[0].name} is not the file that is known", got=digest, expected=HEADERS_SHA256, fix=fix
-            )
+            problem = f"{wheels[0].name} is not the file that is known"
+            raise BackendError(_WHERE, problem, got=digest, expected=HEADERS_SHA256, fix=fix)
         with zipfile.ZipFile(wheels[0]) as wheel, staging(folder / _HEADER) as staged:
             for name in wheel.namelist():
                 if name.startswith(_FOLDER_IN_PACKAGE) and name.endswith(".h"):
                     (staged / Path(name).name).write_bytes(wheel.read(name))
+    return folder
+
+
+def _first(names: Iterable[str]) -> Path | None:
+    return next((path for path in map(find_program, names) if path is not None), None)
 
 
 def find_program(name: str) -> Path | None:
@@ -142,18 +117,11 @@ def find_program(name: str) -> Path | None:
 
 
 def run(command: list[str | Path]) -> str:
-    """The output of a program of the build.
-
-    Raises:
-        BackendError: It failed; the message ends with its last words.
-    """
+    """The output of a program of the build; BackendError, with the last of it, where it fails."""
     done = subprocess.run([str(word) for word in command], capture_output=True, text=True)
     if done.returncode != 0:
         words = (done.stdout + done.stderr).strip().splitlines()[-15:]
-        raise BackendError(
-            _WHERE,
-            f"{Path(command[0]).name} failed with exit code {done.returncode}",
-            got="\n".join(["", *words]),
-            fix="fix what it names, or choose another compiler with CXX",
-        )
+        problem = f"{Path(command[0]).name} failed with exit code {done.returncode}"
+        fix = "fix what it names, or choose another compiler with CXX"
+        raise BackendError(_WHERE, problem, got="\n".join(["", *words]), fix=fix)
     return done.stdout

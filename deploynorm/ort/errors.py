@@ -3,89 +3,77 @@
 from __future__ import annotations
 
 import re
-from typing import Final, NamedTuple
+from typing import Final
 
 from deploynorm.contract import DOMAIN, OP_TYPE
 from deploynorm.errors import BackendError, DeployNormError, InputError, ModelError
 from deploynorm.ort.runtime import import_onnxruntime
 
-__all__ = ["explain", "plain"]
-
-
-class _Known(NamedTuple):
-    """An error of ONNX Runtime that we foresee, known by its text; `{version}` is filled in."""
-
-    text: str
-    kind: type[DeployNormError]
-    problem: str
-    fix: str
-
-
-_KNOWN: Final = (
-    _Known(
+_KNOWN: Final[tuple[tuple[str, type[DeployNormError], str, str], ...]] = (
+    (
         rf"{DOMAIN}:\w*{OP_TYPE}\S* is not a registered function/op",
         ModelError,
         f"holds {DOMAIN}::{OP_TYPE} without its function body, and the operator library was not registered",
         "run `deploynorm plugins build` and use deploynorm.ort.session or deploynorm.ort.register(options), or export "
         "again without --no-function",
     ),
-    _Known(
+    (
         "is not a registered function/op|No Op registered for",
         ModelError,
         "holds an operator that onnxruntime {version} does not know",
         "pass the library that brings it with --plugins, or a newer onnxruntime",
     ),
-    _Known(
+    (
         "Domain already set in registry",
         InputError,
         "was opened with session options that have our operator library twice",
         "register it with deploynorm.ort.register(options) only, which knows what it has registered",
     ),
-    _Known(
+    (
         "Unsupported model IR version|is under development and support for this is limited|unknown model IR version",
         BackendError,
         "is newer than onnxruntime {version} reads",
         "upgrade onnxruntime, or export with a lower --opset",
     ),
-    _Known(
+    (
         "INVALID_PROTOBUF|No graph was found in the protobuf",
         ModelError,
         "not an ONNX file, or cut short",
         "export it again",
     ),
-    _Known(
+    (
         "[Ee]xternal data",
         ModelError,
         "its external data cannot be read",
         "keep the data file beside the model, and pass the model as a path",
     ),
-    _Known(
+    (
         "Could not find an implementation for",
         BackendError,
         "holds an operator that onnxruntime {version} lacks for this type and provider",
         "run it on another provider, or export it in float32",
     ),
-    _Known(
+    (
         r"Type 'tensor\(\w+\)' of input parameter .* is invalid",
         ModelError,
         "holds an operator of a type that onnxruntime {version} or the plugin library does not take",
         "export it in float32, or build the plugin library for that type",
     ),
 )
+"""Errors that we foresee: a pattern of their text, our class, the problem and the fix; `{version}` is filled in."""
 
 
 def explain(where: str, error: Exception) -> DeployNormError:
     """The error of ONNX Runtime as one of ours."""
     version, text = import_onnxruntime().__version__, plain(error)
-    for known in _KNOWN:
-        if re.search(known.text, str(error)):
-            return known.kind(where, known.problem.format(version=version), got=text, fix=known.fix)
+    for pattern, kind, problem, fix in _KNOWN:
+        if re.search(pattern, str(error)):
+            return kind(where, problem.format(version=version), got=text, fix=fix)
     return ModelError(where, f"onnxruntime {version} cannot run the model", got=text)
 
 
 def plain(error: Exception) -> str:
     """ONNX Runtime's text without its codes, the path, its source lines and its line breaks."""
-    text = re.sub(
-        r"^\[ONNXRuntimeError\] : \d+ : \w+ : (Load model from .* failed:)?", "", " ".join(str(error).split())
-    )
+    codes = r"^\[ONNXRuntimeError\] : \d+ : \w+ : (Load model from .* failed:)?"
+    text = re.sub(codes, "", " ".join(str(error).split()))
     return re.sub(r"/onnxruntime_src/.*?\) (?=[A-Z])", "", text).rstrip(". ")

@@ -11,23 +11,15 @@ from typing import Any
 
 import deploynorm
 from deploynorm.errors import BackendError, ModelError
+from deploynorm.ort.runtime import quiet_options
 
-__all__ = ["block_size", "check_this_machine", "describe", "processor_name"]
-
+_FIX = "deploynorm rewrite ORIGINAL.onnx --optimize-for-cpu"
 _BINDING = {"onnxruntime": "onnxruntime {}", "machine": "{}", "block": "blocks of {} channels"}
 """The facts that must be equal where a rewritten file runs, and their words in an error."""
 
 
 def describe(runtime: Any, source_sha256: str | None = None) -> dict[str, str | int | None]:
-    """What a file rewritten here says of this machine.
-
-    Args:
-        runtime: The module onnxruntime.
-        source_sha256: Of the file that it was made from.
-
-    Raises:
-        BackendError: onnxruntime does not block channels on this processor.
-    """
+    """What a file rewritten here says of this machine, and of the file that it was made from."""
     return {
         "onnxruntime": str(runtime.__version__),
         "machine": platform.machine(),
@@ -39,38 +31,22 @@ def describe(runtime: Any, source_sha256: str | None = None) -> dict[str, str | 
 
 
 def check_this_machine(where: str, metadata_json: str, runtime: Any) -> None:
-    """Refuses a file that was rewritten for another ONNX Runtime or another kind of processor.
+    """Refuses a file, by its metadata entry `METADATA_CPU`, that was rewritten for another machine.
 
     With another block size it would run and give wrong numbers: ONNX Runtime does not look.
-
-    Args:
-        where: The file, for the message.
-        metadata_json: Its entry `METADATA_CPU`.
-        runtime: The module onnxruntime.
-
-    Raises:
-        BackendError: The version of onnxruntime, the architecture or the block size differs here.
-        ModelError: The entry is not what `deploynorm rewrite` writes.
     """
     try:
         note = json.loads(metadata_json)
         facts = {key: note[key] for key in _BINDING}
     except (ValueError, TypeError, KeyError) as error:
-        raise ModelError(
-            where,
-            "its note of the machine that it was rewritten for is damaged",
-            got=metadata_json,
-            fix="run on the file it was made from: deploynorm rewrite ORIGINAL.onnx --optimize-for-cpu",
-        ) from error
+        problem, fix = "its note of the machine that it was rewritten for is damaged", f"make it again: {_FIX}"
+        raise ModelError(where, problem, got=metadata_json, fix=fix) from error
     here = describe(runtime)
     if any(facts[key] != here[key] for key in _BINDING):
-        raise BackendError(
-            where,
-            "was rewritten for another machine or another onnxruntime",
-            got=f"{_words(facts)}, rewritten on {note.get('processor') or 'an unknown processor'}",
-            expected=f"{_words(here)}, as here",
-            fix="run here, on the file it was made from: deploynorm rewrite ORIGINAL.onnx --optimize-for-cpu",
-        )
+        problem = "was rewritten for another machine or another onnxruntime"
+        got = f"{_words(facts)}, rewritten on {note.get('processor') or 'an unknown processor'}"
+        fix = f"run here, on the file it was made from: {_FIX}"
+        raise BackendError(where, problem, got=got, expected=f"{_words(here)}, as here", fix=fix)
 
 
 @cache
@@ -78,26 +54,18 @@ def block_size(runtime: Any) -> int:
     """How many channels ONNX Runtime puts side by side on this processor: 16 with AVX-512, 8 with AVX.
 
     It has no call that says so. It pads the output channels of a convolution to whole blocks, so a convolution with one
-    is optimised, and its weight read.
-
-    Raises:
-        BackendError: onnxruntime does not block channels on this processor.
+    is optimised, and its weight read. BackendError where it does not block channels on this processor.
     """
-    import onnx
+    import onnx.parser
 
-    value = onnx.helper.make_tensor_value_info
-    graph = onnx.helper.make_graph(
-        [onnx.helper.make_node("Conv", ["x", "weight"], ["y"])],
-        "probe",
-        [value("x", onnx.TensorProto.FLOAT, (1, 1, 1, 1))],
-        [value("y", onnx.TensorProto.FLOAT, (1, 1, 1, 1))],
-        [onnx.helper.make_tensor("weight", onnx.TensorProto.FLOAT, (1, 1, 1, 1), [1.0])],
-    )
     # Old versions on purpose, so that every onnxruntime reads it.
-    probe = onnx.helper.make_model(graph, ir_version=8, opset_imports=[onnx.helper.make_opsetid("", 13)])
+    probe = onnx.parser.parse_model("""
+        <ir_version: 8, opset_import: ["": 13]>
+        probe (float[1, 1, 1, 1] x) => (float[1, 1, 1, 1] y)
+        <float[1, 1, 1, 1] weight = {1.0}> { y = Conv (x, weight) }
+    """)
     with tempfile.TemporaryDirectory(prefix="deploynorm-probe-") as folder:
-        options = runtime.SessionOptions()
-        options.log_severity_level = 4  # it would warn that what it writes is for this machine only, as it should be
+        options = quiet_options()  # it would warn that what it writes is for this machine only, as it should be
         options.optimized_model_filepath = str(Path(folder) / "probe.onnx")
         runtime.InferenceSession(probe.SerializeToString(), options, providers=["CPUExecutionProvider"])
         optimized = onnx.load(options.optimized_model_filepath)
@@ -105,13 +73,9 @@ def block_size(runtime: Any) -> int:
         if (node.domain, node.op_type) == ("com.microsoft.nchwc", "Conv"):
             shapes = {tensor.name: tensor.dims for tensor in optimized.graph.initializer}
             return int(shapes[node.input[1]][0])
-    raise BackendError(
-        "onnxruntime",
-        f"onnxruntime {runtime.__version__} does not block channels on this processor",
-        got=processor_name(),
-        expected="an x86-64 processor with AVX, or another for which it has the blocked layout",
-        fix="use the file as exported",
-    )
+    problem = f"onnxruntime {runtime.__version__} does not block channels on this processor"
+    expected, fix = "an x86-64 processor with AVX, or another for which it has the blocked layout", "use it as exported"
+    raise BackendError("onnxruntime", problem, got=processor_name(), expected=expected, fix=fix)
 
 
 def _words(facts: dict[str, str | int | None]) -> str:
@@ -120,9 +84,7 @@ def _words(facts: dict[str, str | int | None]) -> str:
 
 def processor_name() -> str:
     """The processor's name as people know it: from Linux's /proc/cpuinfo, else what Python says."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        lines = []
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8", errors="replace").splitlines() if info.exists() else []
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return next(names, platform.processor())

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final
 
@@ -11,8 +9,6 @@ from deploynorm.errors import BackendError, InputError
 
 if TYPE_CHECKING:
     import onnxruntime
-
-__all__ = ["PROVIDERS", "find_provider", "import_onnxruntime", "open_cuda", "quiet_options"]
 
 PROVIDERS: Final[Mapping[str, tuple[str, dict[str, str]]]] = {
     "cpu": ("CPUExecutionProvider", {}),
@@ -27,64 +23,31 @@ _INSTALL_GPU = "pip uninstall onnxruntime, then pip install 'deploynorm[gpu]'"
 
 
 def import_onnxruntime() -> Any:
-    """The module onnxruntime.
-
-    Raises:
-        BackendError: It is not installed, or its own libraries are missing.
-    """
+    """The module onnxruntime; BackendError where it cannot be imported."""
     try:
         import onnxruntime
     except ImportError as error:
-        raise BackendError(
-            "onnxruntime",
-            f"the package cannot be imported: {error}",
-            fix=f"{_INSTALL_CPU} (and 'numpy<2' for onnxruntime 1.18)",
-        ) from error
+        fix = f"{_INSTALL_CPU} (and 'numpy<2' for onnxruntime 1.18)"
+        raise BackendError("onnxruntime", f"the package cannot be imported: {error}", fix=fix) from error
     return onnxruntime
 
 
 def quiet_options() -> onnxruntime.SessionOptions:
-    """Options of a session that logs fatal errors only: all others are raised, as errors of ours.
-
-    Raises:
-        BackendError: onnxruntime is missing.
-    """
+    """Options of a session that logs fatal errors only: all others are raised, as errors of ours."""
     options = import_onnxruntime().SessionOptions()
     options.log_severity_level = 4
     return options
 
 
 def find_provider(name: str, ort: Any) -> tuple[str, dict[str, str]]:
-    """ONNX Runtime's name and options of a provider.
-
-    Args:
-        name: One of `PROVIDERS`, or ONNX Runtime's own name.
-        ort: The module onnxruntime.
-
-    Raises:
-        InputError: There is no such provider.
-        BackendError: This onnxruntime was built without it.
-    """
+    """ONNX Runtime's name and options of a provider, which may be given by either name."""
     present = ort.get_available_providers()
     full, settings = PROVIDERS.get(name, (name, {}))
     if full not in present and full == name and name not in ort.get_all_providers():
         raise InputError("onnxruntime", "unknown provider", got=repr(name), expected=" or ".join(PROVIDERS))
     if full not in present:
-        raise BackendError(
-            "onnxruntime",
-            f"onnxruntime {ort.__version__} was built without the provider {name!r}",
-            got=[known for known, (full, _) in PROVIDERS.items() if full in present],
-            expected=name,
-            fix=_INSTALL_CPU if name == "cpu" else _INSTALL_GPU,
-        )
+        problem = f"onnxruntime {ort.__version__} was built without the provider {name!r}"
+        got = [known for known, (full, _) in PROVIDERS.items() if full in present]
+        fix = _INSTALL_CPU if name == "cpu" else _INSTALL_GPU
+        raise BackendError("onnxruntime", problem, got=got, expected=name, fix=fix)
     return full, settings
-
-
-def open_cuda(ort: Any) -> None:
-    """Opens the CUDA and cuDNN that pip has put where the system does not look; ONNX Runtime 1.21 and later can.
-
-    It would print what is missing; `session` reports a provider that does not start.
-    """
-    if hasattr(ort, "preload_dlls"):
-        with contextlib.redirect_stdout(io.StringIO()):
-            ort.preload_dlls()

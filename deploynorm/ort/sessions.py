@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import mmap
 import warnings
 import weakref
@@ -14,12 +16,10 @@ from deploynorm.errors import BackendError, ModelError
 from deploynorm.libraries import cuda_variants, find_library, library_path
 from deploynorm.ort.errors import explain, plain
 from deploynorm.ort.machine import check_this_machine
-from deploynorm.ort.runtime import PROVIDERS, find_provider, import_onnxruntime, open_cuda, quiet_options
+from deploynorm.ort.runtime import PROVIDERS, find_provider, import_onnxruntime, quiet_options
 
 if TYPE_CHECKING:
     import onnxruntime
-
-__all__ = ["register", "session"]
 
 _REGISTERED: weakref.WeakSet[Any] = weakref.WeakSet()
 """Session options that have our library: ONNX Runtime refuses a second registration, and cannot be asked."""
@@ -38,19 +38,13 @@ def register(options: onnxruntime.SessionOptions) -> None:
 
 
 def _register_library(options: onnxruntime.SessionOptions, library: Path) -> None:
-    """Registers a library of custom operators.
-
-    Raises:
-        BackendError: It is missing, not a library, or refuses this onnxruntime.
-    """
+    """Registers a library of custom operators; BackendError where it is none, or refuses this onnxruntime."""
     try:
         options.register_custom_ops_library(str(library))
     except Exception as error:
-        raise BackendError(
-            str(library),
-            f"ONNX Runtime cannot load this plugin library: {plain(error)}",
-            fix="pass each library once, built for this machine and this onnxruntime",
-        ) from error
+        problem = f"ONNX Runtime cannot load this plugin library: {plain(error)}"
+        fix = "pass each library once, built for this machine and this onnxruntime"
+        raise BackendError(str(library), problem, fix=fix) from error
 
 
 def session(
@@ -84,37 +78,32 @@ def session(
     if not isinstance(model, bytes) and not Path(model).is_file():
         raise ModelError(where, "no such file", fix="check the path")
     asked = [find_provider(name, ort) for name in providers]
-    if options is None:
-        options = quiet_options()
+    options = options or quiet_options()
     missing: str | None = None
     if plugins is not None:
         for library in plugins:
             _register_library(options, Path(library))
     elif (missing := _missing_kernels({name for name, _ in asked})) is None:
         register(options)
-    if any(name != PROVIDERS["cpu"][0] for name, _ in asked):
-        open_cuda(ort)
-    source = model if isinstance(model, bytes) else str(model)
+    if any(name != PROVIDERS["cpu"][0] for name, _ in asked) and hasattr(ort, "preload_dlls"):
+        # Opens the CUDA and cuDNN that pip has put where the system does not look; it would print what is missing.
+        with contextlib.redirect_stdout(io.StringIO()):
+            ort.preload_dlls()
     try:
         # The fallback would run another provider than the one asked for, and say so on stdout only.
+        source = model if isinstance(model, bytes) else str(model)
         opened = ort.InferenceSession(source, options, providers=asked, enable_fallback=0)
     except Exception as error:
         raise explain(where, error) from error
     lost = [name for name, (full, _) in zip(providers, asked, strict=True) if full not in opened.get_providers()]
     if lost:
-        raise BackendError(
-            where,
-            f"the provider {lost[0]!r} failed to start, and ONNX Runtime would have used another",
-            got=opened.get_providers(),
-            expected=[name for name, _ in asked],
-            fix="deploynorm doctor lists what is missing of driver, CUDA, cuDNN and TensorRT",
-        )
+        problem = f"the provider {lost[0]!r} failed to start, and ONNX Runtime would have used another"
+        expected = [name for name, _ in asked]
+        fix = "deploynorm doctor lists what is missing of driver, CUDA, cuDNN and TensorRT"
+        raise BackendError(where, problem, got=opened.get_providers(), expected=expected, fix=fix)
     if missing and _mentions_operator(model):
-        warnings.warn(
-            f"deploynorm: FRN layers run as several operators each, which is slower: {missing}",
-            RuntimeWarning,
-            stacklevel=2,
-        )
+        text = f"deploynorm: FRN layers run as several operators each, which is slower: {missing}"
+        warnings.warn(text, RuntimeWarning, stacklevel=2)
     rewritten_for = opened.get_modelmeta().custom_metadata_map.get(METADATA_CPU)
     if rewritten_for is not None:
         check_this_machine(where, rewritten_for, ort)
@@ -129,11 +118,12 @@ def _missing_kernels(providers: set[str]) -> str | None:
     cpu, cuda = PROVIDERS["cpu"][0], PROVIDERS["cuda"][0]
     if not providers <= {cpu, cuda}:
         return ""  # TensorRT takes whole graphs of standard operators, and fuses the body by itself
-    library, flag = find_library(), " --cuda" if cuda in providers else ""
+    library = find_library()
     if library is None:
+        flag = " --cuda" if cuda in providers else ""
         return f"the operator library is not built on this machine. Fix: deploynorm plugins build{flag}"
     if cuda in providers and not cuda_variants(library):
-        return f"the operator library has no CUDA kernels. Fix: deploynorm plugins build{flag}"
+        return "the operator library has no CUDA kernels. Fix: deploynorm plugins build --cuda"
     return None
 
 

@@ -13,8 +13,6 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from deploynorm.changes import Change
 from deploynorm.contract import BLOCK_ATTRIBUTE, BLOCKED_OP_TYPE, DOMAIN, OP_TYPE, PARAMETERS
 
-__all__ = ["NCHWC", "move_reorders"]
-
 NCHWC: Final = "com.microsoft.nchwc"
 """Domain of ONNX Runtime's operators on (N, C/block, H, W, block), whose shape stands in the graph as (N, C, H, W)."""
 
@@ -30,16 +28,19 @@ _Array = npt.NDArray[np.float32]
 def move_reorders(model: ir.Model, block: int) -> tuple[Change, ...]:
     """Moves each ReorderOutput behind the nodes that can work on its input; cases 1 to 7 of `optimize_for_cpu`.
 
-    Args:
-        model: As ONNX Runtime optimises it; changed in place.
-        block: Channels of a block.
-
-    Returns:
-        What became of each node that was looked at, and why each ReorderOutput is still there.
+    The model, as ONNX Runtime optimises it, is changed in place. Returns what became of each node that was looked at,
+    and why each ReorderOutput is still there.
     """
     changes = _Blocking(model.graph, block).run()
     RemoveUnusedNodesPass()(model)
-    return (*changes, *_reorders_that_stay(model.graph))
+    for node in model.graph:
+        if (node.domain, node.op_type) == (NCHWC, "ReorderOutput"):
+            value = node.outputs[0]
+            readers = sorted({reader.op_type for reader in value.consumers()})
+            readers += ["the caller"] if value.is_graph_output() else []
+            detail = f"read in the plain layout by {', '.join(readers)}"
+            changes.append(Change(str(value.name), node.op_type, "unchanged", detail=detail))
+    return tuple(changes)
 
 
 class _RefusedError(Exception):
@@ -64,12 +65,8 @@ class _Blocking:
             f"{DOMAIN}::{OP_TYPE}": self._frn,
             f"{NCHWC}::ReorderInput": self._reorder_input,
             "::Add": self._add,
-            "::Max": self._max,
-            "::Relu": self._max,
-            "::MaxPool": self._pool,
-            "::AveragePool": self._pool,
-            "::GlobalMaxPool": self._pool,
-            "::GlobalAveragePool": self._pool,
+            **dict.fromkeys(("::Max", "::Relu"), self._max),
+            **dict.fromkeys(("::MaxPool", "::AveragePool", "::GlobalMaxPool", "::GlobalAveragePool"), self._pool),
             "::ReduceMean": self._reduce_mean,
         }
 
@@ -108,14 +105,11 @@ class _Blocking:
         # Case 1.
         x, parameters = _need(node.inputs[0]), node.inputs[1:]
         if self._padded(x.channels) != x.channels:
-            constants = [_constant(value) for value in parameters]
-            if any(constant is None for constant in constants):
+            constants = [array for value in parameters if (array := _constant(value)) is not None]
+            if len(constants) < len(parameters):
                 raise _RefusedError("its parameters are not constant, so the last block cannot be filled up")
-            parameters = [
-                self._parameter(node, name, constant)
-                for name, constant in zip(PARAMETERS, constants, strict=True)
-                if constant is not None
-            ]
+            named = zip(PARAMETERS, constants, strict=True)
+            parameters = [self._parameter(node, name, constant) for name, constant in named]
         self._replace(node, BLOCKED_OP_TYPE, [x.blocked, *parameters], {BLOCK_ATTRIBUTE: self._block}, DOMAIN)
         return BLOCKED_OP_TYPE
 
@@ -231,18 +225,6 @@ def _reordered(value: ir.Value | None) -> _Reordered | None:
     if node.attributes.get_int("channels_last", 0) != 0:
         return None
     return _Reordered(node.inputs[0], node.attributes["channels"].as_int())
-
-
-def _reorders_that_stay(graph: ir.Graph) -> list[Change]:
-    changes = []
-    for node in graph:
-        if (node.domain, node.op_type) == (NCHWC, "ReorderOutput"):
-            value = node.outputs[0]
-            readers = sorted({reader.op_type for reader in value.consumers()})
-            readers += ["the caller"] if value.is_graph_output() else []
-            detail = f"read in the plain layout by {', '.join(readers)}"
-            changes.append(Change(str(value.name), node.op_type, "unchanged", detail=detail))
-    return changes
 
 
 def _need(value: ir.Value | None) -> _Reordered:

@@ -13,12 +13,11 @@ from onnx_ir.passes.common import RemoveUnusedOpsetsPass
 from deploynorm import ort
 from deploynorm.contract import BLOCKED_OP_TYPE, DOMAIN, METADATA_CPU, OP_TYPE
 from deploynorm.errors import ModelError
+from deploynorm.lowering import frn_nodes
 from deploynorm.onnx_file import node_counts, save
 from deploynorm.ort import machine
 from deploynorm.rewrite.blocking import NCHWC, move_reorders
 from deploynorm.rewrite.result import RewriteResult
-
-__all__ = ["optimize_for_cpu"]
 
 
 def optimize_for_cpu(model: ir.Model, *, source_sha256: str | None = None) -> RewriteResult:
@@ -50,10 +49,7 @@ def optimize_for_cpu(model: ir.Model, *, source_sha256: str | None = None) -> Re
 
     Args:
         model: As exported, in float32, with each FRN as one node. It is left untouched.
-        source_sha256: Of the file that the model was read from, for the note in the result.
-
-    Returns:
-        The rewritten model, with a note of this machine in its metadata (`check_this_machine` reads it).
+        source_sha256: Of the file that the model was read from, for the note of this machine in the result's metadata.
 
     Raises:
         ModelError: The model has no FRN node, is not float32, was rewritten or optimised before, or cannot be run.
@@ -73,34 +69,25 @@ def optimize_for_cpu(model: ir.Model, *, source_sha256: str | None = None) -> Re
 
 
 def _refuse(model: ir.Model) -> None:
-    where, frn = "rewrite", []
     for node in model.graph.all_nodes():
         if node.domain == NCHWC or (node.domain, node.op_type) == (DOMAIN, BLOCKED_OP_TYPE):
-            raise ModelError(
-                where,
-                "the file is rewritten already, or ONNX Runtime has optimised it",
-                got=f"{node.domain}::{node.op_type}",
-                fix="rewrite the file as exported",
-            )
-        if (node.domain, node.op_type) == (DOMAIN, OP_TYPE):
-            frn.append(node)
-    if not frn:
-        raise ModelError(
-            where,
-            f"the file has no node {DOMAIN}::{OP_TYPE}, without which this has no use",
-            fix="export with --lowering custom; a network without FRN is fast as it is",
-        )
-    for node in frn:
+            problem = "the file is rewritten already, or ONNX Runtime has optimised it"
+            got = f"{node.domain}::{node.op_type}"
+            raise ModelError("rewrite", problem, got=got, fix="rewrite the file as exported")
+    nodes = frn_nodes(model)
+    if not nodes:
+        problem = f"the file has no node {DOMAIN}::{OP_TYPE}, without which this has no use"
+        fix = "export with --lowering custom; a network without FRN is fast as it is"
+        raise ModelError("rewrite", problem, fix=fix)
+    for node in nodes:
         x = node.inputs[0]
         if x is not None and x.dtype not in (None, ir.DataType.FLOAT):
-            raise ModelError(
-                where, f"the FRN of {node.outputs[0].name} is not float32", got=x.dtype, fix="export in float32"
-            )
+            problem = f"the FRN of {node.outputs[0].name} is not float32"
+            raise ModelError("rewrite", problem, got=x.dtype, fix="export in float32")
 
 
 def _optimized_by_onnxruntime(model: ir.Model, runtime: Any) -> ir.Model:
-    options = runtime.SessionOptions()
-    options.log_severity_level = 4  # it would warn that what it writes is for this machine only, as it should be
+    options = ort.quiet_options()  # it would warn that what it writes is for this machine only, as it should be
     options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_ENABLE_ALL
     ort.register(options)
     with tempfile.TemporaryDirectory(prefix="deploynorm-rewrite-") as name:

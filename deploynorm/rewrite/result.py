@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import onnx_ir as ir
 
 from deploynorm.changes import Change
 from deploynorm.tables import table
-
-__all__ = ["RewriteResult"]
 
 
 @dataclass(frozen=True)
@@ -21,8 +19,7 @@ class RewriteResult:
         model: The new model; the one given is untouched.
         changes: One entry for each node that the pass looked at, in the graph's order. Outcomes: "rewritten", with
             what it became, and "unchanged", with the reason.
-        before: Nodes of each operator in the graph that the pass started from.
-        after: Likewise of the result.
+        before, after: Nodes of each operator in the graph that the pass started from, and in the result.
     """
 
     model: ir.Model
@@ -34,10 +31,6 @@ class RewriteResult:
     def modified(self) -> bool:
         """Whether anything was rewritten."""
         return any(change.outcome == "rewritten" for change in self.changes)
-
-    def then(self, later: RewriteResult) -> RewriteResult:
-        """The results of two passes, the second on the result of the first, as one."""
-        return replace(later, changes=(*self.changes, *later.changes), before=self.before)
 
     def __str__(self) -> str:
         """What was rewritten, what was not and why, and the nodes before and after."""

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deploynorm.contract import METADATA_CPU
-from deploynorm.errors import InputError, ModelError
+from deploynorm.errors import InputError, ModelError, check_choice
 from deploynorm.files import sha256, staging
 from deploynorm.inputs import Shape
+from deploynorm.packages import load
 from deploynorm.rewrite.passes import PASSES, sequence
 from deploynorm.run import open_runner
 
@@ -21,18 +22,11 @@ if TYPE_CHECKING:
     from deploynorm.onnx_file import OnnxFile
     from deploynorm.rewrite.result import RewriteResult
 
-__all__ = ["Rewritten", "rewrite"]
-
 
 @dataclass(frozen=True)
 class Rewritten:
-    """A rewritten file that was checked against its source. True where both compute equal numbers; `print` shows it.
-
-    Attributes:
-        source: The file that it was made from.
-        passes: Names of the passes, in order.
-        result: The new graph, and what was done.
-        parity: The check of the new file against the source; None where nothing was rewritten.
+    """A rewritten file, and its check against its source (None where nothing was rewritten), which makes it true or
+    false; `print` shows both.
     """
 
     source: OnnxFile
@@ -53,20 +47,14 @@ class Rewritten:
         return None if note is None else dict(json.loads(note))
 
     def tables(self, verbose: bool = False) -> str:
-        """What was rewritten, and the errors of the check.
-
-        Args:
-            verbose: Show each sample of the check, and not only the worst of each output.
-        """
+        """What was rewritten, and the errors of the check: of each sample (verbose), or the worst of each output."""
         from deploynorm._check import parity_table
 
-        parts = [str(self.result)]
-        if self.parity is not None:
-            parts.append(parity_table([self.parity], f"Parity with {self.source.where}", verbose))
-        return "\n\n".join(parts)
+        if self.parity is None:
+            return str(self.result)
+        return f"{self.result}\n\n{parity_table([self.parity], f'Parity with {self.source.where}', verbose)}"
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON has it."""
         return {
             "rewrite": ", ".join(self.passes),
             "machine": self.machine,
@@ -76,14 +64,7 @@ class Rewritten:
         }
 
     def save(self, path: Path | str | None = None, *, external_data: bool | None = None) -> str:
-        """Writes the file.
-
-        Args:
-            path: By default beside the source, with the ending of the last pass.
-            external_data: See deploynorm.onnx_file.save.
-
-        Returns:
-            What was written, and for which machine.
+        """Writes the file, by default beside the source, and says what was written and for which machine.
 
         Raises:
             ModelError: Nothing was rewritten.
@@ -92,28 +73,25 @@ class Rewritten:
         """
         from deploynorm.onnx_file import save
 
-        suffix = PASSES[self.passes[-1]].suffix
-        if path is None and self.source.path is None:
-            raise InputError("rewrite", "a model in memory gives no name to its file", fix="pass a path to save")
-        path = Path(path) if path is not None else Path(str(self.source.path)).with_suffix(suffix)
+        source = self.source.path
+        if path is None:
+            if source is None:
+                raise InputError("rewrite", "a model in memory gives no name to its file", fix="pass a path to save")
+            path = source.with_suffix(PASSES[self.passes[-1]].suffix)
+        path = Path(path)
         if self.parity is None:
-            raise ModelError(
-                self.source.where, "nothing in it can be rewritten, for the reasons above", fix="use it as it is"
-            )
+            problem = "nothing in it can be rewritten, for the reasons above"
+            raise ModelError(self.source.where, problem, fix="use it as it is")
         self.parity.raise_if_broken()
-        if self.source.path is not None and path.exists() and path.samefile(self.source.path):
-            raise InputError(
-                f"output {path}", "is MODEL itself, which other machines need", fix="choose another output file"
-            )
+        if source is not None and path.exists() and path.samefile(source):
+            problem = "is MODEL itself, which other machines need"
+            raise InputError(f"output {path}", problem, fix="choose another output file")
         with staging(path) as folder:
             save(self.result.model, folder / path.name, external_data=external_data)
-        machine = self.machine
-        if machine is None:
-            return f"wrote {path}"
-        return (
-            f"wrote {path}, only for onnxruntime {machine['onnxruntime']} on {machine['machine']} processors with "
-            f"blocks of {machine['block']} channels"
-        )
+        text = "wrote {path}"
+        if self.machine is not None:
+            text += ", only for onnxruntime {onnxruntime} on {machine} processors with blocks of {block} channels"
+        return text.format(path=path, **self.machine or {})
 
 
 def rewrite(
@@ -125,18 +103,14 @@ def rewrite(
     rtol: float | None = None,
     atol: float | None = None,
 ) -> Rewritten:
-    """Rewrites an ONNX file and checks the result against it, on several shapes.
+    """Rewrites an ONNX file and checks the result against it, on several shapes. Nothing is written before `save`.
 
     Args:
         model: A file that `deploynorm export` has written, or what OnnxFile.read has read.
         passes: Names in `PASSES`, in the order in which they run.
         input_shapes: A shape by input that the network takes, "" for the only one; by default what the metadata says.
         seed: Of the random inputs.
-        rtol: See `deploynorm.check`.
-        atol: Likewise.
-
-    Returns:
-        The rewritten graph and its check; nothing is written before `save`.
+        rtol, atol: See `deploynorm.check`.
 
     Raises:
         InputError: An unknown pass, or the shape of an input is not known.
@@ -147,21 +121,16 @@ def rewrite(
     from deploynorm.onnx_file import OnnxFile, save
     from deploynorm.samples import sample_inputs
 
-    unknown = [name for name in passes if name not in PASSES]
-    if unknown or not passes:
-        raise InputError("rewrite", "unknown pass", got=unknown or "none", expected=", ".join(PASSES))
+    for name in passes or ["none"]:
+        check_choice("rewrite", "unknown pass", name, PASSES)
     source = OnnxFile.read(model)
-    run = sequence(*(PASSES[name].load() for name in passes))
+    run = sequence(*(load(PASSES[name].function) for name in passes))
     # Opening the source first reports what is wrong with it under its own name.
     with open_runner(source) as truth:
         result = run(source.to_ir(), source_sha256=None if source.path is None else sha256(source.path))
         if not result.modified:
             return Rewritten(source, tuple(passes), result, None)
-        base = dict(input_shapes or {})
-        image, _ = source.image_and_labels
-        if not base and image is not None and len(source.inputs) == 1:
-            batch = source.inputs[0].shape[0]
-            base = {"": (batch if isinstance(batch, int) else 2, *image.shape)}
+        base = input_shapes or source.image_shape(batch=2)
         with tempfile.TemporaryDirectory(prefix="deploynorm-rewrite-") as folder:
             save(result.model, Path(folder) / "rewritten.onnx")
             with open_runner(Path(folder) / "rewritten.onnx") as candidate:

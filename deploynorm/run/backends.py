@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Final, Literal, NamedTuple
 
 from deploynorm.errors import BackendError
-from deploynorm.packages import import_module
+from deploynorm.packages import load
 from deploynorm.run.base import Runner
 
 __all__ = ["BACKENDS", "ENGINE_SUFFIXES", "ONNX_BACKENDS", "Backend", "available"]
@@ -35,7 +35,7 @@ class Backend(NamedTuple):
         Raises:
             BackendError: A package that it imports is not installed.
         """
-        found: type[Runner] = getattr(import_module(self.module), self.runner)
+        found: type[Runner] = load(f"{self.module}.{self.runner}")
         return found
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from deploynorm.errors import InputError
 from deploynorm.inputs import with_sizes
-from deploynorm.packages import import_module
+from deploynorm.packages import load
 from deploynorm.run.backends import BACKENDS, ENGINE_SUFFIXES
 from deploynorm.run.base import Runner
 
@@ -59,7 +59,7 @@ def open_runner(
         raise InputError("open_runner", f"{called} takes no {' and no '.join(refused)}", fix="leave it out")
     if backend is not None and BACKENDS[backend].runs == "engine":
         return _make(backend, model, given)
-    file: OnnxFile = import_module("deploynorm.onnx_file").OnnxFile.read(model)
+    file: OnnxFile = load("deploynorm.onnx_file.OnnxFile").read(model)
     if backend is None:
         backend = "half" if file.half_type and not {"providers", "plugins"} & set(given) else "onnxruntime"
     runner = _make(backend, file, given)

@@ -342,7 +342,7 @@ def test_network_with_control_flow_on_values_is_refused(deploynorm: Callable, tm
 def test_fault_of_our_own_is_not_taken_for_broken_parity(
     frn_pt: Path, deploynorm: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(arguments: object) -> int:
+    def fail(*arguments: object, **given: object) -> None:
         raise ZeroDivisionError
 
     monkeypatch.setattr(export_verb, "run", fail)
