@@ -18,7 +18,6 @@ from deploynorm import libraries
 from deploynorm.doctor import probes
 from deploynorm.doctor.elf import machine_here, read_library, read_needed
 from deploynorm.doctor.facts import Driver, Examination, Gpu, Library, OnnxRuntime, Provider, TensorRT
-from deploynorm.doctor.finding import ROWS
 from deploynorm.errors import BackendError
 from deploynorm.libraries.find import cache_of_these_sources
 
@@ -41,6 +40,8 @@ _TENSORRTS: Final = (("tensorrt",), ("tensorrt_lean", "tensorrt_lean_bindings"),
 _CUDNN: Final = "libcudnn.so.9"
 """onnxruntime-gpu opens it only when a convolution is run, and then cannot do without."""
 
+_OURS: Final = tuple(row.file for row in libraries.LIBRARIES.values())
+
 
 def examine() -> Examination:
     """Looks at this machine and tries what is installed, each thing in a process of its own."""
@@ -57,7 +58,7 @@ def examine() -> Examination:
     with ThreadPoolExecutor() as pool:
         driver = pool.submit(probes.ask, probes.devices)
         missing = pool.submit(probes.ask, probes.open_libraries, all_needed)
-        found = {name: path for name in ROWS if (path := libraries.find_library(name)) is not None}
+        found = {name: path for name in _OURS if (path := libraries.find_library(name)) is not None}
         ours = tuple(pool.map(_library, found.keys(), found.values()))
         # A library that cannot even be opened would end the processes of those who are to take it.
         usable = {library.name: library.path for library in ours if library.problem is None}
@@ -135,14 +136,9 @@ def _torch_cuda() -> str | None:
 
 
 def _onnxruntime(packages: tuple[str, ...], versions: dict[str, str], found: dict[str, Any]) -> OnnxRuntime:
-    return OnnxRuntime(
-        version=found.get("version") or next((versions[name] for name in packages), None),
-        packages=packages,
-        providers=tuple(found.get("providers", ())),
-        problem=found.get("problem"),
-        takes_library=found.get("takes_library"),
-        library_problem=found.get("library_problem"),
-    )
+    version = next((versions[name] for name in packages), None)
+    facts = {"version": version, **found, "providers": tuple(found.get("providers", ()))}
+    return OnnxRuntime(packages=packages, **facts)
 
 
 def _provider_needs(module: Path, name: str) -> tuple[str, ...]:
@@ -187,12 +183,8 @@ def _nvcc() -> tuple[str | None, tuple[int, int] | None]:
 
 
 def _driver(found: dict[str, Any]) -> Driver:
-    return Driver(
-        version=found.get("version"),
-        cuda=tuple(found["cuda"]) if "cuda" in found else None,
-        gpus=tuple(Gpu(name, tuple(capability), memory) for name, capability, memory in found.get("gpus", ())),
-        problem=found.get("problem"),
-    )
+    gpus = tuple(Gpu(name, tuple(capability), memory) for name, capability, memory in found.get("gpus", ()))
+    return Driver(found.get("version"), tuple(found["cuda"]) if "cuda" in found else None, gpus, found.get("problem"))
 
 
 def _library(name: str, path: Path) -> Library:
@@ -224,5 +216,5 @@ def _newest(folder: Path) -> float:
 
 def _stale() -> tuple[str, ...]:
     current = cache_of_these_sources()
-    others = {path.parents[1] for name in ROWS for path in current.parent.glob(f"*/*/{name}")} - {current}
+    others = {path.parents[1] for name in _OURS for path in current.parent.glob(f"*/*/{name}")} - {current}
     return tuple(sorted(map(str, others)))

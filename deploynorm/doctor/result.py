@@ -5,15 +5,25 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 from deploynorm.doctor.facts import Examination, Library
-from deploynorm.doctor.finding import Finding
 from deploynorm.tables import table
 
-__all__ = ["Diagnosis"]
+__all__ = ["Diagnosis", "Finding"]
 
 _TITLES = {"broken": "Broken", "note": "Not here, or slower than it could be"}
+
+
+class Finding(NamedTuple):
+    """A known failure, met on this machine."""
+
+    level: Literal["broken", "note"]
+    """Whether something that is installed does not work, or something would be faster or possible."""
+
+    name: str
+    problem: str
+    remedy: str
 
 
 @dataclass(frozen=True)
