@@ -10,7 +10,7 @@ import shlex
 import sys
 import typing
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from torch import nn
@@ -39,24 +39,15 @@ def build(name: str, kwargs: Mapping[str, Any], where: str, *, typed: bool) -> n
             called, refuses the arguments, raises, or returns no nn.Module.
     """
     if not typed:
-        factory = check_own(name, where)
-        return _call(factory, name, kwargs, where)
-    check_is_text(name, where)
+        return _call(check_own(name, where), name, kwargs, where)
     # Console scripts, unlike `python -m`, do not look for modules where the user stands.
     with current_directory_on_path():
         return _call(_import_typed(name, where), name, kwargs, where)
 
 
-def check_is_text(name: object, where: str) -> None:
-    """Raises ModelError for a factory that is the function or class itself: a file can hold its name only."""
-    if not isinstance(name, str):
-        called = f"{getattr(name, '__module__', 'pkg.mod')}:{getattr(name, '__qualname__', 'function')}"
-        raise ModelError(where, "factory is no text", got=repr(name), expected=f"its name, as in {called!r}")
-
-
-def is_own(name: str) -> bool:
+def is_own(name: object) -> bool:
     """Whether a factory's module is deploynorm.models or inside it."""
-    module = name.partition(":")[0]
+    module = str(name).partition(":")[0]
     return module == _OWN or module.startswith(f"{_OWN}.")
 
 
@@ -92,25 +83,27 @@ def check_own(name: object, where: str) -> Callable[..., Any]:
     except ImportError as error:
         raise refused from error
     factory: Any = vars(module).get(parts[2])
-    if parts[2] not in getattr(module, "__all__", ()):
-        raise refused
     made: object = factory
     if inspect.isfunction(factory):
         try:
             made = typing.get_type_hints(factory).get("return")
         except NameError:
             made = None
-    if not (isinstance(made, type) and issubclass(made, nn.Module)):
+    public = parts[2] in getattr(module, "__all__", ())
+    if not (public and isinstance(made, type) and issubclass(made, nn.Module)):
         raise refused
     return typing.cast("Callable[..., nn.Module]", factory)
 
 
-def split_name(name: str, where: str) -> tuple[str, str]:
+def split_name(name: object, where: str) -> tuple[str, str]:
     """Module and function of a factory's name.
 
     Raises:
-        ModelError: It is no such name.
+        ModelError: It is no such name, but perhaps the function or class itself: a file can hold its name only.
     """
+    if not isinstance(name, str):
+        called = f"{getattr(name, '__module__', 'pkg.mod')}:{getattr(name, '__qualname__', 'function')}"
+        raise ModelError(where, "factory is no text", got=repr(name), expected=f"its name, as in {called!r}")
     parts = _NAME.fullmatch(name)
     if parts is None:
         raise ModelError(where, "not a factory", got=repr(name), expected=f"pkg.mod:function, such as {_EXAMPLE}")
@@ -122,10 +115,8 @@ def _typed_again(name: object, where: str) -> str:
     if not isinstance(name, str) or _NAME.fullmatch(name) is None:
         return "name the factory yourself with --factory pkg.mod:function"
     command = f"deploynorm export {shlex.quote(where)} --factory {name}"
-    return (
-        f"if that is your own network, type its factory: {command}, or deploynorm.load(..., factory={name!r}); "
-        "a file must not choose what code runs"
-    )
+    own = f"if that is your own network, type its factory: {command}, or deploynorm.load(..., factory={name!r})"
+    return f"{own}; a file must not choose what code runs"
 
 
 @contextmanager
@@ -150,13 +141,10 @@ def _import_typed(name: str, where: str) -> Callable[..., Any]:
         found: Any = importlib.import_module(module)
     except (Exception, SystemExit) as error:  # the user's module may raise anything while it is imported
         missing = isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}.")
-        raise ModelError(
-            where,
-            f"the factory {name} cannot be imported: {_described(error)}",
-            fix="run deploynorm in the folder of that module, or install it"
-            if missing
-            else f'make `python -c "import {module}"` work',
-        ) from error
+        elsewhere = "run deploynorm in the folder of that module, or install it"
+        fix = elsewhere if missing else f'make `python -c "import {module}"` work'
+        problem = f"the factory {name} cannot be imported: {_described(error)}"
+        raise ModelError(where, problem, fix=fix) from error
     for attribute in function.split("."):
         try:
             found = getattr(found, attribute)
@@ -174,10 +162,9 @@ def _import_typed(name: str, where: str) -> Callable[..., Any]:
 
 
 def _call(factory: Callable[..., Any], name: str, kwargs: Mapping[str, Any], where: str) -> nn.Module:
-    try:
+    signature = None
+    with suppress(TypeError, ValueError):  # builtins have none
         signature = inspect.signature(factory)
-    except (TypeError, ValueError):  # builtins have none
-        signature = None
     if signature is not None:
         try:
             signature.bind(**kwargs)
@@ -194,9 +181,8 @@ def _call(factory: Callable[..., Any], name: str, kwargs: Mapping[str, Any], whe
     except (Exception, SystemExit) as error:  # the user's function may raise anything
         raise ModelError(where, f"the factory {name} failed: {_described(error)}") from error
     if not isinstance(network, nn.Module):
-        raise ModelError(
-            where, f"the factory {name} made no network", got=type(network).__name__, expected="a torch.nn.Module"
-        )
+        problem = f"the factory {name} made no network"
+        raise ModelError(where, problem, got=type(network).__name__, expected="a torch.nn.Module")
     return network
 
 

@@ -43,7 +43,7 @@ def unpickle(data: bytes, where: str, *, trust: bool, modules: bool = True) -> A
         data: The whole file.
         where: Its path, for messages.
         trust: Read it as any pickle is read, which runs whatever code the file names.
-        modules: Whether those classes are allowed.
+        modules: False allows none of those classes.
 
     Raises:
         ModelError: The file names anything else, or cannot be read.
@@ -68,11 +68,10 @@ def named_globals(data: bytes) -> list[str]:
     if data[:4] == b"PK\x03\x04":
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             pickles = [archive.read(member) for member in archive.namelist() if member.endswith("/data.pkl")]
-        names = [name for pickle in pickles for name in _globals_of_one(io.BytesIO(pickle))]
+        streams = [io.BytesIO(pickle) for pickle in pickles]
     else:
-        stream = io.BytesIO(data)
-        names = [name for _ in range(_LEGACY_PICKLES) for name in _globals_of_one(stream)]
-    return list(dict.fromkeys(names))
+        streams = [io.BytesIO(data)] * _LEGACY_PICKLES
+    return list(dict.fromkeys(name for stream in streams for name in _globals_of_one(stream)))
 
 
 def _globals_of_one(stream: io.BytesIO) -> Iterator[str]:
@@ -90,9 +89,8 @@ def _globals_of_one(stream: io.BytesIO) -> Iterator[str]:
 
 def _module_class(name: str, where: str) -> type[nn.Module] | None:
     """The nn.Module class of that name in torch.nn, timm or deploynorm, or None if it is none."""
-    if not (name.startswith(_CLASS_MODULES) or name == _DATA_PARALLEL):
-        return None
-    if not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", name, re.ASCII):
+    known = name.startswith(_CLASS_MODULES) or name == _DATA_PARALLEL
+    if not known or not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", name, re.ASCII):
         return None
     module_name, _, class_name = name.rpartition(".")
     try:
@@ -144,6 +142,5 @@ def _damaged(where: str, error: Exception) -> ModelError:
     # torch puts its advice (which is to load without a check) around the cause, and the documentation link last.
     lines = [line for line in lines if "weights_only" not in line and "Weights only" not in line] or lines
     cause = f"{type(error).__name__}: {lines[0].rstrip('.')}" if lines else type(error).__name__
-    return ModelError(
-        where, f"the file cannot be read: {cause}", fix="it may be damaged: write it again with torch.save"
-    )
+    fix = "it may be damaged: write it again with torch.save"
+    return ModelError(where, f"the file cannot be read: {cause}", fix=fix)

@@ -19,12 +19,7 @@ __all__ = ["RefusedError", "clean"]
 
 
 class RefusedError(Exception):
-    """A part of an archive is not known to be harmless.
-
-    Args:
-        problem: What is wrong, for a ModelError.
-        got: The part.
-    """
+    """A part of an archive, `got`, is not known to be harmless."""
 
     def __init__(self, problem: str, got: object = None) -> None:
         super().__init__(problem)

@@ -43,12 +43,7 @@ _CODE = {
 def load_program(data: bytes, where: str, *, trust: bool) -> ExportedProgram:
     """The program in an archive of torch.export.save, moved to the CPU.
 
-    Unless trusted, the program's origin (stack traces, module names) is dropped.
-
-    Args:
-        data: The whole file.
-        where: Its path, for messages.
-        trust: Load it as torch does.
+    Unless trusted, which loads it as torch does, the program's origin (stack traces, module names) is dropped.
 
     Raises:
         ModelError: The archive holds code, or anything that this reader does not know to be none; or it is damaged,
@@ -102,9 +97,8 @@ def _rewritten(data: bytes, where: str) -> io.BytesIO:
     except ModelError:
         raise
     except Exception as error:  # damaged zip, JSON or text: many types
-        raise ModelError(
-            where, f"the archive is damaged: {type(error).__name__}: {error}", fix="export the network again"
-        ) from error
+        problem = f"the archive is damaged: {type(error).__name__}: {error}"
+        raise ModelError(where, problem, fix="export the network again") from error
 
 
 def _rewrite(data: bytes, where: str) -> io.BytesIO:
@@ -113,9 +107,8 @@ def _rewrite(data: bytes, where: str) -> io.BytesIO:
         members = archive.namelist()
         roots = {member.partition("/")[0] for member in members}
         if len(roots) != 1 or len(set(members)) != len(members):
-            raise RefusedError(
-                "an archive that two readers would read differently", "members beside or upon one another"
-            )
+            problem = "an archive that two readers would read differently"
+            raise RefusedError(problem, "members beside or upon one another")
         for member in members:
             name = member.partition("/")[2]
             if _WRITTEN_ANEW.fullmatch(name):
