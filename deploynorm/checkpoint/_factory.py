@@ -61,13 +61,9 @@ def check_own(name: object, where: str) -> Callable[..., Any]:
         ModelError: There is none.
     """
     if not isinstance(name, str) or not is_own(name):
-        raise ModelError(
-            where,
-            "the factory that the file names is not one of deploynorm.models",
-            got=repr(name),
-            expected=f"a function of {_OWN}, such as {_EXAMPLE}",
-            fix=_typed_again(name, where),
-        )
+        problem = "the factory that the file names is not one of deploynorm.models"
+        expected = f"a function of {_OWN}, such as {_EXAMPLE}"
+        raise ModelError(where, problem, got=repr(name), expected=expected, fix=_typed_again(name, where))
     refused = ModelError(
         where,
         f"{_OWN} has no such network",

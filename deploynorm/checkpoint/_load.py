@@ -110,11 +110,9 @@ def load(
     if state is None:
         raise ModelError(where, "neither a network nor a state dict", got=outline(content), expected=ACCEPTED)
     if factory is None:
-        raise ModelError(
-            where,
-            f"a state dict of {len(state[0])} tensors does not say which network it belongs to",
-            fix="pass --factory pkg.mod:function, which makes the network, and --factory-kwargs for its arguments",
-        )
+        problem = f"a state dict of {len(state[0])} tensors does not say which network it belongs to"
+        fix = "pass --factory pkg.mod:function, which makes the network, and --factory-kwargs for its arguments"
+        raise ModelError(where, problem, fix=fix)
     model, notes = _build(factory, kwargs or {}, state[0], where, typed=True)
     return found(model, "state_dict", factory=factory, notes=(*state[1], *notes))
 

@@ -96,11 +96,9 @@ def _module_class(name: str, where: str) -> type[nn.Module] | None:
     try:
         module = importlib.import_module(module_name)
     except Exception as error:  # broken installations raise more than ImportError
-        raise ModelError(
-            where,
-            f"its class {name} cannot be imported: {type(error).__name__}: {error}",
-            fix=f"install the version of {name.partition('.')[0]} that the network was saved with",
-        ) from error
+        problem = f"its class {name} cannot be imported: {type(error).__name__}: {error}"
+        fix = f"install the version of {name.partition('.')[0]} that the network was saved with"
+        raise ModelError(where, problem, fix=fix) from error
     cls = getattr(module, class_name, None)
     # A module also holds what it imports, so the class must say that it comes from there.
     if isinstance(cls, type) and issubclass(cls, nn.Module) and f"{cls.__module__}.{cls.__qualname__}" == name:
@@ -132,12 +130,9 @@ def _refused(where: str, names: list[str]) -> ModelError:
 
 def _damaged(where: str, error: Exception) -> ModelError:
     if "Unsupported operand" in str(error):
-        return ModelError(
-            where,
-            "a form of pickle that cannot be read without running the code that it names",
-            expected="torch.save's own pickle protocol, 2",
-            fix="write it again without pickle_protocol, or pass --trust-pickle if you trust whoever made the file",
-        )
+        problem = "a form of pickle that cannot be read without running the code that it names"
+        fix = "write it again without pickle_protocol, or pass --trust-pickle if you trust whoever made the file"
+        return ModelError(where, problem, expected="torch.save's own pickle protocol, 2", fix=fix)
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     # torch puts its advice (which is to load without a check) around the cause, and the documentation link last.
     lines = [line for line in lines if "weights_only" not in line and "Weights only" not in line] or lines

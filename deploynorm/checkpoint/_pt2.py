@@ -56,11 +56,8 @@ def load_program(data: bytes, where: str, *, trust: bool) -> ExportedProgram:
         with _silence():
             programs: dict[str, ExportedProgram] = load_pt2(archive).exported_programs
     except Exception as error:  # a damaged program makes torch raise nearly anything
-        raise ModelError(
-            where,
-            f"torch.export cannot load the archive: {type(error).__name__}: {textwrap.shorten(str(error), 300)}",
-            fix=f"export the network again with torch {torch.__version__}",
-        ) from error
+        problem = f"torch.export cannot load the archive: {type(error).__name__}: {textwrap.shorten(str(error), 300)}"
+        raise ModelError(where, problem, fix=f"export the network again with torch {torch.__version__}") from error
     if "model" not in programs:
         raise ModelError(where, "no program in the archive", expected=_MODEL)
     return programs["model"]
