@@ -49,15 +49,10 @@ class EagerRunner(Runner):
         self._device = torch.device(device)
         self._dtype = dtype
         if self._device.type == "cuda" and not torch.cuda.is_available():
-            raise BackendError(
-                "EagerRunner",
-                "no CUDA device",
-                got=f"device={device}",
-                fix="pass device='cpu', or install a CUDA torch",
-            )
+            fix = "pass device='cpu', or install a CUDA torch"
+            raise BackendError("EagerRunner", "no CUDA device", got=f"device={device}", fix=fix)
         self.name = "eager" if dtype is None else f"eager {str(dtype).removeprefix('torch.')}"
-        if self._device.type != "cpu":
-            self.name += f" ({self._device})"
+        self.name += "" if self._device.type == "cpu" else f" ({self._device})"
         self.inputs = tuple(inputs)
         self.output_names = tuple(output_names or ())
         self._named = output_names is not None
@@ -84,12 +79,9 @@ class EagerRunner(Runner):
         if not self._named:
             self.output_names = tuple(f"output_{i}" for i in range(len(arrays)))
         elif len(arrays) != len(self.output_names):
-            raise InputError(
-                "EagerRunner.infer",
-                "wrong number of output names",
-                got=f"output_names={list(self.output_names)}",
-                expected=f"{len(arrays)} names",
-            )
+            problem = "wrong number of output names"
+            got = f"output_names={list(self.output_names)}"
+            raise InputError("EagerRunner.infer", problem, got=got, expected=f"{len(arrays)} names")
         return dict(zip(self.output_names, arrays, strict=True))
 
     def close(self) -> None:
@@ -108,22 +100,16 @@ def _evaluation_copy(model: nn.Module, device: torch.device, dtype: torch.dtype 
             # In the copy such a module also takes eval(), which it refuses itself: its mode is in its graph.
             return copy.deepcopy(model).to(device=device, dtype=dtype).eval()
     except Exception as error:
-        raise ModelError(
-            "EagerRunner",
-            f"the network cannot be copied and put in evaluation mode: {error}",
-            got=type(model).__name__,
-            fix="remove parametrizations such as weight_norm, and attributes that hold files, locks or results",
-        ) from error
+        problem = f"the network cannot be copied and put in evaluation mode: {error}"
+        fix = "remove parametrizations such as weight_norm, and attributes that hold files, locks or results"
+        raise ModelError("EagerRunner", problem, got=type(model).__name__, fix=fix) from error
 
 
 def _to_array(value: object) -> npt.NDArray[Any]:
     if not isinstance(value, Tensor):
-        raise ModelError(
-            "EagerRunner.infer",
-            "an output of the network is not a tensor",
-            got=type(value).__name__,
-            expected="tensors in tuples, lists or dicts",
-        )
+        problem = "an output of the network is not a tensor"
+        expected = "tensors in tuples, lists or dicts"
+        raise ModelError("EagerRunner.infer", problem, got=type(value).__name__, expected=expected)
     return to_array(value)
 
 

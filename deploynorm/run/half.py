@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import onnx
+import onnx.parser
 import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass, RemoveUnusedNodesPass, ShapeInferencePass
 
@@ -33,6 +33,7 @@ __all__ = ["HalfRunner", "round_outputs"]
 _CONVERTERS = ("Cast", "CastLike", "Constant")
 """Operators that give a half value without computing one."""
 _TYPE_ATTRIBUTES = ("dtype", "output_dtype", "output_datatype")
+_GRAPHS = (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
 
 
 class HalfRunner(Runner):
@@ -97,7 +98,7 @@ def round_outputs(model: ir.Model, where: str = "round_outputs") -> None:
     ShapeInferencePass(check_type=False, strict_mode=False, data_prop=False)(model)
     widened: dict[tuple[ir.Graph, ir.Value], ir.Value] = {}
     for node in list(model.graph.all_nodes()):
-        if node.op_type in _CONVERTERS or any(_is_graph(attribute) for attribute in node.attributes.values()):
+        if node.op_type in _CONVERTERS or any(each.type in _GRAPHS for each in node.attributes.values()):
             continue
         assert isinstance(node.graph, ir.Graph)
         for position, value in enumerate(node.inputs):
@@ -122,10 +123,6 @@ def _is_half(value: ir.Value, where: str) -> bool:
             fix="export it with its function bodies and types",
         )
     return isinstance(value.type, ir.TensorType) and value.dtype in ONNX_HALF
-
-
-def _is_graph(attribute: ir.Attr) -> bool:
-    return attribute.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
 
 
 def _widen(model: ir.Model, node: ir.Node, value: ir.Value) -> ir.Value:
@@ -174,16 +171,14 @@ def _cast(source: ir.Value, target: ir.Value) -> ir.Node:
 def _assert_rounding(name: str) -> None:
     """Raises BackendError unless this ONNX Runtime rounds at casts, and to infinity past the largest number."""
     element = onnx.helper.np_dtype_to_tensor_dtype(numpy_dtype(name))
-    x = onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, ["N"])
-    y = onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, ["N"])
-    nodes = [onnx.helper.make_node("Mul", ["x", "x"], ["square"])]
-    nodes += [onnx.helper.make_node("Cast", ["square"], ["half"], to=element)]
-    nodes += [onnx.helper.make_node("Cast", ["half"], ["wide"], to=onnx.TensorProto.FLOAT)]
-    nodes += [onnx.helper.make_node("Sqrt", ["wide"], ["y"])]
-    model = onnx.helper.make_model(
-        onnx.helper.make_graph(nodes, "rounding", [x], [y]),
-        opset_imports=[onnx.helper.make_opsetid("", MIN_OPSET)],
-        ir_version=8,
+    model = onnx.parser.parse_model(
+        f"""<ir_version: 8, opset_import: ["" : {MIN_OPSET}]>
+        rounding (float[N] x) => (float[N] y) {{
+            square = Mul(x, x)
+            half = Cast<to = {element}>(square)
+            wide = Cast<to = {onnx.TensorProto.FLOAT}>(half)
+            y = Sqrt(wide)
+        }}"""
     )
     values = np.array([1.01, 300, 2e19], np.float32)
     with np.errstate(over="ignore"):
@@ -191,10 +186,6 @@ def _assert_rounding(name: str) -> None:
     with OnnxRuntimeRunner(model.SerializeToString(), plugins=[], optimize=False) as runner:
         got = runner.infer({"x": values})["y"]
     if not np.array_equal(got, want):
-        raise BackendError(
-            "HalfRunner",
-            f"this onnxruntime does not round to {name} where the graph says so",
-            got=got.tolist(),
-            expected=want.tolist(),
-            fix="use another version of onnxruntime, or --backend reference",
-        )
+        problem = f"this onnxruntime does not round to {name} where the graph says so"
+        fix = "use another version of onnxruntime, or --backend reference"
+        raise BackendError("HalfRunner", problem, got=got.tolist(), expected=want.tolist(), fix=fix)

@@ -56,11 +56,8 @@ class ReferenceRunner(Runner):
                 warnings.simplefilter("ignore", RuntimeWarning)
                 results = self._evaluator.run(None, dict(feeds))
         except Exception as error:
-            raise ModelError(
-                self._where,
-                f"ONNX's reference evaluator failed with {type(error).__name__}: {error}",
-                got={name: value.shape for name, value in feeds.items()},
-            ) from error
+            problem = f"ONNX's reference evaluator failed with {type(error).__name__}: {error}"
+            raise ModelError(self._where, problem, got={name: value.shape for name, value in feeds.items()}) from error
         return {name: np.array(value) for name, value in zip(self.output_names, results, strict=True)}
 
     def close(self) -> None:

@@ -13,25 +13,16 @@ import torch
 from torch import Tensor
 
 from deploynorm.arrays import to_array
+from deploynorm.dtypes import torch_dtype
 from deploynorm.errors import BackendError, InputError, ModelError
 from deploynorm.inputs import Shape, TensorSpec
 from deploynorm.libraries import TENSORRT_LIBRARY, find_library
 from deploynorm.run.base import Runner, check_feeds, closed_error
-from deploynorm.trt import (
-    Flavour,
-    TensorRT,
-    dtype_name,
-    gpu_here,
-    import_tensorrt,
-    listen,
-    load_library,
-    load_plugin,
-    logger,
-)
+from deploynorm.trt import Flavour, TensorRT, gpu_here, import_tensorrt, listen, logger, tensor_spec
 from deploynorm.trt.engine import Engine
 from deploynorm.trt.errors import explain
-from deploynorm.trt.gpu import Gpu
-from deploynorm.trt.output import WaitingOutput
+from deploynorm.trt.gpu import Gpu, WaitingOutput
+from deploynorm.trt.plugins import load_library, load_plugin
 from deploynorm.trt.profile import Range
 from deploynorm.trt.source import EngineSource
 
@@ -157,17 +148,12 @@ class TensorRTRunner(Runner):
             if tensor.dtype != _torch_dtype(where, spec.dtype):
                 raise InputError(where, "has the wrong dtype", got=tensor.dtype, expected=spec.dtype)
             low, _, high = self._ranges[spec.name]
-            fits = len(low) == tensor.ndim and all(
-                a <= size <= b for a, size, b in zip(low, tensor.shape, high, strict=True)
-            )
-            if not fits:
-                raise InputError(
-                    where,
-                    "is outside the shapes that the engine was built for",
-                    got=tuple(tensor.shape),
-                    expected=f"{low} to {high}" if low != high else low,
-                    fix="feed another shape, or build with other --min-shapes and --max-shapes",
-                )
+            shape = tuple(tensor.shape)
+            if len(low) != len(shape) or not all(a <= b <= c for a, b, c in zip(low, shape, high, strict=True)):
+                problem = "is outside the shapes that the engine was built for"
+                fix = "feed another shape, or build with other --min-shapes and --max-shapes"
+                expected = f"{low} to {high}" if low != high else low
+                raise InputError(where, problem, got=shape, expected=expected, fix=fix)
 
     def _bind(
         self, context: Any, tensors: Mapping[str, Tensor], heard: list[Any]
@@ -216,12 +202,8 @@ class TensorRTRunner(Runner):
         with listen() as heard:
             outputs, waiting = self._bind(context, inputs, heard)
             if waiting:
-                raise InputError(
-                    "TensorRTRunner",
-                    "an output's size depends on values, which a CUDA graph cannot hold",
-                    got=list(waiting),
-                    fix="pass cuda_graphs=False",
-                )
+                problem = "an output's size depends on values, which a CUDA graph cannot hold"
+                raise InputError("TensorRTRunner", problem, got=list(waiting), fix="pass cuda_graphs=False")
             replay = self._gpu.capture(lambda stream: self._execute(context, stream, heard))
         return _Captured(context, inputs, outputs, replay)
 
@@ -239,7 +221,7 @@ class TensorRTRunner(Runner):
 
 @dataclass
 class _Captured:
-    """A CUDA graph of one shape, the memory that it reads and writes, and the context that it was captured from."""
+    """A CUDA graph of one shape, the memory that it reads and writes, and its context."""
 
     context: Any
     inputs: dict[str, Tensor]
@@ -259,21 +241,18 @@ def _tensors(trt: TensorRT, engine: Any) -> tuple[list[TensorSpec], list[TensorS
     """Inputs and outputs of an engine."""
     inputs: list[TensorSpec] = []
     outputs: list[TensorSpec] = []
-    for index in range(engine.num_io_tensors):
-        name = engine.get_tensor_name(index)
-        shape = tuple("?" if size < 0 else int(size) for size in engine.get_tensor_shape(name))
-        spec = TensorSpec(name, shape, dtype_name(engine.get_tensor_dtype(name)))
-        is_input = engine.get_tensor_mode(name) == trt.module.TensorIOMode.INPUT
+    for name in map(engine.get_tensor_name, range(engine.num_io_tensors)):
         if engine.get_tensor_location(name) != trt.module.TensorLocation.DEVICE:
-            raise ModelError(
-                name, "lies in the processor's memory, which this runner does not serve", fix="export without it"
-            )
+            problem = "lies in the processor's memory, which this runner does not serve"
+            raise ModelError(name, problem, fix="export without it")
+        is_input = engine.get_tensor_mode(name) == trt.module.TensorIOMode.INPUT
+        spec = tensor_spec(name, engine.get_tensor_shape(name), engine.get_tensor_dtype(name))
         (inputs if is_input else outputs).append(spec)
     return inputs, outputs
 
 
 def _torch_dtype(where: str, name: str) -> torch.dtype:
-    dtype = getattr(torch, name, None)
-    if not isinstance(dtype, torch.dtype):
+    dtype = torch_dtype(name)
+    if dtype is None:
         raise ModelError(where, "has a type that PyTorch does not have", got=name)
     return dtype

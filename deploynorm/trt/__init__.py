@@ -5,7 +5,7 @@ For people with their own TensorRT code:
     deploynorm.trt.load_plugin(deploynorm.trt.import_tensorrt())    # before an engine or an ONNX file is read
 """
 
-from deploynorm.trt.importing import FLAVOURS, Flavour, TensorRT, dtype_name, gpu_here, import_tensorrt
+from deploynorm.trt.importing import FLAVOURS, Flavour, TensorRT, gpu_here, import_tensorrt, tensor_spec
 from deploynorm.trt.log import listen, logger
 from deploynorm.trt.plugins import has_plugin, load_library, load_plugin
 
@@ -13,7 +13,6 @@ __all__ = [
     "FLAVOURS",
     "Flavour",
     "TensorRT",
-    "dtype_name",
     "gpu_here",
     "has_plugin",
     "import_tensorrt",
@@ -21,4 +20,5 @@ __all__ = [
     "load_library",
     "load_plugin",
     "logger",
+    "tensor_spec",
 ]

@@ -23,23 +23,16 @@ __all__ = ["Engine", "FrnRecord"]
 
 @dataclass(frozen=True)
 class FrnRecord:
-    """How the FRN layers were built, and why so.
+    """How the FRN layers were built, and why so."""
 
-    Attributes:
-        nodes: How many the graph has.
-        way: Theirs; None where there are no FRN layers.
-        plugin_layers: How many layers of the engine are our plugin.
-        reason: Why this way.
-        passes: Of each way that was built: how many layers of the engine write a tensor to memory.
-        milliseconds: Of each way that was run: the median time of one inference of the opt shapes.
-    """
-
-    nodes: int
-    way: Way | None
-    plugin_layers: int
-    reason: str
+    nodes: int  # how many the graph has
+    way: Way | None  # theirs; None where there are no FRN layers
+    plugin_layers: int  # how many layers of the engine are our plugin
+    reason: str  # why this way
     passes: Mapping[Way, int] = field(default_factory=dict)
+    """Of each way that was built: how many layers of the engine write a tensor to memory."""
     milliseconds: Mapping[Way, float] = field(default_factory=dict)
+    """Of each way that was run: the median time of one inference of the opt shapes."""
 
 
 @dataclass(frozen=True)

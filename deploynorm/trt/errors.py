@@ -127,13 +127,7 @@ beside every other error."""
 
 
 def explain(where: str, name: str, said: Sequence[Message] | str) -> DeployNormError:
-    """What TensorRT said when it failed, as one of our errors.
-
-    Args:
-        where: The file or function that it is about.
-        name: TensorRT with its version.
-        said: All that it said, or a text.
-    """
+    """What TensorRT (`name`, with its version) said of a file or function when it failed, as one of our errors."""
     text = said if isinstance(said, str) else words(said)
     for known in _KNOWN:
         if re.search(known.text, text):

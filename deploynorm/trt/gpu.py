@@ -1,9 +1,11 @@
-"""What running on a GPU needs of PyTorch: memory, streams and CUDA graphs."""
+"""What running on a GPU needs of PyTorch: memory, streams and CUDA graphs; and outputs whose size values decide."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from math import prod
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -12,8 +14,9 @@ from torch import Tensor
 
 from deploynorm.arrays import to_tensor
 from deploynorm.errors import BackendError
+from deploynorm.trt.importing import TensorRT
 
-__all__ = ["Gpu"]
+__all__ = ["Gpu", "WaitingOutput"]
 
 _ALIGNMENT = 256  # bytes, of every address that TensorRT is given
 
@@ -37,25 +40,15 @@ class Gpu:
         self.device = torch.device(device) if isinstance(device, str | torch.device) else torch.device("cuda", device)
         index = torch.cuda.current_device() if str(self.device) == "cuda" else self.device.index
         if self.device.type != "cuda" or index >= torch.cuda.device_count():
-            raise BackendError(
-                "TensorRT",
-                "no such CUDA device",
-                got=device,
-                expected=f"cuda:0 to cuda:{torch.cuda.device_count() - 1}",
-            )
+            expected = f"cuda:0 to cuda:{torch.cuda.device_count() - 1}"
+            raise BackendError("TensorRT", "no such CUDA device", got=device, expected=expected)
         self.device = torch.device("cuda", index)
         self._side: torch.cuda.Stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
         self._spare = torch.empty(_ALIGNMENT, dtype=torch.uint8, device=self.device)
 
-    @property
-    def name(self) -> str:
-        return torch.cuda.get_device_name(self.device)
-
-    @contextmanager
-    def current(self) -> Iterator[None]:
+    def current(self) -> AbstractContextManager[object]:
         """Makes the device the current one of this thread, as TensorRT requires."""
-        with torch.cuda.device(self.device):
-            yield
+        return torch.cuda.device(self.device)
 
     @contextmanager
     def enqueue(self, tensors: Sequence[Tensor]) -> Iterator[int]:
@@ -105,3 +98,39 @@ class Gpu:
 
     def upload(self, array: npt.NDArray[np.generic]) -> Tensor:
         return to_tensor(array).to(self.device)
+
+
+class WaitingOutput:
+    """An output whose size depends on values: TensorRT reports it while it runs."""
+
+    def __init__(self, gpu: Gpu, dtype: torch.dtype) -> None:
+        self._gpu, self._dtype = gpu, dtype
+        self._memory: Tensor | None = None
+        self._shape: tuple[int, ...] = ()
+        self._allocator: Any = None
+
+    def allocator(self, trt: TensorRT) -> Any:
+        """A tensorrt.IOutputAllocator that is alive as long as this object."""
+        waiting = self
+
+        class Allocator(trt.module.IOutputAllocator):  # type: ignore[misc, name-defined]
+            def __init__(self) -> None:
+                trt.module.IOutputAllocator.__init__(self)
+
+            def reallocate_output_async(self, name: str, memory: int, size: int, alignment: int, stream: int) -> int:
+                waiting._memory = waiting._gpu.empty((max(size, 1),), torch.uint8)
+                return waiting._memory.data_ptr()
+
+            def reallocate_output(self, name: str, memory: int, size: int, alignment: int) -> int:
+                return self.reallocate_output_async(name, memory, size, alignment, 0)
+
+            def notify_shape(self, name: str, shape: Sequence[int]) -> None:
+                waiting._shape = tuple(shape)
+
+        self._allocator = Allocator()
+        return self._allocator
+
+    def take(self) -> Tensor:
+        if self._memory is None:
+            return self._gpu.empty(self._shape, self._dtype)
+        return self._memory[: prod(self._shape) * self._dtype.itemsize].view(self._dtype).reshape(self._shape)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
 from deploynorm.errors import BackendError, InputError
+from deploynorm.inputs import TensorSpec
 
-__all__ = ["FLAVOURS", "Flavour", "TensorRT", "dtype_name", "gpu_here", "import_tensorrt"]
+__all__ = ["FLAVOURS", "Flavour", "TensorRT", "gpu_here", "import_tensorrt", "tensor_spec"]
 
 Flavour = Literal["tensorrt", "tensorrt-rtx"]
 
@@ -21,15 +23,9 @@ FLAVOURS: Final[dict[Flavour, tuple[str, tuple[int, ...], str]]] = {
 
 @dataclass(frozen=True)
 class TensorRT:
-    """One of the two TensorRTs, as imported.
+    """One of the two TensorRTs, as imported."""
 
-    Attributes:
-        module: tensorrt or tensorrt_rtx.
-        flavour: Which.
-        version: As the module has it.
-    """
-
-    module: Any
+    module: Any  # tensorrt or tensorrt_rtx
     flavour: Flavour
     version: str
 
@@ -64,17 +60,12 @@ def import_tensorrt(flavour: Flavour | Literal["auto"] = "auto") -> TensorRT:
             continue
         found = TensorRT(module, name, str(module.__version__))
         if int(found.version.partition(".")[0]) not in majors:
-            raise BackendError(
-                "tensorrt",
-                f"{found.name} is a version that deploynorm does not know",
-                expected=f"{module_name} {' or '.join(map(str, majors))}",
-                fix=f"install that: {FLAVOURS[name][2]}",
-            )
+            problem = f"{found.name} is a version that deploynorm does not know"
+            expected = f"{module_name} {' or '.join(map(str, majors))}"
+            raise BackendError("tensorrt", problem, expected=expected, fix=f"install that: {FLAVOURS[name][2]}")
         return found
-    remedies = [FLAVOURS[name][2] for name in FLAVOURS if flavour in ("auto", name)]
-    raise BackendError(
-        "tensorrt", f"cannot be imported ({'; '.join(reasons)})", fix=f"{' or, for RTX cards, '.join(remedies)}"
-    )
+    fix = " or, for RTX cards, ".join(FLAVOURS[name][2] for name in FLAVOURS if flavour in ("auto", name))
+    raise BackendError("tensorrt", f"cannot be imported ({'; '.join(reasons)})", fix=fix)
 
 
 def gpu_here() -> str | None:
@@ -90,7 +81,7 @@ def gpu_here() -> str | None:
 _DTYPES: Final = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "FP8": "float8_e4m3fn"}
 
 
-def dtype_name(dtype: Any) -> str:
-    """NumPy's name of a tensorrt.DataType."""
-    name = str(dtype.name)
-    return _DTYPES.get(name, name.lower())
+def tensor_spec(name: str, shape: Iterable[int], dtype: Any) -> TensorSpec:
+    """One input or output, as TensorRT describes it: it has no names for dynamic axes, and its own for types."""
+    sizes = tuple("?" if size < 0 else int(size) for size in shape)
+    return TensorSpec(name, sizes, _DTYPES.get(dtype.name, dtype.name.lower()))

@@ -30,19 +30,12 @@ _PRODUCTS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 
 @dataclass(frozen=True)
 class TensorRTModel:
-    """A model that passed the checks.
+    """A model that passed the checks."""
 
-    Attributes:
-        file: As read; TensorRT looks for external data beside its path.
-        frn: Names of the nodes of our operator, as TensorRT calls them.
-        products: Element type of each convolution and matrix product, by the name of its node.
-        half: Whether one of our nodes works on float16 or bfloat16.
-    """
-
-    file: OnnxFile
-    frn: tuple[str, ...]
-    products: Mapping[str, str]
-    half: bool
+    file: OnnxFile  # TensorRT looks for external data beside its path
+    frn: tuple[str, ...]  # names of the nodes of our operator, as TensorRT calls them
+    products: Mapping[str, str]  # element type of each convolution and matrix product, by the name of its node
+    half: bool  # whether one of our nodes works on float16 or bfloat16
 
     @classmethod
     def read(cls, model: OnnxSource) -> TensorRTModel:
@@ -85,12 +78,8 @@ class TensorRTModel:
         others = [f for f in proto.functions if (f.domain, f.name) != (DOMAIN, OP_TYPE)]
         clash = next((f for f in others if f.name in (OP_TYPE, BODY)), None)
         if clash is not None and self.frn:
-            raise ModelError(
-                self.file.where,
-                "another local function has the operator's name, and TensorRT finds functions by name only",
-                got=f"{clash.domain}::{clash.name}",
-                fix="rename that function",
-            )
+            problem = "another local function has the operator's name, and TensorRT finds functions by name only"
+            raise ModelError(self.file.where, problem, got=f"{clash.domain}::{clash.name}", fix="rename that function")
         del proto.functions[:]
         proto.functions.extend(others)
         for node in _all_nodes(proto):
@@ -114,13 +103,9 @@ class TensorRTModel:
                 return own
         opset = _opset(self.file.proto)
         if opset < MIN_OPSET:
-            raise ModelError(
-                self.file.where,
-                "brings no function body, and its opset is too old for ours",
-                got=f"opset {opset}",
-                expected=f"{MIN_OPSET} or later",
-                fix="export it again, or build with --frn plugin",
-            )
+            problem = "brings no function body, and its opset is too old for ours"
+            fix = "export it again, or build with --frn plugin"
+            raise ModelError(self.file.where, problem, got=f"opset {opset}", expected=f"{MIN_OPSET} or later", fix=fix)
         return function_proto(opset, half=self.half)
 
 
@@ -157,13 +142,9 @@ def _check_node(where: str, node: onnx.NodeProto) -> None:
         )
     for attribute in node.attribute:
         if attribute.name not in NODE_ATTRIBUTES:
-            raise ModelError(
-                where,
-                f"has an attribute that {DOMAIN}::{OP_TYPE} does not have",
-                got=attribute.name,
-                expected=f"{INPUTS[-1]} and the other parameters as inputs",
-                fix="export it with deploynorm",
-            )
+            problem = f"has an attribute that {DOMAIN}::{OP_TYPE} does not have"
+            expected = f"{INPUTS[-1]} and the other parameters as inputs"
+            raise ModelError(where, problem, got=attribute.name, expected=expected, fix="export it with deploynorm")
         value = attribute.s.decode(errors="replace") or onnx.helper.get_attribute_value(attribute)
         if value != NODE_ATTRIBUTES[attribute.name]:
             raise ModelError(
@@ -210,22 +191,15 @@ def _check_types(file: OnnxFile, nodes: list[onnx.NodeProto], types: Mapping[str
         if x is None or not x.HasField("shape"):
             continue
         if len(x.shape.dim) < 2:
-            raise ModelError(
-                f"{where}, node {_name(node)}",
-                f"{INPUTS[0]} has too few axes",
-                got=f"{len(x.shape.dim)}",
-                expected="samples, channels and any number of spatial axes",
-            )
+            problem = f"{INPUTS[0]} has too few axes"
+            expected = "samples, channels and any number of spatial axes"
+            raise ModelError(f"{where}, node {_name(node)}", problem, got=f"{len(x.shape.dim)}", expected=expected)
         channels = x.shape.dim[1].dim_value
         for parameter, name in zip(PARAMETERS, node.input[1:], strict=True):
             sizes = [dim.dim_value for dim in types[name].shape.dim] if name in types else [channels]
             if channels and types.get(name) and types[name].HasField("shape") and sizes not in ([channels], [0]):
-                raise ModelError(
-                    f"{where}, node {_name(node)}",
-                    f"{parameter} does not fit the channels of {INPUTS[0]}",
-                    got=sizes,
-                    expected=[channels],
-                )
+                problem = f"{parameter} does not fit the channels of {INPUTS[0]}"
+                raise ModelError(f"{where}, node {_name(node)}", problem, got=sizes, expected=[channels])
 
 
 def _products(proto: onnx.ModelProto, types: Mapping[str, onnx.TypeProto.Tensor]) -> dict[str, str]:

@@ -35,11 +35,8 @@ def load_plugin(trt: TensorRT) -> None:
     library = libraries.library_path(libraries.TENSORRT_LIBRARY)
     load_library(trt, library)
     if not has_plugin(trt):
-        raise BackendError(
-            str(library),
-            f"does not bring the plugin {DOMAIN}::{OP_TYPE}, version {VERSION}",
-            fix="deploynorm plugins build --cuda",
-        )
+        problem = f"does not bring the plugin {DOMAIN}::{OP_TYPE}, version {VERSION}"
+        raise BackendError(str(library), problem, fix="deploynorm plugins build --cuda")
 
 
 _LOADED: dict[tuple[Flavour, Path], Any] = {}

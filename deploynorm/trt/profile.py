@@ -66,12 +66,9 @@ def ranges(
                     )
         low, best, high = found[spec.name]
         if not all(a <= b <= c for a, b, c in zip(low, best, high, strict=True)):
-            raise InputError(
-                f"input {spec.name}",
-                "its shapes are not in order",
-                got=f"min {shape_text(low)}, opt {shape_text(best)}, max {shape_text(high)}",
-                expected="min <= opt <= max on every axis",
-            )
+            problem = "its shapes are not in order"
+            got = f"min {shape_text(low)}, opt {shape_text(best)}, max {shape_text(high)}"
+            raise InputError(f"input {spec.name}", problem, got=got, expected="min <= opt <= max on every axis")
     return found
 
 
@@ -82,12 +79,9 @@ def _range(spec: TensorSpec, low: Shape | None, best: Shape | None, high: Shape 
     best = best or high or low
     if best is None:
         example = "x".join(str(size) if isinstance(size, int) else "8" for size in spec.shape)
-        raise InputError(
-            f"input {spec.name}",
-            "some of its axes are dynamic, and no range was given for it",
-            got=shape_text(spec.shape),
-            fix=f"--min-shapes, --opt-shapes and --max-shapes {spec.name}:{example}; one of them is enough",
-        )
+        problem = "some of its axes are dynamic, and no range was given for it"
+        fix = f"--min-shapes, --opt-shapes and --max-shapes {spec.name}:{example}; one of them is enough"
+        raise InputError(f"input {spec.name}", problem, got=shape_text(spec.shape), fix=fix)
     batch_of_one = (1, *best[1:]) if isinstance(spec.shape[0], str) else best
     return Range(low or batch_of_one, best, high or best)
 
@@ -97,9 +91,5 @@ def _check_fit(spec: TensorSpec, option: str, shape: Shape) -> None:
         isinstance(want, str) or want == size for want, size in zip(spec.shape, shape, strict=True)
     )
     if not fits:
-        raise InputError(
-            f"--{option}-shapes",
-            f"does not fit input {spec.name}",
-            got=shape_text(shape),
-            expected=shape_text(spec.shape),
-        )
+        problem = f"does not fit input {spec.name}"
+        raise InputError(f"--{option}-shapes", problem, got=shape_text(shape), expected=shape_text(spec.shape))

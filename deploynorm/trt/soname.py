@@ -44,11 +44,8 @@ def also_known_as(name: str, library: str) -> None:
             file.flush()
             ctypes.CDLL(f"/proc/self/fd/{descriptor}")  # which stays loaded as long as the process lives
     except OSError as error:
-        raise BackendError(
-            library,
-            f"cannot be made known as {name}: {error}",
-            fix=f"make a link {name} to it in a folder, and put the folder in LD_LIBRARY_PATH before Python starts",
-        ) from error
+        fix = f"make a link {name} to it in a folder, and put the folder in LD_LIBRARY_PATH before Python starts"
+        raise BackendError(library, f"cannot be made known as {name}: {error}", fix=fix) from error
 
 
 def loaded_library(stem: str) -> str | None:
