@@ -53,9 +53,7 @@ def fit(state: dict[str, Any], prefix: str, layer: _MABN) -> None:
 def upgraded_pickle(state: dict[str, Any], unsaved: dict[str, Tensor]) -> dict[str, Any]:
     """The attributes of a pickled layer of any version, as those of this one.
 
-    Args:
-        state: Those of the pickle; they may lack what a later version has.
-        unsaved: The buffers that are not in a state_dict, as a new layer has them.
+    unsaved are the buffers that are not in a state_dict, as a new layer has them.
     """
     buffers = dict(state["_buffers"])
     _upgrade(buffers, "")

@@ -70,12 +70,9 @@ def measure(layer: _MABN, row: Tensor) -> Batch:
 
 
 def commit(layer: _MABN, batch: Batch, first_run: Tensor | None) -> None:
-    """Writes a batch to the layer's running average, history and counters.
+    """Writes a measured batch to the layer's running average, history and counters, in place.
 
-    Args:
-        layer: Its buffers are changed in place.
-        batch: As measured.
-        first_run: (), bool, in compiled code; False changes nothing. None is True.
+    first_run is (), bool, in compiled code, where False changes nothing; None is True.
     """
     R, tracked = layer.running_var, layer.num_batches_tracked
     kept, finite, second_moment = batch.used.kept, batch.finite, batch.used.second_moment

@@ -14,18 +14,13 @@ _TIMM = "timm.layers.filter_response_norm"
 
 
 def adopt(model: nn.Module) -> nn.Module:
-    """Replaces the FRN layers of timm by FRN2d layers that compute the same, in place.
+    """Replaces the FRN layers of timm by FRN2d layers that compute the same, in place, and returns the network.
 
-    Only these classes themselves are replaced, and no subclass, which may compute something else.
+    Another object is returned only where the network itself is such a layer. Only these classes themselves are
+    replaced, and no subclass, which may compute something else.
 
         FilterResponseNormTlu2d            -> FRN2d(tlu=True); without apply_act, tlu=False
         FilterResponseNormAct2d            -> FRN2d(tlu=False) and the layer's own activation
-
-    Args:
-        model: Any network.
-
-    Returns:
-        The network; another object only where the network itself is such a layer.
 
     Source: timm/layers/filter_response_norm.py. timm's epsilon is 1e-5 where the paper has 1e-6, and it squares
         in half precision before it casts; the new layers keep the epsilon and do not overflow.

@@ -18,12 +18,9 @@ class _CenConv(nn.modules.conv._ConvNd):
 
     def reset_parameters(self) -> None:
         if self.in_channels // self.groups * prod(self.kernel_size) == 1:
-            raise InputError(
-                type(self).__name__,
-                "a fan-in of 1 leaves nothing after centring: the weight would be zero for ever",
-                got=f"1 input channel per group and kernel_size={self.kernel_size}",
-                fix="use the plain convolution here",
-            )
+            problem = "a fan-in of 1 leaves nothing after centring: the weight would be zero for ever"
+            got = f"1 input channel per group and kernel_size={self.kernel_size}"
+            raise InputError(type(self).__name__, problem, got=got, fix="use the plain convolution here")
         super().reset_parameters()
 
     def forward(self, input: Tensor) -> Tensor:

@@ -50,15 +50,8 @@ def freeze_mabn(model: nn.Module, within: str | Sequence[str] = (), *, affine: b
 def unfreeze_mabn(model: nn.Module, within: str | Sequence[str] = ()) -> list[str]:
     """Undoes `freeze_mabn`: statistics change again, and the parameters that it fixed are trained again.
 
-    Args:
-        model: Changed in place. Layers that are not frozen do not change.
-        within: As for `freeze_mabn`.
-
-    Returns:
-        The names of the layers that were frozen.
-
-    Raises:
-        InputError: A name in `within` is no submodule, or there is no MABN where it says.
+    Arguments and errors are those of `freeze_mabn`. Returns the names of the layers that were frozen; others do not
+    change.
     """
     layers = {name: layer for name, layer in _layers("unfreeze_mabn", model, within).items() if layer.frozen}
     for layer in layers.values():
@@ -78,15 +71,11 @@ def _layers(where: str, model: nn.Module, within: str | Sequence[str]) -> dict[s
     found: dict[str, _MABN] = {}
     for part in [within] if isinstance(within, str) else within or [""]:
         if part not in modules:
-            raise InputError(
-                where, "no such submodule", got=repr(part), expected="a name that model.named_modules() gives"
-            )
+            expected = "a name that model.named_modules() gives"
+            raise InputError(where, "no such submodule", got=repr(part), expected=expected)
         prefix = f"{part}." if part else ""
-        inside = {
-            name: module
-            for name, module in modules.items()
-            if isinstance(module, _MABN) and (name == part or name.startswith(prefix))
-        }
+        within_part = {name: module for name, module in modules.items() if f"{name}.".startswith(prefix)}
+        inside = {name: module for name, module in within_part.items() if isinstance(module, _MABN)}
         if not inside:
             raise InputError(where, "there is no MABN", got=repr(part) if part else type(model).__name__)
         found |= inside

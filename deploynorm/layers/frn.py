@@ -64,12 +64,8 @@ class _FRN(FullPrecisionBuffers):
             self.eps = float(eps)
             return
         if eps.shape != (self.num_features,) or not (eps.is_meta or bool((eps > 0).all())):
-            raise InputError(
-                name,
-                "wrong eps",
-                got=f"a tensor of shape {tuple(eps.shape)}",
-                expected=f"a number, or a tensor ({self.num_features},) of positive numbers",
-            )
+            expected = f"a number, or a tensor ({self.num_features},) of positive numbers"
+            raise InputError(name, "wrong eps", got=f"a tensor of shape {tuple(eps.shape)}", expected=expected)
         values = eps.detach().to(device=device, dtype=compute_dtype(self.weight.dtype), copy=True)
         self.register_buffer("eps", values)
 

@@ -45,13 +45,9 @@ def track_loss_scale(model: nn.Module, scaler: torch.amp.GradScaler | None) -> N
 def _scale_of(scaler: torch.amp.GradScaler, device: torch.device) -> Tensor:
     kind = getattr(scaler, "_device", device.type)
     if kind != device.type:
-        raise InputError(
-            "track_loss_scale",
-            "the model is on another kind of device than the scaler",
-            got=f"a model on {device}",
-            expected=kind,
-            fix="move the model to its device first",
-        )
+        problem = "the model is on another kind of device than the scaler"
+        got = f"a model on {device}"
+        raise InputError("track_loss_scale", problem, got=got, expected=kind, fix="move the model to its device first")
     # A scaler makes its tensor with the first value that it scales, and changes it in place from then on.
     scaler.scale(torch.zeros((), device=device))
     scale = getattr(scaler, "_scale", None)

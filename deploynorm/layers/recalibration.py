@@ -43,19 +43,16 @@ def recalibrate(
 
     What enters a layer depends on how the layers before it are normalised. So the layers are done one by one, in the
     order in which the network runs them, each with those before it in their final state, and the result is exact:
-    evaluated on the same samples, each layer's input has the second moment that its running_var says. Cheaper ways
-    do not give that. Measured all at once, every layer of a deep network corrects for all the others, and together
-    they overshoot; normalised by each batch's own statistic, at a batch size of 2, it is not the network that will be
-    evaluated. The price is, for L layers, one pass over the loader and another L through half the network on average.
-    Some hundreds of samples will do; see `batches`. A layer that takes part in its own input, being used twice in a
-    chain, is measured as it stood before.
+    evaluated on the same samples, each layer's input has the second moment that its running_var says. Measured all at
+    once, every layer of a deep network would correct for all the others, and together they overshoot. The price is, for
+    L layers, one pass over the loader and another L through half the network on average; some hundreds of samples will
+    do, see `batches`. A layer that is used twice in a chain, and so takes part in its own input, is measured as it
+    stood before.
 
     Every sample has one weight, as in training. Parameters, modes and all else stay as they were, and so does
     running_var if anything goes wrong, Ctrl-C included. Frozen layers are left alone. A layer that was never trained
-    counts as having seen a batch, so that training goes on from here.
-
-    Under torch.distributed each process runs its own loader, and the result is that of all of them together. Compiled
-    modules run as they were before torch.compile. A progress bar is shown on stderr where that is a terminal.
+    counts as having seen a batch, so that training goes on from here. Under torch.distributed each process runs its own
+    loader, and the result is that of all together. Compiled modules run as they were before torch.compile.
 
     Args:
         model: Changed in place. One wrapped in DistributedDataParallel may be given as it is.
@@ -75,8 +72,8 @@ def recalibrate(
             cannot be called with a batch in the ways above.
         ModelError: A second moment is not finite; no MABN was reached; another process failed.
 
-    Source: The purpose is that of PreciseBN: Wu & Johnson, "Rethinking Batch in BatchNorm", arXiv:2105.07576, section
-        3. There the mean of batch statistics is taken in one pass, which suits layers that train normalised by them.
+    Source: The purpose is that of PreciseBN: Wu & Johnson, arXiv:2105.07576, section 3. There the mean of batch
+        statistics is taken in one pass, which suits layers that train normalised by them.
     """
     model = model.module if isinstance(model, DistributedDataParallel) else model
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, _MABN) and not layer.frozen}
@@ -85,12 +82,8 @@ def recalibrate(
     if batches is not None and batches < 1:
         raise InputError(WHERE, "batches must be positive", got=batches)
     if iter(loader) is loader:
-        raise InputError(
-            WHERE,
-            "the loader can be iterated only once",
-            got=type(loader).__name__,
-            fix="give a DataLoader, or list(loader)",
-        )
+        problem = "the loader can be iterated only once"
+        raise InputError(WHERE, problem, got=type(loader).__name__, fix="give a DataLoader, or list(loader)")
     target = torch.device(device) if device is not None else next(iter(layers.values())).running_var.device
 
     def run(batch: object) -> None:
@@ -198,20 +191,20 @@ class _Passes:
         def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
             return lambda _, args, kwargs: note(name, args[0] if args else kwargs["x"])
 
-        handles = [self._layers[name].register_forward_pre_hook(hook(name), with_kwargs=True) for name in names]
         seen, error = 0, None
-        try:
-            for batch in itertools.islice(self._loader, self._batches):
-                with contextlib.suppress(_Reached):
-                    self._run(batch)
-                after_batch()
-                seen += 1
-                self._progress.advance(self._task)
-        except BaseException as caught:
-            error = caught
-        finally:
-            for handle in handles:
-                handle.remove()
+        with contextlib.ExitStack() as hooks:
+            for name in names:
+                layer = self._layers[name]
+                hooks.callback(layer.register_forward_pre_hook(hook(name), with_kwargs=True).remove)
+            try:
+                for batch in itertools.islice(self._loader, self._batches):
+                    with contextlib.suppress(_Reached):
+                        self._run(batch)
+                    after_batch()
+                    seen += 1
+                    self._progress.advance(self._task)
+            except BaseException as caught:
+                error = caught
         # The other processes would wait for this one for ever.
         failed = self._reduced([error is not None], "max") != [0]
         if error is not None:

@@ -55,12 +55,8 @@ class TLU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """z, as the class says."""
         if x.dim() < 2:
-            raise InputError(
-                "TLU",
-                "wrong rank",
-                got=f"a tensor of shape {tuple(x.shape)}",
-                expected=f"(N, {self.num_features}, ...)",
-            )
+            got = f"a tensor of shape {tuple(x.shape)}"
+            raise InputError("TLU", "wrong rank", got=got, expected=f"(N, {self.num_features}, ...)")
         check_input("TLU", x, self.num_features, (x.dim(),))
         return functional.tlu(x, self.tau)
 
