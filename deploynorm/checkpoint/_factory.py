@@ -21,18 +21,15 @@ __all__ = ["build", "check_own", "current_directory_on_path", "is_own", "split_n
 
 _OWN = "deploynorm.models"
 _EXAMPLE = f"{_OWN}.frn_resnet:resnet20"
+_NAME_IT = "name the factory yourself with --factory pkg.mod:function"
 _NAME = re.compile(r"([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*):([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*)")
 
 
 def build(name: str, kwargs: Mapping[str, Any], where: str, *, typed: bool) -> nn.Module:
-    """Calls the factory of a network.
+    """Calls the factory of a network, "pkg.mod:function".
 
-    Args:
-        name: "pkg.mod:function".
-        kwargs: Its keyword arguments.
-        where: Path of the checkpoint, for messages.
-        typed: Whether the user typed the name. One from a file must be of deploynorm.models: a file must not
-            choose what code runs.
+    A name that the user did not type, which comes from a file, must be of deploynorm.models: a file must not choose
+    what code runs.
 
     Raises:
         ModelError: Not such a name, not from deploynorm.models though it came from a file, cannot be imported or
@@ -64,13 +61,8 @@ def check_own(name: object, where: str) -> Callable[..., Any]:
         problem = "the factory that the file names is not one of deploynorm.models"
         expected = f"a function of {_OWN}, such as {_EXAMPLE}"
         raise ModelError(where, problem, got=repr(name), expected=expected, fix=_typed_again(name, where))
-    refused = ModelError(
-        where,
-        f"{_OWN} has no such network",
-        got=repr(name),
-        expected=f"a public function or class that makes a network, such as {_EXAMPLE}",
-        fix="name the factory yourself with --factory pkg.mod:function",
-    )
+    expected = f"a public function or class that makes a network, such as {_EXAMPLE}"
+    refused = ModelError(where, f"{_OWN} has no such network", got=repr(name), expected=expected, fix=_NAME_IT)
     parts = re.fullmatch(r"(deploynorm\.models(?:\.[A-Za-z]\w*)*):([A-Za-z]\w*)", name, re.ASCII)
     if parts is None:
         raise refused
@@ -109,7 +101,7 @@ def split_name(name: object, where: str) -> tuple[str, str]:
 def _typed_again(name: object, where: str) -> str:
     """What the user of a file is to type who trusts the factory that it names."""
     if not isinstance(name, str) or _NAME.fullmatch(name) is None:
-        return "name the factory yourself with --factory pkg.mod:function"
+        return _NAME_IT
     command = f"deploynorm export {shlex.quote(where)} --factory {name}"
     own = f"if that is your own network, type its factory: {command}, or deploynorm.load(..., factory={name!r})"
     return f"{own}; a file must not choose what code runs"
@@ -146,12 +138,9 @@ def _import_typed(name: str, where: str) -> Callable[..., Any]:
             found = getattr(found, attribute)
         except AttributeError as error:
             public = [key for key, value in vars(found).items() if callable(value) and not key.startswith("_")]
-            raise ModelError(
-                where,
-                f"the factory {name} does not exist",
-                got=f"no {attribute!r} in {module}",
-                expected="one of " + ", ".join(public[:12]) if public else None,
-            ) from error
+            expected = f"one of {', '.join(public[:12])}" if public else None
+            problem, got = f"the factory {name} does not exist", f"no {attribute!r} in {module}"
+            raise ModelError(where, problem, got=got, expected=expected) from error
     if not callable(found):
         raise ModelError(where, f"the factory {name} is not callable", got=type(found).__name__, expected="a function")
     return typing.cast("Callable[..., Any]", found)
@@ -165,13 +154,10 @@ def _call(factory: Callable[..., Any], name: str, kwargs: Mapping[str, Any], whe
         try:
             signature.bind(**kwargs)
         except TypeError as error:
-            raise ModelError(
-                where,
-                f"the factory {name} does not take the arguments: {error}",
-                got=", ".join(f"{key}={value!r}" for key, value in kwargs.items()) or "none",
-                expected=f"arguments of {signature}",
-                fix="give them with --factory-kwargs",
-            ) from error
+            problem = f"the factory {name} does not take the arguments: {error}"
+            got = ", ".join(f"{key}={value!r}" for key, value in kwargs.items()) or "none"
+            fix = "give them with --factory-kwargs"
+            raise ModelError(where, problem, got=got, expected=f"arguments of {signature}", fix=fix) from error
     try:
         network = factory(**kwargs)
     except (Exception, SystemExit) as error:  # the user's function may raise anything

@@ -8,14 +8,14 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from deploynorm.checkpoint._detect import ACCEPTED, detect
 from deploynorm.checkpoint._factory import build, current_directory_on_path
-from deploynorm.checkpoint._own import Content, is_own_format, outline
+from deploynorm.checkpoint._own import is_own_format, outline, unpacked
 from deploynorm.checkpoint._state import check_finite, find_state_dict, load_strictly
 from deploynorm.errors import ModelError
 from deploynorm.image import ImageSpec
@@ -90,7 +90,7 @@ def load(
     found = partial(Checkpoint, path=path, sha256=hashlib.sha256(data).hexdigest())
     # A pickle that is trusted may name the user's modules, as a factory may.
     with current_directory_on_path() if trust_pickle else nullcontext():
-        content = detect(data, where).read(data, where, trust=trust_pickle)
+        content: Any = detect(data, where).read(data, where, trust=trust_pickle)
         if isinstance(content, ExportedProgram):
             if factory is not None or kwargs is not None:
                 raise _superfluous(where, "a torch.export archive", "no factory and no arguments")
@@ -101,10 +101,10 @@ def load(
         model, notes = _unpickled(content, where, factory, kwargs or {})
         return found(model, "module", factory=factory, notes=notes)
     if is_own_format(content):
-        own = Content.unpack(cast("Mapping[str, Any]", content), where)
-        name, arguments = factory or own.factory, own.kwargs if kwargs is None else kwargs
-        model, notes = _build(name, arguments, own.state_dict, where, typed=factory is not None)
-        about: dict[str, Any] = {"image": own.image, "labels": own.labels, "training": own.training}
+        own = unpacked(content, where)
+        name, arguments = factory or own["factory"], own["kwargs"] if kwargs is None else kwargs
+        model, notes = _build(name, arguments, own["state_dict"], where, typed=factory is not None)
+        about: dict[str, Any] = {key: own[key] for key in ("image", "labels", "training")}
         return found(model, "deploynorm", factory=name, notes=notes, **about)
     state = find_state_dict(content)
     if state is None:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from deploynorm.checkpoint._factory import check_own, is_own, split_name
 from deploynorm.checkpoint._state import find_state_dict
@@ -16,7 +15,7 @@ from deploynorm.errors import InputError, ModelError
 from deploynorm.files import staging
 from deploynorm.image import ImageSpec
 
-__all__ = ["Content", "is_own_format", "outline", "save"]
+__all__ = ["is_own_format", "outline", "save", "unpacked"]
 
 _FORMAT = "deploynorm"
 _REQUIRED = ("format", "factory", "kwargs", "state_dict")
@@ -84,47 +83,31 @@ def save(
             raise ModelError(where, f"the file cannot be written: {error}") from error
 
 
-@dataclass(frozen=True, eq=False)
-class Content:
-    """What a deploynorm checkpoint says about a network."""
+def unpacked(content: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """What `save` was given and wrote as this dict; of "state_dict" the tensors, by name.
 
-    factory: str
-    kwargs: Mapping[str, Any]
-    state_dict: Mapping[str, Tensor]
-    image: ImageSpec | None
-    labels: tuple[str, ...] | None
-    training: Mapping[str, Any] | None
-
-    @classmethod
-    def unpack(cls, content: Mapping[str, Any], where: str) -> Content:
-        """Reads the dict that `save` writes.
-
-        Raises:
-            ModelError: A key is missing, unknown or holds another kind of value.
-        """
-        missing = [key for key in _REQUIRED if key not in content]
-        unknown = [repr(key) for key in content if key not in _REQUIRED + _OPTIONAL]
-        if missing or unknown:
-            wrong = (("without", missing), ("with", unknown))
-            raise ModelError(
-                where,
-                "not a whole deploynorm checkpoint",
-                got="; ".join(f"{kind} {', '.join(keys)}" for kind, keys in wrong if keys),
-                expected=f"{', '.join(_REQUIRED)}, and perhaps {', '.join(_OPTIONAL)}",
-            )
-        for name, kind in _odd(content):
-            raise ModelError(where, f"its {name} is not plain data", got=kind, expected=_PLAIN)
-        try:
-            image = None if content.get("input") is None else ImageSpec.from_dict(content["input"])
-        except InputError as error:
-            problem = f"its {error.where} is wrong: {error.problem}"
-            raise ModelError(where, problem, got=error.got, expected=error.expected) from error
-        tensors = content["state_dict"]
-        found = find_state_dict({"state_dict": tensors})
-        if found is None:
-            raise ModelError(where, "its state_dict is none", got=outline(tensors), expected="tensors by their names")
-        labels = None if content.get("labels") is None else tuple(content["labels"])
-        return cls(content["factory"], content["kwargs"], found[0], image, labels, content.get("training"))
+    Raises:
+        ModelError: A key is missing, unknown or holds another kind of value.
+    """
+    missing = [key for key in _REQUIRED if key not in content]
+    unknown = [repr(key) for key in content if key not in _REQUIRED + _OPTIONAL]
+    if missing or unknown:
+        wrong = (("without", missing), ("with", unknown))
+        got = "; ".join(f"{kind} {', '.join(keys)}" for kind, keys in wrong if keys)
+        expected = f"{', '.join(_REQUIRED)}, and perhaps {', '.join(_OPTIONAL)}"
+        raise ModelError(where, "not a whole deploynorm checkpoint", got=got, expected=expected)
+    for name, kind in _odd(content):
+        raise ModelError(where, f"its {name} is not plain data", got=kind, expected=_PLAIN)
+    try:
+        image = None if content.get("input") is None else ImageSpec.from_dict(content["input"])
+    except InputError as error:
+        problem = f"its {error.where} is wrong: {error.problem}"
+        raise ModelError(where, problem, got=error.got, expected=error.expected) from error
+    tensors, labels = content["state_dict"], content.get("labels")
+    if find_state_dict({"state_dict": tensors}) is None:
+        raise ModelError(where, "its state_dict is none", got=outline(tensors), expected="tensors by their names")
+    labels = None if labels is None else tuple(labels)
+    return {"training": None, **content, "image": image, "labels": labels, "state_dict": dict(tensors)}
 
 
 def is_own_format(content: object) -> bool:

@@ -96,18 +96,13 @@ def _opened(path: Path) -> Iterator[_Elf]:
 
 
 class _Section(NamedTuple):
-    """One row of the table of sections, as it stands in the file."""
+    """What is read of one row of the table of sections."""
 
     name: int
     kind: int
-    flags: int
-    address: int
     offset: int
     size: int
     link: int
-    info: int
-    alignment: int
-    entry_size: int
 
 
 class _Elf:
@@ -121,7 +116,7 @@ class _Elf:
         self.machine = _MACHINES.get(machine, f"ELF machine {machine}")
         (table,) = struct.unpack_from("<Q", data, 40)
         size, count, names = struct.unpack_from("<HHH", data, 58)
-        self._sections = [_Section(*struct.unpack_from("<IIQQQQIIQQ", data, table + i * size)) for i in range(count)]
+        self._sections = [_Section(*struct.unpack_from("<II16xQQI20x", data, table + i * size)) for i in range(count)]
         self._names = self._sections[names] if count else None
 
     def _string(self, strings: _Section, at: int) -> str:

@@ -87,16 +87,10 @@ def normalize_by_second_moment(
     """
     dtype = compute_dtype(x.dtype)
     second_moment = cast(second_moment, dtype)
-    return F.batch_norm(
-        x,
-        torch.zeros_like(second_moment),
-        second_moment,
-        None if weight is None else cast(weight, dtype),
-        None if bias is None else cast(bias, dtype),
-        training=False,
-        momentum=0.0,
-        eps=eps,
-    )
+    mean = torch.zeros_like(second_moment)
+    weight = None if weight is None else cast(weight, dtype)
+    bias = None if bias is None else cast(bias, dtype)
+    return F.batch_norm(x, mean, second_moment, weight, bias, training=False, momentum=0.0, eps=eps)
 
 
 def center_weight(weight: Tensor, *, groups: int = 1, transposed: bool = False) -> Tensor:

@@ -9,13 +9,10 @@ type is an infinity from there on, wherever in the graph it arises.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import onnx.parser
 import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass, RemoveUnusedNodesPass, ShapeInferencePass
@@ -25,7 +22,6 @@ from deploynorm.dtypes import ONNX_HALF, numpy_dtype
 from deploynorm.errors import BackendError, DeployNormError, ModelError
 from deploynorm.lowering import frn_nodes, function_proto
 from deploynorm.onnx_file import OnnxFile, OnnxSource, save
-from deploynorm.run.base import Runner
 from deploynorm.run.onnxruntime import OnnxRuntimeRunner
 
 __all__ = ["HalfRunner", "round_outputs"]
@@ -36,7 +32,7 @@ _TYPE_ATTRIBUTES = ("dtype", "output_dtype", "output_datatype")
 _GRAPHS = (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
 
 
-class HalfRunner(Runner):
+class HalfRunner(OnnxRuntimeRunner):
     """Runs a half graph in ONNX Runtime on the CPU, every tensor rounded to its type.
 
     Local functions are inlined, so that what happens within a function body is rounded too. FRN without a body runs as
@@ -61,23 +57,12 @@ class HalfRunner(Runner):
             path = Path(folder) / "rounded.onnx"
             save(rounded, path)
             try:
-                self._runner = OnnxRuntimeRunner(path, plugins=[], threads=threads, optimize=False)
+                super().__init__(path, plugins=[], threads=threads, optimize=False)
             except DeployNormError as error:
                 raise type(error)(where, error.problem, got=error.got, fix=error.fix) from error
+        self._where = where
         self.name = f"half ({' and '.join(file.half_types) or 'nothing in half'}, each tensor rounded)"
         self.precision = file.half_type
-        self.inputs = self._runner.inputs
-        self.output_names = self._runner.output_names
-
-    @classmethod
-    def check_available(cls) -> None:
-        OnnxRuntimeRunner.check_available()
-
-    def infer(self, feeds: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
-        return self._runner.infer(feeds)
-
-    def close(self) -> None:
-        self._runner.close()
 
 
 def round_outputs(model: ir.Model, where: str = "round_outputs") -> None:

@@ -30,13 +30,11 @@ class Gpu:
 
     def __init__(self, device: torch.device | str | int = "cuda") -> None:
         if not torch.cuda.is_available():
-            built = bool(getattr(torch.version, "cuda", None))
-            raise BackendError(
-                "TensorRT",
-                "no CUDA device" if built else "PyTorch, which brings the memory on the GPU, was built without CUDA",
-                got=f"torch {torch.__version__}",
-                fix="install the NVIDIA driver" if built else "install a torch that is built for CUDA",
-            )
+            problem, fix = "no CUDA device", "install the NVIDIA driver"
+            if not getattr(torch.version, "cuda", None):
+                problem = "PyTorch, which brings the memory on the GPU, was built without CUDA"
+                fix = "install a torch that is built for CUDA"
+            raise BackendError("TensorRT", problem, got=f"torch {torch.__version__}", fix=fix)
         self.device = torch.device(device) if isinstance(device, str | torch.device) else torch.device("cuda", device)
         index = torch.cuda.current_device() if str(self.device) == "cuda" else self.device.index
         if self.device.type != "cuda" or index >= torch.cuda.device_count():

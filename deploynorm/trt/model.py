@@ -133,13 +133,9 @@ def _name(node: onnx.NodeProto) -> str:
 def _check_node(where: str, node: onnx.NodeProto) -> None:
     where = f"{where}, node {_name(node)}"
     if len(node.input) != len(INPUTS) or not all(node.input) or len(node.output) != 1:
-        raise ModelError(
-            where,
-            f"does not have the inputs of {DOMAIN}::{OP_TYPE}",
-            got=f"{list(node.input)} -> {list(node.output)}",
-            expected=f"{', '.join(INPUTS)} -> {OUTPUT}, none of them left out",
-            fix="export it with deploynorm",
-        )
+        problem, got = f"does not have the inputs of {DOMAIN}::{OP_TYPE}", f"{list(node.input)} -> {list(node.output)}"
+        expected = f"{', '.join(INPUTS)} -> {OUTPUT}, none of them left out"
+        raise ModelError(where, problem, got=got, expected=expected, fix="export it with deploynorm")
     for attribute in node.attribute:
         if attribute.name not in NODE_ATTRIBUTES:
             problem = f"has an attribute that {DOMAIN}::{OP_TYPE} does not have"

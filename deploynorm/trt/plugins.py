@@ -63,13 +63,10 @@ def load_library(trt: TensorRT, library: Path) -> None:
     with listen() as heard:
         handle = trt.module.get_plugin_registry().load_library(str(library.resolve()))
     if handle is None:
-        raise BackendError(
-            str(library),
-            f"{trt.name} does not load this plugin library",
-            got=words(heard),
-            expected="a library that exports getCreators and is not loaded already",
-            fix="pass each library once, and none that registers its plugins itself",
-        )
+        problem = f"{trt.name} does not load this plugin library"
+        expected = "a library that exports getCreators and is not loaded already"
+        fix = "pass each library once, and none that registers its plugins itself"
+        raise BackendError(str(library), problem, got=words(heard), expected=expected, fix=fix)
     _LOADED[key] = handle
 
 
