@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+import deploynorm
 from deploynorm.errors import InputError
-from deploynorm.files import staging
+from deploynorm.files import sha256, staging
 from deploynorm.inputs import TensorSpec, shape_text
 from deploynorm.tables import table
 from deploynorm.trt.importing import Flavour
 from deploynorm.trt.layers import Layer, layer_counts
-from deploynorm.trt.manifest import manifest, manifest_path
+from deploynorm.trt.manifest import manifest_path
 from deploynorm.trt.profile import Range
 from deploynorm.trt.settings import Way
 
@@ -143,7 +145,13 @@ class Engine:
         with staging(path) as folder:
             written = folder / path.name
             written.write_bytes(self.plan)
-            record = manifest(self.to_dict(), self.origin, written)
+            record = {
+                deploynorm.__name__: deploynorm.__version__,
+                "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+                **self.origin,
+                "engine": {"file": path.name, "sha256": sha256(written), **self.to_dict()},
+                "versions": {**self.origin.get("versions", {}), self.backend: self.version},
+            }
             manifest_path(written).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         if timing_cache is not None and self.timing_cache is not None:
             with staging(Path(timing_cache)) as folder:

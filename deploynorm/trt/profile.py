@@ -50,20 +50,20 @@ def ranges(
     found: dict[str, Range] = {}
     sizes: dict[tuple[str, str], int] = {}
     for spec in specs:
-        own = {option: shapes.get(spec.name, shapes.get("")) for option, shapes in given.items()}
-        found[spec.name] = _range(spec, own["min"], own["opt"], own["max"])
+        found[spec.name] = _range(spec, *(shapes.get(spec.name, shapes.get("")) for shapes in given.values()))
         for option, shape in found[spec.name]._asdict().items():
-            _check_fit(spec, option, shape)
-            for symbol, size in zip(spec.shape, shape, strict=True):
-                if symbol in ("", "?") or isinstance(symbol, int):
-                    continue
-                if sizes.setdefault((option, symbol), size) != size:
-                    raise InputError(
-                        f"--{option}-shapes",
-                        f"two sizes for {symbol!r}",
-                        got=f"{sizes[option, symbol]} and {size} of input {spec.name}",
-                        expected="one size for every axis of that name",
-                    )
+            fits = len(shape) == len(spec.shape) and all(
+                isinstance(want, str) or want == size for want, size in zip(spec.shape, shape, strict=True)
+            )
+            if not fits:
+                problem, expected = f"does not fit input {spec.name}", shape_text(spec.shape)
+                raise InputError(f"--{option}-shapes", problem, got=shape_text(shape), expected=expected)
+            for axis, size in enumerate(shape):
+                known = sizes.setdefault((option, spec.symbol(axis)), size)
+                if known != size:
+                    problem, got = f"two sizes for {spec.shape[axis]!r}", f"{known} and {size} of input {spec.name}"
+                    expected = "one size for every axis of that name"
+                    raise InputError(f"--{option}-shapes", problem, got=got, expected=expected)
         low, best, high = found[spec.name]
         if not all(a <= b <= c for a, b, c in zip(low, best, high, strict=True)):
             problem = "its shapes are not in order"
@@ -84,12 +84,3 @@ def _range(spec: TensorSpec, low: Shape | None, best: Shape | None, high: Shape 
         raise InputError(f"input {spec.name}", problem, got=shape_text(spec.shape), fix=fix)
     batch_of_one = (1, *best[1:]) if isinstance(spec.shape[0], str) else best
     return Range(low or batch_of_one, best, high or best)
-
-
-def _check_fit(spec: TensorSpec, option: str, shape: Shape) -> None:
-    fits = len(shape) == len(spec.shape) and all(
-        isinstance(want, str) or want == size for want, size in zip(spec.shape, shape, strict=True)
-    )
-    if not fits:
-        problem = f"does not fit input {spec.name}"
-        raise InputError(f"--{option}-shapes", problem, got=shape_text(shape), expected=shape_text(spec.shape))
