@@ -50,15 +50,7 @@ _FOREIGN = {
 
 
 def detect(data: bytes, where: str) -> Format:
-    """The format of a checkpoint.
-
-    Args:
-        data: The whole file.
-        where: Its path, for messages.
-
-    Raises:
-        ModelError: Empty, damaged, TorchScript, or nothing that torch writes.
-    """
+    """The format of a checkpoint; ModelError if it is empty, damaged, TorchScript, or nothing that torch writes."""
     if not data:
         raise ModelError(where, "the file is empty", expected=ACCEPTED)
     members = _zip_members(data, where)

@@ -120,12 +120,10 @@ def load(
 def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
-    except FileNotFoundError as error:
-        raise ModelError(str(path), "no such file", expected=ACCEPTED) from error
-    except IsADirectoryError as error:
-        raise ModelError(str(path), "a folder, not a file", expected=ACCEPTED) from error
     except OSError as error:
-        raise ModelError(str(path), f"the file cannot be read: {error.strerror or error}") from error
+        known = {FileNotFoundError: "no such file", IsADirectoryError: "a folder, not a file"}
+        problem = known.get(type(error), f"the file cannot be read: {error.strerror or error}")
+        raise ModelError(str(path), problem, expected=ACCEPTED) from error
 
 
 def _module(program: ExportedProgram, where: str) -> nn.Module:
@@ -159,11 +157,10 @@ def _unpickled(
     except ModelError:
         raise
     except Exception as error:  # a network of another version of its package lacks parts; a damaged one lacks any
-        raise ModelError(
-            where,
-            f"the pickled network is damaged, or of another version of its package: {type(error).__name__}: {error}",
-            fix="write its state_dict() with torch.save where it was made, and pass --factory",
-        ) from error
+        cause = f"{type(error).__name__}: {error}"
+        problem = f"the pickled network is damaged, or of another version of its package: {cause}"
+        fix = "write its state_dict() with torch.save where it was made, and pass --factory"
+        raise ModelError(where, problem, fix=fix) from error
     model, more = _build(factory, kwargs, state, where, typed=True)
     return model, (*notes, "its weights were loaded into the network of the factory", *more)
 

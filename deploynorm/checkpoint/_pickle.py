@@ -16,7 +16,9 @@ from torch import nn
 
 from deploynorm.errors import ModelError
 
-__all__ = ["named_globals", "unpickle"]
+__all__ = ["TRUST", "named_globals", "unpickle"]
+
+TRUST = "or pass --trust-pickle if you trust whoever made the file"
 
 _CLASS_MODULES = ("torch.nn.modules.", "timm.layers.", "timm.models.", "deploynorm.layers.", "deploynorm.models.")
 _DATA_PARALLEL = "torch.nn.parallel.data_parallel.DataParallel"
@@ -34,19 +36,11 @@ _LEGACY_PICKLES = 5
 
 
 def unpickle(data: bytes, where: str, *, trust: bool, modules: bool = True) -> Any:
-    """The object in a file of torch.save, on the CPU.
+    """The object in a file of torch.save, `where`, on the CPU; ModelError if it names other code or cannot be read.
 
     Unless trusted, it is read with weights_only=True, and the only classes beyond torch's own list of tensors and
-    plain data are the nn.Module classes of torch.nn, timm and deploynorm that the file names.
-
-    Args:
-        data: The whole file.
-        where: Its path, for messages.
-        trust: Read it as any pickle is read, which runs whatever code the file names.
-        modules: False allows none of those classes.
-
-    Raises:
-        ModelError: The file names anything else, or cannot be read.
+    plain data are the nn.Module classes of torch.nn, timm and deploynorm that the file names; with modules=False none.
+    Trusted, it is read as any pickle is, which runs whatever code it names.
     """
     if trust:
         return _load(data, where, trust=True)
@@ -118,20 +112,15 @@ def _load(data: bytes, where: str, *, trust: bool) -> Any:
 
 def _refused(where: str, names: list[str]) -> ModelError:
     shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-    return ModelError(
-        where,
-        "loading the file would run code that it names",
-        got=shown,
-        expected="tensors, plain values and nn.Module classes of torch.nn, timm and deploynorm",
-        fix="write the state_dict() alone with torch.save and pass --factory, "
-        "or pass --trust-pickle if you trust whoever made the file",
-    )
+    expected = "tensors, plain values and nn.Module classes of torch.nn, timm and deploynorm"
+    fix = f"write the state_dict() alone with torch.save and pass --factory, {TRUST}"
+    return ModelError(where, "loading the file would run code that it names", got=shown, expected=expected, fix=fix)
 
 
 def _damaged(where: str, error: Exception) -> ModelError:
     if "Unsupported operand" in str(error):
         problem = "a form of pickle that cannot be read without running the code that it names"
-        fix = "write it again without pickle_protocol, or pass --trust-pickle if you trust whoever made the file"
+        fix = f"write it again without pickle_protocol, {TRUST}"
         return ModelError(where, problem, expected="torch.save's own pickle protocol, 2", fix=fix)
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     # torch puts its advice (which is to load without a check) around the cause, and the documentation link last.

@@ -21,7 +21,7 @@ from torch.export import ExportedProgram
 from torch.export.pt2_archive import PT2ArchiveWriter
 
 import deploynorm.layers.functional  # noqa: F401  registers the operator that archives of our networks name
-from deploynorm.checkpoint._pickle import unpickle
+from deploynorm.checkpoint._pickle import TRUST, unpickle
 from deploynorm.checkpoint._program import RefusedError, clean
 from deploynorm.errors import ModelError
 
@@ -83,14 +83,9 @@ def _rewritten(data: bytes, where: str) -> io.BytesIO:
     try:
         return _rewrite(data, where)
     except RefusedError as refusal:
-        raise ModelError(
-            where,
-            refusal.problem,
-            got=refusal.got,
-            expected="a graph of ATen and deploynorm operators, tensors and plain values",
-            fix="export the network again with torch.export.save, "
-            "or pass --trust-pickle if you trust whoever made the file",
-        ) from None
+        expected = "a graph of ATen and deploynorm operators, tensors and plain values"
+        fix = f"export the network again with torch.export.save, {TRUST}"
+        raise ModelError(where, refusal.problem, got=refusal.got, expected=expected, fix=fix) from None
     except ModelError:
         raise
     except Exception as error:  # damaged zip, JSON or text: many types

@@ -30,13 +30,9 @@ def find_state_dict(content: Any) -> tuple[dict[str, Tensor], list[str]] | None:
 
 
 def load_strictly(model: nn.Module, state: Mapping[str, Tensor], where: str) -> list[str]:
-    """Loads a state dict into a network that it fits name for name and shape for shape.
+    """Loads a state dict into a network that it fits name for name and shape for shape, else raises ModelError.
 
-    Returns:
-        What was done to make it fit: prefixes of DataParallel and torch.compile that were removed from every name.
-
-    Raises:
-        ModelError: It does not fit; the message lists what is missing, unexpected or of another shape.
+    Returns what was done to make it fit: prefixes of DataParallel and torch.compile that were removed from every name.
     """
     _check_allocated(chain(model.named_parameters(), model.named_buffers()), where, "build the network on the CPU")
     _check_allocated(state.items(), where, "write the file again from a network that has its values")

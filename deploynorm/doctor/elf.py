@@ -58,12 +58,7 @@ class SharedLibrary(NamedTuple):
 
 
 def read_library(path: Path) -> SharedLibrary:
-    """Reads a shared library of 64-bit Linux.
-
-    Raises:
-        OSError: The file cannot be read.
-        ValueError: It is something else, or damaged.
-    """
+    """Reads a shared library of 64-bit Linux; ValueError if it is something else, or damaged."""
     with _opened(path) as file:
         return SharedLibrary(file.machine, tuple(file.needed()), tuple(file.exports()), tuple(file.code()))
 

@@ -191,14 +191,10 @@ def _library(name: str, path: Path) -> Library:
     sources, built_here = libraries.source_folder(), path.is_relative_to(cache_of_these_sources())
     in_a_clone = sources.is_symlink()
     file = path.stat()
-    found = Library(
-        name,
-        str(path),
-        file.st_size,
-        "built here" if built_here else "installed",
-        # In a clone the sources are those of the repository, and the library is that of the last `pip install`.
-        outdated=not built_here and in_a_clone and _newest(sources) > file.st_mtime,
-    )
+    # In a clone the sources are those of the repository, and the library is that of the last `pip install`.
+    outdated = not built_here and in_a_clone and _newest(sources) > file.st_mtime
+    origin = "built here" if built_here else "installed"
+    found = Library(name, str(path), file.st_size, origin, outdated=outdated)
     try:
         read = read_library(path)
     except (OSError, ValueError) as error:

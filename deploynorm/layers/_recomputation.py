@@ -58,14 +58,10 @@ def may_run_again() -> bool:
 
 
 def note(row: Tensor, used: Used, ring: Tensor, passes: Tensor, first_run: Tensor | None = None) -> None:
-    """Writes a pass into the ring, and counts it.
+    """Writes a pass into the ring (K, 3 C + 3) of rows and what was used, and counts it in passes, both in place.
 
-    Args:
-        row: (C + 1), of the batch: the key by which `recalled` finds the pass.
-        used: What it normalises by.
-        ring: (K, 3 C + 3), a row and what was used for each of the last passes; changed in place.
-        passes: (), int64, how many there were; changed in place.
-        first_run: (), bool; False changes neither. None is True.
+    The row (C + 1) of the batch is the key by which `recalled` finds the pass. first_run is (), bool; False changes
+    nothing, and None is True.
     """
     place = (passes % len(ring)).reshape(1)
     entry = torch.cat([row, used.packed()])

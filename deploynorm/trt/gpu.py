@@ -53,10 +53,7 @@ class Gpu:
         """The handle of the stream to enqueue on, in the order of the caller's current stream.
 
         On the default stream TensorRT would wait for the whole device again and again: a side stream takes its place,
-        which waits for it and which it then waits for.
-
-        Args:
-            tensors: What the work reads and writes; their memory is not given away before the work is done.
+        which waits for it and which it then waits for. The memory of the tensors is not given away before that.
         """
         current = torch.cuda.current_stream(self.device)
         if current.cuda_stream != torch.cuda.default_stream(self.device).cuda_stream:

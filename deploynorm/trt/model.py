@@ -41,10 +41,8 @@ class TensorRTModel:
     def read(cls, model: OnnxSource) -> TensorRTModel:
         """Reads and checks a model.
 
-        Raises:
-            ModelError: No such file, not ONNX, rewritten for ONNX Runtime; or a node of our operator that is not as
-                the contract has it, a function of its name in another domain, or float64, which TensorRT lacks and
-                takes for float32 without a word.
+        ModelError if it was rewritten for ONNX Runtime, has a node of our operator that is not as the contract has it,
+        or float64, which TensorRT lacks and takes for float32 without a word.
         """
         file = OnnxFile.read(model)
         where, proto = file.where, file.proto
@@ -59,12 +57,8 @@ class TensorRTModel:
             _check_node(where, node)
         types = _types(proto)
         _check_types(file, nodes, types)
-        return cls(
-            file,
-            tuple(map(_name, nodes)),
-            _products(proto, types),
-            any(types[node.input[0]].elem_type in ONNX_HALF for node in nodes if node.input[0] in types),
-        )
+        half = any(types[node.input[0]].elem_type in ONNX_HALF for node in nodes if node.input[0] in types)
+        return cls(file, tuple(map(_name, nodes)), _products(proto, types), half)
 
     def prepared(self, way: Way) -> onnx.ModelProto:
         """A copy that can only go that way.

@@ -32,9 +32,8 @@ def ranges(
 
     Args:
         specs: Inputs of the model.
-        minimum: Smallest shapes by input; "" stands for the only one.
-        optimum: The shapes that are most used.
-        maximum: Largest shapes.
+        minimum, optimum, maximum: The smallest shapes by input, those that are most used, and the largest; "" stands
+            for the only input.
 
     Raises:
         InputError: An input with dynamic axes has no range, or its range does not fit or is upside down; two sizes

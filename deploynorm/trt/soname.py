@@ -22,14 +22,9 @@ __all__ = ["also_known_as", "empty_library", "loaded_library"]
 
 @cache
 def also_known_as(name: str, library: str) -> None:
-    """Makes `name` findable for dlopen in this process, with the symbols of `library` behind it. Linux only.
+    """Makes `name`, such as "libtensorrt_rtx.so", findable for dlopen in this process, with the symbols of `library`.
 
-    Args:
-        name: As the program opens it, such as "libtensorrt_rtx.so".
-        library: Path of the library.
-
-    Raises:
-        BackendError: The system refuses it.
+    Linux only. BackendError if the system refuses it.
     """
     try:
         ctypes.CDLL(name)
