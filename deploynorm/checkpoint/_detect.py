@@ -17,15 +17,12 @@ ACCEPTED = "a file written by torch.save, by torch.export.save or by deploynorm"
 
 
 class Format(NamedTuple):
-    """One kind of file.
-
-    Attributes:
-        recognises: Whether a file is one, by its bytes and, if it is a zip archive, its members without their folder.
-        read: read(data, where, trust=) -> a network, a program of torch.export, our own checkpoint or a state dict.
-    """
+    """One kind of file."""
 
     recognises: Callable[[bytes, set[str]], bool]
+    """Whether a file is one, by its bytes and, if it is a zip archive, its members without their folder."""
     read: Callable[..., object]
+    """read(data, where, trust=) -> a network, a program of torch.export, our own checkpoint or a state dict."""
 
 
 _LEGACY_MAGIC = (0x1950A86A20F9469CFC6C).to_bytes(10, "little")

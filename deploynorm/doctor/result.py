@@ -18,9 +18,7 @@ _TITLES = {"broken": "Broken", "note": "Not here, or slower than it could be"}
 class Finding(NamedTuple):
     """A known failure, met on this machine."""
 
-    level: Literal["broken", "note"]
-    """Whether something that is installed does not work, or something would be faster or possible."""
-
+    level: Literal["broken", "note"]  # something installed does not work, or something would be faster or possible
     name: str
     problem: str
     remedy: str

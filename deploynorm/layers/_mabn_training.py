@@ -28,12 +28,9 @@ FIX = "put the layer in evaluation mode or freeze it (freeze_mabn): then it is a
 class Batch(NamedTuple):
     """What a forward pass finds of its batch, over all processes."""
 
-    history: Tensor
-    """recent_x2 with the batch's row as its newest."""
-    finite: Tensor
-    """(), bool: every second moment is finite."""
-    used: Used
-    """What the batch is to be normalised by."""
+    history: Tensor  # recent_x2 with the batch's row as its newest
+    finite: Tensor  # (), bool: every second moment is finite
+    used: Used  # what the batch is to be normalised by
 
 
 def step(layer: _MABN, x: Tensor, may_run_again: bool) -> Used:

@@ -53,11 +53,7 @@ def available(device: torch.device) -> bool:
 
 
 def forward(x: Tensor, gamma: Tensor, beta: Tensor, tau: Tensor, eps: Tensor) -> tuple[Tensor, Tensor]:
-    """y, and rstd (N, C), 1 / sqrt(mean(x**2) + eps). All parameters are (C,), in x's compute type.
-
-    Raises:
-        BackendError: The kernel failed.
-    """
+    """y and rstd, as _handwritten.forward. BackendError if the kernel failed."""
     library = _opened()
     x = dense(x)
     y = torch.empty_like(x)
@@ -75,11 +71,7 @@ def forward(x: Tensor, gamma: Tensor, beta: Tensor, tau: Tensor, eps: Tensor) ->
 def backward(
     dy: Tensor, x: Tensor, rstd: Tensor, gamma: Tensor, beta: Tensor, tau: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, gamma, beta, tau and eps; the formulas are in plugins/kernels/frn.h.
-
-    Raises:
-        BackendError: The kernel failed.
-    """
+    """Gradients of x, gamma, beta, tau and eps, as _handwritten.backward. BackendError if the kernel failed."""
     library = _opened()
     x = dense(x)
     dx = torch.empty_like(x)

@@ -21,14 +21,10 @@ _SETTLED = f"{DOMAIN}::mabn_settled"
 class Used(NamedTuple):
     """What a forward pass normalises by."""
 
-    second_moment: Tensor
-    """(C,), the chi^2 of Algorithm 1."""
-    r: Tensor
-    """(C,), the renorm factor."""
-    window: Tensor
-    """(), samples that its moving averages cover; 0 in the warm-up."""
-    kept: Tensor
-    """(), bool: the batch enters the statistics."""
+    second_moment: Tensor  # (C,), the chi^2 of Algorithm 1
+    r: Tensor  # (C,), the renorm factor
+    window: Tensor  # (), samples that its moving averages cover; 0 in the warm-up
+    kept: Tensor  # (), bool: the batch enters the statistics
 
     def packed(self) -> Tensor:
         """As one tensor (2 C + 2)."""

@@ -15,11 +15,9 @@ __all__ = ["freeze_mabn", "unfreeze_mabn"]
 def freeze_mabn(model: nn.Module, within: str | Sequence[str] = (), *, affine: bool = True) -> list[str]:
     """Fixes MABN layers with their present statistics: in training they compute what they compute in evaluation.
 
-        y = weight * x / sqrt(running_var + eps) + bias
-
-    The gradient of x is that of this expression. Statistics do not change, in training mode either; loading a
-    state_dict replaces them, and the layer stays frozen. Copies by copy.deepcopy and pickle are frozen too; a
-    state_dict does not record it. Folding and export see no difference. `recalibrate` skips the layer.
+    The gradient of x is that of the evaluation's expression (see MABN2d), and statistics do not change. Loading a
+    state_dict replaces them, and the layer stays frozen; a state_dict does not record it, copies by copy.deepcopy and
+    pickle do. Folding and export see no difference. `recalibrate` skips the layer.
 
     Freeze before you make the optimiser (`parameter_groups` leaves fixed parameters out): an optimiser with momentum
     moves a parameter for as long as it has a gradient.

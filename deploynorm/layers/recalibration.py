@@ -131,19 +131,12 @@ class _Passes:
     def discover(self) -> list[str]:
         """The names of the layers that are reached, in the order in which the network runs them."""
         order: list[str] = []
-        used: Counter[str] = Counter()
 
-        def note(name: str, _: Tensor) -> None:
-            used[name] += 1
+        def note(name: str, _: Tensor, times: int) -> None:
             if name not in order:
                 order.append(name)
 
-        def after_batch() -> None:
-            for name, times in used.items():
-                self._uses.setdefault(name, set()).add(times)
-            used.clear()
-
-        seen = self._pass(list(self._layers), note, after_batch)
+        seen = self._pass(list(self._layers), note)
         if self._reduced([seen], "sum") == [0]:
             raise InputError(WHERE, "the loader is empty", got=type(self._loader).__name__)
         places = [order.index(name) if name in order else len(self._layers) for name in self._layers]
@@ -161,20 +154,13 @@ class _Passes:
         total = layer.running_var.new_zeros(layer.num_features + 1, dtype=precise)
         uses = self._uses.get(name, set())
         last_use = min(uses) if len(uses) == 1 else None
-        used = 0
 
-        def add(_: str, x: Tensor) -> None:
-            nonlocal used
-            used += 1
+        def add(_: str, x: Tensor, times: int) -> None:
             total.add_(statistics.row(statistics.second_moment_sum(x, compute_dtype(x.dtype)), x))
-            if used == last_use:
+            if times == last_use:
                 raise _Reached
 
-        def after_batch() -> None:
-            nonlocal used
-            used = 0
-
-        self._pass([name], add, after_batch)
+        self._pass([name], add)
         total = statistics.over_all_ranks(total, layer.process_group)
         if total[-1] == 0:
             return
@@ -185,11 +171,16 @@ class _Passes:
         layer.running_var.copy_(second_moment)
         layer.num_batches_tracked.clamp_(min=1)
 
-    def _pass(self, names: Sequence[str], note: Callable[[str, Tensor], None], after_batch: Callable[[], None]) -> int:
-        """Runs all batches, with a call of note for each use of a layer, and returns their number."""
+    def _pass(self, names: Sequence[str], note: Callable[[str, Tensor, int], None]) -> int:
+        """Runs all batches and returns their number; note(name, x, times) is called at the times-th use of a layer."""
+        used: Counter[str] = Counter()
 
         def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
-            return lambda _, args, kwargs: note(name, args[0] if args else kwargs["x"])
+            def count(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                used[name] += 1
+                note(name, args[0] if args else kwargs["x"], used[name])
+
+            return count
 
         seen, error = 0, None
         with contextlib.ExitStack() as hooks:
@@ -198,9 +189,11 @@ class _Passes:
                 hooks.callback(layer.register_forward_pre_hook(hook(name), with_kwargs=True).remove)
             try:
                 for batch in itertools.islice(self._loader, self._batches):
+                    used.clear()
                     with contextlib.suppress(_Reached):
                         self._run(batch)
-                    after_batch()
+                    for name, times in used.items():
+                        self._uses.setdefault(name, set()).add(times)
                     seen += 1
                     self._progress.advance(self._task)
             except BaseException as caught:

@@ -80,13 +80,9 @@ def check_feeds(where: str, specs: Sequence[TensorSpec], feeds: Mapping[str, npt
     missing = [name for name in names if name not in feeds]
     unknown = [name for name in feeds if name not in names]
     if missing or unknown:
-        raise InputError(
-            where,
-            f"inputs missing: {missing}" if missing else f"unknown inputs: {unknown}",
-            got=list(feeds),
-            expected=names,
-            fix="feed one array under each expected name",
-        )
+        problem = f"inputs missing: {missing}" if missing else f"unknown inputs: {unknown}"
+        fix = "feed one array under each expected name"
+        raise InputError(where, problem, got=list(feeds), expected=names, fix=fix)
     sizes: dict[str, tuple[int, str]] = {}
     for spec in specs:
         value = feeds[spec.name]

@@ -69,12 +69,9 @@ class EagerRunner(Runner):
         except DeployNormError:
             raise
         except Exception as error:
-            raise ModelError(
-                "EagerRunner.infer",
-                f"the network raised {type(error).__name__}: {error}",
-                got={name: value.shape for name, value in feeds.items()},
-                fix="feed shapes that the network accepts",
-            ) from error
+            problem, fix = f"the network raised {type(error).__name__}: {error}", "feed shapes that the network accepts"
+            shapes = {name: value.shape for name, value in feeds.items()}
+            raise ModelError("EagerRunner.infer", problem, got=shapes, fix=fix) from error
         arrays = [_to_array(leaf) for leaf in _pytree.tree_leaves(result) if leaf is not None]
         if not self._named:
             self.output_names = tuple(f"output_{i}" for i in range(len(arrays)))

@@ -101,12 +101,9 @@ def round_outputs(model: ir.Model, where: str = "round_outputs") -> None:
 def _is_half(value: ir.Value, where: str) -> bool:
     if value.type is None:
         producer = value.producer()
-        raise ModelError(
-            where,
-            f"the type of value {value.name} is not known",
-            got=None if producer is None else f"the output of {producer.domain or 'ai.onnx'}::{producer.op_type}",
-            fix="export it with its function bodies and types",
-        )
+        got = None if producer is None else f"the output of {producer.domain or 'ai.onnx'}::{producer.op_type}"
+        problem, fix = f"the type of value {value.name} is not known", "export it with its function bodies and types"
+        raise ModelError(where, problem, got=got, fix=fix)
     return isinstance(value.type, ir.TensorType) and value.dtype in ONNX_HALF
 
 
