@@ -39,11 +39,9 @@ def fit(state: dict[str, Any], prefix: str, layer: _MABN) -> None:
     training |= {name: torch.zeros_like(getattr(layer, name), device=R.device) for name in _HISTORIES}
     missing = [name for name in training if f"{prefix}{name}" not in state]
     if missing:
-        warnings.warn(
-            f"{type(layer).__name__}: the checkpoint has running_var and no {' or '.join(missing)}: nothing is missing "
-            "for evaluation, and training starts with the history empty",
-            stacklevel=2,
-        )
+        what = f"the checkpoint has running_var and no {' or '.join(missing)}"
+        so = "nothing is missing for evaluation, and training starts with the history empty"
+        warnings.warn(f"{type(layer).__name__}: {what}: {so}", stacklevel=2)
     for name in missing:
         state[prefix + name] = training[name]
     for name in _HISTORIES:

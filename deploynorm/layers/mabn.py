@@ -169,11 +169,8 @@ class _MABN(FullPrecisionBuffers):
             self._buffers.update(_unsaved(self.running_var))
 
     def extra_repr(self) -> str:
-        return (
-            f"{self.num_features}, eps={self.eps}, momentum={self.momentum}, "
-            f"moving_batch_size={self.moving_batch_size}, warmup={self.warmup}, affine={self.affine}"
-            + (", frozen=True" if self.frozen else "")
-        )
+        names = ("eps", "momentum", "moving_batch_size", "warmup", "affine", *(("frozen",) if self.frozen else ()))
+        return ", ".join([str(self.num_features), *(f"{name}={getattr(self, name)}" for name in names)])
 
 
 class MABN1d(_MABN):

@@ -254,13 +254,10 @@ def _forward(model: nn.Module, batch: Any) -> object:
     except (TypeError, AttributeError) as error:  # how Python and torch refuse missing inputs, and lists as tensors
         cause = error
     reason = f": {type(cause).__name__}: {str(cause).partition(chr(10))[0]}" if cause else ""
-    raise InputError(
-        WHERE,
-        f"the model cannot be called with a batch of the loader{reason}",
-        got=_outline(batch),
-        expected="a tensor, a tuple or list with the only input first, or a dict of arguments",
-        fix="pass forward=, for example forward=lambda model, batch: model(*batch)",
-    ) from cause
+    problem = f"the model cannot be called with a batch of the loader{reason}"
+    expected = "a tensor, a tuple or list with the only input first, or a dict of arguments"
+    fix = "pass forward=, for example forward=lambda model, batch: model(*batch)"
+    raise InputError(WHERE, problem, got=_outline(batch), expected=expected, fix=fix) from cause
 
 
 def _outline(batch: Any) -> str:

@@ -38,9 +38,7 @@ class HalfRunner(OnnxRuntimeRunner):
     Local functions are inlined, so that what happens within a function body is rounded too. FRN without a body runs as
     the kernels do: in float32, rounded once.
 
-    Args:
-        model: A file, with its external data beside it, or a model in memory; see OnnxFile.read.
-        threads: Threads within an operator; None leaves it to ONNX Runtime.
+    The arguments are those of OnnxRuntimeRunner.
 
     Raises:
         BackendError: onnxruntime is missing, or removes the rounding.

@@ -55,7 +55,7 @@ class TensorRTModel:
         nodes = [node for node in _all_nodes(proto) if _is_frn(node)]
         for node in nodes:
             _check_node(where, node)
-        types = _types(proto)
+        types = _types(file)
         _check_types(file, nodes, types)
         half = any(types[node.input[0]].elem_type in ONNX_HALF for node in nodes if node.input[0] in types)
         return cls(file, tuple(map(_name, nodes)), _products(proto, types), half)
@@ -69,7 +69,7 @@ class TensorRTModel:
         """
         proto = onnx.ModelProto()
         proto.CopyFrom(self.file.proto)
-        others = [f for f in proto.functions if (f.domain, f.name) != (DOMAIN, OP_TYPE)]
+        others = [function for function in proto.functions if not _is_body(function)]
         clash = next((f for f in others if f.name in (OP_TYPE, BODY)), None)
         if clash is not None and self.frn:
             problem = "another local function has the operator's name, and TensorRT finds functions by name only"
@@ -92,9 +92,8 @@ class TensorRTModel:
 
     def _body(self) -> onnx.FunctionProto:
         own: onnx.FunctionProto
-        for own in self.file.proto.functions:
-            if (own.domain, own.name) == (DOMAIN, OP_TYPE):
-                return own
+        for own in filter(_is_body, self.file.proto.functions):
+            return own
         opset = _opset(self.file.proto)
         if opset < MIN_OPSET:
             problem = "brings no function body, and its opset is too old for ours"
@@ -111,8 +110,12 @@ def _all_nodes(proto: onnx.ModelProto) -> Iterator[onnx.NodeProto]:
     """Of the graph, its subgraphs, and the functions other than our own body."""
     yield from all_nodes(proto.graph.node)
     for function in proto.functions:
-        if (function.domain, function.name) != (DOMAIN, OP_TYPE):
+        if not _is_body(function):
             yield from all_nodes(function.node)
+
+
+def _is_body(function: onnx.FunctionProto) -> bool:
+    return (function.domain, function.name) == (DOMAIN, OP_TYPE)
 
 
 def _is_frn(node: onnx.NodeProto) -> bool:
@@ -137,20 +140,16 @@ def _check_node(where: str, node: onnx.NodeProto) -> None:
             raise ModelError(where, problem, got=attribute.name, expected=expected, fix="export it with deploynorm")
         value = attribute.s.decode(errors="replace") or onnx.helper.get_attribute_value(attribute)
         if value != NODE_ATTRIBUTES[attribute.name]:
-            raise ModelError(
-                where,
-                "names another plugin than ours",
-                got=f"{attribute.name} = {value!r}",
-                expected=NODE_ATTRIBUTES[attribute.name],
-                fix="export it with this version of deploynorm",
-            )
+            expected, fix = NODE_ATTRIBUTES[attribute.name], "export it with this version of deploynorm"
+            got = f"{attribute.name} = {value!r}"
+            raise ModelError(where, "names another plugin than ours", got=got, expected=expected, fix=fix)
 
 
-def _types(proto: onnx.ModelProto) -> dict[str, onnx.TypeProto.Tensor]:
+def _types(file: OnnxFile) -> dict[str, onnx.TypeProto.Tensor]:
     """Element type and shape of each value of the graph, as far as onnx can infer them."""
     register_schema()
-    opset = _opset(proto)
-    if opset >= MIN_OPSET and not any((f.domain, f.name) == (DOMAIN, OP_TYPE) for f in proto.functions):
+    proto, opset = file.proto, _opset(file.proto)
+    if opset >= MIN_OPSET and not file.has_body:
         whole = onnx.ModelProto()
         whole.CopyFrom(proto)
         whole.functions.append(function_proto(opset, half=True))  # whose casts fit every type
@@ -173,9 +172,8 @@ def _check_types(file: OnnxFile, nodes: list[onnx.NodeProto], types: Mapping[str
     where = file.where
     for name in (*(spec.name for spec in file.inputs), *file.output_names):
         if name in types and types[name].elem_type == onnx.TensorProto.DOUBLE:
-            raise ModelError(
-                f"{where}, {name}", "TensorRT has no float64", fix="export the network in float32 or float16"
-            )
+            fix = "export the network in float32 or float16"
+            raise ModelError(f"{where}, {name}", "TensorRT has no float64", fix=fix)
     for node in nodes:
         x = types.get(node.input[0])
         if x is None or not x.HasField("shape"):
