@@ -84,11 +84,7 @@ def check_own(name: object, where: str) -> Callable[..., Any]:
 
 
 def split_name(name: object, where: str) -> tuple[str, str]:
-    """Module and function of a factory's name.
-
-    Raises:
-        ModelError: It is no such name, but perhaps the function or class itself: a file can hold its name only.
-    """
+    """Module and function of a factory's name; ModelError for none, or for the function itself, which no file holds."""
     if not isinstance(name, str):
         called = f"{getattr(name, '__module__', 'pkg.mod')}:{getattr(name, '__qualname__', 'function')}"
         raise ModelError(where, "factory is no text", got=repr(name), expected=f"its name, as in {called!r}")

@@ -34,9 +34,7 @@ class Checkpoint:
         path: The file.
         sha256: Hash of its bytes, in hexadecimal.
         factory: "pkg.mod:function" that made the network, if one did.
-        image: How an image becomes its input.
-        labels: Name of each class.
-        training: What the training wrote about itself: plain data.
+        image, labels, training: As given to `save`.
         example_inputs: The inputs, by position, that the network was traced with (.pt2).
         exported: The traced program (.pt2).
         notes: What was done to the file to read it, such as a prefix that was removed from every name.

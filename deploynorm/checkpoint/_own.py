@@ -84,11 +84,7 @@ def save(
 
 
 def unpacked(content: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """What `save` was given and wrote as this dict; of "state_dict" the tensors, by name.
-
-    Raises:
-        ModelError: A key is missing, unknown or holds another kind of value.
-    """
+    """What `save` was given and wrote as this dict; ModelError if a key is missing, unknown or of another kind."""
     missing = [key for key in _REQUIRED if key not in content]
     unknown = [repr(key) for key in content if key not in _REQUIRED + _OPTIONAL]
     if missing or unknown:

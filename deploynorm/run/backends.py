@@ -81,8 +81,9 @@ def open_runner(
             an ONNX file in half precision on the CPU without plugins, since ONNX Runtime computes it in float32 there;
             and "onnxruntime" for all else.
         providers: For onnxruntime: cpu, cuda, tensorrt, the preferred first.
-        plugins: For onnxruntime and tensorrt: libraries instead of ours; empty for the stock runtime.
-        threads: For onnxruntime and half: threads within an operator.
+        plugins: For onnxruntime and tensorrt: libraries instead of ours, which is used where it is built; empty for the
+            stock runtime, which runs the function body of our operator.
+        threads: For onnxruntime and half: threads within an operator; None leaves it to ONNX Runtime.
         trust_engine: For tensorrt: lets an engine that holds code for the processor run it.
 
     Raises:

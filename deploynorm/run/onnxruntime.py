@@ -33,10 +33,7 @@ class OnnxRuntimeRunner(Runner):
 
     Args:
         model: A file, with its external data beside it, the bytes of a model, or what OnnxFile.read has read.
-        providers: As for deploynorm.ort.session.
-        plugins: Libraries of custom operators instead of ours; empty for the stock runtime, which takes function
-            bodies for our operator. By default ours is used where it is built.
-        threads: Threads within an operator; None leaves it to ONNX Runtime.
+        providers, plugins, threads: As for deploynorm.open_runner.
         optimize: False runs the graph as it is written.
 
     Raises:

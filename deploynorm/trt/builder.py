@@ -64,6 +64,7 @@ def build_way(trt: TensorRT, model: TensorRTModel, way: Way, settings: Settings,
         problem = f"{trt.name} did not keep the plugin for every FRN layer"
         raise ModelError(model.file.where, problem, got=len(taken), expected=expected, fix="build with --frn native")
     ours = [layer for layer in taken if set(layer.nodes) & set(model.frn)]
+    plugin_layers = len(ours or taken) if way == "plugin" else 0
     types = set(model.products.values())
     return Engine(
         plan=content,
@@ -73,12 +74,7 @@ def build_way(trt: TensorRT, model: TensorRTModel, way: Way, settings: Settings,
         inputs=model.file.inputs,
         ranges=settings.ranges,
         outputs=outputs,
-        frn=FrnRecord(
-            nodes=len(model.frn),
-            way=way if model.frn else None,
-            plugin_layers=len(ours or taken) if way == "plugin" else 0,
-            reason=reason,
-        ),
+        frn=FrnRecord(len(model.frn), way if model.frn else None, plugin_layers, reason),
         layers=layers,
         precision=None if not verified else next(iter(types)) if len(types) == 1 else "mixed",
         verified_products=verified,

@@ -1,16 +1,21 @@
-"""TensorRT as a Python module: TensorRT 10 and 11 (tensorrt) and TensorRT for RTX (tensorrt_rtx) have one interface."""
+"""TensorRT as a Python module, and hearing what it says through its one logger.
+
+TensorRT 10 and 11 (tensorrt) and TensorRT for RTX (tensorrt_rtx) have one interface.
+"""
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
 from deploynorm.errors import BackendError, InputError
 from deploynorm.inputs import TensorSpec
+from deploynorm.trt.errors import Message
 
-__all__ = ["FLAVOURS", "Flavour", "TensorRT", "gpu_here", "import_tensorrt", "tensor_spec"]
+__all__ = ["FLAVOURS", "Flavour", "TensorRT", "gpu_here", "import_tensorrt", "listen", "logger", "tensor_spec"]
 
 Flavour = Literal["tensorrt", "tensorrt-rtx"]
 
@@ -85,3 +90,34 @@ def tensor_spec(name: str, shape: Iterable[int], dtype: Any) -> TensorSpec:
     """One input or output, as TensorRT describes it: it has no names for dynamic axes, and its own for types."""
     sizes = tuple("?" if size < 0 else int(size) for size in shape)
     return TensorSpec(name, sizes, _DTYPES.get(dtype.name, dtype.name.lower()))
+
+
+_LISTENERS: list[list[Message]] = []
+_LOGGERS: dict[str, Any] = {}
+
+
+def logger(trt: TensorRT) -> Any:
+    """Our logger, one for the process: TensorRT keeps the first that it is given and ignores all others."""
+    if trt.flavour not in _LOGGERS:
+
+        class Logger(trt.module.ILogger):  # type: ignore[misc, name-defined]
+            def __init__(self) -> None:
+                trt.module.ILogger.__init__(self)
+
+            def log(self, severity: Any, text: str) -> None:
+                for heard in _LISTENERS:
+                    heard.append(Message(getattr(severity, "name", str(severity)), text))
+
+        _LOGGERS[trt.flavour] = Logger()
+    return _LOGGERS[trt.flavour]
+
+
+@contextmanager
+def listen() -> Iterator[list[Message]]:
+    """Collects what TensorRT says through `logger` while the block lasts; otherwise it is dropped."""
+    heard: list[Message] = []
+    _LISTENERS.append(heard)
+    try:
+        yield heard
+    finally:
+        _LISTENERS[:] = [other for other in _LISTENERS if other is not heard]

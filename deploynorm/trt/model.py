@@ -63,9 +63,8 @@ class TensorRTModel:
     def prepared(self, way: Way) -> onnx.ModelProto:
         """A copy that can only go that way.
 
-        Raises:
-            ModelError: Another function has the operator's name, which is all that TensorRT finds functions by; or
-                the file brings no body, and its opset is too old for ours.
+        ModelError if another function has the operator's name, which is all that TensorRT finds functions by; or if
+        the file brings no body, and its opset is too old for ours.
         """
         proto = onnx.ModelProto()
         proto.CopyFrom(self.file.proto)
@@ -91,8 +90,8 @@ class TensorRTModel:
         return proto
 
     def _body(self) -> onnx.FunctionProto:
-        own: onnx.FunctionProto
-        for own in filter(_is_body, self.file.proto.functions):
+        own: onnx.FunctionProto | None = next(filter(_is_body, self.file.proto.functions), None)
+        if own is not None:
             return own
         opset = _opset(self.file.proto)
         if opset < MIN_OPSET:

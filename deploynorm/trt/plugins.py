@@ -10,8 +10,7 @@ from deploynorm import libraries
 from deploynorm.contract import DOMAIN, OP_TYPE, VERSION
 from deploynorm.errors import BackendError
 from deploynorm.trt.errors import words
-from deploynorm.trt.importing import Flavour, TensorRT
-from deploynorm.trt.log import listen, logger
+from deploynorm.trt.importing import Flavour, TensorRT, listen, logger
 from deploynorm.trt.soname import also_known_as, loaded_library
 
 __all__ = ["has_plugin", "load_library", "load_plugin"]
