@@ -34,7 +34,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """TensorRT 11 on a GPU of compute capability 9.0, neither of them real."""
     module = fake_tensorrt()
     monkeypatch.setitem(sys.modules, "tensorrt", module)
-    monkeypatch.setattr("deploynorm.trt.log._LOGGERS", {})
+    monkeypatch.setattr("deploynorm.trt.importing._LOGGERS", {})
     monkeypatch.setattr("deploynorm.trt.plugins._LOADED", {})
     monkeypatch.setattr(gpu, "_ALIGNMENT", ALIGNMENT)
     monkeypatch.setattr(tensorrt, "Gpu", FakeGpu)
