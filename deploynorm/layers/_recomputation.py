@@ -80,14 +80,11 @@ def recalled(row: Tensor, ring: Tensor, passes: Tensor) -> Used:
 
 
 def settled(row: Tensor, used: Used, ring: Tensor, passes: Tensor) -> tuple[Used, Tensor]:
-    """For compiled code: what this pass is to normalise by, and whether it is the first run, which commits.
+    """For compiled code: what this pass is to normalise by, and whether it is the first run (), bool, which commits.
 
     It is an operator, so that this is decided when the code runs and not when it is compiled. The compiler may compute
     anything a second time in the backward pass, when the statistics have changed: of an operator it can either save the
-    result or call it again.
-
-    Returns:
-        used or, in a second run, what the first one used; (), bool.
+    result or call it again. In a second run the result is what the first one used.
     """
     packed, first_run = torch.ops.deploynorm.mabn_settled.default(row, used.packed(), ring, passes)
     return Used.unpacked(packed), first_run

@@ -18,10 +18,11 @@ from deploynorm.errors import BackendError, InputError, ModelError
 from deploynorm.inputs import Shape, TensorSpec
 from deploynorm.libraries import TENSORRT_LIBRARY, find_library
 from deploynorm.run.base import Runner, check_feeds, closed_error
-from deploynorm.trt import Flavour, TensorRT, gpu_here, import_tensorrt, listen, logger, tensor_spec
+from deploynorm.trt import Flavour, TensorRT, gpu_here, import_tensorrt, listen, logger
 from deploynorm.trt.engine import Engine
 from deploynorm.trt.errors import explain
 from deploynorm.trt.gpu import Gpu, WaitingOutput
+from deploynorm.trt.importing import tensor_spec
 from deploynorm.trt.plugins import load_library, load_plugin
 from deploynorm.trt.profile import Range
 from deploynorm.trt.source import EngineSource

@@ -5,16 +5,7 @@ For people with their own TensorRT code:
     deploynorm.trt.load_plugin(deploynorm.trt.import_tensorrt())    # before an engine or an ONNX file is read
 """
 
-from deploynorm.trt.importing import (
-    FLAVOURS,
-    Flavour,
-    TensorRT,
-    gpu_here,
-    import_tensorrt,
-    listen,
-    logger,
-    tensor_spec,
-)
+from deploynorm.trt.importing import FLAVOURS, Flavour, TensorRT, gpu_here, import_tensorrt, listen, logger
 from deploynorm.trt.plugins import has_plugin, load_library, load_plugin
 
 __all__ = [
@@ -28,5 +19,4 @@ __all__ = [
     "load_library",
     "load_plugin",
     "logger",
-    "tensor_spec",
 ]

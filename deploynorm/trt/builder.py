@@ -7,9 +7,10 @@ from typing import Any
 
 from deploynorm import libraries
 from deploynorm.errors import BackendError, ModelError
-from deploynorm.trt import TensorRT, gpu_here, has_plugin, listen, load_library, load_plugin, logger, tensor_spec
+from deploynorm.trt import TensorRT, gpu_here, has_plugin, listen, load_library, load_plugin, logger
 from deploynorm.trt.engine import Engine, FrnRecord
 from deploynorm.trt.errors import explain
+from deploynorm.trt.importing import tensor_spec
 from deploynorm.trt.layers import Layer, layers_of_inspector, layers_of_log, products_in_other_types
 from deploynorm.trt.manifest import origin
 from deploynorm.trt.model import TensorRTModel
