@@ -26,14 +26,10 @@ _NAME = re.compile(r"([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*):([A-Za-z_]\w*(?:\.[A-Za-z
 
 
 def build(name: str, kwargs: Mapping[str, Any], where: str, *, typed: bool) -> nn.Module:
-    """Calls the factory of a network, "pkg.mod:function".
+    """Calls the factory of a network, "pkg.mod:function"; ModelError if it is none, fails, or makes no nn.Module.
 
     A name that the user did not type, which comes from a file, must be of deploynorm.models: a file must not choose
     what code runs.
-
-    Raises:
-        ModelError: Not such a name, not from deploynorm.models though it came from a file, cannot be imported or
-            called, refuses the arguments, raises, or returns no nn.Module.
     """
     if not typed:
         return _call(check_own(name, where), name, kwargs, where)
@@ -49,13 +45,10 @@ def is_own(name: object) -> bool:
 
 
 def check_own(name: object, where: str) -> Callable[..., Any]:
-    """The factory in deploynorm.models of that name, which may come from a file of unknown origin.
+    """The factory in deploynorm.models of that name, which may come from a file of unknown origin; ModelError for none.
 
     It must be in its module's __all__, and be an nn.Module class or a function that is declared to return one, so that
     no other function of these modules (training, reading data) can be called.
-
-    Raises:
-        ModelError: There is none.
     """
     if not isinstance(name, str) or not is_own(name):
         problem = "the factory that the file names is not one of deploynorm.models"

@@ -41,13 +41,10 @@ _CODE = {
 
 
 def load_program(data: bytes, where: str, *, trust: bool) -> ExportedProgram:
-    """The program in an archive of torch.export.save, moved to the CPU.
+    """The program in an archive of torch.export.save, moved to the CPU; the reader of `_detect.FORMATS`.
 
-    Unless trusted, which loads it as torch does, the program's origin (stack traces, module names) is dropped.
-
-    Raises:
-        ModelError: The archive holds code, or anything that this reader does not know to be none; or it is damaged,
-            or of another version of PyTorch.
+    Unless trusted, which loads it as torch does, the program's origin (stack traces, module names) is dropped, and a
+    ModelError refuses code and anything that this reader does not know to be none.
     """
     archive = io.BytesIO(data) if trust else _rewritten(data, where)
     from torch.export.pt2_archive._package import load_pt2

@@ -10,6 +10,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
@@ -167,10 +168,9 @@ def _put_by_pip(library: str) -> str | None:
 
 
 def _compiler() -> str | None:
-    try:
+    with suppress(BackendError):
         return libraries.find_tools().compiler_version
-    except BackendError:
-        return None
+    return None
 
 
 def _nvcc() -> tuple[str | None, tuple[int, int] | None]:

@@ -36,7 +36,8 @@ def filter_response_norm(x: Tensor, weight: Tensor, bias: Tensor, tau: Tensor | 
     if torch.compiler.is_exporting():
         y: Tensor = ops.filter_response_norm(x, *_operands(x, weight, bias, tau, eps))
         return y
-    if _composed_is_better(x):
+    # PyTorch must see inside the operator to transform it, or to fuse it where we have no kernel.
+    if transformed() or (torch.compiler.is_compiling() and not _native.available(x.device)):
         return composed(x, weight, bias, tau, eps)
     return ops.frn(x, *_operands(x, weight, bias, tau, eps))
 
@@ -111,13 +112,6 @@ def center_weight(weight: Tensor, *, groups: int = 1, transposed: bool = False) 
     else:
         centred = w - w.mean(tuple(range(1, w.dim())), keepdim=True)
     return cast(centred, weight.dtype)
-
-
-def _composed_is_better(x: Tensor) -> bool:
-    """Whether PyTorch must see inside the operator: to transform it, or to fuse it where we have no kernel."""
-    if torch.compiler.is_compiling():
-        return not _native.available(x.device)
-    return transformed()
 
 
 def transformed() -> bool:

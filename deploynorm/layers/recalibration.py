@@ -210,9 +210,8 @@ class _Passes:
         """Each value over all processes."""
         if statistics.processes(None) == 1:
             return list(values)
-        operation = {"sum": dist.ReduceOp.SUM, "min": dist.ReduceOp.MIN, "max": dist.ReduceOp.MAX}[how]
         tensor = torch.tensor(values, dtype=torch.float32, device=self._device)
-        dist.all_reduce(tensor, operation)
+        dist.all_reduce(tensor, getattr(dist.ReduceOp, how.upper()))
         return [float(value) for value in tensor]
 
 

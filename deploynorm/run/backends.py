@@ -27,11 +27,7 @@ class Backend(NamedTuple):
     summary: str  # what it is, for --help
 
     def load(self) -> Any:
-        """The class of its runner, a type[Runner].
-
-        Raises:
-            BackendError: A package that it imports is not installed.
-        """
+        """The class of its runner, a type[Runner]; BackendError if a package that it imports is not installed."""
         return getattr(import_module(self.module), self.runner)
 
 

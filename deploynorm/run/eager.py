@@ -62,7 +62,8 @@ class EagerRunner(Runner):
         if self._network is None:
             raise closed_error("EagerRunner.infer")
         check_feeds("EagerRunner.infer", self.inputs, feeds)
-        arguments = [self._argument(feeds[spec.name]) for spec in self.inputs]
+        copies = [to_tensor(feeds[spec.name]) for spec in self.inputs]  # the network may work in place
+        arguments = [x.to(self._device, self._dtype if x.is_floating_point() else None) for x in copies]
         try:
             with torch.inference_mode(), torch.autocast(self._device.type, enabled=False), _full_float32():
                 result = self._network(*arguments)
@@ -83,10 +84,6 @@ class EagerRunner(Runner):
 
     def close(self) -> None:
         self._network = None
-
-    def _argument(self, value: npt.NDArray[Any]) -> Tensor:
-        tensor = to_tensor(value)  # a copy: the network may work in place
-        return tensor.to(self._device, self._dtype if tensor.is_floating_point() else None)
 
 
 def _evaluation_copy(model: nn.Module, device: torch.device, dtype: torch.dtype | None) -> nn.Module:

@@ -69,10 +69,8 @@ def round_outputs(model: ir.Model, where: str = "round_outputs") -> None:
     Given:  x (half) -> Mul -> y (half)
     Result: x (half) -> Cast -> Mul -> y (float32) -> Cast -> y (half)
 
-    ONNX Runtime keeps a pair of casts that loses digits; `HalfRunner` makes sure of that once.
-
-    Raises:
-        ModelError: The type of a value is not known.
+    ONNX Runtime keeps a pair of casts that loses digits; `HalfRunner` makes sure of that once. ModelError if the type
+    of a value is not known.
     """
     InlinePass()(model)
     if frn_nodes(model):

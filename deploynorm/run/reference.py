@@ -25,9 +25,8 @@ class ReferenceRunner(Runner):
 
     Args:
         model: A file, with its external data beside it, or a model in memory; see OnnxFile.read.
-        use_function: Whether the operator of deploynorm runs as the function that the model brings along, where it
-            brings one, in the types of that function (half arithmetic is half arithmetic). False runs
-            deploynorm.reference instead.
+        use_function: Whether our operator runs as the function body that the model brings, where it brings one, in the
+            types of that body. False runs deploynorm.reference instead.
 
     Raises:
         ModelError: The file cannot be read, or holds what the evaluator cannot run.

@@ -24,7 +24,7 @@ from deploynorm.trt.errors import explain
 from deploynorm.trt.gpu import Gpu, WaitingOutput
 from deploynorm.trt.importing import tensor_spec
 from deploynorm.trt.plugins import load_library, load_plugin
-from deploynorm.trt.profile import Range
+from deploynorm.trt.settings import Range
 from deploynorm.trt.source import EngineSource
 
 __all__ = ["TensorRTRunner"]
@@ -84,7 +84,8 @@ class TensorRTRunner(Runner):
         self.inputs = tuple(source.named(spec) for spec in inputs)
         self._outputs = {spec.name: spec for spec in outputs}
         self.output_names = tuple(self._outputs)
-        self._ranges = {spec.name: self._range(spec.name) for spec in self.inputs}
+        profiles = {spec.name: self._engine.get_tensor_profile_shape(spec.name, 0) for spec in self.inputs}
+        self._ranges = {name: Range(*map(tuple, shapes)) for name, shapes in profiles.items()}
         self._cuda_graphs = cuda_graphs
         self._captured: OrderedDict[tuple[Shape, ...], _Captured] = OrderedDict()
 
@@ -214,10 +215,6 @@ class TensorRTRunner(Runner):
             if context is None:
                 raise explain(self._where, self._trt.name, heard)
         return context
-
-    def _range(self, name: str) -> Range:
-        low, best, high = self._engine.get_tensor_profile_shape(name, 0)
-        return Range(tuple(low), tuple(best), tuple(high))
 
 
 @dataclass

@@ -17,8 +17,7 @@ from deploynorm.tables import table
 from deploynorm.trt.importing import Flavour
 from deploynorm.trt.layers import Layer, layer_counts
 from deploynorm.trt.manifest import manifest_path
-from deploynorm.trt.profile import Range
-from deploynorm.trt.settings import Way
+from deploynorm.trt.settings import Range, Way
 
 __all__ = ["Engine", "FrnRecord"]
 
@@ -127,14 +126,11 @@ class Engine:
         return rows + ([("plugins inside", ", ".join(self.embedded))] if self.embedded else [])
 
     def save(self, path: Path | str, *, timing_cache: Path | str | None = None) -> dict[str, Any]:
-        """Writes the engine and its manifest beside it, both or none; then the timing cache.
+        """Writes the engine and its manifest beside it, both or none; then the timing cache. Returns the manifest.
 
         Args:
             path: The engine's file; its manifest is `<path>.json`.
             timing_cache: The file of the cache. Nothing is written for an engine without one.
-
-        Returns:
-            The manifest.
 
         Raises:
             InputError: The path is the ONNX file itself, or cannot be written to.

@@ -22,11 +22,7 @@ _ALIGNMENT = 256  # bytes, of every address that TensorRT is given
 
 
 class Gpu:
-    """One CUDA device, with a stream of its own for callers on the default stream.
-
-    Raises:
-        BackendError: There is no such device, or this PyTorch was built without CUDA.
-    """
+    """One CUDA device, with a stream of its own for callers on the default stream; BackendError if there is none."""
 
     def __init__(self, device: torch.device | str | int = "cuda") -> None:
         if not torch.cuda.is_available():

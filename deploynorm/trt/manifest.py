@@ -44,11 +44,7 @@ def manifest_path(engine: Path) -> Path:
 
 
 def read_manifest(engine: Path) -> dict[str, Any] | None:
-    """What the manifest beside an engine says; None where there is none.
-
-    Raises:
-        ModelError: It is not what `deploynorm build` writes.
-    """
+    """What the manifest beside an engine says; None where there is none. ModelError if it is damaged."""
     path = manifest_path(engine)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -62,11 +58,7 @@ def read_manifest(engine: Path) -> dict[str, Any] | None:
 
 
 def image_and_labels(engine: Path) -> tuple[ImageSpec | None, tuple[str, ...] | None]:
-    """How an image becomes the engine's input, and the class names; None for what the manifest does not say.
-
-    Raises:
-        ModelError: The manifest is damaged.
-    """
+    """How an image becomes the engine's input, and the class names; None for what the manifest does not say."""
     content = read_manifest(engine) or {}
     image, labels = content.get("image"), content.get("labels")
     try:
