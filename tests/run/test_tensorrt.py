@@ -23,7 +23,7 @@ from deploynorm.run.tensorrt import TensorRTRunner
 from deploynorm.trt import gpu
 from deploynorm.trt.engine import Engine, FrnRecord
 from deploynorm.trt.manifest import manifest_path
-from deploynorm.trt.profile import Range
+from deploynorm.trt.settings import Range
 
 IMAGES = ((1, 3, 8, 8), (2, 3, 8, 8), (4, 3, 16, 16))
 ENGINE = plan({"x": IMAGES}, {"y": "x"})
