@@ -8,6 +8,7 @@ import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -92,6 +93,7 @@ def recalibrate(
     before = {name: (layer.running_var.clone(), layer.num_batches_tracked.clone()) for name, layer in layers.items()}
     try:
         with _evaluation(model), _progress() as progress:
+            progress.add_task("recalibrate", total=None)
             passes = _Passes(layers, loader, batches, run, progress)
             order = passes.discover()
             for name in order:
@@ -111,22 +113,17 @@ class _Reached(BaseException):
     """The rest of the network need not run. Not an Exception, so that an `except Exception` in a model lets it by."""
 
 
+@dataclass
 class _Passes:
     """Passes over the loader: one that finds the order of the layers, and one for each layer to set."""
 
-    def __init__(
-        self,
-        layers: Mapping[str, _MABN],
-        loader: Iterable[Any],
-        batches: int | None,
-        run: Callable[[object], None],
-        progress: Progress,
-    ) -> None:
-        self._layers, self._loader, self._batches, self._run, self._progress = layers, loader, batches, run, progress
-        self._device = next(iter(layers.values())).running_var.device
-        self._task = progress.add_task("recalibrate", total=None)
-        self._uses: dict[str, set[int]] = {}
-        """For each layer that forward passes use: how many times one pass did, each number that was seen."""
+    layers: Mapping[str, _MABN]
+    loader: Iterable[Any]
+    batches: int | None
+    run: Callable[[object], None]
+    progress: Progress
+    uses: dict[str, set[int]] = field(default_factory=dict)
+    """For each layer that forward passes use: how many times one pass did, each number that was seen."""
 
     def discover(self) -> list[str]:
         """The names of the layers that are reached, in the order in which the network runs them."""
@@ -136,23 +133,23 @@ class _Passes:
             if name not in order:
                 order.append(name)
 
-        seen = self._pass(list(self._layers), note)
+        seen = self._pass(list(self.layers), note)
         if self._reduced([seen], "sum") == [0]:
-            raise InputError(WHERE, "the loader is empty", got=type(self._loader).__name__)
-        places = [order.index(name) if name in order else len(self._layers) for name in self._layers]
-        reached = zip(self._reduced(places, "min"), self._layers, strict=True)
-        ordered = [name for place, name in sorted(reached, key=lambda pair: pair[0]) if place < len(self._layers)]
+            raise InputError(WHERE, "the loader is empty", got=type(self.loader).__name__)
+        places = [order.index(name) if name in order else len(self.layers) for name in self.layers]
+        reached = zip(self._reduced(places, "min"), self.layers, strict=True)
+        ordered = [name for place, name in sorted(reached, key=lambda pair: pair[0]) if place < len(self.layers)]
         if not ordered:
             raise ModelError(WHERE, "no MABN was reached", fix="give a `forward` that runs the network")
-        self._progress.update(self._task, total=seen * (1 + len(ordered)))
+        self.progress.update(self.progress.task_ids[0], total=seen * (1 + len(ordered)))
         return ordered
 
     def set(self, name: str) -> None:
         """Measures what enters one layer, those before it being in their final state, and sets its running_var."""
-        layer = self._layers[name]
+        layer = self.layers[name]
         precise = torch.float32 if layer.running_var.device.type == "mps" else torch.float64  # which mps lacks
         total = layer.running_var.new_zeros(layer.num_features + 1, dtype=precise)
-        uses = self._uses.get(name, set())
+        uses = self.uses.get(name, set())
         last_use = min(uses) if len(uses) == 1 else None
 
         def add(_: str, x: Tensor, times: int) -> None:
@@ -185,17 +182,17 @@ class _Passes:
         seen, error = 0, None
         with contextlib.ExitStack() as hooks:
             for name in names:
-                layer = self._layers[name]
+                layer = self.layers[name]
                 hooks.callback(layer.register_forward_pre_hook(hook(name), with_kwargs=True).remove)
             try:
-                for batch in itertools.islice(self._loader, self._batches):
+                for batch in itertools.islice(self.loader, self.batches):
                     used.clear()
                     with contextlib.suppress(_Reached):
-                        self._run(batch)
+                        self.run(batch)
                     for name, times in used.items():
-                        self._uses.setdefault(name, set()).add(times)
+                        self.uses.setdefault(name, set()).add(times)
                     seen += 1
-                    self._progress.advance(self._task)
+                    self.progress.advance(self.progress.task_ids[0])
             except BaseException as caught:
                 error = caught
         # The other processes would wait for this one for ever.
@@ -210,7 +207,7 @@ class _Passes:
         """Each value over all processes."""
         if statistics.processes(None) == 1:
             return list(values)
-        tensor = torch.tensor(values, dtype=torch.float32, device=self._device)
+        tensor = torch.tensor(values, dtype=torch.float32, device=next(iter(self.layers.values())).running_var.device)
         dist.all_reduce(tensor, getattr(dist.ReduceOp, how.upper()))
         return [float(value) for value in tensor]
 

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from deploynorm.arrays import to_array
+from deploynorm.arrays import to_array, to_tensor
 from deploynorm.dtypes import torch_dtype
 from deploynorm.errors import BackendError, InputError, ModelError
 from deploynorm.inputs import Shape, TensorSpec
@@ -105,7 +105,7 @@ class TensorRTRunner(Runner):
             raise closed_error("TensorRTRunner.infer")
         check_feeds("TensorRTRunner.infer", self.inputs, feeds)
         with self._gpu.current():
-            outputs = self.run({name: self._gpu.upload(array) for name, array in feeds.items()})
+            outputs = self.run({name: to_tensor(array).to(self.device) for name, array in feeds.items()})
             return {name: to_array(tensor) for name, tensor in outputs.items()}
 
     def run(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:

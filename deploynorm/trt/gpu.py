@@ -7,12 +7,9 @@ from contextlib import AbstractContextManager, contextmanager
 from math import prod
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from deploynorm.arrays import to_tensor
 from deploynorm.errors import BackendError
 from deploynorm.trt.importing import TensorRT
 
@@ -86,9 +83,6 @@ class Gpu:
         """The tensor itself where its rows lie one after the other from an aligned address on, else a copy."""
         tensor = tensor.contiguous()
         return tensor.clone() if tensor.data_ptr() % _ALIGNMENT else tensor
-
-    def upload(self, array: npt.NDArray[np.generic]) -> Tensor:
-        return to_tensor(array).to(self.device)
 
 
 class WaitingOutput:
