@@ -140,14 +140,10 @@ def _tensorrt_provider(facts: Examination) -> Iterator[Finding]:
         versions = {version for name, version in facts.packages.items() if named.fullmatch(name)}
         others = sorted(version for version in versions if version.partition(".")[0] != wanted)
         if others and len(others) == len(versions):
-            yield Finding(
-                "broken",
-                "tensorrt-major",
-                f"TensorRT {others[0]} is installed, and the TensorRT provider of this onnxruntime opens "
-                f"libnvinfer.so.{wanted}, of TensorRT {wanted}",
-                f"{install} for the provider; for TensorRT {others[0].partition('.')[0]} leave the provider and use "
-                "engines: deploynorm build",
-            )
+            opened = f"the TensorRT provider of this onnxruntime opens libnvinfer.so.{wanted}, of TensorRT {wanted}"
+            other = f"for TensorRT {others[0].partition('.')[0]} leave the provider and use engines: deploynorm build"
+            problem, remedy = f"TensorRT {others[0]} is installed, and {opened}", f"{install} for the provider; {other}"
+            yield Finding("broken", "tensorrt-major", problem, remedy)
         elif not versions:
             problem = f"onnxruntime's TensorRT provider cannot start: it needs TensorRT {wanted}"
             yield Finding("note", "tensorrt-provider", problem, install)
@@ -156,14 +152,11 @@ def _tensorrt_provider(facts: Examination) -> Iterator[Finding]:
 def _torchvision(facts: Examination) -> Iterator[Finding]:
     """Its operators are compiled for one torch: with another, such as PyPI's beside a torch for CPUs, import fails."""
     if facts.torchvision_problem is not None:
-        yield Finding(
-            "broken",
-            "torchvision-import",
-            f"torchvision {facts.packages.get('torchvision', '')} cannot be imported beside torch "
-            f"{facts.packages.get('torch', '')}, which it was not built for: {facts.torchvision_problem}",
-            "install both from one place: https://pytorch.org/get-started (for a torch for CPUs, the torchvision for "
-            "CPUs), or pip uninstall torchvision",
-        )
+        vision, torch = (f"{name} {facts.packages.get(name, '')}" for name in ("torchvision", "torch"))
+        cause = f"which it was not built for: {facts.torchvision_problem}"
+        one = "https://pytorch.org/get-started (for a torch for CPUs, the torchvision for CPUs)"
+        remedy = f"install both from one place: {one}, or pip uninstall torchvision"
+        yield Finding("broken", "torchvision-import", f"{vision} cannot be imported beside {torch}, {cause}", remedy)
 
 
 def _driver(facts: Examination) -> Iterator[Finding]:

@@ -48,11 +48,8 @@ def examine() -> Examination:
     """Looks at this machine and tries what is installed, each thing in a process of its own."""
     versions, folders = _packages()
     module = _folder("onnxruntime")
-    in_module = tuple(
-        name
-        for name in versions
-        if _ONNXRUNTIMES.fullmatch(name) and (module is None or folders[name].resolve() == module.resolve().parent)
-    )
+    runtimes = [name for name in versions if _ONNXRUNTIMES.fullmatch(name)]
+    in_module = tuple(name for name in runtimes if module is None or folders[name].resolve() == module.resolve().parent)
     needed = {name: _provider_needs(module, name) for name in ("cuda", "tensorrt")} if module else {}
     all_needed = sorted({library for libraries in needed.values() for library in libraries})
     tensorrts = [next((name for name in names if _folder(name)), None) for names in _TENSORRTS]

@@ -59,7 +59,8 @@ class Diagnosis:
             verbose: Whether with all packages, and what each library needs and exports.
         """
         facts = self.facts
-        libraries = [(each.name, *_library(each)) for each in facts.libraries]
+        codes = {each: " ".join(code.name for code in each.code) or "none" for each in facts.libraries}
+        libraries = [(x.name, f"{x.size_bytes / 2**20:.2f} MiB", code, x.path) for x, code in codes.items()]
         parts = [
             table("Installed", ("", ""), _installed(facts, verbose)),
             table("GPU", ("", ""), _gpu(facts)),
@@ -117,11 +118,6 @@ def _runtimes(facts: Examination, verbose: bool) -> Iterator[tuple[str, str]]:
         takes = {True: "; takes our plugin", False: "; refuses our plugin", None: ""}[found.takes_plugin]
         plugins = f", {found.creators} plugins in its registry" if verbose else ""
         yield found.module, found.problem or f"{found.version}{plugins}{takes}"
-
-
-def _library(library: Library) -> tuple[str, str, str]:
-    code = " ".join(code.name for code in library.code)
-    return f"{library.size_bytes / 2**20:.2f} MiB", code or "none", library.path
 
 
 def _origin(library: Library) -> tuple[str, str, str, str]:

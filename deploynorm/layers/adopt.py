@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import cache
 
 from torch import nn
 
@@ -28,19 +29,15 @@ def adopt(model: nn.Module) -> nn.Module:
     timm_frn = sys.modules.get(_TIMM)
     if timm_frn is None:  # not imported, so no such layer exists
         return model
-    taken: dict[nn.Module, nn.Module] = {}
 
+    @cache  # a layer that is used in two places is one object and must stay one
     def ours(layer: nn.Module) -> nn.Module:
-        if layer not in taken:
-            if type(layer) is timm_frn.FilterResponseNormTlu2d:
-                taken[layer] = _frn(layer, layer.tau)
-            elif type(layer) is timm_frn.FilterResponseNormAct2d:
-                taken[layer] = nn.Sequential(_frn(layer, None), layer.get_submodule("act"))
-            else:
-                taken[layer] = layer
-        return taken[layer]
+        if type(layer) is timm_frn.FilterResponseNormTlu2d:
+            return _frn(layer, layer.tau)
+        if type(layer) is timm_frn.FilterResponseNormAct2d:
+            return nn.Sequential(_frn(layer, None), layer.get_submodule("act"))
+        return layer
 
-    # A layer that is used in two places is one object and must stay one.
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):
             if child is not None and ours(child) is not child:

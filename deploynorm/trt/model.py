@@ -157,11 +157,8 @@ def _types(file: OnnxFile) -> dict[str, onnx.TypeProto.Tensor]:
         inferred = onnx.shape_inference.infer_shapes(proto).graph
     except (onnx.shape_inference.InferenceError, ValueError, RuntimeError):
         inferred = proto.graph  # TensorRT will say what is wrong with it
-    types = {
-        value.name: value.type.tensor_type
-        for value in (*inferred.value_info, *inferred.input, *inferred.output)
-        if value.type.HasField("tensor_type")
-    }
+    values = (*inferred.value_info, *inferred.input, *inferred.output)
+    types = {value.name: value.type.tensor_type for value in values if value.type.HasField("tensor_type")}
     for tensor in inferred.initializer:
         types[tensor.name] = onnx.helper.make_tensor_type_proto(tensor.data_type, tensor.dims).tensor_type
     return types
