@@ -72,19 +72,10 @@ def _strings(pattern: re.Pattern[str]) -> Callable[[Any, str], Any]:
     return rule
 
 
-def _empty(value: Any, field: str) -> Any:
-    """Provenance and old forms of tree specs: nothing that later stages need."""
-    return type(value)()
-
-
 def _refuse(value: Any, field: str) -> Any:
     if value:
         raise RefusedError(f"the program holds more than operators and tensors ({field})")
     return value
-
-
-def _device(value: Any, field: str) -> Any:
-    return None if value is None else {"type": "cpu", "index": None}
 
 
 def _operator(value: Any, field: str) -> str:
@@ -110,21 +101,19 @@ _ARITHMETIC = re.compile(
 )
 
 
+def _plain(value: object, check: Callable[[str], str | None], problem: str) -> str:
+    text = check(str(value))
+    if text is None:
+        raise RefusedError(problem, repr(str(value)[:80]))
+    return text
+
+
 def _size(value: Any, field: str) -> str:
-    size = plain_size(str(value))
-    if size is None:
-        raise RefusedError("a size of the program is not plain arithmetic", repr(str(value)[:80]))
-    return size
+    return _plain(value, plain_size, "a size of the program is not plain arithmetic")
 
 
 def _guards(value: Any, field: str) -> list[str]:
-    guards = []
-    for text in value:
-        guard = plain_guard(str(text))
-        if guard is None:
-            raise RefusedError("a guard of the program does more than compare sizes", repr(str(text)[:80]))
-        guards.append(guard)
-    return guards
+    return [_plain(guard, plain_guard, "a guard of the program does more than compare sizes") for guard in value]
 
 
 def _tree(value: Any, field: str) -> str:
@@ -143,11 +132,14 @@ def _clean_tree(tree: Any) -> dict[str, Any]:
 
 
 _RULES: dict[str, Callable[[Any, str], Any]] = {
-    **dict.fromkeys(("metadata", "treespec_namedtuple_fields", "torch_version"), _empty),
+    # Provenance and old forms of tree specs: nothing that later stages need.
+    **dict.fromkeys(("metadata", "treespec_namedtuple_fields", "torch_version"), lambda value, field: type(value)()),
     **dict.fromkeys(
         ("as_graph", "as_operator", "as_custom_obj", "custom_obj", "custom_obj_values", "use_pickle"), _refuse
     ),
-    **dict.fromkeys(("device", "as_device"), _device),
+    **dict.fromkeys(
+        ("device", "as_device"), lambda value, field: None if value is None else {"type": "cpu", "index": None}
+    ),
     **dict.fromkeys(("in_spec", "out_spec"), _tree),
     **dict.fromkeys(("as_string", "as_strings"), _strings(_TEXT)),
     **dict.fromkeys(("as_float", "as_floats", "as_float_lists"), _strings(_FLOAT)),

@@ -186,10 +186,10 @@ def _driver(found: dict[str, Any]) -> Driver:
 
 def _library(name: str, path: Path) -> Library:
     sources, built_here = libraries.source_folder(), path.is_relative_to(cache_of_these_sources())
-    in_a_clone = sources.is_symlink()
     file = path.stat()
-    # In a clone the sources are those of the repository, and the library is that of the last `pip install`.
-    outdated = not built_here and in_a_clone and _newest(sources) > file.st_mtime
+    # In a clone the sources are a link to those of the repository, and the library is that of the last `pip install`.
+    newer = (each for each in sources.rglob("*") if each.is_file() and each.stat().st_mtime > file.st_mtime)
+    outdated = not built_here and sources.is_symlink() and any(newer)
     origin = "built here" if built_here else "installed"
     found = Library(name, str(path), file.st_size, origin, outdated=outdated)
     try:
@@ -201,10 +201,6 @@ def _library(name: str, path: Path) -> Library:
     return replace(
         found, machine=read.machine, needed=read.needed, exports=read.exports, code=read.code, problem=problem
     )
-
-
-def _newest(folder: Path) -> float:
-    return max((path.stat().st_mtime for path in folder.rglob("*") if path.is_file()), default=0)
 
 
 def _stale() -> tuple[str, ...]:

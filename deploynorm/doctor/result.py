@@ -53,11 +53,7 @@ class Diagnosis:
         return {"ok": bool(self), "findings": findings, "facts": dataclasses.asdict(self.facts)}
 
     def tables(self, verbose: bool = False) -> str:
-        """The facts as tables, then the findings.
-
-        Args:
-            verbose: Whether with all packages, and what each library needs and exports.
-        """
+        """The facts as tables, then the findings; if verbose, all packages, and what each library needs and exports."""
         facts = self.facts
         codes = {each: " ".join(code.name for code in each.code) or "none" for each in facts.libraries}
         libraries = [(x.name, f"{x.size_bytes / 2**20:.2f} MiB", code, x.path) for x, code in codes.items()]

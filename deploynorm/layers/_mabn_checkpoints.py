@@ -45,7 +45,9 @@ def fit(state: dict[str, Any], prefix: str, layer: _MABN) -> None:
     for name in missing:
         state[prefix + name] = training[name]
     for name in _HISTORIES:
-        state[prefix + name] = _fitted(state[prefix + name], layer.moving_batch_size)
+        kept = state[prefix + name][: layer.moving_batch_size]
+        empty = kept.new_zeros(layer.moving_batch_size - len(kept), *kept.shape[1:])
+        state[prefix + name] = torch.cat([kept, empty])
 
 
 def upgraded_pickle(state: dict[str, Any], unsaved: dict[str, Tensor]) -> dict[str, Any]:
@@ -69,8 +71,3 @@ def _upgrade(state: dict[str, Any], prefix: str) -> None:
         if samples is not None:
             means = state[f"{prefix}{name}"]
             state[f"{prefix}{name}"] = torch.cat([means * samples[:, None], samples[:, None]], 1).flip(0)
-
-
-def _fitted(history: Tensor, rows: int) -> Tensor:
-    kept = history[:rows]
-    return torch.cat([kept, kept.new_zeros(rows - len(kept), *kept.shape[1:])])

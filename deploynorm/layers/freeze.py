@@ -27,8 +27,7 @@ def freeze_mabn(model: nn.Module, within: str | Sequence[str] = (), *, affine: b
         within: Names of submodules, as in model.named_modules(), to freeze the MABN in; by default the whole model.
         affine: Whether weight and bias are fixed too. False leaves them trainable, if they were.
 
-    Returns:
-        The names of the layers that are frozen now.
+    Returns the names of the layers that are frozen now.
 
     Raises:
         InputError: A name in `within` is no submodule, or there is no MABN where it says.

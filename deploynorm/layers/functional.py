@@ -77,14 +77,10 @@ def normalize_by_second_moment(
 ) -> Tensor:
     """MABN in evaluation: weight * x / sqrt(second_moment + eps) + bias, per channel of x (N, C, ...), in x's dtype.
 
-    It is batch normalization with mean zero, and runs as such: one pass over x, and every exporter and runtime knows
-    the operator. Source: Yan et al., ICLR 2020, arXiv:2001.06838, Algorithm 1 (inference).
+    second_moment is E[x^2], (C,), float32 or float64; weight and bias are (C,), or None for 1 and 0. It is batch
+    normalization with mean zero, and runs as such: one pass over x, and every exporter and runtime knows the operator.
 
-    Args:
-        x: (N, C, ...).
-        second_moment: E[x^2], (C,), float32 or float64.
-        weight, bias: (C,), or None for 1 and 0.
-        eps: Added to the second moment.
+    Source: Yan et al., ICLR 2020, arXiv:2001.06838, Algorithm 1 (inference).
     """
     dtype = compute_dtype(x.dtype)
     second_moment = cast(second_moment, dtype)

@@ -143,17 +143,15 @@ def _in_compute_type(x: Tensor, *parameters: Tensor) -> list[Tensor]:
     return [cast(parameter, compute_dtype(x.dtype)) for parameter in parameters]
 
 
-def _save_inputs(ctx: Any, inputs: Sequence[Tensor], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
-
-
 def _gradients_from_inputs(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     with torch.enable_grad():
         inputs = [t.detach().requires_grad_() for t in ctx.saved_tensors]
         return torch.autograd.grad(composed(*inputs), inputs, grad)
 
 
-filter_response_norm.register_autograd(_gradients_from_inputs, setup_context=_save_inputs)
+filter_response_norm.register_autograd(
+    _gradients_from_inputs, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs)
+)
 
 
 def _check_operands(x: Tensor, *parameters: Tensor) -> None:

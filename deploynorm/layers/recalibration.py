@@ -65,8 +65,7 @@ def recalibrate(
             model(batch[0]) for a tuple or list such as (images, labels), model(**batch) for a dict. A network of
             several inputs requires one: lambda model, batch: model(*batch).
 
-    Returns:
-        For each layer's name, how far running_var has moved: the largest |new / old - 1| of its channels.
+    Returns for each layer's name how far running_var has moved: the largest |new / old - 1| of its channels.
 
     Raises:
         InputError: There is no MABN that is not frozen; the loader is empty, or can be iterated only once; the model

@@ -32,9 +32,7 @@ class EagerRunner(Runner):
         dtype: Floating parameters, buffers and inputs are cast to it. torch.float64 gives the truth of a check.
         device: Where to run.
 
-    Raises:
-        BackendError: The device is not there.
-        ModelError: The network cannot be copied.
+    Raises BackendError if the device is not there, and ModelError if the network cannot be copied.
     """
 
     def __init__(

@@ -38,11 +38,8 @@ class HalfRunner(OnnxRuntimeRunner):
     Local functions are inlined, so that what happens within a function body is rounded too. FRN without a body runs as
     the kernels do: in float32, rounded once.
 
-    The arguments are those of OnnxRuntimeRunner.
-
-    Raises:
-        BackendError: onnxruntime is missing, or removes the rounding.
-        ModelError: The model cannot be read or run, or holds a value of unknown type.
+    The arguments are those of OnnxRuntimeRunner. BackendError where onnxruntime removes the rounding, ModelError for a
+    value of unknown type.
     """
 
     def __init__(self, model: OnnxSource, *, threads: int | None = None) -> None:

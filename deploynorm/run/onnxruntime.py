@@ -33,13 +33,8 @@ class OnnxRuntimeRunner(Runner):
 
     Args:
         model: A file, with its external data beside it, the bytes of a model, or what OnnxFile.read has read.
-        providers, plugins, threads: As for deploynorm.open_runner.
+        providers, plugins, threads: As for deploynorm.open_runner, and so are the errors.
         optimize: False runs the graph as it is written.
-
-    Raises:
-        InputError: An unknown provider.
-        BackendError: onnxruntime, a provider or a plugin library is missing, cannot be loaded or is too old.
-        ModelError: The model cannot be read or run.
     """
 
     def __init__(

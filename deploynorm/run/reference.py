@@ -27,9 +27,6 @@ class ReferenceRunner(Runner):
         model: A file, with its external data beside it, or a model in memory; see OnnxFile.read.
         use_function: Whether our operator runs as the function body that the model brings, where it brings one, in the
             types of that body. False runs deploynorm.reference instead.
-
-    Raises:
-        ModelError: The file cannot be read, or holds what the evaluator cannot run.
     """
 
     name = "reference"

@@ -111,16 +111,8 @@ class TensorRTRunner(Runner):
     def run(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """As infer, on CUDA tensors, in the order of the caller's current stream and without waiting for it.
 
-        Calls on different streams share the runner's memory: let the later stream wait for the earlier.
-
-        Args:
-            feeds: One tensor for each of `inputs`, on the runner's device. One that is not contiguous is copied.
-
-        Returns:
-            Tensors by output name, that no later call changes.
-
-        Raises:
-            InputError: As infer; or a tensor on another device.
+        Calls on different streams share the runner's memory: let the later stream wait for the earlier. A tensor that
+        is not contiguous is copied; one on another device than the runner's is an InputError.
         """
         if self._engine is None:
             raise closed_error("TensorRTRunner.run")

@@ -95,11 +95,7 @@ class Engine:
         return self.tables()
 
     def tables(self, verbose: bool = False) -> str:
-        """What the engine is for, its shapes, and its layers by kind.
-
-        Args:
-            verbose: Whether with each layer.
-        """
+        """What the engine is for, its shapes, and its layers by kind; if verbose, each layer too."""
         shapes = ((x.name, x.dtype, *map(shape_text, (x.shape, *self.ranges[x.name]))) for x in self.inputs)
         parts = [
             table("Engine", ("", ""), self._facts()),

@@ -39,7 +39,6 @@ def _onnx(path: Path) -> dict[str, Any]:
 
 
 def manifest_path(engine: Path) -> Path:
-    """model.engine.json beside model.engine."""
     return engine.with_name(engine.name + ".json")
 
 

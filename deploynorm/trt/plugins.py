@@ -45,12 +45,8 @@ _LOADED: dict[tuple[Flavour, Path], Any] = {}
 def load_library(trt: TensorRT, library: Path) -> None:
     """Puts the plugins of any library into TensorRT's registry. A second call does nothing.
 
-    Args:
-        trt: See import_tensorrt.
-        library: It exports getCreators, and does not register its plugins itself.
-
-    Raises:
-        BackendError: There is no such file, or TensorRT does not take it.
+    The library exports getCreators, and does not register its plugins itself. BackendError if there is no such file, or
+    TensorRT does not take it.
     """
     _make_findable(trt)
     key = (trt.flavour, library.resolve())

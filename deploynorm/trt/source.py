@@ -53,11 +53,10 @@ class EngineSource:
         return precision if precision in HALF else None
 
     def check_version(self, trt: TensorRT) -> None:
-        built = self.known.get("version")
-        if self.known.get("backend") not in (None, trt.flavour) or (
-            built is not None and str(built).partition(".")[0] != trt.version.partition(".")[0]
-        ):
-            got, expected = f"{self.known.get('backend')} {built}", f"{trt.flavour} {trt.version}, as installed here"
+        flavour, version = self.known.get("backend"), self.known.get("version")
+        major = None if version is None else str(version).partition(".")[0]
+        if flavour not in (None, trt.flavour) or major not in (None, trt.version.partition(".")[0]):
+            got, expected = f"{flavour} {version}", f"{trt.flavour} {trt.version}, as installed here"
             fix = "build it here: deploynorm build MODEL.onnx"
             raise BackendError(self.where, "was built with another TensorRT", got=got, expected=expected, fix=fix)
 
