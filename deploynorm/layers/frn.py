@@ -89,11 +89,10 @@ class _FRN(FullPrecisionBuffers):
         """z, as the class says."""
         check_input(type(self).__name__, x, self.num_features, self._ranks)
         if x.dim() == 2 and self.eps_l is None and not torch.compiler.is_compiling():
-            fault = (
-                "on a (N, C) input each value is its own mean, so with a small fixed eps the output is a sign function"
-            )
+            cause = "on a (N, C) input each value is its own mean, so with a small fixed eps"
+            fault = "the output is a sign function with almost no gradient"
             fix = "pass learned_eps='layer' (arXiv:1911.09737, section 3.3)"
-            warnings.warn(f"{type(self).__name__}: {fault} with almost no gradient; {fix}", stacklevel=2)
+            warnings.warn(f"{type(self).__name__}: {cause} {fault}; {fix}", stacklevel=2)
         return functional.filter_response_norm(x, self.weight, self.bias, self.tau, self.effective_eps())
 
     def extra_repr(self) -> str:

@@ -53,7 +53,8 @@ def recalibrate(
     Every sample has one weight, as in training. Parameters, modes and all else stay as they were, and so does
     running_var if anything goes wrong, Ctrl-C included. Frozen layers are left alone. A layer that was never trained
     counts as having seen a batch, so that training goes on from here. Under torch.distributed each process runs its own
-    loader, and the result is that of all together. Compiled modules run as they were before torch.compile.
+    loader, and the result is that of all together. Compiled modules run as they were before torch.compile. A progress
+    bar is shown on stderr where that is a terminal.
 
     Args:
         model: Changed in place. One wrapped in DistributedDataParallel may be given as it is.
