@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping
-from contextlib import ExitStack
 from typing import TypeVar
 
 import torch
@@ -28,13 +27,13 @@ def milliseconds(engines: Mapping[Name, Engine]) -> dict[Name, float]:
 
     Random inputs; clocks settle in the calls before the first round; each round runs every engine.
     """
+    runners = {
+        # Trusted: this process has just built them.
+        name: TensorRTRunner(engine, backend=engine.backend, cuda_graphs=True, trust_engine=True)
+        for name, engine in engines.items()
+    }
     taken: dict[Name, list[float]] = {name: [] for name in engines}
-    with ExitStack() as stack:
-        runners = {}
-        for name, engine in engines.items():
-            # Trusted: this process has just built them.
-            runner = TensorRTRunner(engine, backend=engine.backend, cuda_graphs=True, trust_engine=True)
-            runners[name] = stack.enter_context(runner)
+    try:
         feeds = {name: _feeds(engine, runners[name].device) for name, engine in engines.items()}
         for name, runner in runners.items():
             for _ in range(_WARM_UP):
@@ -48,6 +47,9 @@ def milliseconds(engines: Mapping[Name, Engine]) -> dict[Name, float]:
                 end.record()
                 end.synchronize()
                 taken[name].append(start.elapsed_time(end) / _CALLS)
+    finally:
+        for runner in runners.values():
+            runner.close()
     return {name: statistics.median(times) for name, times in taken.items()}
 
 
