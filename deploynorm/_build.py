@@ -15,8 +15,7 @@ from deploynorm.trt import Flavour, TensorRT, gpu_here, import_tensorrt
 from deploynorm.trt.builder import build_way, load_plugins
 from deploynorm.trt.engine import Engine
 from deploynorm.trt.model import TensorRTModel
-from deploynorm.trt.profile import ranges
-from deploynorm.trt.settings import HARDWARE_COMPATIBILITY, Settings, Way
+from deploynorm.trt.settings import HARDWARE_COMPATIBILITY, Settings, Way, ranges
 
 
 def build(
@@ -45,7 +44,7 @@ def build(
         compute_capabilities: The GPUs that the engine is for, such as "8.9". TensorRT-RTX builds for any, without a
             GPU; TensorRT for the one of this machine only, which is the default of both.
         min_shapes, opt_shapes, max_shapes: The smallest shapes by input, those that the engine is tuned for, and the
-            largest; "" for the only input. See trt.profile.ranges for what may be left out; where all three are, the
+            largest; "" for the only input. See trt.settings.ranges for what may be left out; where all three are, the
             engine is for one image of the size that the file's metadata has.
         frn: "plugin" for our kernel, "native" for the operator's body as TensorRT fuses it. "auto" builds both, runs
             both on a GPU of the kind that the engine is for, and keeps the faster. Without one it keeps that with

@@ -28,7 +28,7 @@ def full(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     def install(version: str, *, gpu: str | None = "9.0", **facts: Any) -> Any:
         module = with_builder(fake_tensorrt(version), gpu=gpu is not None, **facts)
         monkeypatch.setitem(sys.modules, "tensorrt", module)
-        monkeypatch.setattr("deploynorm.trt.log._LOGGERS", {})
+        monkeypatch.setattr("deploynorm.trt.importing._LOGGERS", {})
         monkeypatch.setattr("deploynorm.trt.plugins._LOADED", {})
         for name in ("deploynorm._build", "deploynorm.trt.builder"):
             monkeypatch.setattr(importlib.import_module(name), "gpu_here", lambda: gpu)

@@ -11,7 +11,7 @@ from deploynorm._swap.activations import RELU, Activations, Thresholds, decide
 from deploynorm._swap.layers import FRN, Memo, carried_over, like
 from deploynorm._swap.plan import Network, Plan, planned
 from deploynorm._swap.report import Outcome
-from deploynorm.layers.tlu import TLU
+from deploynorm.layers.frn import TLU
 from deploynorm.trace import operator_name
 
 __all__ = ["plan_frn"]

@@ -4,92 +4,88 @@ from __future__ import annotations
 
 import io
 import zipfile
-from typing import Literal
+from collections.abc import Callable
+from typing import Final, NamedTuple
 
+from deploynorm.checkpoint._pickle import unpickle
+from deploynorm.checkpoint._pt2 import load_program
 from deploynorm.errors import ModelError
 
-__all__ = ["ACCEPTED", "Container", "detect"]
-
-Container = Literal["zip", "legacy", "pt2"]
-"""torch.save since 1.6, torch.save before it (or without its zip format), torch.export.save."""
+__all__ = ["ACCEPTED", "FORMATS", "Format", "detect"]
 
 ACCEPTED = "a file written by torch.save, by torch.export.save or by deploynorm"
+
+
+class Format(NamedTuple):
+    """One kind of file."""
+
+    recognises: Callable[[bytes, set[str]], bool]
+    """Whether a file is one, by its bytes and, if it is a zip archive, its members without their folder."""
+    read: Callable[..., object]
+    """read(data, where, trust=) -> a network, a program of torch.export, our own checkpoint or a state dict."""
+
 
 _LEGACY_MAGIC = (0x1950A86A20F9469CFC6C).to_bytes(10, "little")
 """The number that a file of the old torch.save begins with, as bytes of its pickle."""
 
-_FOREIGN = (
-    (b"\x89PNG", "a PNG image"),
-    (b"\xff\xd8\xff", "a JPEG image"),
-    (b"\x89HDF", "an HDF5 file, as Keras writes"),
-    (b"\x93NUMPY", "a NumPy array"),
-    (b"\x1f\x8b", "a gzip file"),
-    (b"\x7fELF", "a compiled program or library"),
-    (b"version https://git-lfs", "a Git LFS pointer, not the file it points to"),
-)
+FORMATS: Final = {
+    "torch.export.save": Format(lambda data, members: "archive_format" in members, load_program),
+    "torch.save": Format(lambda data, members: "data.pkl" in members, unpickle),
+    "torch.save before 1.6": Format(lambda data, _: data[:1] == b"\x80" and _LEGACY_MAGIC in data[:64], unpickle),
+}
+"""The formats that `load` reads; the first that recognises a file has it."""
+
+_FOREIGN = {
+    b"\x89PNG": "a PNG image",
+    b"\xff\xd8\xff": "a JPEG image",
+    b"\x89HDF": "an HDF5 file, as Keras writes",
+    b"\x93NUMPY": "a NumPy array",
+    b"\x1f\x8b": "a gzip file",
+    b"\x7fELF": "a compiled program or library",
+    b"version https://git-lfs": "a Git LFS pointer, not the file it points to",
+}
 
 
-def detect(data: bytes, where: str) -> Container:
-    """The container of a checkpoint.
-
-    Args:
-        data: The whole file.
-        where: Its path, for messages.
-
-    Raises:
-        ModelError: Empty, damaged, TorchScript, or nothing that torch writes.
-    """
+def detect(data: bytes, where: str) -> Format:
+    """The format of a checkpoint; ModelError if it is empty, damaged, TorchScript, or nothing that torch writes."""
     if not data:
         raise ModelError(where, "the file is empty", expected=ACCEPTED)
-    # torch too recognises a zip archive by these bytes alone; both must decide alike.
-    if data[:4] == b"PK\x03\x04":
-        return _detect_zip(data, where)
-    if data[:1] == b"\x80":
-        if _LEGACY_MAGIC in data[:64]:
-            return "legacy"
-        raise ModelError(
-            where,
-            "a pickle that torch.save did not write",
-            expected=ACCEPTED,
-            fix="load it where it was made and write it with torch.save(model.state_dict(), path)",
-        )
-    raise ModelError(where, "not a checkpoint", got=_describe(data, where), expected=ACCEPTED)
-
-
-def _detect_zip(data: bytes, where: str) -> Container:
-    try:
-        with zipfile.ZipFile(io.BytesIO(data)) as archive:
-            members = archive.namelist()
-    except Exception as error:  # zipfile lets struct, unicode and overflow errors through on damaged files
-        raise ModelError(
-            where, "a damaged or cut-short zip archive", fix="copy, download or write the file again"
-        ) from error
+    members = _zip_members(data, where)
     inner = {member.partition("/")[2] for member in members}
     if "constants.pkl" in inner:
-        raise ModelError(
-            where,
-            "a TorchScript archive",
-            expected=ACCEPTED,
-            fix="load it with torch.jit.load in Python, write its state_dict() with torch.save, and pass --factory",
-        )
-    if "archive_format" in inner:
-        return "pt2"
-    if "data.pkl" in inner:
-        return "zip"
+        fix = "load it with torch.jit.load in Python, write its state_dict() with torch.save, and pass --factory"
+        raise ModelError(where, "a TorchScript archive", expected=ACCEPTED, fix=fix)
+    for known in FORMATS.values():
+        if known.recognises(data, inner):
+            return known
     if "serialized_exported_program.json" in members:
-        raise ModelError(
-            where,
-            "a torch.export archive of PyTorch 2.7 or older",
-            fix="load it with that version, or trace the network again with this one, and torch.export.save it",
-        )
-    got = "a NumPy .npz" if members and all(member.endswith(".npy") for member in members) else "another zip archive"
-    raise ModelError(where, "not a checkpoint", got=got, expected=ACCEPTED)
+        fix = "load it with that version, or trace the network again with this one, and torch.export.save it"
+        raise ModelError(where, "a torch.export archive of PyTorch 2.7 or older", fix=fix)
+    if data[:1] == b"\x80":
+        fix = "load it where it was made and write it with torch.save(model.state_dict(), path)"
+        raise ModelError(where, "a pickle that torch.save did not write", expected=ACCEPTED, fix=fix)
+    raise ModelError(where, "not a checkpoint", got=_describe(data, members, where), expected=ACCEPTED)
 
 
-def _describe(data: bytes, where: str) -> str:
-    for magic, name in _FOREIGN:
+def _zip_members(data: bytes, where: str) -> list[str]:
+    """None of a file that is no zip archive. torch too recognises one by these bytes alone: both must decide alike."""
+    if data[:4] != b"PK\x03\x04":
+        return []
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            return archive.namelist()
+    except Exception as error:  # zipfile lets struct, unicode and overflow errors through on damaged files
+        fix = "copy, download or write the file again"
+        raise ModelError(where, "a damaged or cut-short zip archive", fix=fix) from error
+
+
+def _describe(data: bytes, members: list[str], where: str) -> str:
+    for magic, name in _FOREIGN.items():
         if data.startswith(magic):
             return name
+    if data[:2] == b"PK":
+        is_npz = members and all(member.endswith(".npy") for member in members)
+        return "a NumPy .npz" if is_npz else "another zip archive"
     if data[8:10] == b'{"' and int.from_bytes(data[:8], "little") < len(data):
         return "a safetensors file; torch.save(safetensors.torch.load_file(path), ...) makes a checkpoint of it"
     if where.endswith(".onnx"):

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,9 +15,7 @@ from torch.export import ExportedProgram
 
 from deploynorm.checkpoint._detect import ACCEPTED, detect
 from deploynorm.checkpoint._factory import build, current_directory_on_path
-from deploynorm.checkpoint._format import Content, is_own_format, outline
-from deploynorm.checkpoint._pickle import unpickle
-from deploynorm.checkpoint._pt2 import load_program
+from deploynorm.checkpoint._own import is_own_format, outline, unpacked
 from deploynorm.checkpoint._state import check_finite, find_state_dict, load_strictly
 from deploynorm.errors import ModelError
 from deploynorm.image import ImageSpec
@@ -35,9 +34,7 @@ class Checkpoint:
         path: The file.
         sha256: Hash of its bytes, in hexadecimal.
         factory: "pkg.mod:function" that made the network, if one did.
-        image: How an image becomes its input.
-        labels: Name of each class.
-        training: What the training wrote about itself: plain data.
+        image, labels, training: As given to `save`.
         example_inputs: The inputs, by position, that the network was traced with (.pt2).
         exported: The traced program (.pt2).
         notes: What was done to the file to read it, such as a prefix that was removed from every name.
@@ -88,104 +85,90 @@ def load(
     path = Path(path)
     where = str(path)
     data = _read(path)
-    sha256 = hashlib.sha256(data).hexdigest()
-    container = detect(data, where)
+    found = partial(Checkpoint, path=path, sha256=hashlib.sha256(data).hexdigest())
     # A pickle that is trusted may name the user's modules, as a factory may.
     with current_directory_on_path() if trust_pickle else nullcontext():
-        if container == "pt2":
-            return _load_pt2(load_program(data, where, trust=trust_pickle), path, sha256, factory, kwargs)
-        content = unpickle(data, where, trust=trust_pickle)
+        content: Any = detect(data, where).read(data, where, trust=trust_pickle)
+        if isinstance(content, ExportedProgram):
+            if factory is not None or kwargs is not None:
+                raise _superfluous(where, "a torch.export archive", "no factory and no arguments")
+            return found(_module(content, where), "pt2", example_inputs=_examples(content), exported=content)
     if isinstance(content, nn.Module):
-        return _load_module(content, path, sha256, factory, kwargs)
+        if kwargs is not None and factory is None:
+            raise _superfluous(where, "a pickled network", "no arguments")
+        model, notes = _unpickled(content, where, factory, kwargs or {})
+        return found(model, "module", factory=factory, notes=notes)
     if is_own_format(content):
-        return _load_own(Content.unpack(content, where), path, sha256, factory, kwargs)
-    found = find_state_dict(content)
-    if found is None:
+        own = unpacked(content, where)
+        name, arguments = factory or own["factory"], own["kwargs"] if kwargs is None else kwargs
+        model, notes = _build(name, arguments, own["state_dict"], where, typed=factory is not None)
+        about: dict[str, Any] = {key: own[key] for key in ("image", "labels", "training")}
+        return found(model, "deploynorm", factory=name, notes=notes, **about)
+    state = find_state_dict(content)
+    if state is None:
         raise ModelError(where, "neither a network nor a state dict", got=outline(content), expected=ACCEPTED)
     if factory is None:
-        raise ModelError(
-            where,
-            f"a state dict of {len(found[0])} tensors does not say which network it belongs to",
-            fix="pass --factory pkg.mod:function, which makes the network, and --factory-kwargs for its arguments",
-        )
-    model, notes = _build(factory, kwargs or {}, found[0], where, typed=True)
-    return Checkpoint(model, "state_dict", path, sha256, factory, notes=(*found[1], *notes))
+        problem = f"a state dict of {len(state[0])} tensors does not say which network it belongs to"
+        fix = "pass --factory pkg.mod:function, which makes the network, and --factory-kwargs for its arguments"
+        raise ModelError(where, problem, fix=fix)
+    model, notes = _build(factory, kwargs or {}, state[0], where, typed=True)
+    return found(model, "state_dict", factory=factory, notes=(*state[1], *notes))
 
 
 def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
-    except FileNotFoundError as error:
-        raise ModelError(str(path), "no such file", expected=ACCEPTED) from error
-    except IsADirectoryError as error:
-        raise ModelError(str(path), "a folder, not a file", expected=ACCEPTED) from error
     except OSError as error:
-        raise ModelError(str(path), f"the file cannot be read: {error.strerror or error}") from error
+        known = {FileNotFoundError: "no such file", IsADirectoryError: "a folder, not a file"}
+        problem = known.get(type(error), f"the file cannot be read: {error.strerror or error}")
+        raise ModelError(str(path), problem, expected=ACCEPTED) from error
 
 
-def _load_own(
-    content: Content, path: Path, sha256: str, factory: str | None, kwargs: Mapping[str, Any] | None
-) -> Checkpoint:
-    name = factory or content.factory
-    arguments = content.kwargs if kwargs is None else kwargs
-    model, notes = _build(name, arguments, content.state_dict, str(path), typed=factory is not None)
-    return Checkpoint(
-        model, "deploynorm", path, sha256, name, content.image, content.labels, content.training, notes=tuple(notes)
-    )
-
-
-def _load_module(
-    module: nn.Module, path: Path, sha256: str, factory: str | None, kwargs: Mapping[str, Any] | None
-) -> Checkpoint:
-    where = str(path)
-    if kwargs is not None and factory is None:
-        raise _superfluous(where, "a pickled network", "no arguments")
-    notes = []
-    try:
-        if isinstance(module, nn.DataParallel):
-            module = module.module
-            notes.append("DataParallel was removed from the network")
-        state = module.state_dict()
-        if factory is None:
-            model = _ready(module, where)
-    except ModelError:
-        raise
-    except Exception as error:  # a network of another version of its package lacks parts; a damaged one lacks any
-        raise ModelError(
-            where,
-            f"the pickled network is damaged, or of another version of its package: {type(error).__name__}: {error}",
-            fix="write its state_dict() with torch.save where it was made, and pass --factory",
-        ) from error
-    if factory is not None:
-        model, more = _build(factory, kwargs or {}, state, where, typed=True)
-        notes += ["its weights were loaded into the network of the factory", *more]
-    return Checkpoint(model, "module", path, sha256, factory, notes=tuple(notes))
-
-
-def _load_pt2(
-    program: ExportedProgram, path: Path, sha256: str, factory: str | None, kwargs: Mapping[str, Any] | None
-) -> Checkpoint:
-    where = str(path)
-    if factory is not None or kwargs is not None:
-        raise _superfluous(where, "a torch.export archive", "no factory and no arguments")
+def _module(program: ExportedProgram, where: str) -> nn.Module:
     try:
         model = program.module()
     except Exception as error:  # torch compiles the graph here
-        raise ModelError(
-            where, f"torch cannot run the program: {type(error).__name__}: {error}", fix="export the network again"
-        ) from error
+        problem = f"torch cannot run the program: {type(error).__name__}: {error}"
+        raise ModelError(where, problem, fix="export the network again") from error
     check_finite(model, where)
+    return model
+
+
+def _examples(program: ExportedProgram) -> tuple[Tensor, ...] | None:
+    """The inputs that a program was traced with, where these are tensors by position."""
     examples, named = program.example_inputs or ((), {})
     plain = examples and not named and all(isinstance(example, Tensor) for example in examples)
-    return Checkpoint(model, "pt2", path, sha256, example_inputs=tuple(examples) if plain else None, exported=program)
+    return tuple(examples) if plain else None
+
+
+def _unpickled(
+    module: nn.Module, where: str, factory: str | None, kwargs: Mapping[str, Any]
+) -> tuple[nn.Module, tuple[str, ...]]:
+    """A pickled network, or that of a factory with its weights; and what was done."""
+    notes: tuple[str, ...] = ()
+    try:
+        if isinstance(module, nn.DataParallel):
+            module, notes = module.module, ("DataParallel was removed from the network",)
+        state = module.state_dict()
+        if factory is None:
+            return _ready(module, where), notes
+    except ModelError:
+        raise
+    except Exception as error:  # a network of another version of its package lacks parts; a damaged one lacks any
+        cause = f"{type(error).__name__}: {error}"
+        problem = f"the pickled network is damaged, or of another version of its package: {cause}"
+        fix = "write its state_dict() with torch.save where it was made, and pass --factory"
+        raise ModelError(where, problem, fix=fix) from error
+    model, more = _build(factory, kwargs, state, where, typed=True)
+    return model, (*notes, "its weights were loaded into the network of the factory", *more)
 
 
 def _build(
     factory: str, kwargs: Mapping[str, Any], state: Mapping[str, Tensor], where: str, *, typed: bool
-) -> tuple[nn.Module, list[str]]:
+) -> tuple[nn.Module, tuple[str, ...]]:
     model = build(factory, kwargs, where, typed=typed)
     notes = load_strictly(model, state, where)
-    return _ready(model, where), notes
+    return _ready(model, where), tuple(notes)
 
 
 def _ready(model: nn.Module, where: str) -> nn.Module:
@@ -194,6 +177,5 @@ def _ready(model: nn.Module, where: str) -> nn.Module:
 
 
 def _superfluous(where: str, what: str, given: str) -> ModelError:
-    return ModelError(
-        where, f"{what} is a whole network and takes {given}", fix="leave --factory and --factory-kwargs out"
-    )
+    fix = "leave --factory and --factory-kwargs out"
+    return ModelError(where, f"{what} is a whole network and takes {given}", fix=fix)

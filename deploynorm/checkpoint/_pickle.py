@@ -16,7 +16,9 @@ from torch import nn
 
 from deploynorm.errors import ModelError
 
-__all__ = ["named_globals", "unpickle"]
+__all__ = ["TRUST", "named_globals", "unpickle"]
+
+TRUST = "or pass --trust-pickle if you trust whoever made the file"
 
 _CLASS_MODULES = ("torch.nn.modules.", "timm.layers.", "timm.models.", "deploynorm.layers.", "deploynorm.models.")
 _DATA_PARALLEL = "torch.nn.parallel.data_parallel.DataParallel"
@@ -34,19 +36,11 @@ _LEGACY_PICKLES = 5
 
 
 def unpickle(data: bytes, where: str, *, trust: bool, modules: bool = True) -> Any:
-    """The object in a file of torch.save, on the CPU.
+    """The object in a file of torch.save, `where`, on the CPU; ModelError if it names other code or cannot be read.
 
     Unless trusted, it is read with weights_only=True, and the only classes beyond torch's own list of tensors and
-    plain data are the nn.Module classes of torch.nn, timm and deploynorm that the file names.
-
-    Args:
-        data: The whole file.
-        where: Its path, for messages.
-        trust: Read it as any pickle is read, which runs whatever code the file names.
-        modules: Whether those classes are allowed.
-
-    Raises:
-        ModelError: The file names anything else, or cannot be read.
+    plain data are the nn.Module classes of torch.nn, timm and deploynorm that the file names; with modules=False none.
+    Trusted, it is read as any pickle is, which runs whatever code it names.
     """
     if trust:
         return _load(data, where, trust=True)
@@ -68,11 +62,10 @@ def named_globals(data: bytes) -> list[str]:
     if data[:4] == b"PK\x03\x04":
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             pickles = [archive.read(member) for member in archive.namelist() if member.endswith("/data.pkl")]
-        names = [name for pickle in pickles for name in _globals_of_one(io.BytesIO(pickle))]
+        streams = [io.BytesIO(pickle) for pickle in pickles]
     else:
-        stream = io.BytesIO(data)
-        names = [name for _ in range(_LEGACY_PICKLES) for name in _globals_of_one(stream)]
-    return list(dict.fromkeys(names))
+        streams = [io.BytesIO(data)] * _LEGACY_PICKLES
+    return list(dict.fromkeys(name for stream in streams for name in _globals_of_one(stream)))
 
 
 def _globals_of_one(stream: io.BytesIO) -> Iterator[str]:
@@ -90,19 +83,16 @@ def _globals_of_one(stream: io.BytesIO) -> Iterator[str]:
 
 def _module_class(name: str, where: str) -> type[nn.Module] | None:
     """The nn.Module class of that name in torch.nn, timm or deploynorm, or None if it is none."""
-    if not (name.startswith(_CLASS_MODULES) or name == _DATA_PARALLEL):
-        return None
-    if not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", name, re.ASCII):
+    known = name.startswith(_CLASS_MODULES) or name == _DATA_PARALLEL
+    if not known or not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", name, re.ASCII):
         return None
     module_name, _, class_name = name.rpartition(".")
     try:
         module = importlib.import_module(module_name)
     except Exception as error:  # broken installations raise more than ImportError
-        raise ModelError(
-            where,
-            f"its class {name} cannot be imported: {type(error).__name__}: {error}",
-            fix=f"install the version of {name.partition('.')[0]} that the network was saved with",
-        ) from error
+        problem = f"its class {name} cannot be imported: {type(error).__name__}: {error}"
+        fix = f"install the version of {name.partition('.')[0]} that the network was saved with"
+        raise ModelError(where, problem, fix=fix) from error
     cls = getattr(module, class_name, None)
     # A module also holds what it imports, so the class must say that it comes from there.
     if isinstance(cls, type) and issubclass(cls, nn.Module) and f"{cls.__module__}.{cls.__qualname__}" == name:
@@ -122,28 +112,19 @@ def _load(data: bytes, where: str, *, trust: bool) -> Any:
 
 def _refused(where: str, names: list[str]) -> ModelError:
     shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-    return ModelError(
-        where,
-        "loading the file would run code that it names",
-        got=shown,
-        expected="tensors, plain values and nn.Module classes of torch.nn, timm and deploynorm",
-        fix="write the state_dict() alone with torch.save and pass --factory, "
-        "or pass --trust-pickle if you trust whoever made the file",
-    )
+    expected = "tensors, plain values and nn.Module classes of torch.nn, timm and deploynorm"
+    fix = f"write the state_dict() alone with torch.save and pass --factory, {TRUST}"
+    return ModelError(where, "loading the file would run code that it names", got=shown, expected=expected, fix=fix)
 
 
 def _damaged(where: str, error: Exception) -> ModelError:
     if "Unsupported operand" in str(error):
-        return ModelError(
-            where,
-            "a form of pickle that cannot be read without running the code that it names",
-            expected="torch.save's own pickle protocol, 2",
-            fix="write it again without pickle_protocol, or pass --trust-pickle if you trust whoever made the file",
-        )
+        problem = "a form of pickle that cannot be read without running the code that it names"
+        fix = f"write it again without pickle_protocol, {TRUST}"
+        return ModelError(where, problem, expected="torch.save's own pickle protocol, 2", fix=fix)
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     # torch puts its advice (which is to load without a check) around the cause, and the documentation link last.
     lines = [line for line in lines if "weights_only" not in line and "Weights only" not in line] or lines
     cause = f"{type(error).__name__}: {lines[0].rstrip('.')}" if lines else type(error).__name__
-    return ModelError(
-        where, f"the file cannot be read: {cause}", fix="it may be damaged: write it again with torch.save"
-    )
+    fix = "it may be damaged: write it again with torch.save"
+    return ModelError(where, f"the file cannot be read: {cause}", fix=fix)

@@ -6,6 +6,7 @@ under `torch` that a node names, and compiles guards and node names as Python so
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 from collections.abc import Callable
@@ -13,18 +14,11 @@ from typing import Any
 
 import torch
 
-from deploynorm.checkpoint._arithmetic import plain_guard, plain_size
-
-__all__ = ["RefusedError", "clean"]
+__all__ = ["RefusedError", "clean", "plain_guard", "plain_size"]
 
 
 class RefusedError(Exception):
-    """A part of an archive is not known to be harmless.
-
-    Args:
-        problem: What is wrong, for a ModelError.
-        got: The part.
-    """
+    """A part of an archive, `got`, is not known to be harmless."""
 
     def __init__(self, problem: str, got: object = None) -> None:
         super().__init__(problem)
@@ -78,19 +72,10 @@ def _strings(pattern: re.Pattern[str]) -> Callable[[Any, str], Any]:
     return rule
 
 
-def _empty(value: Any, field: str) -> Any:
-    """Provenance and old forms of tree specs: nothing that later stages need."""
-    return type(value)()
-
-
 def _refuse(value: Any, field: str) -> Any:
     if value:
         raise RefusedError(f"the program holds more than operators and tensors ({field})")
     return value
-
-
-def _device(value: Any, field: str) -> Any:
-    return None if value is None else {"type": "cpu", "index": None}
 
 
 def _operator(value: Any, field: str) -> str:
@@ -116,21 +101,19 @@ _ARITHMETIC = re.compile(
 )
 
 
+def _plain(value: object, check: Callable[[str], str | None], problem: str) -> str:
+    text = check(str(value))
+    if text is None:
+        raise RefusedError(problem, repr(str(value)[:80]))
+    return text
+
+
 def _size(value: Any, field: str) -> str:
-    size = plain_size(str(value))
-    if size is None:
-        raise RefusedError("a size of the program is not plain arithmetic", repr(str(value)[:80]))
-    return size
+    return _plain(value, plain_size, "a size of the program is not plain arithmetic")
 
 
 def _guards(value: Any, field: str) -> list[str]:
-    guards = []
-    for text in value:
-        guard = plain_guard(str(text))
-        if guard is None:
-            raise RefusedError("a guard of the program does more than compare sizes", repr(str(text)[:80]))
-        guards.append(guard)
-    return guards
+    return [_plain(guard, plain_guard, "a guard of the program does more than compare sizes") for guard in value]
 
 
 def _tree(value: Any, field: str) -> str:
@@ -149,11 +132,14 @@ def _clean_tree(tree: Any) -> dict[str, Any]:
 
 
 _RULES: dict[str, Callable[[Any, str], Any]] = {
-    **dict.fromkeys(("metadata", "treespec_namedtuple_fields", "torch_version"), _empty),
+    # Provenance and old forms of tree specs: nothing that later stages need.
+    **dict.fromkeys(("metadata", "treespec_namedtuple_fields", "torch_version"), lambda value, field: type(value)()),
     **dict.fromkeys(
         ("as_graph", "as_operator", "as_custom_obj", "custom_obj", "custom_obj_values", "use_pickle"), _refuse
     ),
-    **dict.fromkeys(("device", "as_device"), _device),
+    **dict.fromkeys(
+        ("device", "as_device"), lambda value, field: None if value is None else {"type": "cpu", "index": None}
+    ),
     **dict.fromkeys(("in_spec", "out_spec"), _tree),
     **dict.fromkeys(("as_string", "as_strings"), _strings(_TEXT)),
     **dict.fromkeys(("as_float", "as_floats", "as_float_lists"), _strings(_FLOAT)),
@@ -162,3 +148,73 @@ _RULES: dict[str, Callable[[Any, str], Any]] = {
     "expr_str": _size,
     "guards_code": _guards,
 }
+
+
+# Which Python expressions of a program are certain to be arithmetic on sizes: torch evaluates them.
+
+_SYMPY = re.compile(
+    "Symbol|Integer|Float|Rational|Add|Mul|Pow|Abs|Max|Min|Mod|PythonMod|FloorDiv|CeilDiv|CleanDiv|IntTrueDiv|FloatTrueDiv"
+    "|ModularIndexing|Identity|Where|ToFloat|CeilToInt|FloorToInt|RoundToInt|TruncToInt|TruncToFloat"
+    "|Equality|Unequality|StrictLessThan|StrictGreaterThan|LessThan|GreaterThan|And|Or|Not"
+)
+_PYTHON = re.compile(
+    r"(max|min|abs|round|Eq|Ne|Max|Min|Mod|FloorDiv|PythonMod|CeilToInt|FloorToInt|TruncToInt)"
+    r"|math\.(trunc|floor|ceil|sqrt)|torch\.sym_(float|int|max|min|not|ite)"
+)
+_SIZE = re.compile(r"L(\['\w+'\]|\[\d+\])+\.(size\(\)|stride\(\))\[\d+\]", re.ASCII)
+
+
+def plain_size(text: str) -> str | None:
+    """A size as sympy's srepr writes it, Add(Symbol('s53', positive=True), Integer(-3)); None if text is more."""
+    return _checked(text, _is_sympy)
+
+
+def plain_guard(text: str) -> str | None:
+    """A comparison of input sizes, (1 + (((-3) + L['x'].size()[3]) // 2)) != 1; None if text is more."""
+    return _checked(text, _is_python)
+
+
+def _checked(text: str, is_plain: Callable[[ast.expr], bool]) -> str | None:
+    try:
+        tree = ast.parse(text, mode="eval").body
+    except (SyntaxError, ValueError):
+        return None
+    # Written anew, for torch pastes guards between others: no comments, no line breaks.
+    return ast.unparse(tree) if is_plain(tree) else None
+
+
+def _is_sympy(node: ast.expr) -> bool:
+    match node:
+        case ast.Constant(value=str(text)):  # sympy evaluates text wherever it meets it
+            return re.fullmatch(r"[a-z]+[0-9]+|-?[0-9]+(\.[0-9]+)?(e-?[0-9]+)?", text) is not None
+        case ast.Constant():
+            return isinstance(node.value, int | float)
+        case ast.Name():
+            return re.fullmatch(r"[a-z]+[0-9]+|true|false", node.id) is not None
+        case ast.UnaryOp():
+            return _is_sympy(node.operand)
+        case ast.Call(func=ast.Name(id=name)):
+            arguments = [*node.args, *(keyword.value for keyword in node.keywords)]
+            # A tower of powers would keep sympy busy for ever.
+            tame = name != "Pow" or re.fullmatch(r"Integer\(-?[0-9]\)", ast.unparse(node.args[-1])) is not None
+            return _SYMPY.fullmatch(name) is not None and tame and all(map(_is_sympy, arguments))
+    return False
+
+
+def _is_python(node: ast.expr) -> bool:
+    match node:
+        case ast.Constant():
+            return isinstance(node.value, int | float)
+        case ast.Subscript():
+            return _SIZE.fullmatch(ast.unparse(node)) is not None
+        case ast.UnaryOp():
+            return _is_python(node.operand)
+        case ast.BinOp(op=ast.Add() | ast.Sub() | ast.Mult() | ast.Div() | ast.FloorDiv() | ast.Mod()):
+            return _is_python(node.left) and _is_python(node.right)
+        case ast.BoolOp():
+            return all(map(_is_python, node.values))
+        case ast.Compare():
+            return all(map(_is_python, (node.left, *node.comparators)))
+        case ast.Call(keywords=[]):
+            return _PYTHON.fullmatch(ast.unparse(node.func)) is not None and all(map(_is_python, node.args))
+    return False

@@ -21,7 +21,7 @@ from torch.export import ExportedProgram
 from torch.export.pt2_archive import PT2ArchiveWriter
 
 import deploynorm.layers.functional  # noqa: F401  registers the operator that archives of our networks name
-from deploynorm.checkpoint._pickle import unpickle
+from deploynorm.checkpoint._pickle import TRUST, unpickle
 from deploynorm.checkpoint._program import RefusedError, clean
 from deploynorm.errors import ModelError
 
@@ -41,18 +41,10 @@ _CODE = {
 
 
 def load_program(data: bytes, where: str, *, trust: bool) -> ExportedProgram:
-    """The program in an archive of torch.export.save, moved to the CPU.
+    """The program in an archive of torch.export.save, moved to the CPU; the reader of `_detect.FORMATS`.
 
-    Unless trusted, the program's origin (stack traces, module names) is dropped.
-
-    Args:
-        data: The whole file.
-        where: Its path, for messages.
-        trust: Load it as torch does.
-
-    Raises:
-        ModelError: The archive holds code, or anything that this reader does not know to be none; or it is damaged,
-            or of another version of PyTorch.
+    Unless trusted, which loads it as torch does, the program's origin (stack traces, module names) is dropped, and a
+    ModelError refuses code and anything that this reader does not know to be none.
     """
     archive = io.BytesIO(data) if trust else _rewritten(data, where)
     from torch.export.pt2_archive._package import load_pt2
@@ -61,11 +53,8 @@ def load_program(data: bytes, where: str, *, trust: bool) -> ExportedProgram:
         with _silence():
             programs: dict[str, ExportedProgram] = load_pt2(archive).exported_programs
     except Exception as error:  # a damaged program makes torch raise nearly anything
-        raise ModelError(
-            where,
-            f"torch.export cannot load the archive: {type(error).__name__}: {textwrap.shorten(str(error), 300)}",
-            fix=f"export the network again with torch {torch.__version__}",
-        ) from error
+        problem = f"torch.export cannot load the archive: {type(error).__name__}: {textwrap.shorten(str(error), 300)}"
+        raise ModelError(where, problem, fix=f"export the network again with torch {torch.__version__}") from error
     if "model" not in programs:
         raise ModelError(where, "no program in the archive", expected=_MODEL)
     return programs["model"]
@@ -91,20 +80,14 @@ def _rewritten(data: bytes, where: str) -> io.BytesIO:
     try:
         return _rewrite(data, where)
     except RefusedError as refusal:
-        raise ModelError(
-            where,
-            refusal.problem,
-            got=refusal.got,
-            expected="a graph of ATen and deploynorm operators, tensors and plain values",
-            fix="export the network again with torch.export.save, "
-            "or pass --trust-pickle if you trust whoever made the file",
-        ) from None
+        expected = "a graph of ATen and deploynorm operators, tensors and plain values"
+        fix = f"export the network again with torch.export.save, {TRUST}"
+        raise ModelError(where, refusal.problem, got=refusal.got, expected=expected, fix=fix) from None
     except ModelError:
         raise
     except Exception as error:  # damaged zip, JSON or text: many types
-        raise ModelError(
-            where, f"the archive is damaged: {type(error).__name__}: {error}", fix="export the network again"
-        ) from error
+        problem = f"the archive is damaged: {type(error).__name__}: {error}"
+        raise ModelError(where, problem, fix="export the network again") from error
 
 
 def _rewrite(data: bytes, where: str) -> io.BytesIO:
@@ -113,9 +96,8 @@ def _rewrite(data: bytes, where: str) -> io.BytesIO:
         members = archive.namelist()
         roots = {member.partition("/")[0] for member in members}
         if len(roots) != 1 or len(set(members)) != len(members):
-            raise RefusedError(
-                "an archive that two readers would read differently", "members beside or upon one another"
-            )
+            problem = "an archive that two readers would read differently"
+            raise RefusedError(problem, "members beside or upon one another")
         for member in members:
             name = member.partition("/")[2]
             if _WRITTEN_ANEW.fullmatch(name):

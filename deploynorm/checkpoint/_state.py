@@ -18,29 +18,21 @@ _WRAPPERS = {"module.": "DataParallel", "_orig_mod.": "torch.compile"}
 _SHOWN = 5
 
 
-def find_state_dict(content: object) -> tuple[dict[str, Tensor], list[str]] | None:
+def find_state_dict(content: Any) -> tuple[dict[str, Tensor], list[str]] | None:
     """The state dict that a checkpoint is or holds under "model", "state_dict" or "ema", and where it was found."""
-    if not isinstance(content, Mapping):
-        return None
-    state = _as_state_dict(content)
-    if state is not None:
-        return state, []
-    found = {key: inner for key in _KEYS if (inner := _as_state_dict(content.get(key))) is not None}
+    if _is_state_dict(content):
+        return dict(content), []
+    found = [key for key in _KEYS if isinstance(content, Mapping) and _is_state_dict(content.get(key))]
     if not found:
         return None
-    key, state = next(iter(found.items()))
-    others = "".join(f"; the one under {other!r} is not used" for other in list(found)[1:])
-    return state, [f"the state dict is under {key!r}{others}"]
+    others = "".join(f"; the one under {other!r} is not used" for other in found[1:])
+    return dict(content[found[0]]), [f"the state dict is under {found[0]!r}{others}"]
 
 
 def load_strictly(model: nn.Module, state: Mapping[str, Tensor], where: str) -> list[str]:
-    """Loads a state dict into a network that it fits name for name and shape for shape.
+    """Loads a state dict into a network that it fits name for name and shape for shape, else raises ModelError.
 
-    Returns:
-        What was done to make it fit: prefixes of DataParallel and torch.compile that were removed from every name.
-
-    Raises:
-        ModelError: It does not fit; the message lists what is missing, unexpected or of another shape.
+    Returns what was done to make it fit: prefixes of DataParallel and torch.compile that were removed from every name.
     """
     _check_allocated(chain(model.named_parameters(), model.named_buffers()), where, "build the network on the CPU")
     _check_allocated(state.items(), where, "write the file again from a network that has its values")
@@ -64,13 +56,10 @@ def load_strictly(model: nn.Module, state: Mapping[str, Tensor], where: str) -> 
         return notes
     kinds = {"missing from the file": missing, "unknown to the network": unexpected, "of another shape": shapes}
     problems = "; ".join(f"{len(names)} {kind}: {_some(names)}" for kind, names in kinds.items() if names)
-    raise ModelError(
-        where,
-        f"the state dict does not fit {type(model).__name__}",
-        got=problems or str(cause),
-        expected=f"the {len(expected)} tensors of the network, strictly",
-        fix="give the factory (--factory) and its arguments that the file was trained with",
-    ) from cause
+    problem = f"the state dict does not fit {type(model).__name__}"
+    wanted = f"the {len(expected)} tensors of the network, strictly"
+    fix = "give the factory (--factory) and its arguments that the file was trained with"
+    raise ModelError(where, problem, got=problems or str(cause), expected=wanted, fix=fix) from cause
 
 
 def check_finite(model: nn.Module, where: str) -> None:
@@ -88,13 +77,9 @@ def check_finite(model: nn.Module, where: str) -> None:
         if bad:
             broken.append(f"{name} ({bad} of {tensor.numel()})")
     if broken:
-        raise ModelError(
-            where,
-            f"NaN or infinity in {len(broken)} tensors",
-            got=_some(broken),
-            expected="finite parameters and running statistics",
-            fix="take an earlier checkpoint: the training has diverged",
-        )
+        problem, expected = f"NaN or infinity in {len(broken)} tensors", "finite parameters and running statistics"
+        fix = "take an earlier checkpoint: the training has diverged"
+        raise ModelError(where, problem, got=_some(broken), expected=expected, fix=fix)
 
 
 def _check_allocated(tensors: Iterable[tuple[str, Tensor]], where: str, fix: str) -> None:
@@ -116,12 +101,10 @@ def _unwrapped(state: Mapping[str, Tensor], expected: Mapping[str, Any]) -> tupl
     return state, notes
 
 
-def _as_state_dict(content: object) -> dict[str, Tensor] | None:
+def _is_state_dict(content: Any) -> bool:
     if not isinstance(content, Mapping) or not content:
-        return None
-    if all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in content.items()):
-        return dict(content)
-    return None
+        return False
+    return all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in content.items())
 
 
 def _some(names: list[str]) -> str:

@@ -6,7 +6,6 @@ print(diagnose(examine()))
 from deploynorm.doctor.diagnosis import diagnose
 from deploynorm.doctor.examination import examine
 from deploynorm.doctor.facts import Examination
-from deploynorm.doctor.finding import Finding
-from deploynorm.doctor.result import Diagnosis
+from deploynorm.doctor.result import Diagnosis, Finding
 
 __all__ = ["Diagnosis", "Examination", "Finding", "diagnose", "examine"]

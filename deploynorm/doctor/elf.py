@@ -11,6 +11,7 @@ import os
 import struct
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal, NamedTuple
@@ -26,17 +27,11 @@ _NEEDED: Final = 1
 
 @dataclass(frozen=True)
 class CudaCode:
-    """Code for one generation of GPUs.
+    """Code for one generation of GPUs."""
 
-    Attributes:
-        kind: Machine code ("sm"), or PTX ("compute"), which the driver compiles.
-        capability: The compute capability that it was made for.
-        cuda: Of PTX, the major version of CUDA that wrote it, which the driver must know.
-    """
-
-    kind: Literal["sm", "compute"]
+    kind: Literal["sm", "compute"]  # machine code, or PTX, which the driver compiles
     capability: tuple[int, int]
-    cuda: int | None = None
+    cuda: int | None = None  # of PTX, the major version of CUDA that wrote it, which the driver must know
 
     @property
     def name(self) -> str:
@@ -63,63 +58,46 @@ class SharedLibrary(NamedTuple):
 
 
 def read_library(path: Path) -> SharedLibrary:
-    """Reads a shared library of 64-bit Linux.
-
-    Raises:
-        OSError: The file cannot be read.
-        ValueError: It is something else, or damaged.
-    """
-    with _mapped(path) as data:
-        try:
-            file = _Elf(data)
-            return SharedLibrary(file.machine, tuple(file.needed()), tuple(file.exports()), tuple(file.code()))
-        except (struct.error, IndexError, OverflowError) as error:
-            raise ValueError(f"damaged or cut short ({error})") from error
+    """Reads a shared library of 64-bit Linux; ValueError if it is something else, or damaged."""
+    with _opened(path) as file:
+        return SharedLibrary(file.machine, tuple(file.needed()), tuple(file.exports()), tuple(file.code()))
 
 
 def read_needed(path: Path) -> tuple[str, ...]:
-    """The libraries that one needs; see read_library, which takes longer for large ones.
-
-    Raises:
-        OSError: The file cannot be read.
-        ValueError: It is something else, or damaged.
-    """
-    with _mapped(path) as data:
-        try:
-            return tuple(_Elf(data).needed())
-        except (struct.error, IndexError, OverflowError) as error:
-            raise ValueError(f"damaged or cut short ({error})") from error
+    """The libraries that one needs; see read_library, which takes longer for large ones."""
+    with _opened(path) as file:
+        return tuple(file.needed())
 
 
 def machine_here() -> str | None:
     """The processor that this Python is for; None where programs are no ELF files."""
     try:
-        with _mapped(Path(sys.executable)) as data:
-            return _Elf(data).machine
+        with _opened(Path(sys.executable)) as file:
+            return file.machine
     except (OSError, ValueError):
         return None
 
 
-def _mapped(path: Path) -> mmap.mmap:
+@contextmanager
+def _opened(path: Path) -> Iterator[_Elf]:
     with path.open("rb") as file:
         if os.fstat(file.fileno()).st_size < 64:  # an empty one cannot be mapped at all
             raise ValueError("no shared library")
-        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            try:
+                yield _Elf(data)
+            except (struct.error, IndexError, OverflowError) as error:
+                raise ValueError(f"damaged or cut short ({error})") from error
 
 
 class _Section(NamedTuple):
-    """One row of the table of sections, as it stands in the file."""
+    """What is read of one row of the table of sections."""
 
     name: int
     kind: int
-    flags: int
-    address: int
     offset: int
     size: int
     link: int
-    info: int
-    alignment: int
-    entry_size: int
 
 
 class _Elf:
@@ -133,7 +111,7 @@ class _Elf:
         self.machine = _MACHINES.get(machine, f"ELF machine {machine}")
         (table,) = struct.unpack_from("<Q", data, 40)
         size, count, names = struct.unpack_from("<HHH", data, 58)
-        self._sections = [_Section(*struct.unpack_from("<IIQQQQIIQQ", data, table + i * size)) for i in range(count)]
+        self._sections = [_Section(*struct.unpack_from("<II16xQQI20x", data, table + i * size)) for i in range(count)]
         self._names = self._sections[names] if count else None
 
     def _string(self, strings: _Section, at: int) -> str:

@@ -10,6 +10,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
@@ -18,7 +19,6 @@ from deploynorm import libraries
 from deploynorm.doctor import probes
 from deploynorm.doctor.elf import machine_here, read_library, read_needed
 from deploynorm.doctor.facts import Driver, Examination, Gpu, Library, OnnxRuntime, Provider, TensorRT
-from deploynorm.doctor.finding import ROWS
 from deploynorm.errors import BackendError
 from deploynorm.libraries.find import cache_of_these_sources
 
@@ -41,23 +41,22 @@ _TENSORRTS: Final = (("tensorrt",), ("tensorrt_lean", "tensorrt_lean_bindings"),
 _CUDNN: Final = "libcudnn.so.9"
 """onnxruntime-gpu opens it only when a convolution is run, and then cannot do without."""
 
+_OURS: Final = tuple(row.file for row in libraries.LIBRARIES.values())
+
 
 def examine() -> Examination:
     """Looks at this machine and tries what is installed, each thing in a process of its own."""
     versions, folders = _packages()
     module = _folder("onnxruntime")
-    in_module = tuple(
-        name
-        for name in versions
-        if _ONNXRUNTIMES.fullmatch(name) and (module is None or folders[name].resolve() == module.resolve().parent)
-    )
+    runtimes = [name for name in versions if _ONNXRUNTIMES.fullmatch(name)]
+    in_module = tuple(name for name in runtimes if module is None or folders[name].resolve() == module.resolve().parent)
     needed = {name: _provider_needs(module, name) for name in ("cuda", "tensorrt")} if module else {}
     all_needed = sorted({library for libraries in needed.values() for library in libraries})
     tensorrts = [next((name for name in names if _folder(name)), None) for names in _TENSORRTS]
     with ThreadPoolExecutor() as pool:
         driver = pool.submit(probes.ask, probes.devices)
         missing = pool.submit(probes.ask, probes.open_libraries, all_needed)
-        found = {name: path for name in ROWS if (path := libraries.find_library(name)) is not None}
+        found = {name: path for name in _OURS if (path := libraries.find_library(name)) is not None}
         ours = tuple(pool.map(_library, found.keys(), found.values()))
         # A library that cannot even be opened would end the processes of those who are to take it.
         usable = {library.name: library.path for library in ours if library.problem is None}
@@ -135,14 +134,9 @@ def _torch_cuda() -> str | None:
 
 
 def _onnxruntime(packages: tuple[str, ...], versions: dict[str, str], found: dict[str, Any]) -> OnnxRuntime:
-    return OnnxRuntime(
-        version=found.get("version") or next((versions[name] for name in packages), None),
-        packages=packages,
-        providers=tuple(found.get("providers", ())),
-        problem=found.get("problem"),
-        takes_library=found.get("takes_library"),
-        library_problem=found.get("library_problem"),
-    )
+    version = next((versions[name] for name in packages), None)
+    facts = {"version": version, **found, "providers": tuple(found.get("providers", ()))}
+    return OnnxRuntime(packages=packages, **facts)
 
 
 def _provider_needs(module: Path, name: str) -> tuple[str, ...]:
@@ -171,10 +165,9 @@ def _put_by_pip(library: str) -> str | None:
 
 
 def _compiler() -> str | None:
-    try:
+    with suppress(BackendError):
         return libraries.find_tools().compiler_version
-    except BackendError:
-        return None
+    return None
 
 
 def _nvcc() -> tuple[str | None, tuple[int, int] | None]:
@@ -187,26 +180,18 @@ def _nvcc() -> tuple[str | None, tuple[int, int] | None]:
 
 
 def _driver(found: dict[str, Any]) -> Driver:
-    return Driver(
-        version=found.get("version"),
-        cuda=tuple(found["cuda"]) if "cuda" in found else None,
-        gpus=tuple(Gpu(name, tuple(capability), memory) for name, capability, memory in found.get("gpus", ())),
-        problem=found.get("problem"),
-    )
+    gpus = tuple(Gpu(name, tuple(capability), memory) for name, capability, memory in found.get("gpus", ()))
+    return Driver(found.get("version"), tuple(found["cuda"]) if "cuda" in found else None, gpus, found.get("problem"))
 
 
 def _library(name: str, path: Path) -> Library:
     sources, built_here = libraries.source_folder(), path.is_relative_to(cache_of_these_sources())
-    in_a_clone = sources.is_symlink()
     file = path.stat()
-    found = Library(
-        name,
-        str(path),
-        file.st_size,
-        "built here" if built_here else "installed",
-        # In a clone the sources are those of the repository, and the library is that of the last `pip install`.
-        outdated=not built_here and in_a_clone and _newest(sources) > file.st_mtime,
-    )
+    # In a clone the sources are a link to those of the repository, and the library is that of the last `pip install`.
+    newer = (each for each in sources.rglob("*") if each.is_file() and each.stat().st_mtime > file.st_mtime)
+    outdated = not built_here and sources.is_symlink() and any(newer)
+    origin = "built here" if built_here else "installed"
+    found = Library(name, str(path), file.st_size, origin, outdated=outdated)
     try:
         read = read_library(path)
     except (OSError, ValueError) as error:
@@ -218,11 +203,7 @@ def _library(name: str, path: Path) -> Library:
     )
 
 
-def _newest(folder: Path) -> float:
-    return max((path.stat().st_mtime for path in folder.rglob("*") if path.is_file()), default=0)
-
-
 def _stale() -> tuple[str, ...]:
     current = cache_of_these_sources()
-    others = {path.parents[1] for name in ROWS for path in current.parent.glob(f"*/*/{name}")} - {current}
+    others = {path.parents[1] for name in _OURS for path in current.parent.glob(f"*/*/{name}")} - {current}
     return tuple(sorted(map(str, others)))

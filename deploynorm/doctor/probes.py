@@ -13,7 +13,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -57,11 +57,8 @@ def ask(probe: Callable[..., dict[str, Any]], *arguments: str | Sequence[str] | 
 
 def answer(probe: str, arguments: Sequence[Any]) -> None:
     """The other side of `ask`."""
-    probes: Mapping[str, Callable[..., dict[str, Any]]] = {
-        each.__name__: each for each in (devices, onnxruntime, open_libraries, tensorrt, torchvision)
-    }
     try:
-        found = probes[probe](*arguments)
+        found = globals()[probe](*arguments)
     except DeployNormError as error:
         found = {"problem": _reason(error)}
     except Exception as error:  # whatever a broken installation raises is what is asked for
@@ -75,10 +72,8 @@ def answer(probe: str, arguments: Sequence[Any]) -> None:
 def onnxruntime(library: str | None) -> dict[str, Any]:
     """Its version and providers, and whether it takes our operator library, which is this one."""
     module = ort.import_onnxruntime()
-    found: dict[str, Any] = {
-        "version": str(module.__version__),
-        "providers": list(module.get_available_providers()),
-    }
+    providers = list(module.get_available_providers())
+    found: dict[str, Any] = {"version": str(module.__version__), "providers": providers}
     options = ort.quiet_options()
     if library is not None:
         try:
@@ -149,11 +144,8 @@ def devices() -> dict[str, Any]:
         return {}
     version = ctypes.c_int()
     cuda.cuDriverGetVersion(ctypes.byref(version))
-    found: dict[str, Any] = {
-        "version": _driver_version(),
-        "cuda": [version.value // 1000, version.value % 1000 // 10],
-        "gpus": [],
-    }
+    known = [version.value // 1000, version.value % 1000 // 10]
+    found: dict[str, Any] = {"version": _driver_version(), "cuda": known, "gpus": []}
     count = ctypes.c_int()
     status = cuda.cuInit(0) or cuda.cuDeviceGetCount(ctypes.byref(count))
     if status != 0:

@@ -5,15 +5,23 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 from deploynorm.doctor.facts import Examination, Library
-from deploynorm.doctor.finding import Finding
 from deploynorm.tables import table
 
-__all__ = ["Diagnosis"]
+__all__ = ["Diagnosis", "Finding"]
 
 _TITLES = {"broken": "Broken", "note": "Not here, or slower than it could be"}
+
+
+class Finding(NamedTuple):
+    """A known failure, met on this machine."""
+
+    level: Literal["broken", "note"]  # something installed does not work, or something would be faster or possible
+    name: str
+    problem: str
+    remedy: str
 
 
 @dataclass(frozen=True)
@@ -45,13 +53,10 @@ class Diagnosis:
         return {"ok": bool(self), "findings": findings, "facts": dataclasses.asdict(self.facts)}
 
     def tables(self, verbose: bool = False) -> str:
-        """The facts as tables, then the findings.
-
-        Args:
-            verbose: Whether with all packages, and what each library needs and exports.
-        """
+        """The facts as tables, then the findings; if verbose, all packages, and what each library needs and exports."""
         facts = self.facts
-        libraries = [(each.name, *_library(each)) for each in facts.libraries]
+        codes = {each: " ".join(code.name for code in each.code) or "none" for each in facts.libraries}
+        libraries = [(x.name, f"{x.size_bytes / 2**20:.2f} MiB", code, x.path) for x, code in codes.items()]
         parts = [
             table("Installed", ("", ""), _installed(facts, verbose)),
             table("GPU", ("", ""), _gpu(facts)),
@@ -109,11 +114,6 @@ def _runtimes(facts: Examination, verbose: bool) -> Iterator[tuple[str, str]]:
         takes = {True: "; takes our plugin", False: "; refuses our plugin", None: ""}[found.takes_plugin]
         plugins = f", {found.creators} plugins in its registry" if verbose else ""
         yield found.module, found.problem or f"{found.version}{plugins}{takes}"
-
-
-def _library(library: Library) -> tuple[str, str, str]:
-    code = " ".join(code.name for code in library.code)
-    return f"{library.size_bytes / 2**20:.2f} MiB", code or "none", library.path
 
 
 def _origin(library: Library) -> tuple[str, str, str, str]:

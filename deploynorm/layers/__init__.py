@@ -6,11 +6,10 @@ behind the centred convolutions CenConv2d (CenConv1d, CenConv3d, CenConvTranspos
 
 from deploynorm.layers.cenconv import CenConv1d, CenConv2d, CenConv3d, CenConvTranspose2d
 from deploynorm.layers.freeze import freeze_mabn, unfreeze_mabn
-from deploynorm.layers.frn import FRN1d, FRN2d, FRN3d
+from deploynorm.layers.frn import TLU, FRN1d, FRN2d, FRN3d
 from deploynorm.layers.loss_scale import track_loss_scale
 from deploynorm.layers.mabn import MABN1d, MABN2d, MABN3d
 from deploynorm.layers.recalibration import recalibrate
-from deploynorm.layers.tlu import TLU
 from deploynorm.layers.weight_decay import parameter_groups
 
 __all__ = [

@@ -39,23 +39,21 @@ def fit(state: dict[str, Any], prefix: str, layer: _MABN) -> None:
     training |= {name: torch.zeros_like(getattr(layer, name), device=R.device) for name in _HISTORIES}
     missing = [name for name in training if f"{prefix}{name}" not in state]
     if missing:
-        warnings.warn(
-            f"{type(layer).__name__}: the checkpoint has running_var and no {' or '.join(missing)}: nothing is missing "
-            "for evaluation, and training starts with the history empty",
-            stacklevel=2,
-        )
+        what = f"the checkpoint has running_var and no {' or '.join(missing)}"
+        so = "nothing is missing for evaluation, and training starts with the history empty"
+        warnings.warn(f"{type(layer).__name__}: {what}: {so}", stacklevel=2)
     for name in missing:
         state[prefix + name] = training[name]
     for name in _HISTORIES:
-        state[prefix + name] = _fitted(state[prefix + name], layer.moving_batch_size)
+        kept = state[prefix + name][: layer.moving_batch_size]
+        empty = kept.new_zeros(layer.moving_batch_size - len(kept), *kept.shape[1:])
+        state[prefix + name] = torch.cat([kept, empty])
 
 
 def upgraded_pickle(state: dict[str, Any], unsaved: dict[str, Tensor]) -> dict[str, Any]:
     """The attributes of a pickled layer of any version, as those of this one.
 
-    Args:
-        state: Those of the pickle; they may lack what a later version has.
-        unsaved: The buffers that are not in a state_dict, as a new layer has them.
+    unsaved are the buffers that are not in a state_dict, as a new layer has them.
     """
     buffers = dict(state["_buffers"])
     _upgrade(buffers, "")
@@ -73,8 +71,3 @@ def _upgrade(state: dict[str, Any], prefix: str) -> None:
         if samples is not None:
             means = state[f"{prefix}{name}"]
             state[f"{prefix}{name}"] = torch.cat([means * samples[:, None], samples[:, None]], 1).flip(0)
-
-
-def _fitted(history: Tensor, rows: int) -> Tensor:
-    kept = history[:rows]
-    return torch.cat([kept, kept.new_zeros(rows - len(kept), *kept.shape[1:])])

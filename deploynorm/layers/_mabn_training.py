@@ -28,12 +28,9 @@ FIX = "put the layer in evaluation mode or freeze it (freeze_mabn): then it is a
 class Batch(NamedTuple):
     """What a forward pass finds of its batch, over all processes."""
 
-    history: Tensor
-    """recent_x2 with the batch's row as its newest."""
-    finite: Tensor
-    """(), bool: every second moment is finite."""
-    used: Used
-    """What the batch is to be normalised by."""
+    history: Tensor  # recent_x2 with the batch's row as its newest
+    finite: Tensor  # (), bool: every second moment is finite
+    used: Used  # what the batch is to be normalised by
 
 
 def step(layer: _MABN, x: Tensor, may_run_again: bool) -> Used:
@@ -70,12 +67,9 @@ def measure(layer: _MABN, row: Tensor) -> Batch:
 
 
 def commit(layer: _MABN, batch: Batch, first_run: Tensor | None) -> None:
-    """Writes a batch to the layer's running average, history and counters.
+    """Writes a measured batch to the layer's running average, history and counters, in place.
 
-    Args:
-        layer: Its buffers are changed in place.
-        batch: As measured.
-        first_run: (), bool, in compiled code; False changes nothing. None is True.
+    first_run is (), bool, in compiled code, where False changes nothing; None is True.
     """
     R, tracked = layer.running_var, layer.num_batches_tracked
     kept, finite, second_moment = batch.used.kept, batch.finite, batch.used.second_moment

@@ -53,13 +53,8 @@ def available(device: torch.device) -> bool:
 
 
 def forward(x: Tensor, gamma: Tensor, beta: Tensor, tau: Tensor, eps: Tensor) -> tuple[Tensor, Tensor]:
-    """y, and rstd (N, C), 1 / sqrt(mean(x**2) + eps). All parameters are (C,), in x's compute type.
-
-    Raises:
-        BackendError: The kernel failed.
-    """
+    """y and rstd, as _handwritten.forward. BackendError if the kernel failed."""
     library = _opened()
-    kernels = library.functions
     x = dense(x)
     y = torch.empty_like(x)
     rstd = torch.empty(x.shape[:2], dtype=gamma.dtype, device=x.device)
@@ -67,25 +62,17 @@ def forward(x: Tensor, gamma: Tensor, beta: Tensor, tau: Tensor, eps: Tensor) ->
     pointers = [tensor.data_ptr() for tensor in (x, y)] + [None] + [tensor.data_ptr() for tensor in (*parameters, rstd)]
     call = ctypes.byref(Forward(*_sizes(x), *pointers))
     if x.device.type == "cpu":
-        code = kernels.deploynorm_frn_cpu(call, *library.threads(), None)
+        _check(library.functions.deploynorm_frn_cpu(call, *library.threads(), None), x)
     else:
-        with _on(x.device):
-            scratch = _scratch(kernels.deploynorm_frn_cuda_workspace(call), x.device)
-            code = kernels.deploynorm_frn_cuda(call, scratch.data_ptr() or None, _stream(x.device), None)
-    _check(code, x)
+        _launch("deploynorm_frn_cuda", call, x)
     return y, rstd
 
 
 def backward(
     dy: Tensor, x: Tensor, rstd: Tensor, gamma: Tensor, beta: Tensor, tau: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, gamma, beta, tau and eps; the formulas are in plugins/kernels/frn.h.
-
-    Raises:
-        BackendError: The kernel failed.
-    """
+    """Gradients of x, gamma, beta, tau and eps, as _handwritten.backward. BackendError if the kernel failed."""
     library = _opened()
-    kernels = library.functions
     x = dense(x)
     dx = torch.empty_like(x)
     if dy.stride() != x.stride():
@@ -95,13 +82,11 @@ def backward(
     pointers = [tensor.data_ptr() for tensor in (dy, x, *parameters, dx, *gradients)]
     call = ctypes.byref(Backward(*_sizes(x), *pointers))
     if x.device.type == "cpu":
+        kernels = library.functions
         scratch = _scratch(kernels.deploynorm_frn_backward_cpu_workspace(call), x.device)
-        code = kernels.deploynorm_frn_backward_cpu(call, scratch.data_ptr(), *library.threads(), None)
+        _check(kernels.deploynorm_frn_backward_cpu(call, scratch.data_ptr(), *library.threads(), None), x)
     else:
-        with _on(x.device):
-            scratch = _scratch(kernels.deploynorm_frn_backward_cuda_workspace(call), x.device)
-            code = kernels.deploynorm_frn_backward_cuda(call, scratch.data_ptr(), _stream(x.device), None)
-    _check(code, x)
+        _launch("deploynorm_frn_backward_cuda", call, x)
     dgamma, dbeta, dtau, deps = gradients
     return dx, dgamma, dbeta, dtau, deps
 
@@ -116,22 +101,20 @@ def _scratch(size: int, device: torch.device) -> Tensor:
     return torch.empty(size, dtype=torch.uint8, device=device)
 
 
-def _on(device: torch.device) -> torch.cuda.device:
-    return torch.cuda.device(device)
-
-
-def _stream(device: torch.device) -> int:
-    return torch.cuda.current_stream(device).cuda_stream
+def _launch(kernel: str, call: object, x: Tensor) -> None:
+    """Runs a CUDA kernel of the library on the current stream of x's GPU."""
+    functions = _opened().functions
+    with torch.cuda.device(x.device):
+        scratch = _scratch(getattr(functions, f"{kernel}_workspace")(call), x.device)
+        stream = torch.cuda.current_stream(x.device).cuda_stream
+        _check(getattr(functions, kernel)(call, scratch.data_ptr() or None, stream, None), x)
 
 
 def _check(code: int, x: Tensor) -> None:
     if code != 0:
-        raise BackendError(
-            "deploynorm.layers",
-            f"the FRN kernel failed with code {code}",
-            got=f"{tuple(x.shape)} {x.dtype} on {x.device}",
-            fix="deploynorm doctor",
-        )
+        problem = f"the FRN kernel failed with code {code}"
+        got = f"{tuple(x.shape)} {x.dtype} on {x.device}"
+        raise BackendError("deploynorm.layers", problem, got=got, fix="deploynorm doctor")
 
 
 def _opened() -> _Library:

@@ -21,14 +21,10 @@ _SETTLED = f"{DOMAIN}::mabn_settled"
 class Used(NamedTuple):
     """What a forward pass normalises by."""
 
-    second_moment: Tensor
-    """(C,), the chi^2 of Algorithm 1."""
-    r: Tensor
-    """(C,), the renorm factor."""
-    window: Tensor
-    """(), samples that its moving averages cover; 0 in the warm-up."""
-    kept: Tensor
-    """(), bool: the batch enters the statistics."""
+    second_moment: Tensor  # (C,), the chi^2 of Algorithm 1
+    r: Tensor  # (C,), the renorm factor
+    window: Tensor  # (), samples that its moving averages cover; 0 in the warm-up
+    kept: Tensor  # (), bool: the batch enters the statistics
 
     def packed(self) -> Tensor:
         """As one tensor (2 C + 2)."""
@@ -58,14 +54,10 @@ def may_run_again() -> bool:
 
 
 def note(row: Tensor, used: Used, ring: Tensor, passes: Tensor, first_run: Tensor | None = None) -> None:
-    """Writes a pass into the ring, and counts it.
+    """Writes a pass into the ring (K, 3 C + 3) of rows and what was used, and counts it in passes, both in place.
 
-    Args:
-        row: (C + 1), of the batch: the key by which `recalled` finds the pass.
-        used: What it normalises by.
-        ring: (K, 3 C + 3), a row and what was used for each of the last passes; changed in place.
-        passes: (), int64, how many there were; changed in place.
-        first_run: (), bool; False changes neither. None is True.
+    The row (C + 1) of the batch is the key by which `recalled` finds the pass. first_run is (), bool; False changes
+    nothing, and None is True.
     """
     place = (passes % len(ring)).reshape(1)
     entry = torch.cat([row, used.packed()])
@@ -88,14 +80,11 @@ def recalled(row: Tensor, ring: Tensor, passes: Tensor) -> Used:
 
 
 def settled(row: Tensor, used: Used, ring: Tensor, passes: Tensor) -> tuple[Used, Tensor]:
-    """For compiled code: what this pass is to normalise by, and whether it is the first run, which commits.
+    """For compiled code: what this pass is to normalise by, and whether it is the first run (), bool, which commits.
 
     It is an operator, so that this is decided when the code runs and not when it is compiled. The compiler may compute
     anything a second time in the backward pass, when the statistics have changed: of an operator it can either save the
-    result or call it again.
-
-    Returns:
-        used or, in a second run, what the first one used; (), bool.
+    result or call it again. In a second run the result is what the first one used.
     """
     packed, first_run = torch.ops.deploynorm.mabn_settled.default(row, used.packed(), ring, passes)
     return Used.unpacked(packed), first_run

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import cache
 
 from torch import nn
 
@@ -14,18 +15,13 @@ _TIMM = "timm.layers.filter_response_norm"
 
 
 def adopt(model: nn.Module) -> nn.Module:
-    """Replaces the FRN layers of timm by FRN2d layers that compute the same, in place.
+    """Replaces the FRN layers of timm by FRN2d layers that compute the same, in place, and returns the network.
 
-    Only these classes themselves are replaced, and no subclass, which may compute something else.
+    Another object is returned only where the network itself is such a layer. Only these classes themselves are
+    replaced, and no subclass, which may compute something else.
 
         FilterResponseNormTlu2d            -> FRN2d(tlu=True); without apply_act, tlu=False
         FilterResponseNormAct2d            -> FRN2d(tlu=False) and the layer's own activation
-
-    Args:
-        model: Any network.
-
-    Returns:
-        The network; another object only where the network itself is such a layer.
 
     Source: timm/layers/filter_response_norm.py. timm's epsilon is 1e-5 where the paper has 1e-6, and it squares
         in half precision before it casts; the new layers keep the epsilon and do not overflow.
@@ -33,19 +29,15 @@ def adopt(model: nn.Module) -> nn.Module:
     timm_frn = sys.modules.get(_TIMM)
     if timm_frn is None:  # not imported, so no such layer exists
         return model
-    taken: dict[nn.Module, nn.Module] = {}
 
+    @cache  # a layer that is used in two places is one object and must stay one
     def ours(layer: nn.Module) -> nn.Module:
-        if layer not in taken:
-            if type(layer) is timm_frn.FilterResponseNormTlu2d:
-                taken[layer] = _frn(layer, layer.tau)
-            elif type(layer) is timm_frn.FilterResponseNormAct2d:
-                taken[layer] = nn.Sequential(_frn(layer, None), layer.get_submodule("act"))
-            else:
-                taken[layer] = layer
-        return taken[layer]
+        if type(layer) is timm_frn.FilterResponseNormTlu2d:
+            return _frn(layer, layer.tau)
+        if type(layer) is timm_frn.FilterResponseNormAct2d:
+            return nn.Sequential(_frn(layer, None), layer.get_submodule("act"))
+        return layer
 
-    # A layer that is used in two places is one object and must stay one.
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):
             if child is not None and ours(child) is not child:

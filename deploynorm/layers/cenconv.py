@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from math import prod
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -18,12 +19,9 @@ class _CenConv(nn.modules.conv._ConvNd):
 
     def reset_parameters(self) -> None:
         if self.in_channels // self.groups * prod(self.kernel_size) == 1:
-            raise InputError(
-                type(self).__name__,
-                "a fan-in of 1 leaves nothing after centring: the weight would be zero for ever",
-                got=f"1 input channel per group and kernel_size={self.kernel_size}",
-                fix="use the plain convolution here",
-            )
+            problem = "a fan-in of 1 leaves nothing after centring: the weight would be zero for ever"
+            got = f"1 input channel per group and kernel_size={self.kernel_size}"
+            raise InputError(type(self).__name__, problem, got=got, fix="use the plain convolution here")
         super().reset_parameters()
 
     def forward(self, input: Tensor) -> Tensor:
@@ -82,22 +80,8 @@ class CenConvTranspose2d(_CenConv, nn.ConvTranspose2d):
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         """The transposed convolution with the centred weight; output_size as for torch.nn.ConvTranspose2d."""
-        output_padding = self._output_padding(
-            input,
-            output_size,
-            self.stride,  # type: ignore[arg-type]
-            self.padding,  # type: ignore[arg-type]
-            self.kernel_size,  # type: ignore[arg-type]
-            2,
-            self.dilation,  # type: ignore[arg-type]
-        )
-        return F.conv_transpose2d(
-            input,
-            center_weight(self.weight, groups=self.groups, transposed=True),
-            self.bias,
-            self.stride,
-            self.padding,  # type: ignore[arg-type]
-            output_padding,
-            self.groups,
-            self.dilation,
-        )
+        sizes: Any = (self.stride, self.padding, self.kernel_size, 2, self.dilation)  # of other types than declared
+        output_padding = self._output_padding(input, output_size, *sizes)
+        weight = center_weight(self.weight, groups=self.groups, transposed=True)
+        settings: Any = (self.stride, self.padding, output_padding, self.groups, self.dilation)
+        return F.conv_transpose2d(input, weight, self.bias, *settings)

@@ -15,11 +15,9 @@ __all__ = ["freeze_mabn", "unfreeze_mabn"]
 def freeze_mabn(model: nn.Module, within: str | Sequence[str] = (), *, affine: bool = True) -> list[str]:
     """Fixes MABN layers with their present statistics: in training they compute what they compute in evaluation.
 
-        y = weight * x / sqrt(running_var + eps) + bias
-
-    The gradient of x is that of this expression. Statistics do not change, in training mode either; loading a
-    state_dict replaces them, and the layer stays frozen. Copies by copy.deepcopy and pickle are frozen too; a
-    state_dict does not record it. Folding and export see no difference. `recalibrate` skips the layer.
+    The gradient of x is that of the evaluation's expression (see MABN2d), and statistics do not change. Loading a
+    state_dict replaces them, and the layer stays frozen; a state_dict does not record it, copies by copy.deepcopy and
+    pickle do. Folding and export see no difference. `recalibrate` skips the layer.
 
     Freeze before you make the optimiser (`parameter_groups` leaves fixed parameters out): an optimiser with momentum
     moves a parameter for as long as it has a gradient.
@@ -29,8 +27,7 @@ def freeze_mabn(model: nn.Module, within: str | Sequence[str] = (), *, affine: b
         within: Names of submodules, as in model.named_modules(), to freeze the MABN in; by default the whole model.
         affine: Whether weight and bias are fixed too. False leaves them trainable, if they were.
 
-    Returns:
-        The names of the layers that are frozen now.
+    Returns the names of the layers that are frozen now.
 
     Raises:
         InputError: A name in `within` is no submodule, or there is no MABN where it says.
@@ -50,15 +47,8 @@ def freeze_mabn(model: nn.Module, within: str | Sequence[str] = (), *, affine: b
 def unfreeze_mabn(model: nn.Module, within: str | Sequence[str] = ()) -> list[str]:
     """Undoes `freeze_mabn`: statistics change again, and the parameters that it fixed are trained again.
 
-    Args:
-        model: Changed in place. Layers that are not frozen do not change.
-        within: As for `freeze_mabn`.
-
-    Returns:
-        The names of the layers that were frozen.
-
-    Raises:
-        InputError: A name in `within` is no submodule, or there is no MABN where it says.
+    Arguments and errors are those of `freeze_mabn`. Returns the names of the layers that were frozen; others do not
+    change.
     """
     layers = {name: layer for name, layer in _layers("unfreeze_mabn", model, within).items() if layer.frozen}
     for layer in layers.values():
@@ -78,15 +68,11 @@ def _layers(where: str, model: nn.Module, within: str | Sequence[str]) -> dict[s
     found: dict[str, _MABN] = {}
     for part in [within] if isinstance(within, str) else within or [""]:
         if part not in modules:
-            raise InputError(
-                where, "no such submodule", got=repr(part), expected="a name that model.named_modules() gives"
-            )
+            expected = "a name that model.named_modules() gives"
+            raise InputError(where, "no such submodule", got=repr(part), expected=expected)
         prefix = f"{part}." if part else ""
-        inside = {
-            name: module
-            for name, module in modules.items()
-            if isinstance(module, _MABN) and (name == part or name.startswith(prefix))
-        }
+        within_part = {name: module for name, module in modules.items() if f"{name}.".startswith(prefix)}
+        inside = {name: module for name, module in within_part.items() if isinstance(module, _MABN)}
         if not inside:
             raise InputError(where, "there is no MABN", got=repr(part) if part else type(model).__name__)
         found |= inside

@@ -1,4 +1,4 @@
-"""Filter response normalization with its thresholded linear unit."""
+"""Filter response normalization with its thresholded linear unit, and this unit as a layer of its own."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from deploynorm.layers import functional
 from deploynorm.layers._checks import check_input, check_positive
 from deploynorm.layers._precision import FullPrecisionBuffers, cast, compute_dtype
 
-__all__ = ["FRN1d", "FRN2d", "FRN3d"]
+__all__ = ["TLU", "FRN1d", "FRN2d", "FRN3d"]
 
 _LEARNED_EPS_INIT = 1e-4
 
@@ -64,12 +64,8 @@ class _FRN(FullPrecisionBuffers):
             self.eps = float(eps)
             return
         if eps.shape != (self.num_features,) or not (eps.is_meta or bool((eps > 0).all())):
-            raise InputError(
-                name,
-                "wrong eps",
-                got=f"a tensor of shape {tuple(eps.shape)}",
-                expected=f"a number, or a tensor ({self.num_features},) of positive numbers",
-            )
+            expected = f"a number, or a tensor ({self.num_features},) of positive numbers"
+            raise InputError(name, "wrong eps", got=f"a tensor of shape {tuple(eps.shape)}", expected=expected)
         values = eps.detach().to(device=device, dtype=compute_dtype(self.weight.dtype), copy=True)
         self.register_buffer("eps", values)
 
@@ -93,12 +89,10 @@ class _FRN(FullPrecisionBuffers):
         """z, as the class says."""
         check_input(type(self).__name__, x, self.num_features, self._ranks)
         if x.dim() == 2 and self.eps_l is None and not torch.compiler.is_compiling():
-            warnings.warn(
-                f"{type(self).__name__}: on a (N, C) input each value is its own mean, so with a small fixed "
-                "eps the output is a sign function with almost no gradient; pass learned_eps='layer' "
-                "(arXiv:1911.09737, section 3.3)",
-                stacklevel=2,
-            )
+            cause = "on a (N, C) input each value is its own mean, so with a small fixed eps"
+            fault = "the output is a sign function with almost no gradient"
+            fix = "pass learned_eps='layer' (arXiv:1911.09737, section 3.3)"
+            warnings.warn(f"{type(self).__name__}: {cause} {fault}; {fix}", stacklevel=2)
         return functional.filter_response_norm(x, self.weight, self.bias, self.tau, self.effective_eps())
 
     def extra_repr(self) -> str:
@@ -167,3 +161,55 @@ class FRN3d(_FRN):
     """Filter response normalization and TLU over a (N, C, D, H, W) input; see FRN2d."""
 
     _ranks = (5,)
+
+
+class TLU(nn.Module):
+    """Thresholded linear unit: z = max(x, tau), with a learned threshold per channel.
+
+    FRN2d has one of its own; this one is for where an addition stands between the
+    two: relu(x + frn(y)) becomes tlu(x + frn(y)), with FRN2d(..., tlu=False).
+    Training and evaluation compute the same.
+
+    Args:
+        num_features: C, the channels of the input.
+        device, dtype: Of the parameter, as for torch's layers.
+
+    Shape:
+        x and z are (N, C, ...), of one type.
+
+    Parameters, which should not decay (see `parameter_groups`):
+        tau (C,): The threshold, 0 at the start, which makes it a ReLU.
+
+    Raises:
+        InputError: The input has fewer than two axes, another number of channels,
+            or no floating type.
+
+    Source: Singh & Krishnan, CVPR 2020, arXiv:1911.09737, eq. 3. At a tie the
+        gradient goes to tau, where their eq. 4 has it go to x.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check_positive("TLU", "num_features", num_features)
+        self.num_features = num_features
+        self.tau = nn.Parameter(torch.empty(num_features, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.tau)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """z, as the class says."""
+        if x.dim() < 2:
+            got = f"a tensor of shape {tuple(x.shape)}"
+            raise InputError("TLU", "wrong rank", got=got, expected=f"(N, {self.num_features}, ...)")
+        check_input("TLU", x, self.num_features, (x.dim(),))
+        return functional.tlu(x, self.tau)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_features}"

@@ -19,45 +19,34 @@ __all__ = ["center_weight", "compute_dtype", "filter_response_norm", "normalize_
 
 
 def filter_response_norm(x: Tensor, weight: Tensor, bias: Tensor, tau: Tensor | None, eps: float | Tensor) -> Tensor:
-    """Filter response normalization and thresholded linear unit of each sample and channel.
-
-        nu2 = mean(x**2 over all axes >= 2);  y = weight * x / sqrt(nu2 + eps) + bias;  z = max(y, tau)
+    """FRN with its threshold: max(weight * x / sqrt(mean(x**2) + eps) + bias, tau), the mean over all axes >= 2.
 
     Args:
         x: (N, C, ...) floating point, any strides. With (N, C) every value is its own mean.
-        weight: gamma, (C,).
-        bias: beta, (C,).
+        weight, bias: gamma and beta, (C,).
         tau: Threshold (C,), or None for no TLU.
         eps: Effective epsilon, greater than 0: a number, or a tensor () or (C,).
 
     Returns:
-        Tensor of x's shape and dtype.
-
-    Numerics: squares, mean and affine are computed in float32 (float64 for float64 x) and rounded once, so float16
+        Tensor of x's shape and dtype, computed in float32 (float64 for float64 x) and rounded once, so that float16
         inputs of any size are safe. At a tie y == tau the gradient goes to y and none to tau (eq. 4).
+
     Source: Singh & Krishnan, arXiv:1911.09737, eq. 1 to 3. Their eq. 7 lacks a factor 1/N; autograd has it.
     """
     if torch.compiler.is_exporting():
         y: Tensor = ops.filter_response_norm(x, *_operands(x, weight, bias, tau, eps))
         return y
-    if _composed_is_better(x):
+    # PyTorch must see inside the operator to transform it, or to fuse it where we have no kernel.
+    if transformed() or (torch.compiler.is_compiling() and not _native.available(x.device)):
         return composed(x, weight, bias, tau, eps)
     return ops.frn(x, *_operands(x, weight, bias, tau, eps))
 
 
 def tlu(x: Tensor, tau: Tensor) -> Tensor:
-    """Thresholded linear unit: max(x, tau) with one threshold per channel.
+    """Thresholded linear unit: max(x, tau) of x (N, C, ...), tau (C,), in x's dtype; a NaN in x stays NaN.
 
-    Args:
-        x: (N, C, ...).
-        tau: (C,).
-
-    Returns:
-        Tensor of x's shape and dtype; a NaN in x stays NaN.
-
-    Numerics: backward saves the output, which the next layer saves anyway, and not x. So at a tie the gradient goes to
-        tau, where eq. 4 has it go to x: that of a ReLU is zero there too.
-    Source: Singh & Krishnan, arXiv:1911.09737, eq. 3.
+    Backward saves the output, which the next layer saves anyway, and not x. So at a tie the gradient goes to tau, where
+    eq. 4 of arXiv:1911.09737 has it go to x: that of a ReLU is zero there too.
     """
     bound = cast(per_channel(tau, x), x.dtype)
     if torch.compiler.is_exporting():
@@ -86,45 +75,28 @@ class _TLU(torch.autograd.Function):
 def normalize_by_second_moment(
     x: Tensor, second_moment: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> Tensor:
-    """MABN in evaluation: y = weight * x / sqrt(second_moment + eps) + bias, per channel.
+    """MABN in evaluation: weight * x / sqrt(second_moment + eps) + bias, per channel of x (N, C, ...), in x's dtype.
 
-    Args:
-        x: (N, C, ...).
-        second_moment: E[x^2], (C,), float32 or float64.
-        weight: (C,), or None for 1.
-        bias: (C,), or None for 0.
-        eps: Added to the second moment.
+    second_moment is E[x^2], (C,), float32 or float64; weight and bias are (C,), or None for 1 and 0. It is batch
+    normalization with mean zero, and runs as such: one pass over x, and every exporter and runtime knows the operator.
 
-    Returns:
-        Tensor of x's shape and dtype.
-
-    Source: Yan et al., ICLR 2020, arXiv:2001.06838, Algorithm 1 (inference). It is batch normalization with
-        mean zero, and runs as such: one pass over x, and every exporter and runtime knows the operator.
+    Source: Yan et al., ICLR 2020, arXiv:2001.06838, Algorithm 1 (inference).
     """
     dtype = compute_dtype(x.dtype)
     second_moment = cast(second_moment, dtype)
-    return F.batch_norm(
-        x,
-        torch.zeros_like(second_moment),
-        second_moment,
-        None if weight is None else cast(weight, dtype),
-        None if bias is None else cast(bias, dtype),
-        training=False,
-        momentum=0.0,
-        eps=eps,
-    )
+    mean = torch.zeros_like(second_moment)
+    weight = None if weight is None else cast(weight, dtype)
+    bias = None if bias is None else cast(bias, dtype)
+    return F.batch_norm(x, mean, second_moment, weight, bias, training=False, momentum=0.0, eps=eps)
 
 
 def center_weight(weight: Tensor, *, groups: int = 1, transposed: bool = False) -> Tensor:
-    """Weight centralisation: W - mean(W), the mean taken over the fan-in of each output filter.
+    """Weight centralisation: W - mean(W), the mean taken over the fan-in of each output filter, in W's dtype.
 
     Args:
-        weight: (out, in/groups, ...), or (in, out/groups, ...) when transposed.
+        weight: (out, in/groups, ...), or (in, out/groups, ...) when transposed. The mean is taken in float32 at least.
         groups: Needed for a transposed convolution alone, whose fan-in is split over the first axis.
         transposed: Whether the weight is that of a transposed convolution.
-
-    Returns:
-        Tensor of weight's shape and dtype; the mean is taken in float32 (float64 for float64).
 
     Source: Yan et al., arXiv:2001.06838, section 4.3; megvii-model/MABN, MABN.py, CenConv2d.
     """
@@ -136,13 +108,6 @@ def center_weight(weight: Tensor, *, groups: int = 1, transposed: bool = False) 
     else:
         centred = w - w.mean(tuple(range(1, w.dim())), keepdim=True)
     return cast(centred, weight.dtype)
-
-
-def _composed_is_better(x: Tensor) -> bool:
-    """Whether PyTorch must see inside the operator: to transform it, or to fuse it where we have no kernel."""
-    if torch.compiler.is_compiling():
-        return not _native.available(x.device)
-    return transformed()
 
 
 def transformed() -> bool:

@@ -17,13 +17,11 @@ def track_loss_scale(model: nn.Module, scaler: torch.amp.GradScaler | None) -> N
         scaler = torch.amp.GradScaler()
         track_loss_scale(model, scaler)
 
-    MABN averages psi, a mean of gradients, over several iterations. When the scaler changes its scale between them, the
-    psi of earlier steps is too large or too small by that factor, and the gradients of x are wrong until the window has
-    passed. So a linked MABN divides psi by the scale when it stores it, and multiplies by the current one when it reads
-    it. The checkpoint holds psi of the unscaled loss, so a run may go on with another scale or with none.
-
-    It reads the scaler's own tensor, which stays on the device: the host does not wait, and a compiled step has no
-    graph break. A copy made by copy.deepcopy has this scaler too; a model loaded from a file has none.
+    MABN averages psi, a mean of gradients, over several iterations: when the scale changes between them, the psi of
+    earlier steps is off by that factor, and so are the gradients of x until the window has passed. A linked MABN stores
+    psi of the unscaled loss, so that a run may also go on with another scale or with none. It reads the scaler's own
+    tensor, which stays on the device: the host does not wait, and a compiled step has no graph break. A copy made by
+    copy.deepcopy has this scaler too; a model loaded from a file has none.
 
     Args:
         model: On the device on which it is trained: the scaler makes its tensor there if it has none yet.
@@ -45,13 +43,9 @@ def track_loss_scale(model: nn.Module, scaler: torch.amp.GradScaler | None) -> N
 def _scale_of(scaler: torch.amp.GradScaler, device: torch.device) -> Tensor:
     kind = getattr(scaler, "_device", device.type)
     if kind != device.type:
-        raise InputError(
-            "track_loss_scale",
-            "the model is on another kind of device than the scaler",
-            got=f"a model on {device}",
-            expected=kind,
-            fix="move the model to its device first",
-        )
+        problem = "the model is on another kind of device than the scaler"
+        got = f"a model on {device}"
+        raise InputError("track_loss_scale", problem, got=got, expected=kind, fix="move the model to its device first")
     # A scaler makes its tensor with the first value that it scales, and changes it in place from then on.
     scaler.scale(torch.zeros((), device=device))
     scale = getattr(scaler, "_scale", None)

@@ -125,10 +125,8 @@ class _MABN(FullPrecisionBuffers):
             problem = "it cannot train under a transform of torch.func or in forward mode"
             raise InputError(type(self).__name__, problem, fix=FIX)
         if x.numel() == 0:
-            warnings.warn(
-                f"{type(self).__name__}: an empty batch of shape {tuple(x.shape)} added nothing to the statistics",
-                stacklevel=2,
-            )
+            empty = f"an empty batch of shape {tuple(x.shape)} added nothing to the statistics"
+            warnings.warn(f"{type(self).__name__}: {empty}", stacklevel=2)
         again = may_run_again()
         with torch.no_grad():
             used = step(self, x, again)
@@ -142,11 +140,9 @@ class _MABN(FullPrecisionBuffers):
         if not mode and self.training and not self.skipped_batches.is_meta:
             skipped = int(self.skipped_batches)
             if skipped:
-                warnings.warn(
-                    f"{type(self).__name__}: {skipped} batches with values that were not finite left the "
-                    "statistics alone; lower the learning rate or the loss scale",
-                    stacklevel=2,
-                )
+                what = f"{skipped} batches with values that were not finite left the statistics alone"
+                fix = "lower the learning rate or the loss scale"
+                warnings.warn(f"{type(self).__name__}: {what}; {fix}", stacklevel=2)
                 self.skipped_batches.zero_()
         super().train(mode)
         return self
@@ -173,11 +169,8 @@ class _MABN(FullPrecisionBuffers):
             self._buffers.update(_unsaved(self.running_var))
 
     def extra_repr(self) -> str:
-        return (
-            f"{self.num_features}, eps={self.eps}, momentum={self.momentum}, "
-            f"moving_batch_size={self.moving_batch_size}, warmup={self.warmup}, affine={self.affine}"
-            + (", frozen=True" if self.frozen else "")
-        )
+        names = ("eps", "momentum", "moving_batch_size", "warmup", "affine", *(("frozen",) if self.frozen else ()))
+        return ", ".join([str(self.num_features), *(f"{name}={getattr(self, name)}" for name in names)])
 
 
 class MABN1d(_MABN):

@@ -143,41 +143,32 @@ def _in_compute_type(x: Tensor, *parameters: Tensor) -> list[Tensor]:
     return [cast(parameter, compute_dtype(x.dtype)) for parameter in parameters]
 
 
-def _save_inputs(ctx: Any, inputs: Sequence[Tensor], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
-
-
 def _gradients_from_inputs(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     with torch.enable_grad():
         inputs = [t.detach().requires_grad_() for t in ctx.saved_tensors]
         return torch.autograd.grad(composed(*inputs), inputs, grad)
 
 
-filter_response_norm.register_autograd(_gradients_from_inputs, setup_context=_save_inputs)
+filter_response_norm.register_autograd(
+    _gradients_from_inputs, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs)
+)
 
 
 def _check_operands(x: Tensor, *parameters: Tensor) -> None:
     """Raises InputError where the kernels, which take addresses, would read beyond an end or on another device."""
     channels, dtype, device = x.shape[1:2], compute_dtype(x.dtype), x.device
     if x.dim() < 2 or any(p.shape != channels or p.dtype != dtype or p.device != device for p in parameters):
-        raise InputError(
-            f"{DOMAIN}::{TORCH_OP}",
-            "the operands do not fit",
-            got=", ".join(_described(name, t) for name, t in zip(INPUTS, (x, *parameters), strict=False)),
-            expected=f"X (N, C, ...), and (C,) {dtype} on {device} for the others",
-        )
+        given = dict(zip(INPUTS, (x, *parameters), strict=False))
+        raise _misfit(TORCH_OP, given, f"X (N, C, ...), and (C,) {dtype} on {device} for the others")
 
 
 def _check_gradient(dy: Tensor, x: Tensor, rstd: Tensor, gamma: Tensor) -> None:
     """Checks what the backward kernels take beside the operands of the forward pass."""
     if dy.shape != x.shape or dy.dtype != x.dtype or rstd.shape != x.shape[:2] or rstd.dtype != gamma.dtype:
-        raise InputError(
-            _BACKWARD,
-            "the operands do not fit",
-            got=", ".join(_described(name, t) for name, t in (("dy", dy), ("X", x), ("rstd", rstd))),
-            expected=f"dy as X, and rstd (N, C) {gamma.dtype}",
-        )
+        given = {"dy": dy, "X": x, "rstd": rstd}
+        raise _misfit("frn_backward", given, f"dy as X, and rstd (N, C) {gamma.dtype}")
 
 
-def _described(name: str, tensor: Tensor) -> str:
-    return f"{name} {tuple(tensor.shape)} {tensor.dtype} on {tensor.device}"
+def _misfit(operator: str, given: dict[str, Tensor], expected: str) -> InputError:
+    got = ", ".join(f"{name} {tuple(each.shape)} {each.dtype} on {each.device}" for name, each in given.items())
+    return InputError(f"{DOMAIN}::{operator}", "the operands do not fit", got=got, expected=expected)

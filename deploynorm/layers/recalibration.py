@@ -8,6 +8,7 @@ import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -43,19 +44,17 @@ def recalibrate(
 
     What enters a layer depends on how the layers before it are normalised. So the layers are done one by one, in the
     order in which the network runs them, each with those before it in their final state, and the result is exact:
-    evaluated on the same samples, each layer's input has the second moment that its running_var says. Cheaper ways
-    do not give that. Measured all at once, every layer of a deep network corrects for all the others, and together
-    they overshoot; normalised by each batch's own statistic, at a batch size of 2, it is not the network that will be
-    evaluated. The price is, for L layers, one pass over the loader and another L through half the network on average.
-    Some hundreds of samples will do; see `batches`. A layer that takes part in its own input, being used twice in a
-    chain, is measured as it stood before.
+    evaluated on the same samples, each layer's input has the second moment that its running_var says. Measured all at
+    once, every layer of a deep network would correct for all the others, and together they overshoot. The price is, for
+    L layers, one pass over the loader and another L through half the network on average; some hundreds of samples will
+    do, see `batches`. A layer that is used twice in a chain, and so takes part in its own input, is measured as it
+    stood before.
 
     Every sample has one weight, as in training. Parameters, modes and all else stay as they were, and so does
     running_var if anything goes wrong, Ctrl-C included. Frozen layers are left alone. A layer that was never trained
-    counts as having seen a batch, so that training goes on from here.
-
-    Under torch.distributed each process runs its own loader, and the result is that of all of them together. Compiled
-    modules run as they were before torch.compile. A progress bar is shown on stderr where that is a terminal.
+    counts as having seen a batch, so that training goes on from here. Under torch.distributed each process runs its own
+    loader, and the result is that of all together. Compiled modules run as they were before torch.compile. A progress
+    bar is shown on stderr where that is a terminal.
 
     Args:
         model: Changed in place. One wrapped in DistributedDataParallel may be given as it is.
@@ -67,16 +66,15 @@ def recalibrate(
             model(batch[0]) for a tuple or list such as (images, labels), model(**batch) for a dict. A network of
             several inputs requires one: lambda model, batch: model(*batch).
 
-    Returns:
-        For each layer's name, how far running_var has moved: the largest |new / old - 1| of its channels.
+    Returns for each layer's name how far running_var has moved: the largest |new / old - 1| of its channels.
 
     Raises:
         InputError: There is no MABN that is not frozen; the loader is empty, or can be iterated only once; the model
             cannot be called with a batch in the ways above.
         ModelError: A second moment is not finite; no MABN was reached; another process failed.
 
-    Source: The purpose is that of PreciseBN: Wu & Johnson, "Rethinking Batch in BatchNorm", arXiv:2105.07576, section
-        3. There the mean of batch statistics is taken in one pass, which suits layers that train normalised by them.
+    Source: The purpose is that of PreciseBN: Wu & Johnson, arXiv:2105.07576, section 3. There the mean of batch
+        statistics is taken in one pass, which suits layers that train normalised by them.
     """
     model = model.module if isinstance(model, DistributedDataParallel) else model
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, _MABN) and not layer.frozen}
@@ -85,12 +83,8 @@ def recalibrate(
     if batches is not None and batches < 1:
         raise InputError(WHERE, "batches must be positive", got=batches)
     if iter(loader) is loader:
-        raise InputError(
-            WHERE,
-            "the loader can be iterated only once",
-            got=type(loader).__name__,
-            fix="give a DataLoader, or list(loader)",
-        )
+        problem = "the loader can be iterated only once"
+        raise InputError(WHERE, problem, got=type(loader).__name__, fix="give a DataLoader, or list(loader)")
     target = torch.device(device) if device is not None else next(iter(layers.values())).running_var.device
 
     def run(batch: object) -> None:
@@ -99,6 +93,7 @@ def recalibrate(
     before = {name: (layer.running_var.clone(), layer.num_batches_tracked.clone()) for name, layer in layers.items()}
     try:
         with _evaluation(model), _progress() as progress:
+            progress.add_task("recalibrate", total=None)
             passes = _Passes(layers, loader, batches, run, progress)
             order = passes.discover()
             for name in order:
@@ -118,70 +113,51 @@ class _Reached(BaseException):
     """The rest of the network need not run. Not an Exception, so that an `except Exception` in a model lets it by."""
 
 
+@dataclass
 class _Passes:
     """Passes over the loader: one that finds the order of the layers, and one for each layer to set."""
 
-    def __init__(
-        self,
-        layers: Mapping[str, _MABN],
-        loader: Iterable[Any],
-        batches: int | None,
-        run: Callable[[object], None],
-        progress: Progress,
-    ) -> None:
-        self._layers, self._loader, self._batches, self._run, self._progress = layers, loader, batches, run, progress
-        self._device = next(iter(layers.values())).running_var.device
-        self._task = progress.add_task("recalibrate", total=None)
-        self._uses: dict[str, set[int]] = {}
-        """For each layer that forward passes use: how many times one pass did, each number that was seen."""
+    layers: Mapping[str, _MABN]
+    loader: Iterable[Any]
+    batches: int | None
+    run: Callable[[object], None]
+    progress: Progress
+    uses: dict[str, set[int]] = field(default_factory=dict)
+    """For each layer that forward passes use: how many times one pass did, each number that was seen."""
 
     def discover(self) -> list[str]:
         """The names of the layers that are reached, in the order in which the network runs them."""
         order: list[str] = []
-        used: Counter[str] = Counter()
 
-        def note(name: str, _: Tensor) -> None:
-            used[name] += 1
+        def note(name: str, _: Tensor, times: int) -> None:
             if name not in order:
                 order.append(name)
 
-        def after_batch() -> None:
-            for name, times in used.items():
-                self._uses.setdefault(name, set()).add(times)
-            used.clear()
-
-        seen = self._pass(list(self._layers), note, after_batch)
+        seen = self._pass(list(self.layers), note)
         if self._reduced([seen], "sum") == [0]:
-            raise InputError(WHERE, "the loader is empty", got=type(self._loader).__name__)
-        places = [order.index(name) if name in order else len(self._layers) for name in self._layers]
-        reached = zip(self._reduced(places, "min"), self._layers, strict=True)
-        ordered = [name for place, name in sorted(reached, key=lambda pair: pair[0]) if place < len(self._layers)]
+            raise InputError(WHERE, "the loader is empty", got=type(self.loader).__name__)
+        places = [order.index(name) if name in order else len(self.layers) for name in self.layers]
+        reached = zip(self._reduced(places, "min"), self.layers, strict=True)
+        ordered = [name for place, name in sorted(reached, key=lambda pair: pair[0]) if place < len(self.layers)]
         if not ordered:
             raise ModelError(WHERE, "no MABN was reached", fix="give a `forward` that runs the network")
-        self._progress.update(self._task, total=seen * (1 + len(ordered)))
+        self.progress.update(self.progress.task_ids[0], total=seen * (1 + len(ordered)))
         return ordered
 
     def set(self, name: str) -> None:
         """Measures what enters one layer, those before it being in their final state, and sets its running_var."""
-        layer = self._layers[name]
+        layer = self.layers[name]
         precise = torch.float32 if layer.running_var.device.type == "mps" else torch.float64  # which mps lacks
         total = layer.running_var.new_zeros(layer.num_features + 1, dtype=precise)
-        uses = self._uses.get(name, set())
+        uses = self.uses.get(name, set())
         last_use = min(uses) if len(uses) == 1 else None
-        used = 0
 
-        def add(_: str, x: Tensor) -> None:
-            nonlocal used
-            used += 1
+        def add(_: str, x: Tensor, times: int) -> None:
             total.add_(statistics.row(statistics.second_moment_sum(x, compute_dtype(x.dtype)), x))
-            if used == last_use:
+            if times == last_use:
                 raise _Reached
 
-        def after_batch() -> None:
-            nonlocal used
-            used = 0
-
-        self._pass([name], add, after_batch)
+        self._pass([name], add)
         total = statistics.over_all_ranks(total, layer.process_group)
         if total[-1] == 0:
             return
@@ -192,26 +168,33 @@ class _Passes:
         layer.running_var.copy_(second_moment)
         layer.num_batches_tracked.clamp_(min=1)
 
-    def _pass(self, names: Sequence[str], note: Callable[[str, Tensor], None], after_batch: Callable[[], None]) -> int:
-        """Runs all batches, with a call of note for each use of a layer, and returns their number."""
+    def _pass(self, names: Sequence[str], note: Callable[[str, Tensor, int], None]) -> int:
+        """Runs all batches and returns their number; note(name, x, times) is called at the times-th use of a layer."""
+        used: Counter[str] = Counter()
 
         def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
-            return lambda _, args, kwargs: note(name, args[0] if args else kwargs["x"])
+            def count(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                used[name] += 1
+                note(name, args[0] if args else kwargs["x"], used[name])
 
-        handles = [self._layers[name].register_forward_pre_hook(hook(name), with_kwargs=True) for name in names]
+            return count
+
         seen, error = 0, None
-        try:
-            for batch in itertools.islice(self._loader, self._batches):
-                with contextlib.suppress(_Reached):
-                    self._run(batch)
-                after_batch()
-                seen += 1
-                self._progress.advance(self._task)
-        except BaseException as caught:
-            error = caught
-        finally:
-            for handle in handles:
-                handle.remove()
+        with contextlib.ExitStack() as hooks:
+            for name in names:
+                layer = self.layers[name]
+                hooks.callback(layer.register_forward_pre_hook(hook(name), with_kwargs=True).remove)
+            try:
+                for batch in itertools.islice(self.loader, self.batches):
+                    used.clear()
+                    with contextlib.suppress(_Reached):
+                        self.run(batch)
+                    for name, times in used.items():
+                        self.uses.setdefault(name, set()).add(times)
+                    seen += 1
+                    self.progress.advance(self.progress.task_ids[0])
+            except BaseException as caught:
+                error = caught
         # The other processes would wait for this one for ever.
         failed = self._reduced([error is not None], "max") != [0]
         if error is not None:
@@ -224,9 +207,8 @@ class _Passes:
         """Each value over all processes."""
         if statistics.processes(None) == 1:
             return list(values)
-        operation = {"sum": dist.ReduceOp.SUM, "min": dist.ReduceOp.MIN, "max": dist.ReduceOp.MAX}[how]
-        tensor = torch.tensor(values, dtype=torch.float32, device=self._device)
-        dist.all_reduce(tensor, operation)
+        tensor = torch.tensor(values, dtype=torch.float32, device=next(iter(self.layers.values())).running_var.device)
+        dist.all_reduce(tensor, getattr(dist.ReduceOp, how.upper()))
         return [float(value) for value in tensor]
 
 
@@ -268,13 +250,10 @@ def _forward(model: nn.Module, batch: Any) -> object:
     except (TypeError, AttributeError) as error:  # how Python and torch refuse missing inputs, and lists as tensors
         cause = error
     reason = f": {type(cause).__name__}: {str(cause).partition(chr(10))[0]}" if cause else ""
-    raise InputError(
-        WHERE,
-        f"the model cannot be called with a batch of the loader{reason}",
-        got=_outline(batch),
-        expected="a tensor, a tuple or list with the only input first, or a dict of arguments",
-        fix="pass forward=, for example forward=lambda model, batch: model(*batch)",
-    ) from cause
+    problem = f"the model cannot be called with a batch of the loader{reason}"
+    expected = "a tensor, a tuple or list with the only input first, or a dict of arguments"
+    fix = "pass forward=, for example forward=lambda model, batch: model(*batch)"
+    raise InputError(WHERE, problem, got=_outline(batch), expected=expected, fix=fix) from cause
 
 
 def _outline(batch: Any) -> str:

@@ -22,14 +22,10 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
     Args:
         model: Parameters that require no gradient, such as those fixed by `freeze_mabn`, are in neither group.
-        weight_decay: Of the first group, at least 0.
+        weight_decay: Of the first group; InputError if it is negative.
 
     Returns:
-        [{"params": those that decay, "weight_decay": weight_decay}, {"params": the others, "weight_decay": 0.0}], each
-        in the order of model.parameters().
-
-    Raises:
-        InputError: weight_decay is negative.
+        Those that decay and the others, each {"params": in the order of model.parameters(), "weight_decay": ...}.
 
     Source: timm.optim.param_groups_weight_decay, which gives the two in the other order.
     """

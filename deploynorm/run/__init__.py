@@ -1,7 +1,6 @@
 """Running a network on any backend through one protocol; a backend is imported when it is first asked for."""
 
-from deploynorm.run.backends import BACKENDS, ENGINE_SUFFIXES, available
+from deploynorm.run.backends import BACKENDS, ENGINE_SUFFIXES, available, open_runner
 from deploynorm.run.base import Runner
-from deploynorm.run.opening import open_runner
 
 __all__ = ["BACKENDS", "ENGINE_SUFFIXES", "Runner", "available", "open_runner"]

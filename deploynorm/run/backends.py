@@ -1,40 +1,31 @@
-"""The backends. A new one takes one row here and one file with its runner."""
+"""The backends, and the runner that suits a file. A new backend takes one row here and one file with its runner."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Final, Literal, NamedTuple
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
 
-from deploynorm.errors import BackendError
+from deploynorm.errors import BackendError, InputError
+from deploynorm.inputs import with_sizes
 from deploynorm.packages import load
 from deploynorm.run.base import Runner
 
-__all__ = ["BACKENDS", "ENGINE_SUFFIXES", "ONNX_BACKENDS", "Backend", "available"]
+if TYPE_CHECKING:
+    from deploynorm.onnx_file import OnnxFile
 
 
 class Backend(NamedTuple):
-    """One way to run a network.
+    """One way to run a network."""
 
-    Attributes:
-        module: Where its runner is; imported when it is first asked for.
-        runner: The class, a `Runner`.
-        runs: What its runner is made of: an ONNX file, an engine file, or a network in PyTorch.
-        options: Those of `open_runner` that it takes.
-        summary: What it is, for --help.
-    """
-
-    module: str
-    runner: str
-    runs: Literal["onnx", "engine", "network"]
-    options: tuple[str, ...]
-    summary: str
+    module: str  # where its runner is; imported when it is first asked for
+    runner: str  # the class, a `Runner`
+    runs: Literal["onnx", "engine", "network"]  # what its runner is made of: a file, or a network in PyTorch
+    options: tuple[str, ...]  # those of `open_runner` that it takes
+    summary: str  # what it is, for --help
 
     def load(self) -> type[Runner]:
-        """The class of its runner.
-
-        Raises:
-            BackendError: A package that it imports is not installed.
-        """
+        """The class of its runner; BackendError if a package that it imports is not installed."""
         found: type[Runner] = load(f"{self.module}.{self.runner}")
         return found
 
@@ -69,3 +60,55 @@ def available() -> dict[str, str | None]:
         except BackendError as error:
             reasons[name] = str(error)
     return reasons
+
+
+def open_runner(
+    model: str | Path | OnnxFile,
+    backend: str | None = None,
+    *,
+    providers: Sequence[str] = ("cpu",),
+    plugins: Sequence[Path] | None = None,
+    threads: int | None = None,
+    trust_engine: bool = False,
+) -> Runner:
+    """A runner of an ONNX file, or of a TensorRT engine.
+
+    Args:
+        model: The file, with its external data beside it; or an ONNX file that OnnxFile.read has read.
+        backend: One of `BACKENDS` that runs files. None takes "tensorrt" for a file named .engine or .plan; "half" for
+            an ONNX file in half precision on the CPU without plugins, since ONNX Runtime computes it in float32 there;
+            and "onnxruntime" for all else.
+        providers: For onnxruntime: cpu, cuda, tensorrt, the preferred first.
+        plugins: For onnxruntime and tensorrt: libraries instead of ours, which is used where it is built; empty for the
+            stock runtime, which runs the function body of our operator.
+        threads: For onnxruntime and half: threads within an operator; None leaves it to ONNX Runtime.
+        trust_engine: For tensorrt: lets an engine that holds code for the processor run it.
+
+    Raises:
+        InputError: An unknown backend or provider, or an option that the backend does not have.
+        BackendError: What the backend needs is missing or too old.
+        ModelError: The file cannot be read or run.
+    """
+    options: dict[str, Any] = {} if tuple(providers) == ("cpu",) else {"providers": tuple(providers)}
+    options |= {"plugins": plugins, "threads": threads, "trust_engine": trust_engine or None}
+    given = {name: value for name, value in options.items() if value is not None}
+    files = [name for name, row in BACKENDS.items() if row.runs != "network"]
+    if backend is not None and backend not in files:
+        raise InputError("open_runner", "unknown backend", got=repr(backend), expected=", ".join(map(repr, files)))
+    if backend is None and isinstance(model, str | Path) and Path(model).suffix in ENGINE_SUFFIXES:
+        backend = "tensorrt"
+    # No other backend of ONNX files takes an option that onnxruntime does not take.
+    refused = [name for name in given if name not in BACKENDS[backend or "onnxruntime"].options]
+    if refused:
+        called = f"the {backend or 'onnxruntime'} backend"
+        raise InputError("open_runner", f"{called} takes no {' and no '.join(refused)}", fix="leave it out")
+    if backend is not None and BACKENDS[backend].runs == "engine":
+        engine: Runner = BACKENDS[backend].load()(model, **given)
+        return engine
+    file: OnnxFile = load("deploynorm.onnx_file.OnnxFile").read(model)
+    if backend is None:
+        backend = "half" if file.half_type and not {"providers", "plugins"} & set(given) else "onnxruntime"
+    runner: Runner = BACKENDS[backend].load()(file, **given)
+    runner.precision = file.half_type
+    runner.inputs = with_sizes(runner.inputs, file.sizes)
+    return runner

@@ -72,35 +72,23 @@ def closed_error(where: str) -> InputError:
 
 
 def check_feeds(where: str, specs: Sequence[TensorSpec], feeds: Mapping[str, npt.NDArray[Any]]) -> None:
-    """Raises InputError unless feeds holds exactly the tensors that specs describe.
+    """Raises InputError unless feeds holds exactly the tensors that specs describe, by name, type, rank and size.
 
-    Args:
-        where: Named in the message.
-        specs: Name, shape and dtype of each input.
-        feeds: The arrays, by name.
-
-    Raises:
-        InputError: A name is missing or unknown, or an array has another dtype, rank or size; two dimensions of
-            one symbolic name differ.
+    Two dimensions of one symbolic name must be equal.
     """
     names = [spec.name for spec in specs]
     missing = [name for name in names if name not in feeds]
     unknown = [name for name in feeds if name not in names]
     if missing or unknown:
-        raise InputError(
-            where,
-            f"inputs missing: {missing}" if missing else f"unknown inputs: {unknown}",
-            got=list(feeds),
-            expected=names,
-            fix="feed one array under each expected name",
-        )
+        problem = f"inputs missing: {missing}" if missing else f"unknown inputs: {unknown}"
+        fix = "feed one array under each expected name"
+        raise InputError(where, problem, got=list(feeds), expected=names, fix=fix)
     sizes: dict[str, tuple[int, str]] = {}
-    free = ("", "?")
     for spec in specs:
         value = feeds[spec.name]
         _check_array(where, spec, value)
         for axis, (dimension, size) in enumerate(zip(spec.shape, value.shape, strict=True)):
-            if dimension in free:
+            if dimension in ("", "?"):  # independent of all others
                 continue
             if isinstance(dimension, int):
                 agreed, source = dimension, "the network fixes it"
@@ -108,42 +96,28 @@ def check_feeds(where: str, specs: Sequence[TensorSpec], feeds: Mapping[str, npt
                 agreed, source = sizes.setdefault(dimension, (size, f"axis {axis} of input {spec.name!r}"))
                 source = f"{dimension!r} is already {agreed} on {source}"
             if size != agreed:
-                raise InputError(
-                    where,
-                    f"input {spec.name!r} has the wrong size on axis {axis}",
-                    got=value.shape,
-                    expected=f"{_show(spec)}: {source}",
-                    fix="feed arrays of that size, or export with that dimension dynamic",
-                )
+                problem = f"input {spec.name!r} has the wrong size on axis {axis}"
+                fix = "feed arrays of that size, or export with that dimension dynamic"
+                raise InputError(where, problem, got=value.shape, expected=f"{_show(spec)}: {source}", fix=fix)
 
 
 def _check_array(where: str, spec: TensorSpec, value: npt.NDArray[Any]) -> None:
     import numpy as np
 
+    got: object
     if not isinstance(value, np.ndarray):
-        raise InputError(
-            where,
-            f"input {spec.name!r} is not a NumPy array",
-            got=type(value).__name__,
-            expected=f"an array {_show(spec)} of {spec.dtype}",
-            fix="pass numpy.asarray(value)",
-        )
-    if value.dtype.name != spec.dtype or not value.dtype.isnative:
-        raise InputError(
-            where,
-            f"input {spec.name!r} has the wrong dtype",
-            got=value.dtype.name if value.dtype.isnative else f"{value.dtype.name} in foreign byte order",
-            expected=spec.dtype,
-            fix=f"convert it with .astype({spec.dtype!r})",
-        )
-    if value.ndim != len(spec.shape):
-        raise InputError(
-            where,
-            f"input {spec.name!r} has the wrong rank",
-            got=value.shape,
-            expected=_show(spec),
-            fix="add or remove axes; the first is the batch",
-        )
+        problem, fix = "is not a NumPy array", "pass numpy.asarray(value)"
+        got, expected = type(value).__name__, f"an array {_show(spec)} of {spec.dtype}"
+    elif value.dtype.name != spec.dtype or not value.dtype.isnative:
+        problem, fix = "has the wrong dtype", f"convert it with .astype({spec.dtype!r})"
+        got = value.dtype.name if value.dtype.isnative else f"{value.dtype.name} in foreign byte order"
+        expected = spec.dtype
+    elif value.ndim != len(spec.shape):
+        problem, fix = "has the wrong rank", "add or remove axes; the first is the batch"
+        got, expected = value.shape, _show(spec)
+    else:
+        return
+    raise InputError(where, f"input {spec.name!r} {problem}", got=got, expected=expected, fix=fix)
 
 
 def _show(spec: TensorSpec) -> str:

@@ -32,9 +32,7 @@ class EagerRunner(Runner):
         dtype: Floating parameters, buffers and inputs are cast to it. torch.float64 gives the truth of a check.
         device: Where to run.
 
-    Raises:
-        BackendError: The device is not there.
-        ModelError: The network cannot be copied.
+    Raises BackendError if the device is not there, and ModelError if the network cannot be copied.
     """
 
     def __init__(
@@ -49,15 +47,10 @@ class EagerRunner(Runner):
         self._device = torch.device(device)
         self._dtype = dtype
         if self._device.type == "cuda" and not torch.cuda.is_available():
-            raise BackendError(
-                "EagerRunner",
-                "no CUDA device",
-                got=f"device={device}",
-                fix="pass device='cpu', or install a CUDA torch",
-            )
+            fix = "pass device='cpu', or install a CUDA torch"
+            raise BackendError("EagerRunner", "no CUDA device", got=f"device={device}", fix=fix)
         self.name = "eager" if dtype is None else f"eager {str(dtype).removeprefix('torch.')}"
-        if self._device.type != "cpu":
-            self.name += f" ({self._device})"
+        self.name += "" if self._device.type == "cpu" else f" ({self._device})"
         self.inputs = tuple(inputs)
         self.output_names = tuple(output_names or ())
         self._named = output_names is not None
@@ -67,37 +60,28 @@ class EagerRunner(Runner):
         if self._network is None:
             raise closed_error("EagerRunner.infer")
         check_feeds("EagerRunner.infer", self.inputs, feeds)
-        arguments = [self._argument(feeds[spec.name]) for spec in self.inputs]
+        copies = [to_tensor(feeds[spec.name]) for spec in self.inputs]  # the network may work in place
+        arguments = [x.to(self._device, self._dtype if x.is_floating_point() else None) for x in copies]
         try:
             with torch.inference_mode(), torch.autocast(self._device.type, enabled=False), _full_float32():
                 result = self._network(*arguments)
         except DeployNormError:
             raise
         except Exception as error:
-            raise ModelError(
-                "EagerRunner.infer",
-                f"the network raised {type(error).__name__}: {error}",
-                got={name: value.shape for name, value in feeds.items()},
-                fix="feed shapes that the network accepts",
-            ) from error
+            problem, fix = f"the network raised {type(error).__name__}: {error}", "feed shapes that the network accepts"
+            shapes = {name: value.shape for name, value in feeds.items()}
+            raise ModelError("EagerRunner.infer", problem, got=shapes, fix=fix) from error
         arrays = [_to_array(leaf) for leaf in _pytree.tree_leaves(result) if leaf is not None]
         if not self._named:
             self.output_names = tuple(f"output_{i}" for i in range(len(arrays)))
         elif len(arrays) != len(self.output_names):
-            raise InputError(
-                "EagerRunner.infer",
-                "wrong number of output names",
-                got=f"output_names={list(self.output_names)}",
-                expected=f"{len(arrays)} names",
-            )
+            problem = "wrong number of output names"
+            got = f"output_names={list(self.output_names)}"
+            raise InputError("EagerRunner.infer", problem, got=got, expected=f"{len(arrays)} names")
         return dict(zip(self.output_names, arrays, strict=True))
 
     def close(self) -> None:
         self._network = None
-
-    def _argument(self, value: npt.NDArray[Any]) -> Tensor:
-        tensor = to_tensor(value)  # a copy: the network may work in place
-        return tensor.to(self._device, self._dtype if tensor.is_floating_point() else None)
 
 
 def _evaluation_copy(model: nn.Module, device: torch.device, dtype: torch.dtype | None) -> nn.Module:
@@ -108,22 +92,16 @@ def _evaluation_copy(model: nn.Module, device: torch.device, dtype: torch.dtype 
             # In the copy such a module also takes eval(), which it refuses itself: its mode is in its graph.
             return copy.deepcopy(model).to(device=device, dtype=dtype).eval()
     except Exception as error:
-        raise ModelError(
-            "EagerRunner",
-            f"the network cannot be copied and put in evaluation mode: {error}",
-            got=type(model).__name__,
-            fix="remove parametrizations such as weight_norm, and attributes that hold files, locks or results",
-        ) from error
+        problem = f"the network cannot be copied and put in evaluation mode: {error}"
+        fix = "remove parametrizations such as weight_norm, and attributes that hold files, locks or results"
+        raise ModelError("EagerRunner", problem, got=type(model).__name__, fix=fix) from error
 
 
 def _to_array(value: object) -> npt.NDArray[Any]:
     if not isinstance(value, Tensor):
-        raise ModelError(
-            "EagerRunner.infer",
-            "an output of the network is not a tensor",
-            got=type(value).__name__,
-            expected="tensors in tuples, lists or dicts",
-        )
+        problem = "an output of the network is not a tensor"
+        expected = "tensors in tuples, lists or dicts"
+        raise ModelError("EagerRunner.infer", problem, got=type(value).__name__, expected=expected)
     return to_array(value)
 
 

@@ -9,14 +9,11 @@ type is an infinity from there on, wherever in the graph it arises.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
-import onnx
+import onnx.parser
 import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass, RemoveUnusedNodesPass, ShapeInferencePass
 
@@ -25,7 +22,6 @@ from deploynorm.dtypes import ONNX_HALF, numpy_dtype
 from deploynorm.errors import BackendError, DeployNormError, ModelError
 from deploynorm.lowering import frn_nodes, function_proto
 from deploynorm.onnx_file import OnnxFile, OnnxSource, save
-from deploynorm.run.base import Runner
 from deploynorm.run.onnxruntime import OnnxRuntimeRunner
 
 __all__ = ["HalfRunner", "round_outputs"]
@@ -33,21 +29,17 @@ __all__ = ["HalfRunner", "round_outputs"]
 _CONVERTERS = ("Cast", "CastLike", "Constant")
 """Operators that give a half value without computing one."""
 _TYPE_ATTRIBUTES = ("dtype", "output_dtype", "output_datatype")
+_GRAPHS = (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
 
 
-class HalfRunner(Runner):
+class HalfRunner(OnnxRuntimeRunner):
     """Runs a half graph in ONNX Runtime on the CPU, every tensor rounded to its type.
 
     Local functions are inlined, so that what happens within a function body is rounded too. FRN without a body runs as
     the kernels do: in float32, rounded once.
 
-    Args:
-        model: A file, with its external data beside it, or a model in memory; see OnnxFile.read.
-        threads: Threads within an operator; None leaves it to ONNX Runtime.
-
-    Raises:
-        BackendError: onnxruntime is missing, or removes the rounding.
-        ModelError: The model cannot be read or run, or holds a value of unknown type.
+    The arguments are those of OnnxRuntimeRunner. BackendError where onnxruntime removes the rounding, ModelError for a
+    value of unknown type.
     """
 
     def __init__(self, model: OnnxSource, *, threads: int | None = None) -> None:
@@ -60,23 +52,12 @@ class HalfRunner(Runner):
             path = Path(folder) / "rounded.onnx"
             save(rounded, path)
             try:
-                self._runner = OnnxRuntimeRunner(path, plugins=[], threads=threads, optimize=False)
+                super().__init__(path, plugins=[], threads=threads, optimize=False)
             except DeployNormError as error:
                 raise type(error)(where, error.problem, got=error.got, fix=error.fix) from error
+        self._where = where
         self.name = f"half ({' and '.join(file.half_types) or 'nothing in half'}, each tensor rounded)"
         self.precision = file.half_type
-        self.inputs = self._runner.inputs
-        self.output_names = self._runner.output_names
-
-    @classmethod
-    def check_available(cls) -> None:
-        OnnxRuntimeRunner.check_available()
-
-    def infer(self, feeds: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
-        return self._runner.infer(feeds)
-
-    def close(self) -> None:
-        self._runner.close()
 
 
 def round_outputs(model: ir.Model, where: str = "round_outputs") -> None:
@@ -85,10 +66,8 @@ def round_outputs(model: ir.Model, where: str = "round_outputs") -> None:
     Given:  x (half) -> Mul -> y (half)
     Result: x (half) -> Cast -> Mul -> y (float32) -> Cast -> y (half)
 
-    ONNX Runtime keeps a pair of casts that loses digits; `HalfRunner` makes sure of that once.
-
-    Raises:
-        ModelError: The type of a value is not known.
+    ONNX Runtime keeps a pair of casts that loses digits; `HalfRunner` makes sure of that once. ModelError if the type
+    of a value is not known.
     """
     InlinePass()(model)
     if frn_nodes(model):
@@ -97,7 +76,7 @@ def round_outputs(model: ir.Model, where: str = "round_outputs") -> None:
     ShapeInferencePass(check_type=False, strict_mode=False, data_prop=False)(model)
     widened: dict[tuple[ir.Graph, ir.Value], ir.Value] = {}
     for node in list(model.graph.all_nodes()):
-        if node.op_type in _CONVERTERS or any(_is_graph(attribute) for attribute in node.attributes.values()):
+        if node.op_type in _CONVERTERS or any(each.type in _GRAPHS for each in node.attributes.values()):
             continue
         assert isinstance(node.graph, ir.Graph)
         for position, value in enumerate(node.inputs):
@@ -115,17 +94,10 @@ def round_outputs(model: ir.Model, where: str = "round_outputs") -> None:
 def _is_half(value: ir.Value, where: str) -> bool:
     if value.type is None:
         producer = value.producer()
-        raise ModelError(
-            where,
-            f"the type of value {value.name} is not known",
-            got=None if producer is None else f"the output of {producer.domain or 'ai.onnx'}::{producer.op_type}",
-            fix="export it with its function bodies and types",
-        )
+        got = None if producer is None else f"the output of {producer.domain or 'ai.onnx'}::{producer.op_type}"
+        problem, fix = f"the type of value {value.name} is not known", "export it with its function bodies and types"
+        raise ModelError(where, problem, got=got, fix=fix)
     return isinstance(value.type, ir.TensorType) and value.dtype in ONNX_HALF
-
-
-def _is_graph(attribute: ir.Attr) -> bool:
-    return attribute.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
 
 
 def _widen(model: ir.Model, node: ir.Node, value: ir.Value) -> ir.Value:
@@ -174,16 +146,14 @@ def _cast(source: ir.Value, target: ir.Value) -> ir.Node:
 def _assert_rounding(name: str) -> None:
     """Raises BackendError unless this ONNX Runtime rounds at casts, and to infinity past the largest number."""
     element = onnx.helper.np_dtype_to_tensor_dtype(numpy_dtype(name))
-    x = onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, ["N"])
-    y = onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, ["N"])
-    nodes = [onnx.helper.make_node("Mul", ["x", "x"], ["square"])]
-    nodes += [onnx.helper.make_node("Cast", ["square"], ["half"], to=element)]
-    nodes += [onnx.helper.make_node("Cast", ["half"], ["wide"], to=onnx.TensorProto.FLOAT)]
-    nodes += [onnx.helper.make_node("Sqrt", ["wide"], ["y"])]
-    model = onnx.helper.make_model(
-        onnx.helper.make_graph(nodes, "rounding", [x], [y]),
-        opset_imports=[onnx.helper.make_opsetid("", MIN_OPSET)],
-        ir_version=8,
+    model = onnx.parser.parse_model(
+        f"""<ir_version: 8, opset_import: ["" : {MIN_OPSET}]>
+        rounding (float[N] x) => (float[N] y) {{
+            square = Mul(x, x)
+            half = Cast<to = {element}>(square)
+            wide = Cast<to = {onnx.TensorProto.FLOAT}>(half)
+            y = Sqrt(wide)
+        }}"""
     )
     values = np.array([1.01, 300, 2e19], np.float32)
     with np.errstate(over="ignore"):
@@ -191,10 +161,6 @@ def _assert_rounding(name: str) -> None:
     with OnnxRuntimeRunner(model.SerializeToString(), plugins=[], optimize=False) as runner:
         got = runner.infer({"x": values})["y"]
     if not np.array_equal(got, want):
-        raise BackendError(
-            "HalfRunner",
-            f"this onnxruntime does not round to {name} where the graph says so",
-            got=got.tolist(),
-            expected=want.tolist(),
-            fix="use another version of onnxruntime, or --backend reference",
-        )
+        problem = f"this onnxruntime does not round to {name} where the graph says so"
+        fix = "use another version of onnxruntime, or --backend reference"
+        raise BackendError("HalfRunner", problem, got=got.tolist(), expected=want.tolist(), fix=fix)

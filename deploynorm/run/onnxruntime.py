@@ -33,16 +33,8 @@ class OnnxRuntimeRunner(Runner):
 
     Args:
         model: A file, with its external data beside it, the bytes of a model, or what OnnxFile.read has read.
-        providers: As for deploynorm.ort.session.
-        plugins: Libraries of custom operators instead of ours; empty for the stock runtime, which takes function
-            bodies for our operator. By default ours is used where it is built.
-        threads: Threads within an operator; None leaves it to ONNX Runtime.
+        providers, plugins, threads: As for deploynorm.open_runner, and so are the errors.
         optimize: False runs the graph as it is written.
-
-    Raises:
-        InputError: An unknown provider.
-        BackendError: onnxruntime, a provider or a plugin library is missing, cannot be loaded or is too old.
-        ModelError: The model cannot be read or run.
     """
 
     def __init__(
@@ -96,16 +88,14 @@ class OnnxRuntimeRunner(Runner):
 
     def _run_values(self, feeds: Mapping[str, npt.NDArray[Any]]) -> list[npt.NDArray[Any]]:
         """As session.run, which has no bfloat16 because NumPy itself has none."""
-        arrays = {name: np.ascontiguousarray(array).reshape(array.shape) for name, array in feeds.items()}
-        results = self._session.run_with_ort_values(
-            None,
-            {
-                name: self._value.ortvalue_from_numpy_with_onnx_type(array, _BFLOAT16)
-                if array.dtype.name == "bfloat16"
-                else self._value.ortvalue_from_numpy(array)
-                for name, array in arrays.items()
-            },
-        )
+        values = {}
+        for name, array in feeds.items():
+            array = np.ascontiguousarray(array).reshape(array.shape)
+            if array.dtype.name == "bfloat16":
+                values[name] = self._value.ortvalue_from_numpy_with_onnx_type(array, _BFLOAT16)
+            else:
+                values[name] = self._value.ortvalue_from_numpy(array)
+        results = self._session.run_with_ort_values(None, values)
         return [_bfloat16_array(r) if r.data_type() == "tensor(bfloat16)" else r.numpy() for r in results]
 
 

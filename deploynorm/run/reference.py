@@ -25,12 +25,8 @@ class ReferenceRunner(Runner):
 
     Args:
         model: A file, with its external data beside it, or a model in memory; see OnnxFile.read.
-        use_function: Whether the operator of deploynorm runs as the function that the model brings along, where it
-            brings one, in the types of that function (half arithmetic is half arithmetic). False runs
-            deploynorm.reference instead.
-
-    Raises:
-        ModelError: The file cannot be read, or holds what the evaluator cannot run.
+        use_function: Whether our operator runs as the function body that the model brings, where it brings one, in the
+            types of that body. False runs deploynorm.reference instead.
     """
 
     name = "reference"
@@ -56,11 +52,8 @@ class ReferenceRunner(Runner):
                 warnings.simplefilter("ignore", RuntimeWarning)
                 results = self._evaluator.run(None, dict(feeds))
         except Exception as error:
-            raise ModelError(
-                self._where,
-                f"ONNX's reference evaluator failed with {type(error).__name__}: {error}",
-                got={name: value.shape for name, value in feeds.items()},
-            ) from error
+            problem = f"ONNX's reference evaluator failed with {type(error).__name__}: {error}"
+            raise ModelError(self._where, problem, got={name: value.shape for name, value in feeds.items()}) from error
         return {name: np.array(value) for name, value in zip(self.output_names, results, strict=True)}
 
     def close(self) -> None:

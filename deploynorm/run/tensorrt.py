@@ -12,27 +12,19 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from deploynorm.arrays import to_array
+from deploynorm.arrays import to_array, to_tensor
+from deploynorm.dtypes import torch_dtype
 from deploynorm.errors import BackendError, InputError, ModelError
 from deploynorm.inputs import Shape, TensorSpec
 from deploynorm.libraries import TENSORRT_LIBRARY, find_library
 from deploynorm.run.base import Runner, check_feeds, closed_error
-from deploynorm.trt import (
-    Flavour,
-    TensorRT,
-    dtype_name,
-    gpu_here,
-    import_tensorrt,
-    listen,
-    load_library,
-    load_plugin,
-    logger,
-)
+from deploynorm.trt import Flavour, TensorRT, gpu_here, import_tensorrt, listen, logger
 from deploynorm.trt.engine import Engine
 from deploynorm.trt.errors import explain
-from deploynorm.trt.gpu import Gpu
-from deploynorm.trt.output import WaitingOutput
-from deploynorm.trt.profile import Range
+from deploynorm.trt.gpu import Gpu, WaitingOutput
+from deploynorm.trt.importing import tensor_spec
+from deploynorm.trt.plugins import load_library, load_plugin
+from deploynorm.trt.settings import Range
 from deploynorm.trt.source import EngineSource
 
 __all__ = ["TensorRTRunner"]
@@ -92,7 +84,8 @@ class TensorRTRunner(Runner):
         self.inputs = tuple(source.named(spec) for spec in inputs)
         self._outputs = {spec.name: spec for spec in outputs}
         self.output_names = tuple(self._outputs)
-        self._ranges = {spec.name: self._range(spec.name) for spec in self.inputs}
+        profiles = {spec.name: self._engine.get_tensor_profile_shape(spec.name, 0) for spec in self.inputs}
+        self._ranges = {name: Range(*map(tuple, shapes)) for name, shapes in profiles.items()}
         self._cuda_graphs = cuda_graphs
         self._captured: OrderedDict[tuple[Shape, ...], _Captured] = OrderedDict()
 
@@ -112,22 +105,14 @@ class TensorRTRunner(Runner):
             raise closed_error("TensorRTRunner.infer")
         check_feeds("TensorRTRunner.infer", self.inputs, feeds)
         with self._gpu.current():
-            outputs = self.run({name: self._gpu.upload(array) for name, array in feeds.items()})
+            outputs = self.run({name: to_tensor(array).to(self.device) for name, array in feeds.items()})
             return {name: to_array(tensor) for name, tensor in outputs.items()}
 
     def run(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """As infer, on CUDA tensors, in the order of the caller's current stream and without waiting for it.
 
-        Calls on different streams share the runner's memory: let the later stream wait for the earlier.
-
-        Args:
-            feeds: One tensor for each of `inputs`, on the runner's device. One that is not contiguous is copied.
-
-        Returns:
-            Tensors by output name, that no later call changes.
-
-        Raises:
-            InputError: As infer; or a tensor on another device.
+        Calls on different streams share the runner's memory: let the later stream wait for the earlier. A tensor that
+        is not contiguous is copied; one on another device than the runner's is an InputError.
         """
         if self._engine is None:
             raise closed_error("TensorRTRunner.run")
@@ -157,17 +142,12 @@ class TensorRTRunner(Runner):
             if tensor.dtype != _torch_dtype(where, spec.dtype):
                 raise InputError(where, "has the wrong dtype", got=tensor.dtype, expected=spec.dtype)
             low, _, high = self._ranges[spec.name]
-            fits = len(low) == tensor.ndim and all(
-                a <= size <= b for a, size, b in zip(low, tensor.shape, high, strict=True)
-            )
-            if not fits:
-                raise InputError(
-                    where,
-                    "is outside the shapes that the engine was built for",
-                    got=tuple(tensor.shape),
-                    expected=f"{low} to {high}" if low != high else low,
-                    fix="feed another shape, or build with other --min-shapes and --max-shapes",
-                )
+            shape = tuple(tensor.shape)
+            if len(low) != len(shape) or not all(a <= b <= c for a, b, c in zip(low, shape, high, strict=True)):
+                problem = "is outside the shapes that the engine was built for"
+                fix = "feed another shape, or build with other --min-shapes and --max-shapes"
+                expected = f"{low} to {high}" if low != high else low
+                raise InputError(where, problem, got=shape, expected=expected, fix=fix)
 
     def _bind(
         self, context: Any, tensors: Mapping[str, Tensor], heard: list[Any]
@@ -216,12 +196,8 @@ class TensorRTRunner(Runner):
         with listen() as heard:
             outputs, waiting = self._bind(context, inputs, heard)
             if waiting:
-                raise InputError(
-                    "TensorRTRunner",
-                    "an output's size depends on values, which a CUDA graph cannot hold",
-                    got=list(waiting),
-                    fix="pass cuda_graphs=False",
-                )
+                problem = "an output's size depends on values, which a CUDA graph cannot hold"
+                raise InputError("TensorRTRunner", problem, got=list(waiting), fix="pass cuda_graphs=False")
             replay = self._gpu.capture(lambda stream: self._execute(context, stream, heard))
         return _Captured(context, inputs, outputs, replay)
 
@@ -232,14 +208,10 @@ class TensorRTRunner(Runner):
                 raise explain(self._where, self._trt.name, heard)
         return context
 
-    def _range(self, name: str) -> Range:
-        low, best, high = self._engine.get_tensor_profile_shape(name, 0)
-        return Range(tuple(low), tuple(best), tuple(high))
-
 
 @dataclass
 class _Captured:
-    """A CUDA graph of one shape, the memory that it reads and writes, and the context that it was captured from."""
+    """A CUDA graph of one shape, the memory that it reads and writes, and its context."""
 
     context: Any
     inputs: dict[str, Tensor]
@@ -259,21 +231,18 @@ def _tensors(trt: TensorRT, engine: Any) -> tuple[list[TensorSpec], list[TensorS
     """Inputs and outputs of an engine."""
     inputs: list[TensorSpec] = []
     outputs: list[TensorSpec] = []
-    for index in range(engine.num_io_tensors):
-        name = engine.get_tensor_name(index)
-        shape = tuple("?" if size < 0 else int(size) for size in engine.get_tensor_shape(name))
-        spec = TensorSpec(name, shape, dtype_name(engine.get_tensor_dtype(name)))
-        is_input = engine.get_tensor_mode(name) == trt.module.TensorIOMode.INPUT
+    for name in map(engine.get_tensor_name, range(engine.num_io_tensors)):
         if engine.get_tensor_location(name) != trt.module.TensorLocation.DEVICE:
-            raise ModelError(
-                name, "lies in the processor's memory, which this runner does not serve", fix="export without it"
-            )
+            problem = "lies in the processor's memory, which this runner does not serve"
+            raise ModelError(name, problem, fix="export without it")
+        is_input = engine.get_tensor_mode(name) == trt.module.TensorIOMode.INPUT
+        spec = tensor_spec(name, engine.get_tensor_shape(name), engine.get_tensor_dtype(name))
         (inputs if is_input else outputs).append(spec)
     return inputs, outputs
 
 
 def _torch_dtype(where: str, name: str) -> torch.dtype:
-    dtype = getattr(torch, name, None)
-    if not isinstance(dtype, torch.dtype):
+    dtype = torch_dtype(name)
+    if dtype is None:
         raise ModelError(where, "has a type that PyTorch does not have", got=name)
     return dtype

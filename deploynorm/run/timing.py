@@ -59,7 +59,5 @@ def _event() -> torch.cuda.Event:
 
 def _feeds(engine: Engine, device: torch.device) -> dict[str, torch.Tensor]:
     torch.manual_seed(0)
-    return {
-        spec.name: torch.randn(engine.ranges[spec.name].opt).to(device, getattr(torch, spec.dtype))
-        for spec in engine.inputs
-    }
+    shapes = {spec: engine.ranges[spec.name].opt for spec in engine.inputs}
+    return {spec.name: torch.randn(opt).to(device, getattr(torch, spec.dtype)) for spec, opt in shapes.items()}

@@ -5,15 +5,13 @@ For people with their own TensorRT code:
     deploynorm.trt.load_plugin(deploynorm.trt.import_tensorrt())    # before an engine or an ONNX file is read
 """
 
-from deploynorm.trt.importing import FLAVOURS, Flavour, TensorRT, dtype_name, gpu_here, import_tensorrt
-from deploynorm.trt.log import listen, logger
+from deploynorm.trt.importing import FLAVOURS, Flavour, TensorRT, gpu_here, import_tensorrt, listen, logger
 from deploynorm.trt.plugins import has_plugin, load_library, load_plugin
 
 __all__ = [
     "FLAVOURS",
     "Flavour",
     "TensorRT",
-    "dtype_name",
     "gpu_here",
     "has_plugin",
     "import_tensorrt",

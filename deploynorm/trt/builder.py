@@ -7,10 +7,10 @@ from typing import Any
 
 from deploynorm import libraries
 from deploynorm.errors import BackendError, ModelError
-from deploynorm.inputs import TensorSpec
-from deploynorm.trt import TensorRT, dtype_name, gpu_here, has_plugin, listen, load_library, load_plugin, logger
+from deploynorm.trt import TensorRT, gpu_here, has_plugin, listen, load_library, load_plugin, logger
 from deploynorm.trt.engine import Engine, FrnRecord
 from deploynorm.trt.errors import explain
+from deploynorm.trt.importing import tensor_spec
 from deploynorm.trt.layers import Layer, layers_of_inspector, layers_of_log, products_in_other_types
 from deploynorm.trt.manifest import origin
 from deploynorm.trt.model import TensorRTModel
@@ -44,7 +44,8 @@ def build_way(trt: TensorRT, model: TensorRTModel, way: Way, settings: Settings,
             raise explain("build", trt.name, heard or str(error)) from error
         network = _parse(trt, builder, model, way)
         expected = _plugins_in(trt, network)
-        outputs = tuple(_output(network.get_output(index)) for index in range(network.num_outputs))
+        built = [network.get_output(index) for index in range(network.num_outputs)]
+        outputs = tuple(tensor_spec(tensor.name, tensor.shape, tensor.dtype) for tensor in built)
         config = _config(trt, builder, model, settings)
         if settings.embed_plugin and loaded:
             config.plugins_to_serialize = [str(path) for path in loaded]
@@ -56,22 +57,15 @@ def build_way(trt: TensorRT, model: TensorRTModel, way: Way, settings: Settings,
         cache = None if settings.timing_cache is None else bytes(config.get_timing_cache().serialize())
     verified, wrong = products_in_other_types(layers, model.products)
     if wrong:
-        raise ModelError(
-            model.file.where,
-            f"{trt.name} built {len(wrong)} of {len(model.products)} products in another type than the graph has",
-            got=", ".join(wrong[:3]),
-            fix="please report it, with the file and the version of TensorRT",
-        )
+        problem = f"{trt.name} built {len(wrong)} of {len(model.products)} products in another type than the graph has"
+        fix = "please report it, with the file and the version of TensorRT"
+        raise ModelError(model.file.where, problem, got=", ".join(wrong[:3]), fix=fix)
     taken = [layer for layer in layers if layer.plugin]
     if way == "plugin" and layers and len(taken) < expected:
-        raise ModelError(
-            model.file.where,
-            f"{trt.name} did not keep the plugin for every FRN layer",
-            got=len(taken),
-            expected=expected,
-            fix="build with --frn native",
-        )
+        problem = f"{trt.name} did not keep the plugin for every FRN layer"
+        raise ModelError(model.file.where, problem, got=len(taken), expected=expected, fix="build with --frn native")
     ours = [layer for layer in taken if set(layer.nodes) & set(model.frn)]
+    plugin_layers = len(ours or taken) if way == "plugin" else 0
     types = set(model.products.values())
     return Engine(
         plan=content,
@@ -81,12 +75,7 @@ def build_way(trt: TensorRT, model: TensorRTModel, way: Way, settings: Settings,
         inputs=model.file.inputs,
         ranges=settings.ranges,
         outputs=outputs,
-        frn=FrnRecord(
-            nodes=len(model.frn),
-            way=way if model.frn else None,
-            plugin_layers=len(ours or taken) if way == "plugin" else 0,
-            reason=reason,
-        ),
+        frn=FrnRecord(len(model.frn), way if model.frn else None, plugin_layers, reason),
         layers=layers,
         precision=None if not verified else next(iter(types)) if len(types) == 1 else "mixed",
         verified_products=verified,
@@ -117,20 +106,13 @@ def _parse(trt: TensorRT, builder: Any, model: TensorRTModel, way: Way) -> Any:
         raise explain(model.file.where, trt.name, said)
     for index in range(network.num_inputs):
         if network.get_input(index).is_shape_tensor:
-            raise ModelError(
-                model.file.where,
-                f"input {network.get_input(index).name!r} holds sizes that other tensors take",
-                fix="export with those sizes fixed, or taken from a tensor's shape",
-            )
+            problem = f"input {network.get_input(index).name!r} holds sizes that other tensors take"
+            fix = "export with those sizes fixed, or taken from a tensor's shape"
+            raise ModelError(model.file.where, problem, fix=fix)
     found = _plugins_in(trt, network)
     if way == "plugin" and found < len(model.frn):
-        raise ModelError(
-            model.file.where,
-            f"the parser of {trt.name} did not take the plugin for every FRN layer",
-            got=found,
-            expected=len(model.frn),
-            fix="build with --frn native",
-        )
+        problem = f"the parser of {trt.name} did not take the plugin for every FRN layer"
+        raise ModelError(model.file.where, problem, got=found, expected=len(model.frn), fix="build with --frn native")
     return network
 
 
@@ -172,11 +154,6 @@ def _config(trt: TensorRT, builder: Any, model: TensorRTModel, settings: Setting
             profile.set_shape(name, *settings.ranges[name])
         config.add_optimization_profile(profile)
     return config
-
-
-def _output(tensor: Any) -> TensorSpec:
-    return TensorSpec(tensor.name, tuple("?" if size < 0 else int(size) for size in tensor.shape),
-                      dtype_name(tensor.dtype))  # fmt: skip
 
 
 def _inspect(trt: TensorRT, plan: bytes) -> tuple[Layer, ...]:

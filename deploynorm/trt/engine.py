@@ -5,41 +5,35 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+import deploynorm
 from deploynorm.errors import InputError
-from deploynorm.files import staging
+from deploynorm.files import sha256, staging
 from deploynorm.inputs import TensorSpec, shape_text
 from deploynorm.tables import table
 from deploynorm.trt.importing import Flavour
 from deploynorm.trt.layers import Layer, layer_counts
-from deploynorm.trt.manifest import manifest, manifest_path
-from deploynorm.trt.profile import Range
-from deploynorm.trt.settings import Way
+from deploynorm.trt.manifest import manifest_path
+from deploynorm.trt.settings import Range, Way
 
 __all__ = ["Engine", "FrnRecord"]
 
 
 @dataclass(frozen=True)
 class FrnRecord:
-    """How the FRN layers were built, and why so.
+    """How the FRN layers were built, and why so."""
 
-    Attributes:
-        nodes: How many the graph has.
-        way: Theirs; None where there are no FRN layers.
-        plugin_layers: How many layers of the engine are our plugin.
-        reason: Why this way.
-        passes: Of each way that was built: how many layers of the engine write a tensor to memory.
-        milliseconds: Of each way that was run: the median time of one inference of the opt shapes.
-    """
-
-    nodes: int
-    way: Way | None
-    plugin_layers: int
-    reason: str
+    nodes: int  # how many the graph has
+    way: Way | None  # theirs; None where there are no FRN layers
+    plugin_layers: int  # how many layers of the engine are our plugin
+    reason: str  # why this way
     passes: Mapping[Way, int] = field(default_factory=dict)
+    """Of each way that was built: how many layers of the engine write a tensor to memory."""
     milliseconds: Mapping[Way, float] = field(default_factory=dict)
+    """Of each way that was run: the median time of one inference of the opt shapes."""
 
 
 @dataclass(frozen=True)
@@ -101,11 +95,7 @@ class Engine:
         return self.tables()
 
     def tables(self, verbose: bool = False) -> str:
-        """What the engine is for, its shapes, and its layers by kind.
-
-        Args:
-            verbose: Whether with each layer.
-        """
+        """What the engine is for, its shapes, and its layers by kind; if verbose, each layer too."""
         shapes = ((x.name, x.dtype, *map(shape_text, (x.shape, *self.ranges[x.name]))) for x in self.inputs)
         parts = [
             table("Engine", ("", ""), self._facts()),
@@ -132,14 +122,11 @@ class Engine:
         return rows + ([("plugins inside", ", ".join(self.embedded))] if self.embedded else [])
 
     def save(self, path: Path | str, *, timing_cache: Path | str | None = None) -> dict[str, Any]:
-        """Writes the engine and its manifest beside it, both or none; then the timing cache.
+        """Writes the engine and its manifest beside it, both or none; then the timing cache. Returns the manifest.
 
         Args:
             path: The engine's file; its manifest is `<path>.json`.
             timing_cache: The file of the cache. Nothing is written for an engine without one.
-
-        Returns:
-            The manifest.
 
         Raises:
             InputError: The path is the ONNX file itself, or cannot be written to.
@@ -150,7 +137,13 @@ class Engine:
         with staging(path) as folder:
             written = folder / path.name
             written.write_bytes(self.plan)
-            record = manifest(self.to_dict(), self.origin, written)
+            record = {
+                deploynorm.__name__: deploynorm.__version__,
+                "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+                **self.origin,
+                "engine": {"file": path.name, "sha256": sha256(written), **self.to_dict()},
+                "versions": {**self.origin.get("versions", {}), self.backend: self.version},
+            }
             manifest_path(written).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         if timing_cache is not None and self.timing_cache is not None:
             with staging(Path(timing_cache)) as folder:

@@ -1,71 +1,52 @@
-"""What running on a GPU needs of PyTorch: memory, streams and CUDA graphs."""
+"""What running on a GPU needs of PyTorch: memory, streams and CUDA graphs; and outputs whose size values decide."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from math import prod
+from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from deploynorm.arrays import to_tensor
 from deploynorm.errors import BackendError
+from deploynorm.trt.importing import TensorRT
 
-__all__ = ["Gpu"]
+__all__ = ["Gpu", "WaitingOutput"]
 
 _ALIGNMENT = 256  # bytes, of every address that TensorRT is given
 
 
 class Gpu:
-    """One CUDA device, with a stream of its own for callers on the default stream.
-
-    Raises:
-        BackendError: There is no such device, or this PyTorch was built without CUDA.
-    """
+    """One CUDA device, with a stream of its own for callers on the default stream; BackendError if there is none."""
 
     def __init__(self, device: torch.device | str | int = "cuda") -> None:
         if not torch.cuda.is_available():
-            built = bool(getattr(torch.version, "cuda", None))
-            raise BackendError(
-                "TensorRT",
-                "no CUDA device" if built else "PyTorch, which brings the memory on the GPU, was built without CUDA",
-                got=f"torch {torch.__version__}",
-                fix="install the NVIDIA driver" if built else "install a torch that is built for CUDA",
-            )
+            problem, fix = "no CUDA device", "install the NVIDIA driver"
+            if not getattr(torch.version, "cuda", None):
+                problem = "PyTorch, which brings the memory on the GPU, was built without CUDA"
+                fix = "install a torch that is built for CUDA"
+            raise BackendError("TensorRT", problem, got=f"torch {torch.__version__}", fix=fix)
         self.device = torch.device(device) if isinstance(device, str | torch.device) else torch.device("cuda", device)
         index = torch.cuda.current_device() if str(self.device) == "cuda" else self.device.index
         if self.device.type != "cuda" or index >= torch.cuda.device_count():
-            raise BackendError(
-                "TensorRT",
-                "no such CUDA device",
-                got=device,
-                expected=f"cuda:0 to cuda:{torch.cuda.device_count() - 1}",
-            )
+            expected = f"cuda:0 to cuda:{torch.cuda.device_count() - 1}"
+            raise BackendError("TensorRT", "no such CUDA device", got=device, expected=expected)
         self.device = torch.device("cuda", index)
         self._side: torch.cuda.Stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
         self._spare = torch.empty(_ALIGNMENT, dtype=torch.uint8, device=self.device)
 
-    @property
-    def name(self) -> str:
-        return torch.cuda.get_device_name(self.device)
-
-    @contextmanager
-    def current(self) -> Iterator[None]:
+    def current(self) -> AbstractContextManager[object]:
         """Makes the device the current one of this thread, as TensorRT requires."""
-        with torch.cuda.device(self.device):
-            yield
+        return torch.cuda.device(self.device)
 
     @contextmanager
     def enqueue(self, tensors: Sequence[Tensor]) -> Iterator[int]:
         """The handle of the stream to enqueue on, in the order of the caller's current stream.
 
         On the default stream TensorRT would wait for the whole device again and again: a side stream takes its place,
-        which waits for it and which it then waits for.
-
-        Args:
-            tensors: What the work reads and writes; their memory is not given away before the work is done.
+        which waits for it and which it then waits for. The memory of the tensors is not given away before that.
         """
         current = torch.cuda.current_stream(self.device)
         if current.cuda_stream != torch.cuda.default_stream(self.device).cuda_stream:
@@ -103,5 +84,38 @@ class Gpu:
         tensor = tensor.contiguous()
         return tensor.clone() if tensor.data_ptr() % _ALIGNMENT else tensor
 
-    def upload(self, array: npt.NDArray[np.generic]) -> Tensor:
-        return to_tensor(array).to(self.device)
+
+class WaitingOutput:
+    """An output whose size depends on values: TensorRT reports it while it runs."""
+
+    def __init__(self, gpu: Gpu, dtype: torch.dtype) -> None:
+        self._gpu, self._dtype = gpu, dtype
+        self._memory: Tensor | None = None
+        self._shape: tuple[int, ...] = ()
+        self._allocator: Any = None
+
+    def allocator(self, trt: TensorRT) -> Any:
+        """A tensorrt.IOutputAllocator that is alive as long as this object."""
+        waiting = self
+
+        class Allocator(trt.module.IOutputAllocator):  # type: ignore[misc, name-defined]
+            def __init__(self) -> None:
+                trt.module.IOutputAllocator.__init__(self)
+
+            def reallocate_output_async(self, name: str, memory: int, size: int, alignment: int, stream: int) -> int:
+                waiting._memory = waiting._gpu.empty((max(size, 1),), torch.uint8)
+                return waiting._memory.data_ptr()
+
+            def reallocate_output(self, name: str, memory: int, size: int, alignment: int) -> int:
+                return self.reallocate_output_async(name, memory, size, alignment, 0)
+
+            def notify_shape(self, name: str, shape: Sequence[int]) -> None:
+                waiting._shape = tuple(shape)
+
+        self._allocator = Allocator()
+        return self._allocator
+
+    def take(self) -> Tensor:
+        if self._memory is None:
+            return self._gpu.empty(self._shape, self._dtype)
+        return self._memory[: prod(self._shape) * self._dtype.itemsize].view(self._dtype).reshape(self._shape)

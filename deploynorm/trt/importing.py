@@ -1,14 +1,21 @@
-"""TensorRT as a Python module: TensorRT 10 and 11 (tensorrt) and TensorRT for RTX (tensorrt_rtx) have one interface."""
+"""TensorRT as a Python module, and hearing what it says through its one logger.
+
+TensorRT 10 and 11 (tensorrt) and TensorRT for RTX (tensorrt_rtx) have one interface.
+"""
 
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
 from deploynorm.errors import BackendError, InputError
+from deploynorm.inputs import TensorSpec
+from deploynorm.trt.errors import Message
 
-__all__ = ["FLAVOURS", "Flavour", "TensorRT", "dtype_name", "gpu_here", "import_tensorrt"]
+__all__ = ["FLAVOURS", "Flavour", "TensorRT", "gpu_here", "import_tensorrt", "listen", "logger", "tensor_spec"]
 
 Flavour = Literal["tensorrt", "tensorrt-rtx"]
 
@@ -21,15 +28,9 @@ FLAVOURS: Final[dict[Flavour, tuple[str, tuple[int, ...], str]]] = {
 
 @dataclass(frozen=True)
 class TensorRT:
-    """One of the two TensorRTs, as imported.
+    """One of the two TensorRTs, as imported."""
 
-    Attributes:
-        module: tensorrt or tensorrt_rtx.
-        flavour: Which.
-        version: As the module has it.
-    """
-
-    module: Any
+    module: Any  # tensorrt or tensorrt_rtx
     flavour: Flavour
     version: str
 
@@ -64,17 +65,12 @@ def import_tensorrt(flavour: Flavour | Literal["auto"] = "auto") -> TensorRT:
             continue
         found = TensorRT(module, name, str(module.__version__))
         if int(found.version.partition(".")[0]) not in majors:
-            raise BackendError(
-                "tensorrt",
-                f"{found.name} is a version that deploynorm does not know",
-                expected=f"{module_name} {' or '.join(map(str, majors))}",
-                fix=f"install that: {FLAVOURS[name][2]}",
-            )
+            problem = f"{found.name} is a version that deploynorm does not know"
+            expected = f"{module_name} {' or '.join(map(str, majors))}"
+            raise BackendError("tensorrt", problem, expected=expected, fix=f"install that: {FLAVOURS[name][2]}")
         return found
-    remedies = [FLAVOURS[name][2] for name in FLAVOURS if flavour in ("auto", name)]
-    raise BackendError(
-        "tensorrt", f"cannot be imported ({'; '.join(reasons)})", fix=f"{' or, for RTX cards, '.join(remedies)}"
-    )
+    fix = " or, for RTX cards, ".join(FLAVOURS[name][2] for name in FLAVOURS if flavour in ("auto", name))
+    raise BackendError("tensorrt", f"cannot be imported ({'; '.join(reasons)})", fix=fix)
 
 
 def gpu_here() -> str | None:
@@ -90,7 +86,38 @@ def gpu_here() -> str | None:
 _DTYPES: Final = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "FP8": "float8_e4m3fn"}
 
 
-def dtype_name(dtype: Any) -> str:
-    """NumPy's name of a tensorrt.DataType."""
-    name = str(dtype.name)
-    return _DTYPES.get(name, name.lower())
+def tensor_spec(name: str, shape: Iterable[int], dtype: Any) -> TensorSpec:
+    """One input or output, as TensorRT describes it: it has no names for dynamic axes, and its own for types."""
+    sizes = tuple("?" if size < 0 else int(size) for size in shape)
+    return TensorSpec(name, sizes, _DTYPES.get(dtype.name, dtype.name.lower()))
+
+
+_LISTENERS: list[list[Message]] = []
+_LOGGERS: dict[str, Any] = {}
+
+
+def logger(trt: TensorRT) -> Any:
+    """Our logger, one for the process: TensorRT keeps the first that it is given and ignores all others."""
+    if trt.flavour not in _LOGGERS:
+
+        class Logger(trt.module.ILogger):  # type: ignore[misc, name-defined]
+            def __init__(self) -> None:
+                trt.module.ILogger.__init__(self)
+
+            def log(self, severity: Any, text: str) -> None:
+                for heard in _LISTENERS:
+                    heard.append(Message(getattr(severity, "name", str(severity)), text))
+
+        _LOGGERS[trt.flavour] = Logger()
+    return _LOGGERS[trt.flavour]
+
+
+@contextmanager
+def listen() -> Iterator[list[Message]]:
+    """Collects what TensorRT says through `logger` while the block lasts; otherwise it is dropped."""
+    heard: list[Message] = []
+    _LISTENERS.append(heard)
+    try:
+        yield heard
+    finally:
+        _LISTENERS[:] = [other for other in _LISTENERS if other is not heard]

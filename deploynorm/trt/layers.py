@@ -32,10 +32,11 @@ _DTYPES: Final = {
 _PLUGIN_KINDS = ("custom_layer", "PluginV3", "PluginV2")
 _MOVES = re.compile(r"^__myl_((Move|Tran|Resh|Slic|Conc)+)_|^Reformatting ")
 _IN_LOG = re.compile(
-    r"^Name: (?P<name>.*?), LayerType: (?P<kind>.*?), Inputs: \[(?P<inputs>.*?)\](?:, Constants: \[.*?\])?"
-    r", Outputs: \[(?P<outputs>.*?)\], TacticName: (?P<tactic>.*?), StreamId: .*?, Metadata: (?P<metadata>.*)$",
+    r"^Name: (?P<Name>.*?), LayerType: (?P<LayerType>.*?), Inputs: \[(?P<Inputs>.*?)\](?:, Constants: \[.*?\])?"
+    r", Outputs: \[(?P<Outputs>.*?)\], TacticName: .*?, StreamId: .*?, Metadata: (?P<Metadata>.*)$",
     re.MULTILINE,
 )
+"""A layer in the log, its parts named as the inspector names them."""
 
 
 class Tensor(NamedTuple):
@@ -48,21 +49,13 @@ class Tensor(NamedTuple):
 
 @dataclass(frozen=True)
 class Layer:
-    """What TensorRT runs as one step.
-
-    Attributes:
-        name: TensorRT's name.
-        kind: TensorRT's word: correlation, kgen, custom_layer, CaskConvolution, PluginV3, ...
-        inputs: Less the constants.
-        outputs: Empty where it writes nothing to the GPU's memory.
-        nodes: Names of the ONNX nodes that it computes.
-    """
+    """What TensorRT runs as one step."""
 
     name: str
-    kind: str
-    inputs: tuple[Tensor, ...]
-    outputs: tuple[Tensor, ...]
-    nodes: tuple[str, ...]
+    kind: str  # TensorRT's word: correlation, kgen, custom_layer, CaskConvolution, PluginV3, ...
+    inputs: tuple[Tensor, ...]  # less the constants
+    outputs: tuple[Tensor, ...]  # empty where it writes nothing to the GPU's memory
+    nodes: tuple[str, ...]  # names of the ONNX nodes that it computes
 
     @property
     def plugin(self) -> bool:
@@ -84,13 +77,7 @@ def layers_of_log(heard: Iterable[Message]) -> tuple[Layer, ...]:
     for _, text in heard:
         if text.startswith("Layers:"):
             return tuple(
-                Layer(
-                    found["name"],
-                    found["kind"],
-                    tuple(map(_tensor, _braced(found["inputs"]))),
-                    tuple(map(_tensor, _braced(found["outputs"]))),
-                    _nodes(found["metadata"]),
-                )
+                _layer({**found.groupdict(), "Inputs": _braced(found["Inputs"]), "Outputs": _braced(found["Outputs"])})
                 for found in _IN_LOG.finditer(text)
             )
     return ()
@@ -102,28 +89,19 @@ def layers_of_inspector(text: str) -> tuple[Layer, ...]:
         listed = list(json.loads(text)["Layers"])
     except (ValueError, KeyError, TypeError):
         return ()
-    return tuple(
-        Layer(
-            str(each.get("Name", "")),
-            str(each.get("LayerType", "")),
-            tuple(map(_tensor, each.get("Inputs", ()))),
-            tuple(map(_tensor, each.get("Outputs", ()))),
-            _nodes(str(each.get("Metadata", ""))),
-        )
-        for each in listed
-        if isinstance(each, dict)
-    )
+    return tuple(_layer(each) for each in listed if isinstance(each, dict))
+
+
+def _layer(entry: Mapping[str, Any]) -> Layer:
+    inputs, outputs = (tuple(map(_tensor, entry.get(side, ()))) for side in ("Inputs", "Outputs"))
+    nodes = re.findall(r"\[ONNX Layer: ([^\]]*)\]", str(entry.get("Metadata", "")))
+    return Layer(str(entry.get("Name", "")), str(entry.get("LayerType", "")), inputs, outputs, tuple(nodes))
 
 
 def products_in_other_types(layers: Sequence[Layer], products: Mapping[str, str]) -> tuple[int, list[str]]:
-    """Compares the types of convolutions and matrix products with those of the graph.
+    """How many convolutions and matrix products have the type that the graph gives them, and a line for each other one.
 
-    Args:
-        layers: Of the engine.
-        products: Element type by node, of the graph.
-
-    Returns:
-        How many nodes were found with their type, and a line for each whose type is another.
+    products are the element types of the graph by node; of a node without layers nothing is known.
     """
     computing: dict[str, list[Layer]] = {}
     for layer in layers:
@@ -154,19 +132,9 @@ def layer_counts(layers: Iterable[Layer]) -> list[tuple[str, str, int]]:
 
 def _braced(text: str) -> list[dict[str, str]]:
     """The entries of `{ Name: x, Dimensions: [1,2], ..., Datatype: Half, Format: (NHWC) Channel major format }`."""
-    entries = []
-    for inner in re.findall(r"\{ (.*?) \}(?:, |$)", text):
-        name = re.match(r"Name: (.*?), Dimensions: ", inner)
-        datatype = re.search(r"Datatype: (\w+)", inner)
-        layout = re.search(r"Format: (.*)$", inner)
-        entries.append(
-            {
-                "Name": name[1] if name else "",
-                "Datatype": datatype[1] if datatype else "",
-                "Format": layout[1] if layout else "",
-            }
-        )
-    return entries
+    keys = {"Name": r"Name: (.*?), Dimensions: ", "Datatype": r"Datatype: (\w+)", "Format": r"Format: (.*)$"}
+    inner = re.findall(r"\{ (.*?) \}(?:, |$)", text)
+    return [{key: found[1] for key, pattern in keys.items() if (found := re.search(pattern, each))} for each in inner]
 
 
 def _tensor(entry: Any) -> Tensor:
@@ -176,7 +144,3 @@ def _tensor(entry: Any) -> Tensor:
     words = f"{entry.get('Datatype', '')} {entry.get('Format/Datatype', '')}".lower()
     dtype = next((_DTYPES[word] for word in re.findall(r"\w+", words) if word in _DTYPES), "")
     return Tensor(str(entry.get("Name", "")), dtype, layout)
-
-
-def _nodes(metadata: str) -> tuple[str, ...]:
-    return tuple(re.findall(r"\[ONNX Layer: ([^\]]*)\]", metadata))

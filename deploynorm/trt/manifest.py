@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Mapping, Sequence
-from datetime import datetime, timezone
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import deploynorm
 from deploynorm.errors import InputError, ModelError
 from deploynorm.files import sha256
 from deploynorm.image import ImageSpec
@@ -17,7 +15,7 @@ from deploynorm.image import ImageSpec
 if TYPE_CHECKING:
     from deploynorm.onnx_file import OnnxFile
 
-__all__ = ["image_and_labels", "manifest", "manifest_path", "origin", "read_manifest"]
+__all__ = ["image_and_labels", "manifest_path", "origin", "read_manifest"]
 
 
 def origin(source: OnnxFile, plugins: Sequence[Path]) -> dict[str, Any]:
@@ -40,35 +38,12 @@ def _onnx(path: Path) -> dict[str, Any]:
     return {"file": path.name, "sha256": sha256(path), "external_data": external}
 
 
-def manifest(engine: Mapping[str, Any], origin: Mapping[str, Any], file: Path) -> dict[str, Any]:
-    """The record of one build.
-
-    Args:
-        engine: What Engine.to_dict says.
-        origin: See `origin`.
-        file: The engine as written.
-    """
-    versions = {**origin.get("versions", {}), engine["backend"]: engine["version"]}
-    return {
-        deploynorm.__name__: deploynorm.__version__,
-        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        **origin,
-        "engine": {"file": file.name, "sha256": sha256(file), **engine},
-        "versions": versions,
-    }
-
-
 def manifest_path(engine: Path) -> Path:
-    """model.engine.json beside model.engine."""
     return engine.with_name(engine.name + ".json")
 
 
 def read_manifest(engine: Path) -> dict[str, Any] | None:
-    """What the manifest beside an engine says; None where there is none.
-
-    Raises:
-        ModelError: It is not what `deploynorm build` writes.
-    """
+    """What the manifest beside an engine says; None where there is none. ModelError if it is damaged."""
     path = manifest_path(engine)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -82,17 +57,12 @@ def read_manifest(engine: Path) -> dict[str, Any] | None:
 
 
 def image_and_labels(engine: Path) -> tuple[ImageSpec | None, tuple[str, ...] | None]:
-    """How an image becomes the engine's input, and the class names; None for what the manifest does not say.
-
-    Raises:
-        ModelError: The manifest is damaged.
-    """
+    """How an image becomes the engine's input, and the class names; None for what the manifest does not say."""
     content = read_manifest(engine) or {}
     image, labels = content.get("image"), content.get("labels")
     try:
         names = None if labels is None else tuple(map(str, labels))
         return None if image is None else ImageSpec.from_dict(image), names
     except (InputError, TypeError) as error:
-        raise ModelError(
-            str(manifest_path(engine)), f"is damaged: {error}", fix="build the engine again, or remove it"
-        ) from error
+        where, fix = str(manifest_path(engine)), "build the engine again, or remove it"
+        raise ModelError(where, f"is damaged: {error}", fix=fix) from error

@@ -30,28 +30,19 @@ _PRODUCTS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 
 @dataclass(frozen=True)
 class TensorRTModel:
-    """A model that passed the checks.
+    """A model that passed the checks."""
 
-    Attributes:
-        file: As read; TensorRT looks for external data beside its path.
-        frn: Names of the nodes of our operator, as TensorRT calls them.
-        products: Element type of each convolution and matrix product, by the name of its node.
-        half: Whether one of our nodes works on float16 or bfloat16.
-    """
-
-    file: OnnxFile
-    frn: tuple[str, ...]
-    products: Mapping[str, str]
-    half: bool
+    file: OnnxFile  # TensorRT looks for external data beside its path
+    frn: tuple[str, ...]  # names of the nodes of our operator, as TensorRT calls them
+    products: Mapping[str, str]  # element type of each convolution and matrix product, by the name of its node
+    half: bool  # whether one of our nodes works on float16 or bfloat16
 
     @classmethod
     def read(cls, model: OnnxSource) -> TensorRTModel:
         """Reads and checks a model.
 
-        Raises:
-            ModelError: No such file, not ONNX, rewritten for ONNX Runtime; or a node of our operator that is not as
-                the contract has it, a function of its name in another domain, or float64, which TensorRT lacks and
-                takes for float32 without a word.
+        ModelError if it was rewritten for ONNX Runtime, has a node of our operator that is not as the contract has it,
+        or float64, which TensorRT lacks and takes for float32 without a word.
         """
         file = OnnxFile.read(model)
         where, proto = file.where, file.proto
@@ -64,33 +55,24 @@ class TensorRTModel:
         nodes = [node for node in _all_nodes(proto) if _is_frn(node)]
         for node in nodes:
             _check_node(where, node)
-        types = _types(proto)
+        types = _types(file)
         _check_types(file, nodes, types)
-        return cls(
-            file,
-            tuple(map(_name, nodes)),
-            _products(proto, types),
-            any(types[node.input[0]].elem_type in ONNX_HALF for node in nodes if node.input[0] in types),
-        )
+        half = any(types[node.input[0]].elem_type in ONNX_HALF for node in nodes if node.input[0] in types)
+        return cls(file, tuple(map(_name, nodes)), _products(proto, types), half)
 
     def prepared(self, way: Way) -> onnx.ModelProto:
         """A copy that can only go that way.
 
-        Raises:
-            ModelError: Another function has the operator's name, which is all that TensorRT finds functions by; or
-                the file brings no body, and its opset is too old for ours.
+        ModelError if another function has the operator's name, which is all that TensorRT finds functions by; or if
+        the file brings no body, and its opset is too old for ours.
         """
         proto = onnx.ModelProto()
         proto.CopyFrom(self.file.proto)
-        others = [f for f in proto.functions if (f.domain, f.name) != (DOMAIN, OP_TYPE)]
+        others = [function for function in proto.functions if not _is_body(function)]
         clash = next((f for f in others if f.name in (OP_TYPE, BODY)), None)
         if clash is not None and self.frn:
-            raise ModelError(
-                self.file.where,
-                "another local function has the operator's name, and TensorRT finds functions by name only",
-                got=f"{clash.domain}::{clash.name}",
-                fix="rename that function",
-            )
+            problem = "another local function has the operator's name, and TensorRT finds functions by name only"
+            raise ModelError(self.file.where, problem, got=f"{clash.domain}::{clash.name}", fix="rename that function")
         del proto.functions[:]
         proto.functions.extend(others)
         for node in _all_nodes(proto):
@@ -108,19 +90,14 @@ class TensorRTModel:
         return proto
 
     def _body(self) -> onnx.FunctionProto:
-        own: onnx.FunctionProto
-        for own in self.file.proto.functions:
-            if (own.domain, own.name) == (DOMAIN, OP_TYPE):
-                return own
+        own: onnx.FunctionProto | None = next(filter(_is_body, self.file.proto.functions), None)
+        if own is not None:
+            return own
         opset = _opset(self.file.proto)
         if opset < MIN_OPSET:
-            raise ModelError(
-                self.file.where,
-                "brings no function body, and its opset is too old for ours",
-                got=f"opset {opset}",
-                expected=f"{MIN_OPSET} or later",
-                fix="export it again, or build with --frn plugin",
-            )
+            problem = "brings no function body, and its opset is too old for ours"
+            fix = "export it again, or build with --frn plugin"
+            raise ModelError(self.file.where, problem, got=f"opset {opset}", expected=f"{MIN_OPSET} or later", fix=fix)
         return function_proto(opset, half=self.half)
 
 
@@ -132,8 +109,12 @@ def _all_nodes(proto: onnx.ModelProto) -> Iterator[onnx.NodeProto]:
     """Of the graph, its subgraphs, and the functions other than our own body."""
     yield from all_nodes(proto.graph.node)
     for function in proto.functions:
-        if (function.domain, function.name) != (DOMAIN, OP_TYPE):
+        if not _is_body(function):
             yield from all_nodes(function.node)
+
+
+def _is_body(function: onnx.FunctionProto) -> bool:
+    return (function.domain, function.name) == (DOMAIN, OP_TYPE)
 
 
 def _is_frn(node: onnx.NodeProto) -> bool:
@@ -148,38 +129,26 @@ def _name(node: onnx.NodeProto) -> str:
 def _check_node(where: str, node: onnx.NodeProto) -> None:
     where = f"{where}, node {_name(node)}"
     if len(node.input) != len(INPUTS) or not all(node.input) or len(node.output) != 1:
-        raise ModelError(
-            where,
-            f"does not have the inputs of {DOMAIN}::{OP_TYPE}",
-            got=f"{list(node.input)} -> {list(node.output)}",
-            expected=f"{', '.join(INPUTS)} -> {OUTPUT}, none of them left out",
-            fix="export it with deploynorm",
-        )
+        problem, got = f"does not have the inputs of {DOMAIN}::{OP_TYPE}", f"{list(node.input)} -> {list(node.output)}"
+        expected = f"{', '.join(INPUTS)} -> {OUTPUT}, none of them left out"
+        raise ModelError(where, problem, got=got, expected=expected, fix="export it with deploynorm")
     for attribute in node.attribute:
         if attribute.name not in NODE_ATTRIBUTES:
-            raise ModelError(
-                where,
-                f"has an attribute that {DOMAIN}::{OP_TYPE} does not have",
-                got=attribute.name,
-                expected=f"{INPUTS[-1]} and the other parameters as inputs",
-                fix="export it with deploynorm",
-            )
+            problem = f"has an attribute that {DOMAIN}::{OP_TYPE} does not have"
+            expected = f"{INPUTS[-1]} and the other parameters as inputs"
+            raise ModelError(where, problem, got=attribute.name, expected=expected, fix="export it with deploynorm")
         value = attribute.s.decode(errors="replace") or onnx.helper.get_attribute_value(attribute)
         if value != NODE_ATTRIBUTES[attribute.name]:
-            raise ModelError(
-                where,
-                "names another plugin than ours",
-                got=f"{attribute.name} = {value!r}",
-                expected=NODE_ATTRIBUTES[attribute.name],
-                fix="export it with this version of deploynorm",
-            )
+            expected, fix = NODE_ATTRIBUTES[attribute.name], "export it with this version of deploynorm"
+            got = f"{attribute.name} = {value!r}"
+            raise ModelError(where, "names another plugin than ours", got=got, expected=expected, fix=fix)
 
 
-def _types(proto: onnx.ModelProto) -> dict[str, onnx.TypeProto.Tensor]:
+def _types(file: OnnxFile) -> dict[str, onnx.TypeProto.Tensor]:
     """Element type and shape of each value of the graph, as far as onnx can infer them."""
     register_schema()
-    opset = _opset(proto)
-    if opset >= MIN_OPSET and not any((f.domain, f.name) == (DOMAIN, OP_TYPE) for f in proto.functions):
+    proto, opset = file.proto, _opset(file.proto)
+    if opset >= MIN_OPSET and not file.has_body:
         whole = onnx.ModelProto()
         whole.CopyFrom(proto)
         whole.functions.append(function_proto(opset, half=True))  # whose casts fit every type
@@ -188,11 +157,8 @@ def _types(proto: onnx.ModelProto) -> dict[str, onnx.TypeProto.Tensor]:
         inferred = onnx.shape_inference.infer_shapes(proto).graph
     except (onnx.shape_inference.InferenceError, ValueError, RuntimeError):
         inferred = proto.graph  # TensorRT will say what is wrong with it
-    types = {
-        value.name: value.type.tensor_type
-        for value in (*inferred.value_info, *inferred.input, *inferred.output)
-        if value.type.HasField("tensor_type")
-    }
+    values = (*inferred.value_info, *inferred.input, *inferred.output)
+    types = {value.name: value.type.tensor_type for value in values if value.type.HasField("tensor_type")}
     for tensor in inferred.initializer:
         types[tensor.name] = onnx.helper.make_tensor_type_proto(tensor.data_type, tensor.dims).tensor_type
     return types
@@ -202,30 +168,22 @@ def _check_types(file: OnnxFile, nodes: list[onnx.NodeProto], types: Mapping[str
     where = file.where
     for name in (*(spec.name for spec in file.inputs), *file.output_names):
         if name in types and types[name].elem_type == onnx.TensorProto.DOUBLE:
-            raise ModelError(
-                f"{where}, {name}", "TensorRT has no float64", fix="export the network in float32 or float16"
-            )
+            fix = "export the network in float32 or float16"
+            raise ModelError(f"{where}, {name}", "TensorRT has no float64", fix=fix)
     for node in nodes:
         x = types.get(node.input[0])
         if x is None or not x.HasField("shape"):
             continue
         if len(x.shape.dim) < 2:
-            raise ModelError(
-                f"{where}, node {_name(node)}",
-                f"{INPUTS[0]} has too few axes",
-                got=f"{len(x.shape.dim)}",
-                expected="samples, channels and any number of spatial axes",
-            )
+            problem = f"{INPUTS[0]} has too few axes"
+            expected = "samples, channels and any number of spatial axes"
+            raise ModelError(f"{where}, node {_name(node)}", problem, got=f"{len(x.shape.dim)}", expected=expected)
         channels = x.shape.dim[1].dim_value
         for parameter, name in zip(PARAMETERS, node.input[1:], strict=True):
             sizes = [dim.dim_value for dim in types[name].shape.dim] if name in types else [channels]
             if channels and types.get(name) and types[name].HasField("shape") and sizes not in ([channels], [0]):
-                raise ModelError(
-                    f"{where}, node {_name(node)}",
-                    f"{parameter} does not fit the channels of {INPUTS[0]}",
-                    got=sizes,
-                    expected=[channels],
-                )
+                problem = f"{parameter} does not fit the channels of {INPUTS[0]}"
+                raise ModelError(f"{where}, node {_name(node)}", problem, got=sizes, expected=[channels])
 
 
 def _products(proto: onnx.ModelProto, types: Mapping[str, onnx.TypeProto.Tensor]) -> dict[str, str]:

@@ -10,8 +10,7 @@ from deploynorm import libraries
 from deploynorm.contract import DOMAIN, OP_TYPE, VERSION
 from deploynorm.errors import BackendError
 from deploynorm.trt.errors import words
-from deploynorm.trt.importing import Flavour, TensorRT
-from deploynorm.trt.log import listen, logger
+from deploynorm.trt.importing import Flavour, TensorRT, listen, logger
 from deploynorm.trt.soname import also_known_as, loaded_library
 
 __all__ = ["has_plugin", "load_library", "load_plugin"]
@@ -35,11 +34,8 @@ def load_plugin(trt: TensorRT) -> None:
     library = libraries.library_path(libraries.TENSORRT_LIBRARY)
     load_library(trt, library)
     if not has_plugin(trt):
-        raise BackendError(
-            str(library),
-            f"does not bring the plugin {DOMAIN}::{OP_TYPE}, version {VERSION}",
-            fix="deploynorm plugins build --cuda",
-        )
+        problem = f"does not bring the plugin {DOMAIN}::{OP_TYPE}, version {VERSION}"
+        raise BackendError(str(library), problem, fix="deploynorm plugins build --cuda")
 
 
 _LOADED: dict[tuple[Flavour, Path], Any] = {}
@@ -49,12 +45,8 @@ _LOADED: dict[tuple[Flavour, Path], Any] = {}
 def load_library(trt: TensorRT, library: Path) -> None:
     """Puts the plugins of any library into TensorRT's registry. A second call does nothing.
 
-    Args:
-        trt: See import_tensorrt.
-        library: It exports getCreators, and does not register its plugins itself.
-
-    Raises:
-        BackendError: There is no such file, or TensorRT does not take it.
+    The library exports getCreators, and does not register its plugins itself. BackendError if there is no such file, or
+    TensorRT does not take it.
     """
     _make_findable(trt)
     key = (trt.flavour, library.resolve())
@@ -66,13 +58,10 @@ def load_library(trt: TensorRT, library: Path) -> None:
     with listen() as heard:
         handle = trt.module.get_plugin_registry().load_library(str(library.resolve()))
     if handle is None:
-        raise BackendError(
-            str(library),
-            f"{trt.name} does not load this plugin library",
-            got=words(heard),
-            expected="a library that exports getCreators and is not loaded already",
-            fix="pass each library once, and none that registers its plugins itself",
-        )
+        problem = f"{trt.name} does not load this plugin library"
+        expected = "a library that exports getCreators and is not loaded already"
+        fix = "pass each library once, and none that registers its plugins itself"
+        raise BackendError(str(library), problem, got=words(heard), expected=expected, fix=fix)
     _LOADED[key] = handle
 
 

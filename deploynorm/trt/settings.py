@@ -1,21 +1,30 @@
-"""What a build of an engine is asked for."""
+"""What a build of an engine is asked for, and which shapes: the range of every input that has dynamic axes."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Literal
+from typing import Final, Literal, NamedTuple
 
-from deploynorm.trt.profile import Range
+from deploynorm.errors import InputError
+from deploynorm.inputs import Shape, TensorSpec, shape_text
 
-__all__ = ["HARDWARE_COMPATIBILITY", "Settings", "Way"]
+__all__ = ["HARDWARE_COMPATIBILITY", "Range", "Settings", "Way", "ranges"]
 
 Way = Literal["plugin", "native"]
 """plugin: our kernel. native: the operator's body in standard operators, which TensorRT fuses as it can."""
 
 HARDWARE_COMPATIBILITY: Final = {"ampere+": "AMPERE_PLUS", "same": "SAME_COMPUTE_CAPABILITY"}
 """Which other GPUs an engine of TensorRT runs on: our names, and TensorRT's."""
+
+
+class Range(NamedTuple):
+    """The shapes of one input. An engine takes all from min to max, and is tuned for opt."""
+
+    min: Shape
+    opt: Shape
+    max: Shape
 
 
 @dataclass(frozen=True)
@@ -33,3 +42,69 @@ class Settings:
     version_compatible: bool
     hardware_compatible: str | None
     optimization_level: int | None
+
+
+def ranges(
+    specs: Sequence[TensorSpec],
+    *,
+    minimum: Mapping[str, Shape],
+    optimum: Mapping[str, Shape],
+    maximum: Mapping[str, Shape],
+) -> dict[str, Range]:
+    """The range of each input, in order.
+
+    Where one of the three is not given: opt is max, else min; max is opt; min is opt with a dynamic batch of 1.
+
+    Args:
+        specs: Inputs of the model.
+        minimum, optimum, maximum: The smallest shapes by input, those that are most used, and the largest; "" stands
+            for the only input.
+
+    Raises:
+        InputError: An input with dynamic axes has no range, or its range does not fit or is upside down; two sizes
+            for one name; or a shape for an input that is not there.
+    """
+    given = {"min": minimum, "opt": optimum, "max": maximum}
+    names = [spec.name for spec in specs]
+    for option, shapes in given.items():
+        for name in shapes:
+            if name not in names and not (name == "" and len(names) == 1):
+                problem = f"no input is called {name!r}" if name else "a shape without a name, but several inputs"
+                raise InputError(f"--{option}-shapes", problem, got=", ".join(map(repr, shapes)), expected=names)
+    found: dict[str, Range] = {}
+    sizes: dict[tuple[str, str], int] = {}
+    for spec in specs:
+        found[spec.name] = _range(spec, *(shapes.get(spec.name, shapes.get("")) for shapes in given.values()))
+        for option, shape in found[spec.name]._asdict().items():
+            fits = len(shape) == len(spec.shape) and all(
+                isinstance(want, str) or want == size for want, size in zip(spec.shape, shape, strict=True)
+            )
+            if not fits:
+                problem, expected = f"does not fit input {spec.name}", shape_text(spec.shape)
+                raise InputError(f"--{option}-shapes", problem, got=shape_text(shape), expected=expected)
+            for axis, size in enumerate(shape):
+                known = sizes.setdefault((option, spec.symbol(axis)), size)
+                if known != size:
+                    problem, got = f"two sizes for {spec.shape[axis]!r}", f"{known} and {size} of input {spec.name}"
+                    expected = "one size for every axis of that name"
+                    raise InputError(f"--{option}-shapes", problem, got=got, expected=expected)
+        low, best, high = found[spec.name]
+        if not all(a <= b <= c for a, b, c in zip(low, best, high, strict=True)):
+            problem = "its shapes are not in order"
+            got = f"min {shape_text(low)}, opt {shape_text(best)}, max {shape_text(high)}"
+            raise InputError(f"input {spec.name}", problem, got=got, expected="min <= opt <= max on every axis")
+    return found
+
+
+def _range(spec: TensorSpec, low: Shape | None, best: Shape | None, high: Shape | None) -> Range:
+    if all(isinstance(size, int) for size in spec.shape):
+        fixed = tuple(size for size in spec.shape if isinstance(size, int))
+        return Range(low or fixed, best or fixed, high or fixed)
+    best = best or high or low
+    if best is None:
+        example = "x".join(str(size) if isinstance(size, int) else "8" for size in spec.shape)
+        problem = "some of its axes are dynamic, and no range was given for it"
+        fix = f"--min-shapes, --opt-shapes and --max-shapes {spec.name}:{example}; one of them is enough"
+        raise InputError(f"input {spec.name}", problem, got=shape_text(spec.shape), fix=fix)
+    batch_of_one = (1, *best[1:]) if isinstance(spec.shape[0], str) else best
+    return Range(low or batch_of_one, best, high or best)

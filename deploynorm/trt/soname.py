@@ -22,14 +22,9 @@ __all__ = ["also_known_as", "empty_library", "loaded_library"]
 
 @cache
 def also_known_as(name: str, library: str) -> None:
-    """Makes `name` findable for dlopen in this process, with the symbols of `library` behind it. Linux only.
+    """Makes `name`, such as "libtensorrt_rtx.so", findable for dlopen in this process, with the symbols of `library`.
 
-    Args:
-        name: As the program opens it, such as "libtensorrt_rtx.so".
-        library: Path of the library.
-
-    Raises:
-        BackendError: The system refuses it.
+    Linux only. BackendError if the system refuses it.
     """
     try:
         ctypes.CDLL(name)
@@ -44,11 +39,8 @@ def also_known_as(name: str, library: str) -> None:
             file.flush()
             ctypes.CDLL(f"/proc/self/fd/{descriptor}")  # which stays loaded as long as the process lives
     except OSError as error:
-        raise BackendError(
-            library,
-            f"cannot be made known as {name}: {error}",
-            fix=f"make a link {name} to it in a folder, and put the folder in LD_LIBRARY_PATH before Python starts",
-        ) from error
+        fix = f"make a link {name} to it in a folder, and put the folder in LD_LIBRARY_PATH before Python starts"
+        raise BackendError(library, f"cannot be made known as {name}: {error}", fix=fix) from error
 
 
 def loaded_library(stem: str) -> str | None:

@@ -53,28 +53,19 @@ class EngineSource:
         return precision if precision in HALF else None
 
     def check_version(self, trt: TensorRT) -> None:
-        built = self.known.get("version")
-        if self.known.get("backend") not in (None, trt.flavour) or (
-            built is not None and str(built).partition(".")[0] != trt.version.partition(".")[0]
-        ):
-            raise BackendError(
-                self.where,
-                "was built with another TensorRT",
-                got=f"{self.known.get('backend')} {built}",
-                expected=f"{trt.flavour} {trt.version}, as installed here",
-                fix="build it here: deploynorm build MODEL.onnx",
-            )
+        flavour, version = self.known.get("backend"), self.known.get("version")
+        major = None if version is None else str(version).partition(".")[0]
+        if flavour not in (None, trt.flavour) or major not in (None, trt.version.partition(".")[0]):
+            got, expected = f"{flavour} {version}", f"{trt.flavour} {trt.version}, as installed here"
+            fix = "build it here: deploynorm build MODEL.onnx"
+            raise BackendError(self.where, "was built with another TensorRT", got=got, expected=expected, fix=fix)
 
     def check_gpu(self, here: str | None) -> None:
         targets = self.known.get("compute_capabilities") or [here]
         if here not in targets and not self.known.get("hardware_compatible"):
-            raise BackendError(
-                self.where,
-                "was built for another kind of GPU",
-                got=f"compute capability {', '.join(targets)}",
-                expected=f"{here}, as here",
-                fix=f"deploynorm build MODEL.onnx --compute-capability {here}",
-            )
+            got, expected = f"compute capability {', '.join(targets)}", f"{here}, as here"
+            fix = f"deploynorm build MODEL.onnx --compute-capability {here}"
+            raise BackendError(self.where, "was built for another kind of GPU", got=got, expected=expected, fix=fix)
 
     def named(self, spec: TensorSpec) -> TensorSpec:
         """With the names that dynamic axes had in the ONNX graph, where they are known."""

@@ -10,8 +10,7 @@ from typing import Any
 
 import pytest
 
-from deploynorm.checkpoint._arithmetic import plain_guard, plain_size
-from deploynorm.checkpoint._program import RefusedError, clean
+from deploynorm.checkpoint._program import RefusedError, clean, plain_guard, plain_size
 
 CODE = "x=__import__('os').mkdir('a')"
 

@@ -137,7 +137,7 @@ def full(monkeypatch: pytest.MonkeyPatch) -> Any:
     """TensorRT 11 of Python, with a GPU that is not there."""
     module = with_builder(fake_tensorrt("11.4.0"))
     monkeypatch.setitem(sys.modules, "tensorrt", module)
-    monkeypatch.setattr("deploynorm.trt.log._LOGGERS", {})
+    monkeypatch.setattr("deploynorm.trt.importing._LOGGERS", {})
     for name in ("deploynorm._build", "deploynorm.trt.builder"):
         monkeypatch.setattr(importlib.import_module(name), "gpu_here", lambda: "9.0")
     return module

@@ -23,7 +23,7 @@ from deploynorm.run.tensorrt import TensorRTRunner
 from deploynorm.trt import gpu
 from deploynorm.trt.engine import Engine, FrnRecord
 from deploynorm.trt.manifest import manifest_path
-from deploynorm.trt.profile import Range
+from deploynorm.trt.settings import Range
 
 IMAGES = ((1, 3, 8, 8), (2, 3, 8, 8), (4, 3, 16, 16))
 ENGINE = plan({"x": IMAGES}, {"y": "x"})
@@ -34,7 +34,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """TensorRT 11 on a GPU of compute capability 9.0, neither of them real."""
     module = fake_tensorrt()
     monkeypatch.setitem(sys.modules, "tensorrt", module)
-    monkeypatch.setattr("deploynorm.trt.log._LOGGERS", {})
+    monkeypatch.setattr("deploynorm.trt.importing._LOGGERS", {})
     monkeypatch.setattr("deploynorm.trt.plugins._LOADED", {})
     monkeypatch.setattr(gpu, "_ALIGNMENT", ALIGNMENT)
     monkeypatch.setattr(tensorrt, "Gpu", FakeGpu)

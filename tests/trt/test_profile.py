@@ -9,7 +9,7 @@ import pytest
 
 from deploynorm.errors import InputError
 from deploynorm.inputs import TensorSpec
-from deploynorm.trt.profile import Range, ranges
+from deploynorm.trt.settings import Range, ranges
 
 X = TensorSpec("x", ("N", 3, "H", "W"), "float32")
 Z = TensorSpec("z", ("N", "?"), "float32")

@@ -27,7 +27,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         for name in ("tensorrt", "tensorrt_rtx"):
             module = fake_tensorrt(versions[name], name=name) if name in versions else None
             monkeypatch.setitem(sys.modules, name, module)
-        monkeypatch.setattr("deploynorm.trt.log._LOGGERS", {})
+        monkeypatch.setattr("deploynorm.trt.importing._LOGGERS", {})
         monkeypatch.setattr("deploynorm.trt.plugins._LOADED", {})
 
     return install
