@@ -100,22 +100,22 @@ int32_t check_ranks(const int32_t* ranks) {
   return 0;
 }
 
-int32_t check(const PluginTensorDesc* const* in, const PluginTensorDesc& y) {
+int32_t check(const PluginTensorDesc* in, const PluginTensorDesc& y) {
   DataType types[kInputs];
   int32_t ranks[kInputs];
   for (int32_t input = 0; input < kInputs; ++input) {
-    types[input] = in[input]->type;
-    ranks[input] = in[input]->dims.nbDims;
+    types[input] = in[input].type;
+    ranks[input] = in[input].dims.nbDims;
   }
   if (check_types(types) != 0 || check_ranks(ranks) != 0) return -1;
-  const PluginTensorDesc& x = *in[0];
+  const PluginTensorDesc& x = in[0];
   for (int32_t input = 1; input < kInputs; ++input) {
-    if (differ(in[input]->dims.d[0], x.dims.d[1])) {
+    if (differ(in[input].dims.d[0], x.dims.d[1])) {
       return refuse("input %s has the wrong size. Got %lld; expected as many as X has channels, %lld",
-                    kInputNames[input], static_cast<long long>(in[input]->dims.d[0]),
+                    kInputNames[input], static_cast<long long>(in[input].dims.d[0]),
                     static_cast<long long>(x.dims.d[1]));
     }
-    if (in[input]->format != TensorFormat::kLINEAR) return refuse("input %s is not linear", kInputNames[input]);
+    if (in[input].format != TensorFormat::kLINEAR) return refuse("input %s is not linear", kInputNames[input]);
   }
   bool alike = y.type == x.type && y.format == x.format && y.dims.nbDims == x.dims.nbDims;
   for (int32_t axis = 0; alike && axis < x.dims.nbDims; ++axis) alike = !differ(y.dims.d[axis], x.dims.d[axis]);

@@ -19,12 +19,11 @@ from cuda_kernels import (
     Layout,
     check_backward,
     check_ties,
-    make_dy,
-    make_rstd,
     sized,
     variants_to_check,
 )
 from frn_gradient import Gradients, gradients
+from references import backward_inputs
 from tolerances import FLOAT64
 
 from deploynorm.contract import DTYPES
@@ -75,15 +74,14 @@ def test_at_its_threshold_an_element_is_where_the_forward_pass_had_it(
 
 
 def run(kernel: CudaKernel, case: NormCase, layout: Layout, variant: str | None = None) -> Gradients | None:
-    x, gamma, beta, tau, _eps = make_inputs(case).values()
-    return kernel.backward(make_dy(case), x, make_rstd(case), gamma, beta, tau, layout=layout, variant=variant)
+    return kernel.backward(*backward_inputs(case), layout=layout, variant=variant)
 
 
 def same(a: Gradients | None, b: Gradients | None) -> bool:
     """Whether two results are bit-exact."""
     assert a is not None
     assert b is not None
-    return all(np.array_equal(mine.view(np.uint8), other.view(np.uint8)) for mine, other in zip(a, b, strict=True))
+    return all(mine.tobytes() == other.tobytes() for mine, other in zip(a, b, strict=True))
 
 
 @pytest.mark.parametrize("grid", ["1", "3"])

@@ -55,15 +55,12 @@ def test_in_place_without_scratch_memory_and_without_rstd(case: NormCase, kernel
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_sizes_around_every_turn(dtype: str, layout: Layout, kernel: CudaKernel) -> None:
+    sizes = [(2, 3, spatial) for spatial in SPATIAL] + [(1, channels, 5) for channels in CHANNELS]
     taken = dict.fromkeys(VARIANTS, 0)
-    for spatial in SPATIAL:
-        for variant in VARIANTS:
-            taken[variant] += check(kernel, sized(dtype, 2, 3, spatial), layout=layout, variant=variant)
-    for channels in CHANNELS:
-        for variant in VARIANTS:
-            taken[variant] += check(kernel, sized(dtype, 1, channels, 5), layout=layout, variant=variant)
+    for size, variant in product(sizes, VARIANTS):
+        taken[variant] += check(kernel, sized(dtype, *size), layout=layout, variant=variant)
     # Packed and split may refuse many of these, and two passes none.
-    assert taken["two_passes"] == len(SPATIAL) + len(CHANNELS)
+    assert taken["two_passes"] == len(sizes)
     assert taken["registers"] > len(CHANNELS)
 
 

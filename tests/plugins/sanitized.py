@@ -28,7 +28,7 @@ def run(
     """x, residual (or one without elements), gamma, beta, tau and eps through the kernel."""
     x, residual, *parameters = tensors
     added = residual.size > 0 or x.size == 0
-    laid = [to_blocks(pad_channels(t, block), block) for t in ([x, residual] if added else [x])]
+    laid = [to_blocks(t, block) for t in ([x, residual] if added else [x])]
     padded = [pad_channels(p, block, 1.0) for p in parameters]
     samples, channels = x.shape[0], laid[0].shape[1] * block
     with exact_memory(*laid, *padded, np.full_like(laid[0], 7)) as pointers:
@@ -77,7 +77,7 @@ def gradients(kernel: Kernel, seed: int, count: int) -> int:
         wide = np.float64 if dtype == np.float64 else np.float32
         block = [1, shape[1], 8, int(rng.integers(1, 70))][rng.integers(4)]
         raw = [rng.integers(0, 256, int(np.prod(shape)) * dtype.itemsize, dtype=np.uint8) for _ in range(2)]
-        dy, x = (to_blocks(pad_channels(r.view(dtype).reshape(shape), block), block) for r in raw)
+        dy, x = (to_blocks(r.view(dtype).reshape(shape), block) for r in raw)
         channels = x.shape[1] * block
         parameters = [rng.normal(size=channels).astype(wide) for _ in range(3)]
         rstd = (10 ** rng.uniform(-3, 3, (shape[0], channels))).astype(wide)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import platform
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,8 +12,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
-from cases import CASES, NUMPY_DTYPES, NormCase, make_inputs, tolerance, want
+from cases import CASES, NUMPY_DTYPES, NormCase, tolerance
 from kernels import Array, Guarded, Into, Kernel, ParallelFor
+from references import check_forward, inputs_of
 from tolerances import PLANE_FLOAT32, PLANE_OF_ONE_VALUE_FLOAT32
 
 from deploynorm.contract import DTYPES
@@ -29,16 +29,6 @@ HALVES = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 all_layouts = pytest.mark.parametrize("block", BLOCKS.values(), ids=BLOCKS)
 all_types = pytest.mark.parametrize("dtype", DTYPES)
 half_types = pytest.mark.parametrize("dtype", HALVES)
-
-
-@cache
-def inputs_of(case: NormCase) -> dict[str, Array]:
-    return make_inputs(case)
-
-
-@cache
-def want_of(case: NormCase) -> Array:
-    return want(case)
 
 
 def a_call(shape: tuple[int, ...], dtype: str, seed: int = 0) -> list[Array]:
@@ -86,14 +76,9 @@ def test_the_variants_are_those_that_the_processor_has(kernel: Kernel) -> None:
 @all_layouts
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_every_case_in_every_layout_and_variant(case: NormCase, block: int, kernel: Kernel) -> None:
-    inputs = inputs_of(case)
     for variant in (*kernel.variants, None):
-        got = kernel(*inputs.values(), block=block or case.shape[1], variant=variant)
-        assert got.shape == case.shape
-        assert got.dtype == inputs["X"].dtype
-        np.testing.assert_allclose(
-            got.astype(np.float64), want_of(case), **tolerance(case).kwargs(), err_msg=f"variant {variant}"
-        )
+        got = kernel(*inputs_of(case).values(), block=block or case.shape[1], variant=variant)
+        check_forward(got, case, f"variant {variant}")
 
 
 @all_layouts

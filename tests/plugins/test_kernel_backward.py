@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
 
 import numpy as np
 import pytest
-from cases import CASES, NormCase, make_dy, make_inputs, make_rstd
-from frn_gradient import Gradients, check_gradients, gradients, sizes
-from kernels import Array, Kernel, ParallelFor
-from tolerances import GRADIENT_ROUNDED, GRADIENT_SUMMED, RSTD
+from cases import CASES, NormCase, make_inputs, make_rstd
+from frn_gradient import Gradients
+from kernels import PARAMETER_GRADIENTS, Kernel, ParallelFor
+from references import backward_inputs, check_backward, gradients_of, inputs_of
+from tolerances import GRADIENT_SUMMED, RSTD
 
 from deploynorm.contract import DTYPES
 from deploynorm.libraries import TORCH_LIBRARY, library_path
@@ -37,19 +37,9 @@ def kernel(require: Callable[[str], None]) -> Kernel:
     return Kernel(library_path(TORCH_LIBRARY))
 
 
-@cache
-def a_call(case: NormCase) -> tuple[tuple[Array, ...], Gradients, Gradients]:
-    """dy, x, rstd, gamma, beta and tau, the gradients in float64, and what their errors are relative to."""
-    x, gamma, beta, tau, eps = make_inputs(case).values()
-    dy = make_dy(case)
-    call = (dy, x, gamma, beta, tau, eps)
-    return (dy, x, make_rstd(case), gamma, beta, tau), gradients(*call), sizes(*call)
-
-
 def check(kernel: Kernel, case: NormCase, block: int, **how: object) -> Gradients:
-    call, right, size = a_call(case)
-    got = kernel.backward(*call, block=block or case.shape[1], **how)  # type: ignore[arg-type]
-    check_gradients(got, right, size, GRADIENT_SUMMED[call[3].dtype.name], GRADIENT_ROUNDED[case.dtype])
+    got = kernel.backward(*backward_inputs(case), block=block or case.shape[1], **how)  # type: ignore[arg-type]
+    check_backward(got, case)
     return got
 
 
@@ -71,7 +61,7 @@ def test_sizes_around_every_turn(dtype: str, block: int, kernel: Kernel) -> None
 @all_layouts
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_the_forward_pass_gives_one_number_a_plane(case: NormCase, block: int, kernel: Kernel) -> None:
-    x, *parameters = make_inputs(case).values()
+    x, *parameters = inputs_of(case).values()
     rstd = np.empty(x.shape[:2], parameters[0].dtype)
     for variant in kernel.variants:
         kernel(x, *parameters, block=block or case.shape[1], variant=variant, rstd=rstd)
@@ -126,7 +116,7 @@ def test_without_elements_the_gradients_of_the_parameters_are_zero(
     for variant in kernel.variants:
         rstd = np.ones(shape[:2], np.float32)
         got = kernel.backward(x, x, rstd, ones, ones, ones, block=block or max(1, shape[1]), variant=variant)
-        for name in ("dgamma", "dbeta", "dtau", "deps"):
+        for name in PARAMETER_GRADIENTS:
             np.testing.assert_array_equal(getattr(got, name), np.zeros(shape[1]), err_msg=name)
 
 
@@ -138,10 +128,10 @@ def test_a_type_or_variant_that_is_not_there_is_refused(kernel: Kernel) -> None:
 def test_a_wrong_gradient_would_be_seen(kernel: Kernel) -> None:
     """One unit of the last place more than the bound, in one element of one gradient."""
     case = NormCase("default", (2, 4, 5, 5))
-    call, right, size = a_call(case)
-    got = kernel.backward(*call)
+    got = kernel.backward(*backward_inputs(case))
+    _, size = gradients_of(case)
     for name in Gradients._fields:
         wrong = {n: g.copy() for n, g in got._asdict().items()}
         wrong[name].flat[1] += 3 * GRADIENT_SUMMED["float32"].rtol * getattr(size, name).flat[1]
         with pytest.raises(AssertionError, match=name):
-            check_gradients(Gradients(**wrong), right, size, GRADIENT_SUMMED["float32"], GRADIENT_ROUNDED["float32"])
+            check_backward(Gradients(**wrong), case)

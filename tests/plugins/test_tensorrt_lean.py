@@ -21,9 +21,8 @@ import pytest
 from emulated import build_host
 from tensorrt_host import Format, Host, Tensor, inputs_and_output
 
-from deploynorm import libraries
 from deploynorm.contract import DOMAIN, OP_TYPE, VERSION
-from deploynorm.libraries import TENSORRT_LIBRARY, TENSORRT_REGISTER_LIBRARY
+from deploynorm.libraries import TENSORRT_LIBRARY
 
 LEAN = [Path(folder) for folder in os.environ.get("TENSORRT_LEAN_DIRS", "").split(os.pathsep) if folder]
 
@@ -147,33 +146,7 @@ def test_what_it_refuses_is_none_with_a_reason(name: str, runtime: Callable[...,
     assert REFUSED[name][1] in reasons[index]
 
 
-# ---- The files
-
-
-def table(program: list[str], library: Path) -> str:
-    return subprocess.run([*program, str(library)], capture_output=True, text=True, check=True).stdout
-
-
-def exported(library: Path) -> set[str]:
-    return {line.split()[-1].partition("@")[0] for line in table(["nm", "-D", "--defined-only"], library).splitlines()}
-
-
-def needed(library: Path) -> set[str]:
-    return set(re.findall(r"\(NEEDED\).*\[(.+)\]", table(["readelf", "-d", "-W"], library)))
-
-
-def test_they_export_what_a_host_looks_for_and_nothing_else(cuda_libraries: Path) -> None:
-    assert exported(cuda_libraries / TENSORRT_LIBRARY) == {"getCreators", "setLoggerFinder"}
-    assert exported(cuda_libraries / TENSORRT_REGISTER_LIBRARY) <= {"_init", "_fini"}
-
-
-def test_they_need_neither_tensorrt_nor_cuda_to_be_loaded(cuda_libraries: Path) -> None:
-    system = re.compile(r"lib(c|m|dl|rt|pthread|gcc_s)\.so\.\d+|ld-linux-[\w-]+\.so\.\d")
-    assert not [name for name in needed(cuda_libraries / TENSORRT_REGISTER_LIBRARY) if not system.fullmatch(name)]
-    rest = {name for name in needed(cuda_libraries / TENSORRT_LIBRARY) if not system.fullmatch(name)}
-    assert rest <= {"libstdc++.so.6"}
-    wanted = table(["nm", "-D", "--undefined-only"], cuda_libraries / TENSORRT_LIBRARY)
-    assert not re.findall(r"\b(?:cuda|cu[A-Z]|getPluginRegistry|getLogger|createInfer)\w*", wanted)
+# ---- In no runtime
 
 
 def test_without_a_device_a_run_ends_with_cuda_s_words_and_not_with_the_process(
@@ -188,17 +161,6 @@ def test_without_a_device_a_run_ends_with_cuda_s_words_and_not_with_the_process(
     )
     assert (done.returncode, done.stdout) == (0, "-1\n"), done
     assert re.fullmatch(rf"{DOMAIN}::{OP_TYPE}: CUDA: [^\n]+ \(\d+\)\n", done.stderr)
-
-
-def test_the_plugin_includes_tensorrt_s_runtime_header_alone() -> None:
-    folder = libraries.source_folder() / "tensorrt"
-    files = [folder / name for name in ("frn_plugin.h", "frn_plugin.cpp", "inputs.h")]
-    assert {path.name for path in folder.iterdir()} == {*(path.name for path in files), "register.cpp", "exports.map"}
-    own = {"../contract.h", "../kernels/frn.h", "frn_plugin.h", "inputs.h"}
-    system = {"dlfcn.h", "stdarg.h", "stdio.h", "string.h", "new"}
-    for path in files:
-        names = set(re.findall(r'^#include [<"]([^>"]+)[>"]', path.read_text(encoding="utf-8"), flags=re.MULTILINE))
-        assert names - own - system <= {"NvInferRuntime.h"}, path.name
 
 
 if __name__ == "__main__":  # the process of the test without a device
