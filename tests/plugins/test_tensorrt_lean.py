@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from emulated import build_host
+from emulated import HOSTS, build_plugin
 from tensorrt_host import Format, Host, Tensor, inputs_and_output
 
 from deploynorm.contract import DOMAIN, OP_TYPE, VERSION
@@ -150,9 +150,9 @@ def test_what_it_refuses_is_none_with_a_reason(name: str, runtime: Callable[...,
 
 
 def test_without_a_device_a_run_ends_with_cuda_s_words_and_not_with_the_process(
-    cuda_libraries: Path, tmp_path: Path
+    cuda_libraries: Path, emulated_library: Path, build_once: Callable[..., Path]
 ) -> None:
-    host = build_host(tmp_path, Path(os.environ["TENSORRT_INCLUDE_DIR"]))
+    host = build_once("plugin", lambda folder: build_plugin(folder, emulated_library)) / HOSTS[0]
     done = subprocess.run(
         [sys.executable, str(Path(__file__)), str(host), str(cuda_libraries / TENSORRT_LIBRARY)],
         capture_output=True,
