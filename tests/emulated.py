@@ -55,7 +55,7 @@ def build_broken_kernels(folder: Path, source: str, before: str, after: str) -> 
         if path.suffix in (".cu", ".cuh"):
             changed += text.count(before)
             text = text.replace(before, after)
-            text = re.sub(r"return run\((float|double|__nv_bfloat16)\(\)\)", "return run(__half())", text)
+            text = re.sub(r"return run\((float|double|__nv_bfloat16)\(\), ", "return run(__half(), ", text)
         (sources / path.name).write_text(text)
     assert changed == 1, before
     return build_kernels(folder, [sources / source])
