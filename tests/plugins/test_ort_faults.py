@@ -24,7 +24,7 @@ from deploynorm.reference import filter_response_norm
 
 TEXT = (Path(__file__).parents[2] / "plugins" / "onnxruntime" / "ort_abi.h").read_text()
 SLOTS = {name: int(slot) for name, slot in re.findall(r"^  X\((\w+), (\d+),", TEXT, flags=re.MULTILINE)}
-MEMBERS = re.findall(r"\(\*(\w+)\)\(", TEXT.partition("struct CustomOp {")[2].partition("\n};")[0])
+MEMBERS = re.findall(r"^  X\((\w+), [^\d]", TEXT, flags=re.MULTILINE)
 
 POINTER, SIZE, INT = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
 TASK = ctypes.CFUNCTYPE(None, POINTER, SIZE)
