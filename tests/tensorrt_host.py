@@ -95,11 +95,8 @@ class Tensor:
 
 class _Tensor(ctypes.Structure):
     _fields_ = (
-        ("type", ctypes.c_int32),
-        ("format", ctypes.c_int32),
-        ("rank", ctypes.c_int32),
-        ("sizes", ctypes.c_int64 * MAX_RANK),
-        ("largest", ctypes.c_int64 * MAX_RANK),
+        *((name, ctypes.c_int32) for name in ("type", "format", "rank")),
+        *((name, ctypes.c_int64 * MAX_RANK) for name in ("sizes", "largest")),
     )
 
 
