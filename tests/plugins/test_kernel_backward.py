@@ -6,11 +6,11 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from cases import CASES, NormCase, make_inputs, make_rstd
+from cases import CASES, NormCase
 from frn_gradient import Gradients
-from kernels import PARAMETER_GRADIENTS, Kernel, ParallelFor
+from kernels import Kernel, ParallelFor
 from references import backward_inputs, check_backward, gradients_of, inputs_of
-from tolerances import GRADIENT_SUMMED, RSTD
+from tolerances import GRADIENT_SUMMED
 
 from deploynorm.contract import DTYPES
 from deploynorm.libraries import TORCH_LIBRARY, library_path
@@ -59,18 +59,6 @@ def test_sizes_around_every_turn(dtype: str, block: int, kernel: Kernel) -> None
 
 
 @all_layouts
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_the_forward_pass_gives_one_number_a_plane(case: NormCase, block: int, kernel: Kernel) -> None:
-    x, *parameters = inputs_of(case).values()
-    rstd = np.empty(x.shape[:2], parameters[0].dtype)
-    for variant in kernel.variants:
-        kernel(x, *parameters, block=block or case.shape[1], variant=variant, rstd=rstd)
-        if x.size:
-            bound = RSTD[rstd.dtype.name]
-            np.testing.assert_allclose(rstd, make_rstd(case), **bound.kwargs(), err_msg=variant)
-
-
-@all_layouts
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(2, 6, 7, 9), (3, 33), (1, 2, 301, 301), (2, 70, 3, 3), (1, 3, 1, 4099)], ids=str)
 def test_neither_threads_nor_writing_over_dy_nor_alignment_change_a_bit(
@@ -96,7 +84,7 @@ def test_the_threshold_falls_where_the_forward_pass_had_it(dtype: str, block: in
     """Each channel's threshold is the y of one of its elements, as the same variant computes it: that one gets the
     gradient. All of dy is 1, so that the gradients by beta and tau are counts."""
     case = NormCase("ties", (1, 64, 49), dtype)
-    x, gamma, beta, tau, eps = make_inputs(case).values()
+    x, gamma, beta, tau, eps = inputs_of(case).values()
     for variant in kernel.variants:
         rstd = np.empty((1, 64), gamma.dtype)
         y = kernel(x, gamma, beta, np.full_like(tau, -np.inf), eps, block=block or 64, variant=variant, rstd=rstd)[0]
@@ -107,17 +95,10 @@ def test_the_threshold_falls_where_the_forward_pass_had_it(dtype: str, block: in
         np.testing.assert_array_equal(got.dtau, 49 - reached, err_msg=variant)
 
 
-@all_layouts
-@pytest.mark.parametrize("shape", [(0, 5, 3), (2, 5, 0), (0, 5), (2, 0, 3)], ids=str)
-def test_without_elements_the_gradients_of_the_parameters_are_zero(
-    shape: tuple[int, ...], block: int, kernel: Kernel
-) -> None:
-    x, ones = np.zeros(shape, np.float32), np.ones(shape[1], np.float32)
-    for variant in kernel.variants:
-        rstd = np.ones(shape[:2], np.float32)
-        got = kernel.backward(x, x, rstd, ones, ones, ones, block=block or max(1, shape[1]), variant=variant)
-        for name in PARAMETER_GRADIENTS:
-            np.testing.assert_array_equal(getattr(got, name), np.zeros(shape[1]), err_msg=name)
+def test_without_channels_nothing_is_read_or_written(kernel: Kernel) -> None:
+    for block in (1, 8):
+        for variant in kernel.variants:
+            assert kernel.call(Backward(2, 0, 3, block, 0), 0, variant=variant) == 0  # null pointers
 
 
 def test_a_type_or_variant_that_is_not_there_is_refused(kernel: Kernel) -> None:
