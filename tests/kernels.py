@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import ctypes
 import itertools
-import threading
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+import random
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from math import prod
 from pathlib import Path
 from typing import Any, Literal
@@ -78,56 +79,26 @@ def check_all(tensors: Mapping[str, Guarded], written: Collection[str]) -> None:
 
 
 class ParallelFor:
-    """A host's threads, in Python: runs the tasks as `order` says, and remembers how many there were."""
+    """A host's threads, in Python: runs the tasks in this order, and remembers how many there were.
 
-    def __init__(self, order: Callable[[int, Callable[[int], None]], None]) -> None:
+    With threads above 0 on as many real ones: ctypes lets go of Python's lock while a task runs.
+    """
+
+    def __init__(self, order: Callable[[range], Iterable[int]] = iter, threads: int = 0) -> None:
         self.counts: list[int] = []
 
         def run(host: int | None, count: int, task: Callable[[int | None, int], None], data: int | None) -> None:
             self.counts.append(count)
-            order(count, lambda index: task(data, index))
+            with ThreadPoolExecutor(threads) if threads else nullcontext() as pool:
+                each: Callable[..., Iterable[None]] = pool.map if pool else map
+                for _ in each(lambda index: task(data, index), order(range(count))):
+                    pass
 
         self.function = PARALLEL_FOR(run)
 
-    @classmethod
-    def one_after_the_other(cls) -> ParallelFor:
-        return cls(lambda count, task: [task(index) for index in range(count)] and None)
 
-    @classmethod
-    def reversed(cls) -> ParallelFor:
-        return cls(lambda count, task: [task(index) for index in reversed(range(count))] and None)
-
-    @classmethod
-    def shuffled(cls, seed: int) -> ParallelFor:
-        def order(count: int, task: Callable[[int], None]) -> None:
-            for index in np.random.default_rng(seed).permutation(count):
-                task(int(index))
-
-        return cls(order)
-
-    @classmethod
-    def threads(cls, number: int) -> ParallelFor:
-        """Real ones: ctypes lets go of Python's lock while a task runs."""
-
-        def order(count: int, task: Callable[[int], None]) -> None:
-            indices = iter(range(count))
-            lock = threading.Lock()
-
-            def next_index() -> int | None:
-                with lock:
-                    return next(indices, None)
-
-            def work() -> None:
-                while (index := next_index()) is not None:
-                    task(index)
-
-            workers = [threading.Thread(target=work) for _ in range(number)]
-            for worker in workers:
-                worker.start()
-            for worker in workers:
-                worker.join()
-
-        return cls(order)
+def shuffled(indices: range) -> list[int]:
+    return random.Random(0).sample(indices, len(indices))
 
 
 def to_blocks(x: Array, block: int) -> Array:

@@ -93,7 +93,7 @@ def gradients(kernel: Kernel, seed: str, count: str) -> int:
             if rng.random() < 0.5:
                 call.dx = call.dy
             variant = kernel.variants[rng.integers(len(kernel.variants))]
-            host = ParallelFor.threads(3) if rng.random() < 0.3 else None
+            host = ParallelFor(threads=3) if rng.random() < 0.3 else None
             assert kernel.call(call, pointers[-1], variant=variant, parallel_for=host) == 0
     return int(count)
 
@@ -109,7 +109,7 @@ def fuzz(kernel: Kernel, seed: str, count: str) -> int:
         parameters.append((10 ** rng.uniform(-12, 1, channels)).astype(wide))
         block = [1, channels, 8, 16, 64, int(rng.integers(1, 70))][rng.integers(6)]
         into = ["y", "x", "residual" if residual.size else "y"][rng.integers(3)]
-        host = ParallelFor.threads(3) if rng.random() < 0.3 else None
+        host = ParallelFor(threads=3) if rng.random() < 0.3 else None
         run(kernel, [x, residual, *parameters], block, kernel.variants[rng.integers(len(kernel.variants))], host, into)
     return int(count)
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from cases import CASES, NUMPY_DTYPES, NormCase, make_rstd, tolerance
-from kernels import Array, Guarded, Into, Kernel, ParallelFor
+from kernels import Array, Guarded, Into, Kernel, ParallelFor, shuffled
 from references import check_forward, inputs_of
 from tolerances import PLANE_FLOAT32, PLANE_OF_ONE_VALUE_FLOAT32, RSTD
 
@@ -148,7 +148,7 @@ def test_nothing_is_read_or_written_for_a_size_of_0(dtype: str, kernel: Kernel) 
     for sizes in ((0, 4, 5), (3, 0, 5), (3, 4, 0), (0, 0, 0)):
         for block in (1, 4, 16):
             for variant in kernel.variants:
-                for threads in (None, ParallelFor.threads(2)):
+                for threads in (None, ParallelFor(threads=2)):
                     # Null pointers: any access ends the process.
                     assert kernel.call(Forward(*sizes, block, kind), variant=variant, parallel_for=threads) == 0
 
@@ -364,10 +364,10 @@ def test_tensors_need_no_more_alignment_than_their_elements(shift: int, dtype: s
 # ---- Threads
 
 HOSTS: dict[str, Callable[[], ParallelFor]] = {
-    "one after the other": ParallelFor.one_after_the_other,
-    "reversed": ParallelFor.reversed,
-    "shuffled": lambda: ParallelFor.shuffled(0),
-    **{f"{number} threads": lambda number=number: ParallelFor.threads(number) for number in range(1, 9)},
+    "one after the other": ParallelFor,
+    "reversed": lambda: ParallelFor(reversed),
+    "shuffled": lambda: ParallelFor(shuffled),
+    **{f"{number} threads": lambda number=number: ParallelFor(threads=number) for number in range(1, 9)},
 }
 
 SHARED: dict[str, tuple[tuple[int, ...], int]] = {
@@ -404,7 +404,7 @@ def test_the_host_s_threads_change_no_bit(shape: tuple[int, ...], block: int, dt
 
 
 def test_a_small_call_is_not_worth_a_thread(kernel: Kernel) -> None:
-    host = ParallelFor.one_after_the_other()
+    host = ParallelFor()
     kernel(*a_call((1, 64, 7, 7), "float32"), parallel_for=host)
     assert host.counts == []
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from cases import CASES, NormCase
 from frn_gradient import Gradients
-from kernels import Kernel, ParallelFor
+from kernels import Kernel, ParallelFor, shuffled
 from references import backward_inputs, check_backward, gradients_of, inputs_of
 from tolerances import GRADIENT_SUMMED
 
@@ -66,7 +66,7 @@ def test_neither_threads_nor_writing_over_dy_nor_alignment_change_a_bit(
 ) -> None:
     case = NormCase("steady", shape, dtype)
     want = check(kernel, case, block)
-    hosts = (ParallelFor.reversed(), ParallelFor.shuffled(0), ParallelFor.threads(3))
+    hosts = (ParallelFor(reversed), ParallelFor(shuffled), ParallelFor(threads=3))
     ways = [{"parallel_for": host} for host in hosts] + [
         {"in_place": True},
         {"shift": 1},
