@@ -8,6 +8,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnx
 import pytest
@@ -37,14 +38,8 @@ def _needs_onnxruntime(require: Callable[[str], None]) -> None:
 
 def _samples(dtype: str, *shapes: tuple[int, ...]) -> Iterator[tuple[str, dict[str, np.ndarray[Any, Any]]]]:
     for seed, shape in enumerate(shapes):
-        x = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(HALF[dtype])
-        yield str(seed), {"x": _array(x)}
-
-
-def _array(x: Tensor) -> np.ndarray[Any, Any]:
-    import ml_dtypes
-
-    return x.view(torch.int16).numpy().view(ml_dtypes.bfloat16) if x.dtype == torch.bfloat16 else x.numpy()
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).numpy()
+        yield str(seed), {"x": x.astype(getattr(ml_dtypes, dtype, dtype))}
 
 
 def _parity(model: onnx.ModelProto, network: nn.Module, dtype: str, *shapes: tuple[int, ...]) -> Report:
