@@ -205,21 +205,30 @@ def variants_to_check(kernel: CudaKernel, case: NormCase) -> Sequence[str]:
     return VARIANTS if kernel.device == "cuda" or prod(case.shape) < 10**5 or case.dtype == "float32" else ()
 
 
-def check(kernel: CudaKernel, case: NormCase, *, statistics: bool = True, **how: object) -> bool:
-    """Whether the variant takes these sizes; the numbers must be right if it does, rstd too with statistics."""
+def check(
+    kernel: CudaKernel,
+    case: NormCase,
+    variants: Sequence[str | None] = (None,),
+    *,
+    statistics: bool = True,
+    **how: object,
+) -> int:
+    """How many of the variants take these sizes; y must be right of all that do, and rstd with statistics."""
     expected = make_rstd(case)
-    rstd = np.empty_like(expected) if statistics else None
-    y = kernel(*inputs_of(case).values(), rstd=rstd, **how)  # type: ignore[arg-type]
-    if y is None:
-        return False
-    check_forward(y, case)
-    if rstd is not None and y.size:
-        np.testing.assert_allclose(rstd, expected, **RSTD[expected.dtype.name].kwargs())
-    return True
+    taken = 0
+    for variant in variants:
+        rstd = np.empty_like(expected) if statistics else None
+        y = kernel(*inputs_of(case).values(), rstd=rstd, variant=variant, **how)  # type: ignore[arg-type]
+        if y is not None:
+            taken += 1
+            check_forward(y, case, f"{variant}")
+            if rstd is not None and y.size:
+                np.testing.assert_allclose(rstd, expected, **RSTD[expected.dtype.name].kwargs())
+    return taken
 
 
 def check_backward(kernel: CudaKernel, case: NormCase, variants: Sequence[str | None] = (None,), **how: object) -> int:
-    """How many of the variants take these sizes; the gradients must be right of all that do."""
+    """As check, of the gradients."""
     taken = 0
     for variant in variants:
         got = kernel.backward(*backward_inputs(case), variant=variant, **how)  # type: ignore[arg-type]

@@ -36,23 +36,10 @@ BUILD, RUNTIME = 0, 1
 MAX_RANK = 8
 
 
-class Format(IntEnum):
-    """nvinfer1::TensorFormat, as far as the tests ask for it."""
-
-    LINEAR = 0
-    CHW2 = 1
-    HWC8 = 2
-    CHW4 = 3
-    CHW16 = 4
-    CHW32 = 5
-    DHWC8 = 6
-    CDHW32 = 7
-    HWC = 8
-    DLA_LINEAR = 9
-    DLA_HWC4 = 10
-    HWC16 = 11
-    DHWC = 12
-
+NAMES = ("LINEAR", "CHW2", "HWC8", "CHW4", "CHW16", "CHW32", "DHWC8", "CDHW32", "HWC", "DLA_LINEAR", "DLA_HWC4",
+         "HWC16", "DHWC")  # fmt: skip
+Format = IntEnum("Format", NAMES, start=0)
+"""nvinfer1::TensorFormat, as far as the tests ask for it."""
 
 LAYOUTS: dict[Format, Layout] = {Format.LINEAR: "nchw", Format.HWC: "nhwc", Format.HWC8: "nhwc8"}
 

@@ -16,7 +16,7 @@ from deploynorm.layers import _native
 # Without a GPU only the emulation is tested (tests/conftest.py says so at the top of a run), unless one is required.
 GPU = torch.cuda.is_available() or "gpu" in os.environ.get("DEPLOYNORM_REQUIRE", "").split(",")
 if not GPU:
-    on_both = ("test_backward.py", "test_broken.py", "test_forward.py", "test_plugin.py")
+    on_both = ("test_broken.py", "test_kernels.py", "test_plugin.py")
     collect_ignore = [path.name for path in Path(__file__).parent.glob("test_*.py") if path.name not in on_both]
 
 

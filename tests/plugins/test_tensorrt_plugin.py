@@ -15,7 +15,6 @@ from cases import NormCase
 from emulated import HOSTS, build_plugin
 from references import inputs_of
 from tensorrt_host import (
-    LAYOUTS,
     RUNTIME,
     Field,
     FieldType,
@@ -359,7 +358,3 @@ def test_an_error_of_cuda_is_passed_on(
     y = np.empty(SHAPES[4], np.float32)
     assert plugin.enqueue(inputs_and_output(X), [value.ctypes.data for value in values], y.ctypes.data, 0) == -1
     assert capfd.readouterr().err == f"{DOMAIN}::{OP_TYPE}: CUDA: cudaErrorInvalidConfiguration (9)\n"
-
-
-def test_every_format_of_the_plugin_has_a_layout_here() -> None:
-    assert {format for dtype in DTYPES for format in formats_of(dtype, 4)} == set(LAYOUTS)
