@@ -143,13 +143,7 @@ class Host:
         )
         return Plugin(self, plugin) if plugin else None
 
-    def build(
-        self,
-        dtype: str,
-        format: Format,
-        smallest: tuple[int, ...],
-        largest: tuple[int, ...],
-    ) -> Engine:
+    def build(self, dtype: str, format: Format, smallest: tuple[int, ...], largest: tuple[int, ...]) -> Engine:
         """An engine for X of this type and format, and of shapes between these."""
         network = tuple(a if a == b else -1 for a, b in zip(smallest, largest, strict=True))
         x = Tensor(network, dtype, format, largest)
@@ -163,8 +157,7 @@ class Host:
                 assert plugin.supports(position, tensors), f"{format.name} of input or output {position}"
             assert plugin.configure(tensors) == 0
             workspace = plugin.workspace(tensors)
-            optimum = inputs_and_output(Tensor(largest, dtype, format))
-            assert plugin.shape_change(optimum) == 0
+            assert plugin.shape_change(inputs_and_output(Tensor(largest, dtype, format))) == 0
             return Engine(self, dtype, format, tuple(plugin.fields()), workspace)
 
 

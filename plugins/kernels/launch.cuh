@@ -33,18 +33,10 @@ int log2_up(int64_t count) {
   return bits;
 }
 
+// Of an element; 0 for a type that is not there.
 int64_t bytes_of(int32_t type) {
-  switch (type) {
-    case DEPLOYNORM_FLOAT32:
-      return 4;
-    case DEPLOYNORM_FLOAT64:
-      return 8;
-    case DEPLOYNORM_FLOAT16:
-    case DEPLOYNORM_BFLOAT16:
-      return 2;
-    default:
-      return 0;
-  }
+  if (type == DEPLOYNORM_FLOAT16 || type == DEPLOYNORM_BFLOAT16) return 2;
+  return type == DEPLOYNORM_FLOAT32 ? 4 : type == DEPLOYNORM_FLOAT64 ? 8 : 0;
 }
 
 // run(element, variant) for an element of the type and the variant of this name, which is null where none is asked for.
