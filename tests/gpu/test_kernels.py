@@ -127,8 +127,8 @@ def result(kernel: CudaKernel, which: str, case: NormCase, layout: Layout, varia
     return None if got is None else b"".join(each.tobytes() for each in got)
 
 
-# What runs on a device of 10 multiprocessors, where the passes differ in what a block holds: a plane of each.
-CHOICES: dict[str, tuple[tuple[int, ...], Layout, str]] = {
+# What runs on a device of 10 multiprocessors.
+ALIKE: dict[str, tuple[tuple[int, ...], Layout, str]] = {
     "5x5": ((8, 64, 25), "nchw", "packed"),
     "7x7": ((8, 64, 49), "nchw", "registers"),
     "1x1, either layout": ((64, 48, 1), "nhwc", "packed"),
@@ -140,19 +140,22 @@ CHOICES: dict[str, tuple[tuple[int, ...], Layout, str]] = {
     "few that no block holds": ((1, 3, 33000), "nchw", "split"),
     "112x112 channels last": ((1, 16, 12544), "nhwc", "split"),
 }
-LARGEST_HELD = {"forward": 32768, "backward": 16384}
-"""Elements of a plane of float32."""
+CHOICES: dict[str, tuple[str, tuple[int, ...], Layout, str]] = {
+    **{f"{which}, {name}": (which, *choice) for which in CHECK for name, choice in ALIKE.items()},
+    "forward, 56x56 channels last": ("forward", (1, 16, 3136), "nhwc", "registers"),
+    "backward, 56x56 channels last": ("backward", (1, 16, 3136), "nhwc", "split"),
+    "forward, a plane that no block holds": ("forward", (1, 10, 33000), "nchw", "two_passes"),
+    "backward, a plane that no block holds": ("backward", (1, 10, 17000), "nchw", "two_passes"),
+}
 
 
-@pytest.mark.parametrize("which", CHECK)
-@pytest.mark.parametrize("name", [*CHOICES, "a plane that no block holds"])
+@pytest.mark.parametrize("name", CHOICES)
 def test_the_variant_is_chosen_by_sizes_and_device(
-    name: str, which: str, emulated: CudaKernel, monkeypatch: pytest.MonkeyPatch
+    name: str, emulated: CudaKernel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The result of a choice is bit-exact the result of the variant when asked for. Packed and split add in an order of
     their own, and the many sums of the backward pass differ; registers and two passes add in the same."""
-    no_block = ((1, 10, LARGEST_HELD[which] + 500), "nchw", "two_passes")
-    shape, layout, expected = CHOICES.get(name, no_block)
+    which, shape, layout, expected = CHOICES[name]
     monkeypatch.setenv("EMULATED_MULTIPROCESSORS", "10")
     case = NormCase(name, shape)
     chosen = result(emulated, which, case, layout)
@@ -191,7 +194,7 @@ def test_scratch_memory_never_shrinks_as_sizes_grow(emulated: CudaKernel) -> Non
         assert max(asked.values()) < 64 * 2**20
 
 
-def test_what_is_not_there_is_refused_backward(emulated: CudaKernel) -> None:
+def test_what_is_not_there_is_refused_by_the_backward_pass(emulated: CudaKernel) -> None:
     def code(block: int = 1, kind: int = 0, variant: str | None = None, workspace: int | None = 256) -> int:
         return emulated.call(Backward(1, 4, 9, block, kind), variant=variant, workspace=workspace)
 
