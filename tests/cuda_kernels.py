@@ -11,25 +11,32 @@ it that the kernel has left its inputs alone. What a call leaves unwritten is fo
 from __future__ import annotations
 
 import ctypes
-import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from fractions import Fraction
 from math import prod
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
+import references
 import torch
-from cases import NormCase, make_dy, make_inputs, make_rstd, tolerance, want
-from frn_gradient import Gradients, check_gradients, gradients, sizes
-from kernels import from_blocks, to_blocks
-from tolerances import GRADIENT_ROUNDED, GRADIENT_SUMMED, RSTD
+from cases import NormCase, make_inputs, make_rstd
+from frn_gradient import Gradients
+from kernels import (
+    PARAMETER_GRADIENTS,
+    PARAMETERS,
+    Array,
+    Guarded,
+    check_all,
+    from_blocks,
+    pad_channels,
+    to_blocks,
+    variant_names,
+)
+from references import backward_inputs, check_forward, inputs_of
+from tolerances import RSTD
 
-from deploynorm.contract import INPUTS
 from deploynorm.libraries.kernels import TYPES, Backward, Forward, open_kernels
-
-Array = npt.NDArray[Any]
 
 Layout = Literal["nchw", "nhwc", "nhwc8"]
 
@@ -41,55 +48,18 @@ VARIANTS = ("packed", "registers", "two_passes", "split")
 SPATIAL = (1, 2, 3, 7, 8, 9, 31, 33, 49, 127, 196, 255, 257, 1023, 1025, 2048, 2049, 4097)
 CHANNELS = (1, 2, 3, 7, 8, 9, 13, 16, 33, 40, 64, 257)
 
-GUARD = 256
-"""Bytes around each tensor: what cudaMalloc aligns to, and more than a pack of any kernel."""
-
 INVALID_VALUE = 1
 """cudaErrorInvalidValue."""
 
 
-class Guarded:
-    """Bytes on a device, with more around them that nobody may write.
-
-    Attributes:
-        content: What goes in.
-        shift: Bytes by which it stands off the alignment of its allocation.
-    """
-
-    def __init__(self, content: Array, device: str, shift: int = 0) -> None:
-        self.content = np.ascontiguousarray(content)
-        self._start = GUARD + shift
-        before = np.resize(np.arange(1, 252, dtype=np.uint8), self._start + self.content.nbytes + GUARD)
-        before[self._start : self._start + self.content.nbytes] = self.content.reshape(-1).view(np.uint8)
-        self._before = before
-        self._memory = torch.from_numpy(before.copy()).to(device)
-
-    @property
-    def pointer(self) -> int:
-        return self._memory.data_ptr() + self._start
-
-    def read(self) -> Array:
-        """What is there now; nothing around it may have changed."""
-        now, end = self._memory.cpu().numpy(), self._start + self.content.nbytes
-        for part in (slice(0, self._start), slice(end, None)):
-            changed = np.flatnonzero(now[part] != self._before[part])
-            assert not len(changed), f"byte {(part.start or 0) + changed[0] - self._start} was written"
-        inside = now[self._start : end].copy()
-        return inside.view(self.content.dtype).reshape(self.content.shape)
-
-    def check_unchanged(self, name: str) -> None:
-        assert np.array_equal(self.read().view(np.uint8), self.content.view(np.uint8)), f"{name} was written"
-
-
-def to_layout(x: Array, layout: Layout, fill: float = np.nan) -> Array:
-    """(N, C, D1..Dk) as the kernel takes it; rows of nhwc8 are filled up to whole eights."""
+def to_layout(x: Array, layout: Layout) -> Array:
+    """(N, C, D1..Dk) as the kernel takes it; rows of nhwc8 are filled up to whole eights with NaN."""
     if layout == "nchw":
         return np.ascontiguousarray(x).reshape(*x.shape[:2], prod(x.shape[2:]), 1)
     channels = x.shape[1]
-    rows = to_blocks(x, channels) if channels else x.reshape(x.shape[0], 1, prod(x.shape[2:]), 0)
     if layout == "nhwc8":
-        rows = np.pad(rows, [(0, 0)] * 3 + [(0, -channels % 8)], constant_values=fill)
-    return rows
+        x = pad_channels(x, 8, np.nan)
+    return to_blocks(x, x.shape[1]) if channels else x.reshape(x.shape[0], 1, prod(x.shape[2:]), 0)
 
 
 def from_layout(y: Array, layout: Layout, shape: tuple[int, ...]) -> Array:
@@ -101,17 +71,16 @@ def from_layout(y: Array, layout: Layout, shape: tuple[int, ...]) -> Array:
 
 
 class CudaKernel:
-    """The library's kernels."""
+    """The library's kernels.
+
+    Attributes:
+        variants: Names of all that there are.
+    """
 
     def __init__(self, library: Path, device: Literal["cpu", "cuda"]) -> None:
         self.device = device
         self.functions = open_kernels(library)
-
-    @property
-    def variants(self) -> list[str]:
-        """All that there are."""
-        found = self.functions.deploynorm_cuda_variants()
-        return [name.decode() for name in itertools.takewhile(lambda name: name is not None, found)]
+        self.variants = variant_names(self.functions.deploynorm_cuda_variants())
 
     def workspace_bytes(self, call: Forward | Backward) -> int:
         forward = isinstance(call, Forward)
@@ -133,12 +102,12 @@ class CudaKernel:
 
     def _run(self, call: Forward | Backward, workspace: bool, variant: str | None) -> bool:
         """Whether the variant takes these sizes."""
-        scratch = Guarded(np.full(self.workspace_bytes(call), 0xFF, np.uint8), self.device)
+        scratch = Guarded(np.full(self.workspace_bytes(call), 0xFF, np.uint8), device=self.device)
         pointer = scratch.pointer if workspace else None  # where no bytes are asked for, to what nobody may write
         code = self.call(call, workspace=pointer, variant=variant)
         if self.device == "cuda":
             torch.cuda.synchronize()
-        scratch.read()
+        scratch.check("workspace", written=True)
         if variant is not None and code == INVALID_VALUE:
             return False
         assert code == 0, f"CUDA error {code}"
@@ -162,11 +131,7 @@ class CudaKernel:
         """y, of x's shape and type; None where the variant does not take these sizes.
 
         Args:
-            x: (N, C, D1..Dk).
-            gamma: (C,), as are beta, tau and eps.
-            beta: See above.
-            tau: See above.
-            eps: See above.
+            x: (N, C, D1..Dk); the parameters are (C,).
             layout: Of x and y in memory.
             in_place: Whether y is written over x.
             rstd: Written over with 1 / sqrt(mean(x^2) + eps), (N, C), for the backward pass.
@@ -175,31 +140,23 @@ class CudaKernel:
             shifts: Elements by which x and y stand off the alignment of their allocations.
         """
         laid = to_layout(x, layout)
-        size = laid.itemsize
-        source = Guarded(laid, self.device, shifts[0] * size)
-        target = source if in_place else Guarded(np.full_like(laid, np.nan), self.device, shifts[1] * size)
-        statistics = None if rstd is None else Guarded(np.full_like(rstd, np.nan), self.device)
-        parameters: Mapping[str, Guarded] = {
-            name: Guarded(values, self.device)
-            for name, values in (("gamma", gamma), ("beta", beta), ("tau", tau), ("eps", eps))
-        }
-        call = Forward(
-            *_sizes(x, laid, layout),
-            x=source.pointer,
-            y=target.pointer,
-            rstd=None if statistics is None else statistics.pointer,
-            **{name: guarded.pointer for name, guarded in parameters.items()},
-        )
-        if not self._run(call, workspace, variant):
-            target.check_unchanged("y, of a call that was refused,")
-            return None
-        for name, guarded in parameters.items():
-            guarded.check_unchanged(name)
+        tensors = {"x": Guarded(laid, shifts[0], self.device)}
         if not in_place:
-            source.check_unchanged("x")
-        if statistics is not None and rstd is not None:
-            rstd[...] = statistics.read()
-        return from_layout(target.read(), layout, x.shape)
+            tensors["y"] = Guarded(np.full_like(laid, np.nan), shifts[1], self.device)
+        given = dict(zip(PARAMETERS, (gamma, beta, tau, eps), strict=True))
+        if rstd is not None:
+            given["rstd"] = np.full_like(rstd, np.nan)
+        tensors |= {name: Guarded(array, device=self.device) for name, array in given.items()}
+        pointers = {name: tensor.pointer for name, tensor in tensors.items()}
+        into = "x" if in_place else "y"
+        call = Forward(*_sizes(x, laid, layout), **({"y": pointers[into]} | pointers))
+        taken = self._run(call, workspace, variant)
+        check_all(tensors, (into, "rstd") if taken else ())
+        if not taken:
+            return None
+        if rstd is not None:
+            rstd[...] = tensors["rstd"].read()
+        return from_layout(tensors[into].read(), layout, x.shape)
 
     def backward(
         self,
@@ -215,44 +172,22 @@ class CudaKernel:
         variant: str | None = None,
         shifts: tuple[int, int, int] = (0, 0, 0),
     ) -> Gradients | None:
-        """The gradients; None where the variant does not take these sizes.
-
-        Args:
-            dy: (N, C, D1..Dk), as is x.
-            x: See above.
-            rstd: (N, C).
-            gamma: (C,), as are beta and tau.
-            beta: See above.
-            tau: See above.
-            layout: Of dy, x and dx in memory.
-            in_place: Whether dx is written over dy.
-            variant: None leaves it to the library.
-            shifts: Elements by which dy, x and dx stand off the alignment of their allocations.
-        """
-        tensors = [to_layout(dy, layout), to_layout(x, layout)]
-        tensors.append(np.full_like(tensors[0], np.nan))
-        names = ("dy", "x", "dx")
-        given = {
-            name: Guarded(tensor, self.device, shift * tensor.itemsize)
-            for name, tensor, shift in zip(names, tensors, shifts, strict=True)
-        }
-        given |= {
-            name: Guarded(each, self.device)
-            for name, each in (("rstd", rstd), ("gamma", gamma), ("beta", beta), ("tau", tau))
-        }
-        given |= {name: Guarded(np.full_like(gamma, np.nan), self.device) for name in Gradients._fields[1:]}
-        pointers = {name: guarded.pointer for name, guarded in given.items()}
-        if in_place:
-            pointers["dx"] = pointers["dy"]
-        taken = self._run(Backward(*_sizes(x, tensors[1], layout), **pointers), True, variant)
-        written = ({"dy" if in_place else "dx", *Gradients._fields[1:]}) if taken else set()
-        for name, guarded in given.items():
-            if name not in written:
-                guarded.check_unchanged(name)
+        """The gradients, as __call__ has y: in_place writes dx over dy, and shifts are of dy, x and dx."""
+        laid = {"dy": to_layout(dy, layout), "x": to_layout(x, layout)}
+        laid["dx"] = np.full_like(laid["x"], np.nan)
+        tensors = {name: Guarded(laid[name], shift, self.device) for name, shift in zip(laid, shifts, strict=True)}
+        given = {"rstd": rstd, "gamma": gamma, "beta": beta, "tau": tau}
+        given |= dict.fromkeys(PARAMETER_GRADIENTS, np.full_like(gamma, np.nan))
+        tensors |= {name: Guarded(array, device=self.device) for name, array in given.items()}
+        pointers = {name: tensor.pointer for name, tensor in tensors.items()}
+        dx = "dy" if in_place else "dx"
+        call = Backward(*_sizes(x, laid["x"], layout), **(pointers | {"dx": pointers[dx]}))
+        taken = self._run(call, True, variant)
+        check_all(tensors, (dx, *PARAMETER_GRADIENTS) if taken else ())
         if not taken:
             return None
-        dx = from_layout(given["dy" if in_place else "dx"].read(), layout, x.shape)
-        return Gradients(dx, *(given[name].read() for name in Gradients._fields[1:]))
+        parameters = (tensors[name].read() for name in PARAMETER_GRADIENTS)
+        return Gradients(from_layout(tensors[dx].read(), layout, x.shape), *parameters)
 
 
 def _sizes(x: Array, laid: Array, layout: Layout) -> tuple[int, int, int, int, int]:
@@ -270,40 +205,36 @@ def variants_to_check(kernel: CudaKernel, case: NormCase) -> Sequence[str]:
     return VARIANTS if kernel.device == "cuda" or prod(case.shape) < 10**5 or case.dtype == "float32" else ()
 
 
-def check(kernel: CudaKernel, case: NormCase, *, statistics: bool = True, **how: object) -> bool:
-    """Whether the variant takes these sizes; the numbers must be right if it does.
-
-    Args:
-        kernel: What is checked.
-        case: The inputs.
-        statistics: Whether rstd is asked for, and checked too.
-        how: As CudaKernel takes it.
-    """
-    inputs = make_inputs(case)
+def check(
+    kernel: CudaKernel,
+    case: NormCase,
+    variants: Sequence[str | None] = (None,),
+    *,
+    statistics: bool = True,
+    **how: object,
+) -> int:
+    """How many of the variants take these sizes; y must be right of all that do, and rstd with statistics."""
     expected = make_rstd(case)
-    rstd = np.empty_like(expected) if statistics else None
-    y = kernel(*(inputs[name] for name in INPUTS), rstd=rstd, **how)  # type: ignore[arg-type]
-    if y is None:
-        return False
-    assert y.dtype == inputs[INPUTS[0]].dtype
-    np.testing.assert_allclose(y.astype(np.float64), want(case), **tolerance(case).kwargs())
-    if rstd is not None and y.size:
-        np.testing.assert_allclose(rstd, expected, **RSTD[expected.dtype.name].kwargs())
-    return True
+    taken = 0
+    for variant in variants:
+        rstd = np.empty_like(expected) if statistics else None
+        y = kernel(*inputs_of(case).values(), rstd=rstd, variant=variant, **how)  # type: ignore[arg-type]
+        if y is not None:
+            taken += 1
+            check_forward(y, case, f"{variant}")
+            if rstd is not None and y.size:
+                np.testing.assert_allclose(rstd, expected, **RSTD[expected.dtype.name].kwargs())
+    return taken
 
 
 def check_backward(kernel: CudaKernel, case: NormCase, variants: Sequence[str | None] = (None,), **how: object) -> int:
-    """How many of the variants take these sizes; the gradients must be right of all that do."""
-    x, gamma, beta, tau, eps = make_inputs(case).values()
-    dy, rstd = make_dy(case), make_rstd(case)
-    expected = (dy, x, gamma, beta, tau, eps)
-    right, size = gradients(*expected), sizes(*expected)
+    """As check, of the gradients."""
     taken = 0
     for variant in variants:
-        got = kernel.backward(dy, x, rstd, gamma, beta, tau, variant=variant, **how)  # type: ignore[arg-type]
+        got = kernel.backward(*backward_inputs(case), variant=variant, **how)  # type: ignore[arg-type]
         if got is not None:
             taken += 1
-            check_gradients(got, right, size, GRADIENT_SUMMED[gamma.dtype.name], GRADIENT_ROUNDED[case.dtype])
+            references.check_backward(got, case)
     return taken
 
 

@@ -1,7 +1,6 @@
-"""The CUDA kernels, the TensorRT plugin and a host for it, compiled for a machine without CUDA and TensorRT.
+"""The CUDA kernels, the TensorRT plugin and hosts for it, compiled for a machine without CUDA and TensorRT.
 
-All are the sources as they are, over tests/emulation; the host also compiles for a GPU. The last two need TensorRT's
-headers.
+All are the sources as they are, over tests/emulation. The plugin and the hosts need TensorRT's headers.
 """
 
 from __future__ import annotations
@@ -13,30 +12,22 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from deploynorm.libraries import find_tools, source_folder
+from deploynorm.libraries import TENSORRT_LIBRARY, find_tools, source_folder
 
 
-def _compile(target: Path, *words: str | Path) -> Path:
+def _compile(target: Path, *words: str | Path, shared: bool = True) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
-    done = subprocess.run([*map(str, words), "-shared", "-o", str(target)], capture_output=True, text=True)
+    command = [*map(str, words), *(["-shared"] if shared else []), "-o", str(target)]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return target
 
 
-def _emulation(headers: Path | None = None) -> list[str | Path]:
+def _emulation() -> list[str | Path]:
     """A compiler, and its options for CUDA on the CPU."""
-    options = [
-        "-std=c++20",
-        "-Og",  # compiles in less than half of the time of -O2, and runs nearly as fast
-        "-fno-strict-aliasing",
-        "-fPIC",
-        "-fvisibility=hidden",
-        "-Wall",
-        "-Wextra",
-        "-Werror",
-    ]
-    folders = [f"-I{Path(__file__).parent / 'emulation'}", *([] if headers is None else ["-isystem", str(headers)])]
-    return [find_tools().compiler, *options, "-Wno-unknown-pragmas", *folders]
+    # -Og compiles in less than half of the time of -O2, and runs nearly as fast.
+    options = "-std=c++20 -Og -fno-strict-aliasing -fPIC -fvisibility=hidden -Wall -Wextra -Werror -Wno-unknown-pragmas"
+    return [find_tools().compiler, *options.split(), f"-I{Path(__file__).parent / 'emulation'}"]
 
 
 _CHECKS = ("-fsanitize=undefined", "-fno-sanitize-recover=all")
@@ -45,25 +36,16 @@ _CHECKS = ("-fsanitize=undefined", "-fno-sanitize-recover=all")
 KERNEL_SOURCES = ("frn.cu", "frn_backward.cu")
 
 
-def build_kernels(folder: Path, sources: Sequence[Path] | None = None) -> Path:
-    """The kernels and their C interface, with checks.
-
-    Args:
-        folder: Where the library goes.
-        sources: Others than ours.
-    """
-    sources = [source_folder() / "kernels" / name for name in KERNEL_SOURCES] if sources is None else sources
+def build_kernels(folder: Path, sources: Sequence[Path] = ()) -> Path:
+    """The kernels and their C interface, with checks: a library in the folder, of other sources than ours if given."""
+    sources = sources or [source_folder() / "kernels" / name for name in KERNEL_SOURCES]
     return _compile(folder / "libemulated.so", *_emulation(), "-x", "c++", *sources, *_CHECKS)
 
 
 def build_broken_kernels(folder: Path, source: str, before: str, after: str) -> Path:
-    """The kernels of one pass for float16 alone, which takes a third of the time, with a fault in their sources.
+    """The kernels of frn.cu or frn_backward.cu for float16 alone, which takes a third of the time, with a fault.
 
-    Args:
-        folder: Where the library goes.
-        source: "frn.cu" or "frn_backward.cu".
-        before: A text that stands once in all files of CUDA kernels.
-        after: What stands there instead.
+    That is a text `before`, which stands once in all files of CUDA kernels, replaced by `after`.
     """
     sources = folder / "kernels"
     sources.mkdir(parents=True)
@@ -73,7 +55,7 @@ def build_broken_kernels(folder: Path, source: str, before: str, after: str) -> 
         if path.suffix in (".cu", ".cuh"):
             changed += text.count(before)
             text = text.replace(before, after)
-            text = re.sub(r"return run\((float|double|__nv_bfloat16)\(\)\)", "return run(__half())", text)
+            text = re.sub(r"return run\((float|double|__nv_bfloat16)\(\), ", "return run(__half(), ", text)
         (sources / path.name).write_text(text)
     assert changed == 1, before
     return build_kernels(folder, [sources / source])
@@ -93,11 +75,9 @@ for library in sys.argv[1:]:
 
 
 def find_faults(libraries: Sequence[Path], check: str) -> list[bool]:
-    """In which of the libraries a check finds a fault.
+    """In which of the libraries a check finds a fault: each in a process of its own, since some faults end it.
 
-    Args:
-        libraries: Each is looked at in a process of its own: some faults end it.
-        check: Source of a function of this name, which raises an error if it finds one, and what it imports.
+    `check` is the source of a function of this name, which raises an error if it finds one, and of what it imports.
     """
     paths = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
@@ -110,38 +90,18 @@ def find_faults(libraries: Sequence[Path], check: str) -> list[bool]:
 
 def compile_for_the_cpu(target: Path, *words: str | Path) -> Path:
     """A program of these sources in CUDA C++, with checks."""
-    command = [*_emulation(), "-x", "c++", *words, *_CHECKS, "-o", target]
-    done = subprocess.run([str(word) for word in command], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return target
+    return _compile(target, *_emulation(), "-x", "c++", *words, *_CHECKS, shared=False)
 
 
-def build_plugin(folder: Path, headers: Path) -> Path:
-    """The plugin as it is, over the kernels in the emulation, with checks."""
-    sources = [source_folder() / name for name in ("kernels/frn.cu", "tensorrt/frn_plugin.cpp")]
-    exports = f"-Wl,--version-script={source_folder() / 'tensorrt' / 'exports.map'}"
-    options = [*_CHECKS, exports, "-ldl"]
-    return _compile(folder / "libdeploynorm_trt.so", *_emulation(headers), "-x", "c++", *sources, *options)
+HOSTS = ("libnvinfer.so.10", "libtensorrt_rtx.so.1")
+"""A plugin knows by the library's name in whom it is."""
 
 
-def build_host(folder: Path, headers: Path, name: str = "libnvinfer.so.10", nvcc: Path | None = None) -> Path:
-    """The host, as a library of this name, since that is how a plugin knows in whom it is.
-
-    Args:
-        folder: Where it goes.
-        headers: Folder of NvInferRuntime.h.
-        name: Of the library.
-        nvcc: The CUDA compiler, for a host with the memory of a GPU; None for the emulation.
-    """
-    source = Path(__file__).parent / "plugins" / "tensorrt_host.cpp"
-    if nvcc is None:
-        return _compile(folder / name, *_emulation(headers), source, "-ldl")
-    options: list[str | Path] = [
-        "-std=c++17",
-        "-O2",
-        "-Xcompiler=-fPIC,-fvisibility=hidden",
-        "-cudart=static",
-        "-isystem",
-        headers,
-    ]
-    return _compile(folder / name, nvcc, *options, source, "-ldl")
+def build_plugin(folder: Path, kernels: Path) -> None:
+    """The plugin as it is, over the library that build_kernels gave, with checks, and a host of each name."""
+    source = source_folder() / "tensorrt"
+    compiler = [*_emulation(), "-isystem", os.environ["TENSORRT_INCLUDE_DIR"]]
+    linked = [kernels, f"-Wl,-rpath,{kernels.parent}", f"-Wl,--version-script={source / 'exports.map'}", "-ldl"]
+    _compile(folder / TENSORRT_LIBRARY, *compiler, source / "frn_plugin.cpp", *linked, *_CHECKS)
+    for name in HOSTS:
+        _compile(folder / name, *compiler, Path(__file__).parent / "plugins" / "tensorrt_host.cpp", "-ldl")

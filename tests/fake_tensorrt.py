@@ -12,7 +12,7 @@ import enum
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import ml_dtypes
@@ -29,12 +29,15 @@ __all__ = ["ALIGNMENT", "FakeGpu", "fake_tensorrt", "plan", "with_builder"]
 ALIGNMENT = 64
 """Of an address; PyTorch's memory on the CPU has no more."""
 
+OURS = (OP_TYPE, str(VERSION), DOMAIN)
+"""Name, version and namespace of our plugin."""
+
 NUMPY = {"FLOAT": np.float32, "HALF": np.float16, "BF16": ml_dtypes.bfloat16, "INT32": np.int32, "INT64": np.int64}
 
 
 def plan(
     inputs: Mapping[str, Sequence[Sequence[int]]],
-    outputs: Mapping[str, str],
+    outputs: dict[str, str],
     *,
     dtype: str = "FLOAT",
     version: str = "11.4.0",
@@ -47,18 +50,9 @@ def plan(
 
     With values_decide, the outputs' shapes are known only when they are computed.
     """
-    return json.dumps(
-        {
-            "inputs": {name: [list(shape) for shape in shapes] for name, shapes in inputs.items()},
-            "outputs": dict(outputs),
-            "dtype": dtype,
-            "version": version,
-            "plugin": plugin,
-            "host_code": host_code,
-            "compute": compute,
-            "values_decide": values_decide,
-        }
-    ).encode()
+    facts = {"dtype": dtype, "version": version, "plugin": plugin, "host_code": host_code, "compute": compute}
+    shapes = {name: [list(shape) for shape in shapes] for name, shapes in inputs.items()}
+    return json.dumps(facts | {"inputs": shapes, "outputs": outputs, "values_decide": values_decide}).encode()
 
 
 class FakeGpu(Gpu):
@@ -97,26 +91,12 @@ class DataType(enum.Enum):
     INT64 = 8
 
 
-class Severity(enum.Enum):
-    INTERNAL_ERROR = 0
-    ERROR = 1
-    WARNING = 2
-    INFO = 3
-    VERBOSE = 4
+Severity = enum.Enum("Severity", ["INTERNAL_ERROR", "ERROR", "WARNING", "INFO", "VERBOSE"], start=0)
+LayerType = enum.Enum("LayerType", {"CONVOLUTION": 0, "PLUGIN_V3": 1})
 
 
-class LayerType(enum.Enum):
-    CONVOLUTION = 0
-    PLUGIN_V3 = 1
-
-
-class _Logger:
-    def __init__(self) -> None:
-        pass
-
-
-class _OutputAllocator(_Logger):
-    pass
+class _Base:
+    """ILogger and IOutputAllocator: what a caller derives from."""
 
 
 class Registry:
@@ -126,7 +106,7 @@ class Registry:
         self.module = module
         self.libraries: list[str] = []
         self.creators: set[tuple[str, str, str]] = set()
-        self.brings: set[tuple[str, str, str]] = {(OP_TYPE, str(VERSION), DOMAIN)}
+        self.brings = {OURS}
 
     def get_creator(self, name: str, version: str, namespace: str) -> object | None:
         return object() if (name, version, namespace) in self.creators else None
@@ -260,13 +240,14 @@ def fake_tensorrt(version: str = "11.4.0", *, name: str = "tensorrt", compute: s
             except ValueError:
                 say("ERROR", "Serialization assertion header.magicTag == kEXPECTED_MAGIC_TAG failed.")
                 return None
-            if facts["version"] != version:
+            built, here = facts["version"], facts["compute"]
+            if built != version:
                 say("ERROR", "The engine plan file is not compatible with this version of TensorRT, expecting library "
-                             f"version {version} got {facts['version']}, please rebuild.")  # fmt: skip
-            elif facts["compute"] != compute:
+                             f"version {version} got {built}, please rebuild.")  # fmt: skip
+            elif here != compute:
                 say("ERROR", "The engine plan file is generated on an incompatible device, expecting compute "
-                             f"{compute} got compute {facts['compute']}, please rebuild.")  # fmt: skip
-            elif facts["plugin"] and (OP_TYPE, str(VERSION), DOMAIN) not in registry.creators:
+                             f"{compute} got compute {here}, please rebuild.")  # fmt: skip
+            elif facts["plugin"] and OURS not in registry.creators:
                 say("ERROR", f"Cannot find plugin: {OP_TYPE}, version: {VERSION}, namespace:{DOMAIN}.")
             elif facts["host_code"] and not self.engine_host_code_allowed:
                 say("ERROR", "Cannot deserialize an engine with host code: it is not allowed by the runtime")
@@ -278,8 +259,8 @@ def fake_tensorrt(version: str = "11.4.0", *, name: str = "tensorrt", compute: s
         "say": say,
         "registry": registry,
         "get_plugin_registry": lambda: registry,
-        "ILogger": _Logger,
-        "IOutputAllocator": _OutputAllocator,
+        "ILogger": _Base,
+        "IOutputAllocator": _Base,
         "DataType": DataType,
         "LayerType": LayerType,
         "TensorIOMode": enum.Enum("TensorIOMode", {"INPUT": "INPUT", "OUTPUT": "OUTPUT"}, type=str),
@@ -298,10 +279,9 @@ def with_builder(
     in_log: bool = True,
     loses_plugin_in: str = "",
 ) -> Any:
-    """Adds what builds: the parser, the builder and its options. `module.seen` keeps what they were given.
+    """Adds what builds to a fake_tensorrt: the parser, the builder and its options. `seen` keeps what they were given.
 
     Args:
-        module: What fake_tensorrt returned.
         gpu: False makes the builder fail as it does without a driver.
         layer_dtype: Type of the layers as TensorRT lists them; None lists none.
         in_log: Whether the build's log lists them, or the inspector alone.
@@ -334,7 +314,7 @@ def with_builder(
             return True
 
         def get_timing_cache(self) -> Any:
-            return Named(serialize=lambda: self.cache + b"and new")
+            return SimpleNamespace(serialize=lambda: self.cache + b"and new")
 
         def add_optimization_profile(self, profile: Any) -> int:
             self.profiles.append(profile.shapes)
@@ -349,9 +329,8 @@ def with_builder(
 
     class Network:
         def __init__(self, flags: int) -> None:
-            seen["strongly typed"] = (
-                bool(flags) if hasattr(module.NetworkDefinitionCreationFlag, "STRONGLY_TYPED") else None
-            )
+            known = hasattr(module.NetworkDefinitionCreationFlag, "STRONGLY_TYPED")
+            seen["strongly typed"] = bool(flags) if known else None
             self.model = onnx.ModelProto()
 
         @property
@@ -363,21 +342,20 @@ def with_builder(
         num_layers = property(lambda self: len(self.nodes))
 
         def get_input(self, index: int) -> Any:
-            return Named(name=self.model.graph.input[index].name, is_shape_tensor=False)
+            return SimpleNamespace(name=self.model.graph.input[index].name, is_shape_tensor=False)
 
         def get_output(self, index: int) -> Any:
-            return Named(name=self.model.graph.output[index].name, shape=(2, -1), dtype=DataType.HALF)
+            return SimpleNamespace(name=self.model.graph.output[index].name, shape=(2, -1), dtype=DataType.HALF)
 
         def get_layer(self, index: int) -> Any:
             taken = self.plugin(self.nodes[index]) and loses_plugin_in != "parser"
-            return Named(type=LayerType.PLUGIN_V3 if taken else LayerType.CONVOLUTION)
+            return SimpleNamespace(type=LayerType.PLUGIN_V3 if taken else LayerType.CONVOLUTION)
 
         def plugin(self, node: onnx.NodeProto) -> bool:
             attributes = {attribute.name: attribute.s.decode() for attribute in node.attribute if attribute.s}
-            named = {key: attributes.get(key) for key in NODE_ATTRIBUTES} == NODE_ATTRIBUTES
-            there = (node.op_type, str(VERSION), DOMAIN) in module.registry.creators
+            there = (node.op_type, *OURS[1:]) in module.registry.creators
             hidden = node.op_type in {function.name for function in self.model.functions}
-            return named and there and not hidden
+            return attributes.items() >= NODE_ATTRIBUTES.items() and there and not hidden
 
     class OnnxParser:
         num_errors = 0
@@ -421,20 +399,14 @@ def with_builder(
                     for name, kind in listed
                 ]
                 module.say("VERBOSE", "\n".join(["Layers:", *lines]))
+            sides = {side: [{"Name": "t", "Format/Datatype": layer_dtype}] for side in ("Inputs", "Outputs")}
             seen["layers"] = [
-                {
-                    "Name": name,
-                    "LayerType": kind,
-                    "Inputs": [{"Name": "t", "Format/Datatype": layer_dtype}],
-                    "Outputs": [{"Name": "t", "Format/Datatype": layer_dtype}],
-                    "Metadata": f"[ONNX Layer: {name}]",
-                }
-                for name, kind in listed
+                {"Name": name, "LayerType": kind, **sides, "Metadata": f"[ONNX Layer: {name}]"} for name, kind in listed
             ]
             return plan({"x": ((2,),) * 3}, {"y": "x"}, version=module.__version__)
 
     Runtime = module.Runtime
-    Engine.create_engine_inspector = lambda self: Named(  # type: ignore[attr-defined]
+    Engine.create_engine_inspector = lambda self: SimpleNamespace(  # type: ignore[attr-defined]
         get_engine_information=lambda form: json.dumps({"Layers": self.module.seen["layers"], "Bindings": []})
     )
     flags = ["TF32", "STRICT_NANS", "VERSION_COMPATIBLE", *(["FP16"] if module.__version__ < "11" else [])]
@@ -444,14 +416,7 @@ def with_builder(
     typed = ["STRONGLY_TYPED"] if module.__version__.startswith("10") else ["OTHER"]
     module.NetworkDefinitionCreationFlag = enum.IntEnum("NetworkDefinitionCreationFlag", typed)
     module.MemoryPoolType = enum.Enum("MemoryPoolType", ["WORKSPACE"])
-    module.ProfilingVerbosity = Named(DETAILED="DETAILED")
-    module.HardwareCompatibilityLevel = Named(AMPERE_PLUS="AMPERE_PLUS")
-    module.LayerInformationFormat = Named(JSON="JSON")
+    module.ProfilingVerbosity = SimpleNamespace(DETAILED="DETAILED")
+    module.HardwareCompatibilityLevel = SimpleNamespace(AMPERE_PLUS="AMPERE_PLUS")
+    module.LayerInformationFormat = SimpleNamespace(JSON="JSON")
     return module
-
-
-class Named:
-    """Anything with these attributes."""
-
-    def __init__(self, **attributes: Any) -> None:
-        self.__dict__.update(attributes)

@@ -10,10 +10,11 @@ kernel has left its inputs alone. Runs under sanitizers too, in a Python that ha
 from __future__ import annotations
 
 import ctypes
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+import itertools
+import random
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from math import prod
 from pathlib import Path
 from typing import Any, Literal
@@ -27,105 +28,82 @@ from deploynorm.libraries.kernels import PARALLEL_FOR, TYPES, Backward, Forward,
 Array = npt.NDArray[Any]
 Into = Literal["y", "x", "residual"]
 
-GUARD = 64
-"""Bytes around each tensor: a vector of the widest registers."""
+PARAMETERS = ("gamma", "beta", "tau", "eps")
+PARAMETER_GRADIENTS = Gradients._fields[1:]
+
+GUARD = 256
+"""Bytes around each tensor: what cudaMalloc aligns to, and more than a vector of any kernel."""
+
+_PATTERN = np.resize(np.arange(1, 252, dtype=np.uint8), 2 * GUARD)
 
 
-@dataclass
 class Guarded:
-    """A copy of an array that ends where its memory is watched.
+    """A copy of an array between bytes that nobody may write."""
 
-    Attributes:
-        content: What goes in.
-        shift: Elements by which it stands off the alignment of its allocation.
-    """
+    def __init__(self, content: Array, shift: int = 0, device: str = "cpu") -> None:
+        """Puts it `shift` elements off the alignment of its allocation, on the CPU or with torch on a "cuda" device."""
+        self.content = np.ascontiguousarray(content)
+        start = GUARD + shift * self.content.itemsize
+        inside = self.content.reshape(-1).view(np.uint8)
+        self._inside = slice(start, start + self.content.nbytes)
+        self._before = np.concatenate([_PATTERN[:start], inside, _PATTERN[:GUARD]])
+        self._memory: Any = self._before.copy()
+        if device != "cpu":
+            import torch
 
-    content: Array
-    shift: int = 0
-    memory: Array = field(init=False)
-    before: Array = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.content = np.ascontiguousarray(self.content)
-        start = GUARD + self.shift * self.content.itemsize
-        self.memory = np.resize(np.arange(1, 252, dtype=np.uint8), start + self.content.nbytes + GUARD)
-        self.memory[start : start + self.content.nbytes] = self.content.reshape(-1).view(np.uint8)
-        self.before = self.memory.copy()
+            self._memory = torch.from_numpy(self._memory).to(device)
 
     @property
     def pointer(self) -> int:
-        return int(self.memory.ctypes.data) + GUARD + self.shift * self.content.itemsize
+        memory = self._memory
+        address = memory.ctypes.data if isinstance(memory, np.ndarray) else memory.data_ptr()
+        return int(address) + self._inside.start
+
+    def _now(self) -> Array:
+        return self._memory if isinstance(self._memory, np.ndarray) else self._memory.cpu().numpy()
 
     def read(self) -> Array:
-        start = GUARD + self.shift * self.content.itemsize
-        inside = self.memory[start : start + self.content.nbytes].copy()
-        return inside.view(self.content.dtype).reshape(self.content.shape)
+        return self._now()[self._inside].copy().view(self.content.dtype).reshape(self.content.shape)
 
-    def check(self, name: str, written: bool) -> None:
+    def check(self, name: str, written: bool = False) -> None:
         """That nothing around the tensor was written, nor the tensor itself unless it may be."""
-        start = GUARD + self.shift * self.content.itemsize
-        end = start + self.content.nbytes
-        parts = [slice(0, start), slice(end, None)] if written else [slice(None)]
-        for part in parts:
-            changed = np.flatnonzero(self.memory[part] != self.before[part])
-            assert not len(changed), f"{name}: byte {(part.start or 0) + changed[0] - start} of it was written"
+        changed = self._now() != self._before
+        if written:
+            changed[self._inside] = False
+        assert not changed.any(), f"{name}: byte {changed.argmax() - self._inside.start} of it was written"
+
+
+def check_all(tensors: Mapping[str, Guarded], written: Collection[str]) -> None:
+    for name, tensor in tensors.items():
+        tensor.check(name, written=name in written)
 
 
 class ParallelFor:
-    """A host's threads, in Python: runs the tasks as `order` says, and remembers how many there were."""
+    """A host's threads, in Python: runs the tasks in this order, and remembers how many there were.
 
-    def __init__(self, order: Callable[[int, Callable[[int], None]], None]) -> None:
+    With threads above 0 on as many real ones: ctypes lets go of Python's lock while a task runs.
+    """
+
+    def __init__(self, order: Callable[[range], Iterable[int]] = iter, threads: int = 0) -> None:
         self.counts: list[int] = []
 
         def run(host: int | None, count: int, task: Callable[[int | None, int], None], data: int | None) -> None:
             self.counts.append(count)
-            order(count, lambda index: task(data, index))
+            with ThreadPoolExecutor(threads) if threads else nullcontext() as pool:
+                each: Callable[..., Iterable[None]] = pool.map if pool else map
+                for _ in each(lambda index: task(data, index), order(range(count))):
+                    pass
 
         self.function = PARALLEL_FOR(run)
 
-    @classmethod
-    def one_after_the_other(cls) -> ParallelFor:
-        return cls(lambda count, task: [task(index) for index in range(count)] and None)
 
-    @classmethod
-    def reversed(cls) -> ParallelFor:
-        return cls(lambda count, task: [task(index) for index in reversed(range(count))] and None)
-
-    @classmethod
-    def shuffled(cls, seed: int) -> ParallelFor:
-        def order(count: int, task: Callable[[int], None]) -> None:
-            for index in np.random.default_rng(seed).permutation(count):
-                task(int(index))
-
-        return cls(order)
-
-    @classmethod
-    def threads(cls, number: int) -> ParallelFor:
-        """Real ones: ctypes lets go of Python's lock while a task runs."""
-
-        def order(count: int, task: Callable[[int], None]) -> None:
-            indices = iter(range(count))
-            lock = threading.Lock()
-
-            def next_index() -> int | None:
-                with lock:
-                    return next(indices, None)
-
-            def work() -> None:
-                while (index := next_index()) is not None:
-                    task(index)
-
-            workers = [threading.Thread(target=work) for _ in range(number)]
-            for worker in workers:
-                worker.start()
-            for worker in workers:
-                worker.join()
-
-        return cls(order)
+def shuffled(indices: range) -> list[int]:
+    return random.Random(0).sample(indices, len(indices))
 
 
 def to_blocks(x: Array, block: int) -> Array:
-    """(N, C, D1..Dk) as (N, C / block, D1 * .. * Dk, block)."""
+    """(N, C, D1..Dk) as (N, C / block, D1 * .. * Dk, block), with C filled up to a multiple of block."""
+    x = pad_channels(x, block)
     samples, channels = x.shape[:2]
     blocks = x.reshape(samples, channels // block, block, prod(x.shape[2:]))
     return np.ascontiguousarray(np.moveaxis(blocks, 2, 3))
@@ -144,6 +122,11 @@ def pad_channels(x: Array, block: int, value: float = 0.0) -> Array:
     return np.pad(x, widths, constant_values=value)
 
 
+def variant_names(names: Any) -> list[str]:
+    """Of an array that ends with a null pointer."""
+    return [name.decode() for name in itertools.takewhile(lambda name: name is not None, names)]
+
+
 class Kernel:
     """The library's kernel.
 
@@ -153,14 +136,7 @@ class Kernel:
 
     def __init__(self, library: Path) -> None:
         self.functions = open_kernels(library)
-        self.variants = list(self._names(self.functions.deploynorm_cpu_variants()))
-
-    @staticmethod
-    def _names(names: Any) -> Iterator[str]:
-        index = 0
-        while names[index] is not None:
-            yield names[index].decode()
-            index += 1
+        self.variants = variant_names(self.functions.deploynorm_cpu_variants())
 
     def call(
         self,
@@ -179,64 +155,6 @@ class Kernel:
 
     def workspace_bytes(self, call: Backward) -> int:
         return int(self.functions.deploynorm_frn_backward_cpu_workspace(ctypes.byref(call)))
-
-    def backward(
-        self,
-        dy: Array,
-        x: Array,
-        rstd: Array,
-        gamma: Array,
-        beta: Array,
-        tau: Array,
-        *,
-        block: int = 1,
-        in_place: bool = False,
-        variant: str | None = None,
-        parallel_for: ParallelFor | None = None,
-        shift: int = 0,
-    ) -> Gradients:
-        """The gradients; those of the parameters without what fills a block up.
-
-        Args:
-            dy: (N, C, D1..Dk), as is x.
-            x: See above.
-            rstd: (N, C).
-            gamma: (C,), as are beta and tau.
-            beta: See above.
-            tau: See above.
-            block: Channels side by side; C is filled up to a multiple of it.
-            in_place: Whether dx is written over dy.
-            variant: None leaves it to the library.
-            parallel_for: None is the kernel's own loop.
-            shift: Elements by which every tensor stands off its alignment.
-        """
-        padded = pad_channels(x, block)
-        shape, channels = padded.shape, padded.shape[1]
-        read = {
-            "dy": Guarded(to_blocks(pad_channels(dy, block), block), shift),
-            "x": Guarded(to_blocks(padded, block), shift),
-            "rstd": Guarded(pad_channels(rstd, block, 1.0), shift),
-        }
-        read |= {
-            name: Guarded(pad_channels(parameter, block, 1.0), shift)
-            for name, parameter in (("gamma", gamma), ("beta", beta), ("tau", tau))
-        }
-        written = {"dx": read.pop("dy")} if in_place else {"dx": Guarded(np.full_like(read["x"].content, -7), shift)}
-        written |= {
-            name: Guarded(np.full(channels, -7, gamma.dtype), shift) for name in ("dgamma", "dbeta", "dtau", "deps")
-        }
-        pointers = {name: tensor.pointer for name, tensor in (read | written).items()}
-        call = Backward(
-            shape[0], channels, prod(shape[2:]), block, TYPES[x.dtype.name], **({"dy": pointers["dx"]} | pointers)
-        )
-        scratch = Guarded(np.full(self.workspace_bytes(call), 0xFF, np.uint8))
-        assert self.call(call, scratch.pointer, variant=variant, parallel_for=parallel_for) == 0
-        scratch.check("workspace", written=True)
-        for name, tensor in (read | written).items():
-            tensor.check(name, written=name in written)
-        dx = from_blocks(written["dx"].read(), shape)[:, : x.shape[1]]
-        parameters = (written[name].read()[: x.shape[1]] for name in ("dgamma", "dbeta", "dtau", "deps"))
-        return Gradients(np.ascontiguousarray(dx), *parameters)
 
     def __call__(
         self,
@@ -257,12 +175,7 @@ class Kernel:
         """y, of x's shape and type.
 
         Args:
-            x: (N, C, D1..Dk).
-            gamma: (C,), as are beta, tau and eps.
-            beta: See above.
-            tau: See above.
-            eps: See above.
-            residual: As x.
+            x: (N, C, D1..Dk), as is residual; the other parameters are (C,).
             block: Channels side by side; C is filled up to a multiple of it.
             into: The tensor that y is written over; "y" is one of its own.
             variant: None leaves it to the library.
@@ -270,30 +183,57 @@ class Kernel:
             shift: Elements by which every tensor stands off its alignment.
             rstd: (N, C), written into where it is given.
         """
-        padded = pad_channels(x, block)
-        # A channel that is only there to fill a block counts for nothing, whatever its parameters.
-        parameters = [pad_channels(p, block, 1.0) for p in (gamma, beta, tau, eps)]
-        shape = padded.shape
-        tensors = {"x": Guarded(to_blocks(padded, block), shift)}
-        if residual is not None:
-            tensors["residual"] = Guarded(to_blocks(pad_channels(residual, block), block), shift)
+        shape = pad_channels(x, block).shape
+        laid = {"x": to_blocks(x, block)} | ({} if residual is None else {"residual": to_blocks(residual, block)})
         if into == "y":
-            tensors["y"] = Guarded(np.full_like(tensors["x"].content, -7), shift)
-        tensors |= {
-            name: Guarded(p, shift) for name, p in zip(("gamma", "beta", "tau", "eps"), parameters, strict=True)
-        }
+            laid["y"] = np.full_like(laid["x"], -7)
+        # A channel that is only there to fill a block counts for nothing, whatever its parameters.
+        laid |= {name: pad_channels(p, block, 1.0) for name, p in zip(PARAMETERS, (gamma, beta, tau, eps), strict=True)}
         if rstd is not None:
-            tensors["rstd"] = Guarded(np.full(shape[:2], -7, gamma.dtype), shift)
-        sizes = (shape[0], shape[1], prod(shape[2:]), block)
+            laid["rstd"] = np.full(shape[:2], -7, gamma.dtype)
+        tensors = {name: Guarded(array, shift) for name, array in laid.items()}
         pointers = {name: tensor.pointer for name, tensor in tensors.items()}
+        sizes = (*shape[:2], prod(shape[2:]), block)
         call = Forward(*sizes, TYPES[x.dtype.name], **({"y": pointers[into]} | pointers))
         assert self.call(call, variant=variant, parallel_for=parallel_for) == 0
-        for name, tensor in tensors.items():
-            tensor.check(name, written=name in (into, "rstd"))
+        check_all(tensors, (into, "rstd"))
         if rstd is not None:
             rstd[...] = tensors["rstd"].read()[:, : x.shape[1]]
-        y = from_blocks(tensors[into].read(), shape)
-        return np.ascontiguousarray(y[:, : x.shape[1]])
+        return np.ascontiguousarray(from_blocks(tensors[into].read(), shape)[:, : x.shape[1]])
+
+    def backward(
+        self,
+        dy: Array,
+        x: Array,
+        rstd: Array,
+        gamma: Array,
+        beta: Array,
+        tau: Array,
+        *,
+        block: int = 1,
+        in_place: bool = False,
+        variant: str | None = None,
+        parallel_for: ParallelFor | None = None,
+        shift: int = 0,
+    ) -> Gradients:
+        """The gradients of __call__, without what fills a block up; in_place writes dx over dy."""
+        shape = pad_channels(x, block).shape
+        laid = {"dy": to_blocks(dy, block), "x": to_blocks(x, block)}
+        given = {"rstd": rstd, "gamma": gamma, "beta": beta, "tau": tau}
+        laid |= {name: pad_channels(array, block, 1.0) for name, array in given.items()}
+        laid |= dict.fromkeys(PARAMETER_GRADIENTS, np.full(shape[1], -7, gamma.dtype))
+        dx = "dy" if in_place else "dx"
+        if not in_place:
+            laid["dx"] = np.full_like(laid["x"], -7)
+        tensors = {name: Guarded(array, shift) for name, array in laid.items()}
+        pointers = {name: tensor.pointer for name, tensor in tensors.items()}
+        sizes = (*shape[:2], prod(shape[2:]), block)
+        call = Backward(*sizes, TYPES[x.dtype.name], **({"dx": pointers[dx]} | pointers))
+        tensors["workspace"] = Guarded(np.full(self.workspace_bytes(call), 0xFF, np.uint8))
+        assert self.call(call, tensors["workspace"].pointer, variant=variant, parallel_for=parallel_for) == 0
+        check_all(tensors, (dx, "workspace", *PARAMETER_GRADIENTS))
+        parameters = (tensors[name].read()[: x.shape[1]] for name in PARAMETER_GRADIENTS)
+        return Gradients(from_blocks(tensors[dx].read(), shape)[:, : x.shape[1]], *parameters)
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """A plugin library as TensorRT drives it, on a machine without TensorRT: tests/plugins/tensorrt_host.cpp in Python.
 
-host = Host(build_host(folder, headers), build_plugin(folder, headers))      # of emulated.py
+host = Host(folder / HOSTS[0], folder / TENSORRT_LIBRARY)      # after build_plugin(folder), of emulated.py
 engine = host.build("float16", Format.HWC8, smallest=(1, 12, 8, 8), largest=(4, 12, 32, 32))
 y = engine.context().run({"X": x, "gamma": gamma, ...})       # x is (N, C, D1..Dk) within those shapes; so is y
 
@@ -12,21 +12,20 @@ context, and receives each new shape.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
-import numpy.typing as npt
-from cases import NUMPY_DTYPES, NormCase, make_inputs
+import torch
+from cases import NUMPY_DTYPES, NormCase
 from cuda_kernels import Layout, from_layout, to_layout
+from kernels import Array, Guarded, check_all
+from references import check_forward, inputs_of
 
 from deploynorm.contract import INPUTS, PARAMETERS
-
-Array = npt.NDArray[Any]
 
 TYPES = {"float32": 0, "float16": 1, "int8": 2, "int32": 3, "bfloat16": 7, "int64": 8}
 """nvinfer1::DataType."""
@@ -35,27 +34,12 @@ BUILD, RUNTIME = 0, 1
 """nvinfer1::TensorRTPhase."""
 
 MAX_RANK = 8
-GUARD = 256
-"""Bytes before and behind each tensor on the device: what cudaMalloc aligns to."""
 
 
-class Format(IntEnum):
-    """nvinfer1::TensorFormat, as far as the tests ask for it."""
-
-    LINEAR = 0
-    CHW2 = 1
-    HWC8 = 2
-    CHW4 = 3
-    CHW16 = 4
-    CHW32 = 5
-    DHWC8 = 6
-    CDHW32 = 7
-    HWC = 8
-    DLA_LINEAR = 9
-    DLA_HWC4 = 10
-    HWC16 = 11
-    DHWC = 12
-
+NAMES = ("LINEAR", "CHW2", "HWC8", "CHW4", "CHW16", "CHW32", "DHWC8", "CDHW32", "HWC", "DLA_LINEAR", "DLA_HWC4",
+         "HWC16", "DHWC")  # fmt: skip
+Format = IntEnum("Format", NAMES, start=0)
+"""nvinfer1::TensorFormat, as far as the tests ask for it."""
 
 LAYOUTS: dict[Format, Layout] = {Format.LINEAR: "nchw", Format.HWC: "nhwc", Format.HWC8: "nhwc8"}
 
@@ -98,11 +82,8 @@ class Tensor:
 
 class _Tensor(ctypes.Structure):
     _fields_ = (
-        ("type", ctypes.c_int32),
-        ("format", ctypes.c_int32),
-        ("rank", ctypes.c_int32),
-        ("sizes", ctypes.c_int64 * MAX_RANK),
-        ("largest", ctypes.c_int64 * MAX_RANK),
+        *((name, ctypes.c_int32) for name in ("type", "format", "rank")),
+        *((name, ctypes.c_int64 * MAX_RANK) for name in ("sizes", "largest")),
     )
 
 
@@ -115,22 +96,20 @@ class _Field(ctypes.Structure):
     )
 
 
-def inputs_and_output(x: Tensor, channels: int | None = None) -> list[Tensor]:
+def inputs_and_output(x: Tensor) -> list[Tensor]:
     """X, gamma, beta, tau, eps and Y, as they are for this X."""
-    return [x, *[Tensor((x.shape[1] if channels is None else channels,))] * len(PARAMETERS), x]
+    return [x, *[Tensor(x.shape[1:2])] * len(PARAMETERS), x]
 
 
 class Host:
-    """A plugin library, and its creator."""
+    """A plugin library, and its creator; "cuda" for one with code for a GPU."""
 
-    def __init__(self, host: Path, plugin: Path) -> None:
+    def __init__(self, host: Path, plugin: Path, device: Literal["cpu", "cuda"] = "cpu") -> None:
+        self.device = device
         self._library = ctypes.CDLL(str(host))
         error = ctypes.c_char_p()
         self._creator = self.call("open", str(plugin).encode(), ctypes.byref(error), returns=ctypes.c_void_p)
         assert self._creator, error.value
-        stream = ctypes.c_void_p()
-        assert self.call("stream", ctypes.byref(stream)) == 0
-        self.stream = stream.value or 0
 
     def call(self, name: str, *arguments: Any, returns: Any = ctypes.c_int32) -> Any:
         function = self._library[f"host_{name}"]  # a new object at each access
@@ -164,13 +143,7 @@ class Host:
         )
         return Plugin(self, plugin) if plugin else None
 
-    def build(
-        self,
-        dtype: str,
-        format: Format,
-        smallest: tuple[int, ...],
-        largest: tuple[int, ...],
-    ) -> Engine:
+    def build(self, dtype: str, format: Format, smallest: tuple[int, ...], largest: tuple[int, ...]) -> Engine:
         """An engine for X of this type and format, and of shapes between these."""
         network = tuple(a if a == b else -1 for a, b in zip(smallest, largest, strict=True))
         x = Tensor(network, dtype, format, largest)
@@ -184,8 +157,7 @@ class Host:
                 assert plugin.supports(position, tensors), f"{format.name} of input or output {position}"
             assert plugin.configure(tensors) == 0
             workspace = plugin.workspace(tensors)
-            optimum = inputs_and_output(Tensor(largest, dtype, format))
-            assert plugin.shape_change(optimum) == 0
+            assert plugin.shape_change(inputs_and_output(Tensor(largest, dtype, format))) == 0
             return Engine(self, dtype, format, tuple(plugin.fields()), workspace)
 
 
@@ -260,12 +232,10 @@ class Plugin:
     def shape_change(self, tensors: Sequence[Tensor], outputs: int = 1) -> int:
         return int(self.call("shape_change", *_tensors(tensors, outputs)))
 
-    def enqueue(
-        self, tensors: Sequence[Tensor], inputs: Sequence[int], output: int, workspace: int, stream: int = 0
-    ) -> int:
-        """The numbers are addresses on the device."""
+    def enqueue(self, tensors: Sequence[Tensor], inputs: Sequence[int], output: int, workspace: int) -> int:
+        """On the default stream. The numbers are addresses on the device."""
         given, made = (ctypes.c_void_p * len(inputs))(*inputs), (ctypes.c_void_p * 1)(output)
-        return int(self.call("enqueue", *_tensors(tensors, 1), given, made, workspace, stream))
+        return int(self.call("enqueue", *_tensors(tensors, 1), given, made, workspace, 0))
 
 
 def _tensors(tensors: Sequence[Tensor], outputs: int) -> tuple[Any, ctypes.c_int32, ctypes.c_int32]:
@@ -300,7 +270,6 @@ class Context:
 
     def __init__(self, engine: Engine, plugin: Plugin) -> None:
         self._engine, self._plugin = engine, plugin
-        self._host = engine.host
         self._shape: tuple[int, ...] | None = None
 
     def __enter__(self) -> Context:
@@ -317,42 +286,18 @@ class Context:
         if x.shape != self._shape:
             assert self._plugin.shape_change(tensors) == 0
             self._shape = x.shape
-        layout = LAYOUTS[self._engine.format]
+        layout, device = LAYOUTS[self._engine.format], self._engine.host.device
         laid = to_layout(x, layout)
-        with (
-            self._on_device([laid, *(inputs[name] for name in PARAMETERS)], written=False) as given,
-            self._on_device([np.full_like(laid, np.nan)], written=True) as made,
-            self._on_device([np.full(self._engine.workspace, 0xFF, np.uint8)], written=True) as workspace,
-        ):
-            # TensorRT gives a pointer whether there was a size asked for or not.
-            assert self._plugin.enqueue(tensors, given, made[0], workspace[0], self._host.stream) == 0
-            assert self._host.call("wait", self._host.stream) == 0
-            y = np.empty_like(laid)
-            if y.size:
-                assert self._host.call("copy_from_device", y.ctypes.data, made[0], ctypes.c_size_t(y.nbytes)) == 0
-        return from_layout(y, layout, x.shape)
-
-    @contextmanager
-    def _on_device(self, arrays: Sequence[Array], *, written: bool) -> Iterator[list[int]]:
-        """Addresses of copies. At the end nothing around them has changed, nor they, unless they may be written."""
-        memory: list[tuple[int, Array, int]] = []
-        for array in arrays:
-            content = np.ascontiguousarray(array)
-            before = np.resize(np.arange(1, 252, dtype=np.uint8), content.nbytes + 2 * GUARD)
-            before[GUARD : GUARD + content.nbytes] = content.reshape(-1).view(np.uint8)
-            address = self._host.call("allocate", ctypes.c_size_t(before.nbytes), returns=ctypes.c_void_p)
-            assert address, "no memory on the device"
-            assert self._host.call("copy_to_device", address, before.ctypes.data, ctypes.c_size_t(before.nbytes)) == 0
-            memory.append((address, before, content.nbytes))
-        yield [address + GUARD for address, _, _ in memory]
-        for address, before, size in memory:
-            after = np.empty_like(before)
-            assert self._host.call("copy_from_device", after.ctypes.data, address, ctypes.c_size_t(after.nbytes)) == 0
-            if written:
-                after[GUARD : GUARD + size] = before[GUARD : GUARD + size]
-            changed = np.flatnonzero(after != before)
-            assert not len(changed), f"byte {changed[0] - GUARD} was written, beside {size} bytes of a tensor"
-            assert self._host.call("free", address) == 0
+        # TensorRT gives a pointer to a workspace whether there was a size asked for or not.
+        arrays = {"x": laid, **{name: inputs[name] for name in PARAMETERS}, "y": np.full_like(laid, np.nan)}
+        arrays["workspace"] = np.full(self._engine.workspace, 0xFF, np.uint8)
+        memory = {name: Guarded(array, device=device) for name, array in arrays.items()}
+        *given, y, workspace = (each.pointer for each in memory.values())
+        assert self._plugin.enqueue(tensors, given, y, workspace) == 0
+        if device == "cuda":
+            torch.cuda.synchronize()
+        check_all(memory, ("y", "workspace"))
+        return from_layout(memory["y"].read(), layout, x.shape)
 
 
 def formats_of(dtype: str, rank: int) -> list[Format]:
@@ -366,6 +311,11 @@ def formats_of(dtype: str, rank: int) -> list[Format]:
     }[dtype]
 
 
-def run(host: Host, case: NormCase, format: Format) -> np.ndarray[Any, Any]:
+def run(host: Host, case: NormCase, format: Format) -> Array:
     with host.build(case.dtype, format, case.shape, case.shape).context() as context:
-        return context.run(make_inputs(case))
+        return context.run(inputs_of(case))
+
+
+def check_every_format(host: Host, case: NormCase) -> None:
+    for format in formats_of(case.dtype, len(case.shape)):
+        check_forward(run(host, case, format), case, format.name)

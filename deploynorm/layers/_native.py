@@ -23,7 +23,7 @@ __all__ = ["available", "backward", "forward"]
 
 
 class _OpenMP(ctypes.Structure):
-    """struct deploynorm_openmp of plugins/torch/openmp.h."""
+    """OpenMP of plugins/torch/openmp.cpp."""
 
     _fields_ = (("parallel", ctypes.c_void_p), ("threads", ctypes.c_int32))
 

@@ -145,17 +145,14 @@ size_t deploynorm_frn_cuda_workspace(const struct deploynorm_frn* call) {
 
 int deploynorm_frn_cuda(const struct deploynorm_frn* call, void* workspace, void* stream, const char* variant) {
   using namespace deploynorm;
-  const char* wanted = nullptr;
   const bool layout = call->channel_block == 1 || call->channel_block >= call->channels;
-  if (!find_variant(variant, &wanted) || !layout || call->residual != nullptr || bytes_of(call->type) == 0) {
-    return cudaErrorInvalidValue;
-  }
-  if (call->samples <= 0 || call->channels <= 0 || call->spatial <= 0) return cudaSuccess;
+  if (!layout || call->residual != nullptr) return cudaErrorInvalidValue;
   deploynorm_frn here = *call;
   // One position: the two layouts are one.
   if (here.spatial == 1 && here.channel_block == here.channels) here.channel_block = 1;
   if (deploynorm_frn_cuda_workspace(&here) == 0) workspace = nullptr;  // a host may pass a pointer to nothing
-  return run_with_type(here.type, [&](auto element) {
+  return run_with_type(here.type, variant, [&](auto element, const char* wanted) {
+    if (here.samples <= 0 || here.channels <= 0 || here.spatial <= 0) return cudaSuccess;
     return run<decltype(element)>(here, workspace, static_cast<cudaStream_t>(stream), wanted);
   });
 }

@@ -279,15 +279,13 @@ size_t deploynorm_frn_backward_cuda_workspace(const struct deploynorm_frn_backwa
 int deploynorm_frn_backward_cuda(const struct deploynorm_frn_backward* call, void* workspace, void* stream,
                                  const char* variant) {
   using namespace deploynorm;
-  const char* wanted = nullptr;
-  const bool layout = call->channel_block == 1 || call->channel_block == call->channels;
-  if (!find_variant(variant, &wanted) || !layout || bytes_of(call->type) == 0) return cudaErrorInvalidValue;
-  if (call->channels <= 0) return cudaSuccess;
+  if (call->channel_block != 1 && call->channel_block != call->channels) return cudaErrorInvalidValue;
   deploynorm_frn_backward here = *call;
   if (here.spatial <= 0) here.samples = 0;        // there is nothing to sum
   if (here.spatial == 1) here.channel_block = 1;  // one position: the two layouts are one
-  if (here.samples > 0 && workspace == nullptr) return cudaErrorInvalidValue;
-  return run_with_type(here.type, [&](auto element) {
+  return run_with_type(here.type, variant, [&](auto element, const char* wanted) {
+    if (here.channels <= 0) return cudaSuccess;
+    if (here.samples > 0 && workspace == nullptr) return cudaErrorInvalidValue;
     return run<decltype(element)>(here, workspace, static_cast<cudaStream_t>(stream), wanted);
   });
 }

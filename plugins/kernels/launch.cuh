@@ -33,42 +33,32 @@ int log2_up(int64_t count) {
   return bits;
 }
 
+// Of an element; 0 for a type that is not there.
 int64_t bytes_of(int32_t type) {
-  switch (type) {
-    case DEPLOYNORM_FLOAT32:
-      return 4;
-    case DEPLOYNORM_FLOAT64:
-      return 8;
-    case DEPLOYNORM_FLOAT16:
-    case DEPLOYNORM_BFLOAT16:
-      return 2;
-    default:
-      return 0;
-  }
+  if (type == DEPLOYNORM_FLOAT16 || type == DEPLOYNORM_BFLOAT16) return 2;
+  return type == DEPLOYNORM_FLOAT32 ? 4 : type == DEPLOYNORM_FLOAT64 ? 8 : 0;
 }
 
-// run(element), for an element of the type, which is one that there is.
+// run(element, variant) for an element of the type and the variant of this name, which is null where none is asked for.
 template <typename Run>
-cudaError_t run_with_type(int32_t type, Run run) {
+int run_with_type(int32_t type, const char* name, Run run) {
+  const char* variant = nullptr;
+  for (const char* const* each = kVariants; name != nullptr && *each != nullptr; ++each) {
+    if (strcmp(name, *each) == 0) variant = *each;
+  }
+  if (name != nullptr && variant == nullptr) return cudaErrorInvalidValue;
   switch (type) {
     case DEPLOYNORM_FLOAT32:
-      return run(float());
+      return run(float(), variant);
     case DEPLOYNORM_FLOAT64:
-      return run(double());
+      return run(double(), variant);
     case DEPLOYNORM_FLOAT16:
-      return run(__half());
+      return run(__half(), variant);
+    case DEPLOYNORM_BFLOAT16:
+      return run(__nv_bfloat16(), variant);
     default:
-      return run(__nv_bfloat16());
+      return cudaErrorInvalidValue;
   }
-}
-
-// The variant of this name. False: there is none, and null means that none is asked for.
-bool find_variant(const char* name, const char** variant) {
-  *variant = nullptr;
-  for (const char* const* each = kVariants; name != nullptr && *each != nullptr; ++each) {
-    if (strcmp(name, *each) == 0) *variant = *each;
-  }
-  return name == nullptr || *variant != nullptr;
 }
 
 struct Device {

@@ -1,14 +1,12 @@
 // The FRN operator for ONNX Runtime: checks the inputs, and hands pointers to the kernel, on the CPU with the session's
-// threads. No exception, allocation or lock; every status is passed on.
-
-#include "frn_op.h"
+// threads. No exception; a run takes no lock and allocates nothing; every status is passed on.
 
 #include <stdio.h>
 #include <stdlib.h>
 
 #include "../contract.h"
 #include "../kernels/frn.h"
-#include "frn_cuda.h"
+#include "ort_abi.h"
 
 namespace deploynorm {
 namespace {
@@ -135,6 +133,26 @@ void parallel_for(void* opaque, int64_t count, deploynorm_task task, void* data)
   }
 }
 
+#if defined(DEPLOYNORM_CUDA)
+// Enqueues the call on the session's stream, with scratch memory of the session where the kernel asks for some.
+OrtStatus* run_on_cuda(const OrtApi* api, OrtKernelContext* context, OrtAllocator* allocator,
+                       const deploynorm_frn& call) {
+  void* stream = nullptr;
+  DEPLOYNORM_RETURN_IF_ERROR(KernelContext_GetGPUComputeStream(api)(context, &stream));
+  void* workspace = nullptr;
+  if (const size_t bytes = deploynorm_frn_cuda_workspace(&call)) {
+    const OrtMemoryInfo* info = nullptr;
+    DEPLOYNORM_RETURN_IF_ERROR(AllocatorGetInfo(api)(allocator, &info));
+    DEPLOYNORM_RETURN_IF_ERROR(KernelContext_GetScratchBuffer(api)(context, info, bytes, &workspace));
+  }
+  const int error = deploynorm_frn_cuda(&call, workspace, stream, /*variant=*/nullptr);
+  // The allocator knows the stream that the memory was taken for, and gives it to another only behind this work.
+  OrtStatus* status = workspace == nullptr ? nullptr : AllocatorFree(api)(allocator, workspace);
+  if (error == 0 || status != nullptr) return status;
+  return refuse(api, kFail, "%s: CUDA error %d at the launch. Fix: run deploynorm doctor", kOpType, error);
+}
+#endif
+
 OrtStatus* compute(void* opaque, OrtKernelContext* context) {
   const Kernel& kernel = *static_cast<const Kernel*>(opaque);
   const Op& op = *kernel.op;
@@ -169,7 +187,9 @@ OrtStatus* compute(void* opaque, OrtKernelContext* context) {
   DEPLOYNORM_RETURN_IF_ERROR(KernelContext_GetOutput(api)(context, 0, shape.sizes, shape.rank, &y));
   DEPLOYNORM_RETURN_IF_ERROR(read_data(op, x, &call.x));
   DEPLOYNORM_RETURN_IF_ERROR(GetTensorMutableData(api)(y, &call.y));
+#if defined(DEPLOYNORM_CUDA)
   if (op.cuda) return run_on_cuda(api, context, kernel.allocator, call);
+#endif
   Host host = {api, context, nullptr};
   if (deploynorm_frn_cpu(&call, parallel_for, &host, /*variant=*/nullptr) != 0) {
     return refuse(api, kFail, "%s: the kernel does not have type %d", name_of(op), op.element);
@@ -290,28 +310,50 @@ Op make_op(const OrtApi* api) {
   return op;
 }
 
-}  // namespace
+// One domain for the whole process: sessions keep a pointer to it. Made at the first call, under a lock of one word
+// because a static with a constructor would need the C++ runtime.
+char lock = 0;
+OrtCustomOpDomain* domain = nullptr;
 
-const ort::CustomOp* const* frn_ops(const OrtApi* api) {
-  static const Op float32 = make_op<DEPLOYNORM_FLOAT32, kFloat, false>(api);
-  static const Op float64 = make_op<DEPLOYNORM_FLOAT64, kDouble, false>(api);
-  static const Op float16 = make_op<DEPLOYNORM_FLOAT16, kFloat16, false>(api);
-  static const Op bfloat16 = make_op<DEPLOYNORM_BFLOAT16, kBFloat16, false>(api);
-  static const Op blocked = make_op<DEPLOYNORM_FLOAT32, kFloat, true>(api);
+// One operator for each type of X, and for CUDA's provider too, all under the contract's name (ONNX Runtime makes one
+// schema of them), and the blocked one. They live as long as the library; the first call makes them.
+OrtStatus* make_domain(const OrtApi* api) {
+  static const Op ops[] = {
+      make_op<DEPLOYNORM_FLOAT32, kFloat, false>(api),
+      make_op<DEPLOYNORM_FLOAT64, kDouble, false>(api),
+      make_op<DEPLOYNORM_FLOAT16, kFloat16, false>(api),
+      make_op<DEPLOYNORM_BFLOAT16, kBFloat16, false>(api),
+      make_op<DEPLOYNORM_FLOAT32, kFloat, true>(api),
 #if defined(DEPLOYNORM_CUDA)
-  static const Op cuda_float32 = make_op<DEPLOYNORM_FLOAT32, kFloat, false, true>(api);
-  static const Op cuda_float64 = make_op<DEPLOYNORM_FLOAT64, kDouble, false, true>(api);
-  static const Op cuda_float16 = make_op<DEPLOYNORM_FLOAT16, kFloat16, false, true>(api);
-  static const Op cuda_bfloat16 = make_op<DEPLOYNORM_BFLOAT16, kBFloat16, false, true>(api);
+      make_op<DEPLOYNORM_FLOAT32, kFloat, false, true>(api),
+      make_op<DEPLOYNORM_FLOAT64, kDouble, false, true>(api),
+      make_op<DEPLOYNORM_FLOAT16, kFloat16, false, true>(api),
+      make_op<DEPLOYNORM_BFLOAT16, kBFloat16, false, true>(api),
 #endif
-  static const ort::CustomOp* const ops[] = {
-      &float32,      &float64,      &float16,      &bfloat16,      &blocked,
-#if defined(DEPLOYNORM_CUDA)
-      &cuda_float32, &cuda_float64, &cuda_float16, &cuda_bfloat16,
-#endif
-      nullptr,
   };
-  return ops;
+  OrtCustomOpDomain* made = nullptr;
+  DEPLOYNORM_RETURN_IF_ERROR(CreateCustomOpDomain(api)(kDomain, &made));
+  for (const Op& op : ops) DEPLOYNORM_RETURN_IF_ERROR(CustomOpDomain_Add(api)(made, &op));
+  domain = made;
+  return nullptr;
 }
 
+}  // namespace
 }  // namespace deploynorm
+
+// The entry point that SessionOptions.register_custom_ops_library calls.
+extern "C" DEPLOYNORM_API OrtStatus* RegisterCustomOps(OrtSessionOptions* options,
+                                                       const deploynorm::ort::ApiBase* base) {
+  using namespace deploynorm;
+  const OrtApi* api = base->GetApi(ort::kApiVersion);
+  if (api == nullptr) {
+    return refuse(base->GetApi(1), ort::kFail,
+                  "deploynorm needs onnxruntime >= %s, and this is %s. Fix: upgrade onnxruntime", ort::kOldestRuntime,
+                  base->GetVersionString());
+  }
+  while (__atomic_test_and_set(&lock, __ATOMIC_ACQUIRE)) {
+  }
+  OrtStatus* status = domain == nullptr ? make_domain(api) : nullptr;
+  __atomic_clear(&lock, __ATOMIC_RELEASE);
+  return status != nullptr ? status : ort::AddCustomOpDomain(api)(options, domain);
+}

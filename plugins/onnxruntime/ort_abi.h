@@ -52,33 +52,41 @@ struct ApiBase {
   const char* (*GetVersionString)();
 };
 
+struct CustomOp;
+
+// DEPLOYNORM_ORT_MEMBERS(X): X(name in OrtCustomOp, return type, parameters) for each of its functions, in its order.
+#define DEPLOYNORM_ORT_MEMBERS(X)                                                               \
+  X(CreateKernel, void*, (const CustomOp*, const OrtApi*, const OrtKernelInfo*))                \
+  X(GetName, const char*, (const CustomOp*))                                                    \
+  X(GetExecutionProviderType, const char*, (const CustomOp*))                                   \
+  X(GetInputType, int, (const CustomOp*, size_t))                                               \
+  X(GetInputTypeCount, size_t, (const CustomOp*))                                               \
+  X(GetOutputType, int, (const CustomOp*, size_t))                                              \
+  X(GetOutputTypeCount, size_t, (const CustomOp*))                                              \
+  X(KernelCompute, void, (void*, OrtKernelContext*))                                            \
+  X(KernelDestroy, void, (void*))                                                               \
+  X(GetInputCharacteristic, int, (const CustomOp*, size_t))                                     \
+  X(GetOutputCharacteristic, int, (const CustomOp*, size_t))                                    \
+  X(GetInputMemoryType, int, (const CustomOp*, size_t))                                         \
+  X(GetVariadicInputMinArity, int, (const CustomOp*))                                           \
+  X(GetVariadicInputHomogeneity, int, (const CustomOp*))                                        \
+  X(GetVariadicOutputMinArity, int, (const CustomOp*))                                          \
+  X(GetVariadicOutputHomogeneity, int, (const CustomOp*))                                       \
+  X(CreateKernelV2, OrtStatus*, (const CustomOp*, const OrtApi*, const OrtKernelInfo*, void**)) \
+  X(KernelComputeV2, OrtStatus*, (void*, OrtKernelContext*))                                    \
+  X(InferOutputShapeFn, OrtStatus*, (const CustomOp*, OrtShapeInferContext*))                   \
+  X(GetStartVersion, int, (const CustomOp*))                                                    \
+  X(GetEndVersion, int, (const CustomOp*))                                                      \
+  X(GetMayInplace, size_t, (int** input_index, int** output_index))                             \
+  X(ReleaseMayInplace, void, (int* input_index, int* output_index))                             \
+  X(GetAliasMap, size_t, (int** input_index, int** output_index))                               \
+  X(ReleaseAliasMap, void, (int* input_index, int* output_index))
+
 struct CustomOp {
   uint32_t version;
-  void* (*CreateKernel)(const CustomOp*, const OrtApi*, const OrtKernelInfo*);
-  const char* (*GetName)(const CustomOp*);
-  const char* (*GetExecutionProviderType)(const CustomOp*);
-  int (*GetInputType)(const CustomOp*, size_t);
-  size_t (*GetInputTypeCount)(const CustomOp*);
-  int (*GetOutputType)(const CustomOp*, size_t);
-  size_t (*GetOutputTypeCount)(const CustomOp*);
-  void (*KernelCompute)(void*, OrtKernelContext*);
-  void (*KernelDestroy)(void*);
-  int (*GetInputCharacteristic)(const CustomOp*, size_t);
-  int (*GetOutputCharacteristic)(const CustomOp*, size_t);
-  int (*GetInputMemoryType)(const CustomOp*, size_t);
-  int (*GetVariadicInputMinArity)(const CustomOp*);
-  int (*GetVariadicInputHomogeneity)(const CustomOp*);
-  int (*GetVariadicOutputMinArity)(const CustomOp*);
-  int (*GetVariadicOutputHomogeneity)(const CustomOp*);
-  OrtStatus* (*CreateKernelV2)(const CustomOp*, const OrtApi*, const OrtKernelInfo*, void**);
-  OrtStatus* (*KernelComputeV2)(void*, OrtKernelContext*);
-  OrtStatus* (*InferOutputShapeFn)(const CustomOp*, OrtShapeInferContext*);
-  int (*GetStartVersion)(const CustomOp*);
-  int (*GetEndVersion)(const CustomOp*);
-  size_t (*GetMayInplace)(int** input_index, int** output_index);
-  void (*ReleaseMayInplace)(int* input_index, int* output_index);
-  size_t (*GetAliasMap)(int** input_index, int** output_index);
-  void (*ReleaseAliasMap)(int* input_index, int* output_index);
+#define DEPLOYNORM_ORT_MEMBER(name, result, parameters) result(*name) parameters;
+  DEPLOYNORM_ORT_MEMBERS(DEPLOYNORM_ORT_MEMBER)
+#undef DEPLOYNORM_ORT_MEMBER
 };
 
 // DEPLOYNORM_ORT_FUNCTIONS(X): X(name in OrtApi, slot, return type, parameters) for each function that we call.

@@ -1,18 +1,140 @@
-// Checks what TensorRT hands over (inputs.h) and passes pointers to the kernel. Nothing throws.
+// The FRN operator as a TensorRT plugin of the third generation, and the creator that TensorRT finds it by: checks what
+// TensorRT hands over and passes pointers to the kernel. Nothing throws.
+//
+// Only interfaces are implemented that are the same in TensorRT 10, TensorRT 11 and TensorRT-RTX; none of the host's
+// is called: the registry's and the logger's changed, so that one binary could not serve them all.
 
-#include "frn_plugin.h"
-
+#include <NvInferRuntime.h>
 #include <dlfcn.h>
+#include <stdarg.h>
+#include <stdio.h>
 #include <string.h>
 
 #include <new>
 
 #include "../contract.h"
 #include "../kernels/frn.h"
-#include "inputs.h"
 
 namespace deploynorm {
 namespace {
+
+using namespace nvinfer1;
+
+// ---- What it takes. What it refuses is written to stderr: TensorRT's own error names no more than the method that did
+// not return 0.
+
+__attribute__((format(printf, 1, 2))) int32_t refuse(const char* format, ...) noexcept {
+  char message[320];
+  va_list values;
+  va_start(values, format);
+  vsnprintf(message, sizeof message, format, values);
+  va_end(values);
+  fprintf(stderr, "%s::%s: %s\n", kDomain, kOpType, message);
+  return -1;
+}
+
+const char* name_of(DataType type) {
+  switch (type) {
+    case DataType::kFLOAT:
+      return "float32";
+    case DataType::kHALF:
+      return "float16";
+    case DataType::kBF16:
+      return "bfloat16";
+    case DataType::kINT8:
+      return "int8";
+    case DataType::kINT32:
+      return "int32";
+    case DataType::kINT64:
+      return "int64";
+    default:
+      return "another type";
+  }
+}
+
+bool takes_type(DataType type) {
+  return type == DataType::kFLOAT || type == DataType::kHALF || type == DataType::kBF16;
+}
+
+// TensorRT's channels-last formats count the channels' axis from the last, and so are ours for (N, C, H, W) alone.
+bool takes_format(DataType type, TensorFormat format, int32_t rank) {
+  switch (format) {
+    case TensorFormat::kLINEAR:
+      return true;
+    case TensorFormat::kHWC:
+      return rank == 4 && type != DataType::kBF16;
+    case TensorFormat::kHWC8:
+      return rank == 4 && type != DataType::kFLOAT;
+    default:
+      return false;
+  }
+}
+
+bool has_arity(int32_t inputs, int32_t outputs) { return inputs == kInputs && outputs == 1; }
+
+int32_t refuse_arity(int32_t inputs, int32_t outputs) {
+  return refuse(
+      "wrong number of inputs or outputs. Got %d and %d; expected X, gamma, beta, tau and eps, and Y. "
+      "Fix: export the model with deploynorm",
+      inputs, outputs);
+}
+
+// Of two sizes, -1 being one that the shapes at run time will give.
+bool differ(int64_t a, int64_t b) { return a >= 0 && b >= 0 && a != b; }
+
+int32_t check_types(const DataType* types) {
+  if (!takes_type(types[0])) {
+    return refuse("input X is of the wrong type. Got %s; expected float32, float16 or bfloat16", name_of(types[0]));
+  }
+  for (int32_t input = 1; input < kInputs; ++input) {
+    if (types[input] != DataType::kFLOAT) {
+      return refuse("input %s is of the wrong type. Got %s; expected float32, whatever X is", kInputNames[input],
+                    name_of(types[input]));
+    }
+  }
+  return 0;
+}
+
+int32_t check_ranks(const int32_t* ranks) {
+  if (ranks[0] < 2 || ranks[0] > Dims::MAX_DIMS) {
+    return refuse("input X has the wrong rank. Got %d axes; expected (N, C, D1..Dk)", ranks[0]);
+  }
+  for (int32_t input = 1; input < kInputs; ++input) {
+    if (ranks[input] != 1) {
+      return refuse("input %s has the wrong rank. Got %d axes; expected (C,)", kInputNames[input], ranks[input]);
+    }
+  }
+  return 0;
+}
+
+int32_t check(const PluginTensorDesc* in, const PluginTensorDesc& y) {
+  DataType types[kInputs];
+  int32_t ranks[kInputs];
+  for (int32_t input = 0; input < kInputs; ++input) {
+    types[input] = in[input].type;
+    ranks[input] = in[input].dims.nbDims;
+  }
+  if (check_types(types) != 0 || check_ranks(ranks) != 0) return -1;
+  const PluginTensorDesc& x = in[0];
+  for (int32_t input = 1; input < kInputs; ++input) {
+    if (differ(in[input].dims.d[0], x.dims.d[1])) {
+      return refuse("input %s has the wrong size. Got %lld; expected as many as X has channels, %lld",
+                    kInputNames[input], static_cast<long long>(in[input].dims.d[0]),
+                    static_cast<long long>(x.dims.d[1]));
+    }
+    if (in[input].format != TensorFormat::kLINEAR) return refuse("input %s is not linear", kInputNames[input]);
+  }
+  bool alike = y.type == x.type && y.format == x.format && y.dims.nbDims == x.dims.nbDims;
+  for (int32_t axis = 0; alike && axis < x.dims.nbDims; ++axis) alike = !differ(y.dims.d[axis], x.dims.d[axis]);
+  if (!alike) return refuse("the output is not of X's shape, type and format");
+  if (!takes_format(x.type, x.format, x.dims.nbDims)) {
+    return refuse("input X is in a format that is not taken: %d, of %s with %d axes", static_cast<int>(x.format),
+                  name_of(x.type), x.dims.nbDims);
+  }
+  return 0;
+}
+
+// ---- Plans
 
 static_assert(kVersion == 1, "the string below is the contract's version");
 constexpr const char* kPluginVersion = "1";
@@ -78,132 +200,136 @@ bool is_rtx(const void* address) {
   return strncmp(name, "libtensorrt_rtx.", strlen("libtensorrt_rtx.")) == 0;
 }
 
-}  // namespace
-
-// ---- The plugin
-
-IPluginCapability* FrnPlugin::getCapabilityInterface(PluginCapabilityType type) noexcept {
-  switch (type) {
-    case PluginCapabilityType::kCORE:
-      return static_cast<IPluginV3OneCore*>(this);
-    case PluginCapabilityType::kBUILD:
-      return static_cast<IPluginV3OneBuild*>(this);
-    case PluginCapabilityType::kRUNTIME:
-      return static_cast<IPluginV3OneRuntime*>(this);
-  }
-  return nullptr;
-}
-
-IPluginV3* FrnPlugin::clone() noexcept { return new (std::nothrow) FrnPlugin(*this); }
-
-const char* FrnPlugin::getPluginName() const noexcept { return kOpType; }
-const char* FrnPlugin::getPluginVersion() const noexcept { return kPluginVersion; }
-const char* FrnPlugin::getPluginNamespace() const noexcept { return kDomain; }
-int32_t FrnPlugin::getNbOutputs() const noexcept { return 1; }
-const char* FrnPlugin::getTimingCacheID() noexcept { return kTimings; }
-
-int32_t FrnPlugin::getOutputDataTypes(DataType* out, int32_t outputs, const DataType* in,
-                                      int32_t inputs) const noexcept {
-  if (!has_arity(inputs, outputs)) return refuse_arity(inputs, outputs);
-  if (check_types(in) != 0) return -1;
-  out[0] = in[0];
-  return 0;
-}
-
-int32_t FrnPlugin::getOutputShapes(const DimsExprs* in, int32_t inputs, const DimsExprs*, int32_t, DimsExprs* out,
-                                   int32_t outputs, IExprBuilder&) noexcept {
-  if (!has_arity(inputs, outputs)) return refuse_arity(inputs, outputs);
-  int32_t ranks[kInputs];
-  for (int32_t input = 0; input < kInputs; ++input) ranks[input] = in[input].nbDims;
-  if (check_ranks(ranks) != 0) return -1;
-  out[0] = in[0];
-  return 0;
-}
-
-bool FrnPlugin::supportsFormatCombination(int32_t position, const DynamicPluginTensorDesc* tensors, int32_t inputs,
-                                          int32_t outputs) noexcept {
-  const void* caller = __builtin_return_address(0);
-  if (!has_arity(inputs, outputs)) return false;
-  const PluginTensorDesc& x = tensors[0].desc;
-  const PluginTensorDesc& asked = tensors[position].desc;
-  if (position == 0) {
-    if (!takes_type(x.type) || !takes_format(x.type, x.format, x.dims.nbDims)) return false;
-    return !is_rtx(caller) || x.format == format_for_rtx(x.type, x.dims.nbDims);
-  }
-  if (position < kInputs) return asked.type == DataType::kFLOAT && asked.format == TensorFormat::kLINEAR;
-  return asked.type == x.type && asked.format == x.format;
-}
-
-int32_t FrnPlugin::configurePlugin(const DynamicPluginTensorDesc* in, int32_t inputs,
-                                   const DynamicPluginTensorDesc* out, int32_t outputs) noexcept {
-  if (!has_arity(inputs, outputs)) return refuse_arity(inputs, outputs);
-  const PluginTensorDesc* tensors[kInputs];
-  for (int32_t input = 0; input < kInputs; ++input) tensors[input] = &in[input].desc;
-  return check(tensors, out[0].desc);
-}
-
-size_t FrnPlugin::getWorkspaceSize(const DynamicPluginTensorDesc* in, int32_t inputs, const DynamicPluginTensorDesc*,
-                                   int32_t outputs) const noexcept {
-  if (!has_arity(inputs, outputs)) return 0;
-  const deploynorm_frn call = call_of(in[0].max, in[0].desc.type, in[0].desc.format);
-  return deploynorm_frn_cuda_workspace(&call);
-}
-
-int32_t FrnPlugin::onShapeChange(const PluginTensorDesc* in, int32_t inputs, const PluginTensorDesc* out,
-                                 int32_t outputs) noexcept {
-  if (!has_arity(inputs, outputs)) return refuse_arity(inputs, outputs);
-  const PluginTensorDesc* tensors[kInputs];
-  for (int32_t input = 0; input < kInputs; ++input) tensors[input] = &in[input];
-  return check(tensors, out[0]);
-}
-
-int32_t FrnPlugin::enqueue(const PluginTensorDesc* in, const PluginTensorDesc* out, const void* const* inputs,
-                           void* const* outputs, void* workspace, cudaStream_t stream) noexcept {
-  if (onShapeChange(in, kInputs, out, 1) != 0) return -1;
-  deploynorm_frn call = call_of(in[0].dims, in[0].type, in[0].format);
-  call.x = inputs[0];
-  call.gamma = inputs[1];
-  call.beta = inputs[2];
-  call.tau = inputs[3];
-  call.eps = inputs[4];
-  call.y = outputs[0];
-  const int error = deploynorm_frn_cuda(&call, workspace, stream, /*variant=*/nullptr);
-  if (error == cudaSuccess) return 0;
-  return refuse("CUDA: %s (%d)", cudaGetErrorString(static_cast<cudaError_t>(error)), error);
-}
-
-IPluginV3* FrnPlugin::attachToContext(IPluginResourceContext*) noexcept { return clone(); }
-
-const PluginFieldCollection* FrnPlugin::getFieldsToSerialize() noexcept { return &kPlanFields; }
-
-// ---- Its creator
-
-const char* FrnCreator::getPluginName() const noexcept { return kOpType; }
-const char* FrnCreator::getPluginVersion() const noexcept { return kPluginVersion; }
-const char* FrnCreator::getPluginNamespace() const noexcept { return kDomain; }
-
-const PluginFieldCollection* FrnCreator::getFieldNames() noexcept { return &kNoFields; }
-
-IPluginV3* FrnCreator::createPlugin(const char*, const PluginFieldCollection* fields, TensorRTPhase phase) noexcept {
-  if (phase == TensorRTPhase::kRUNTIME) {
-    const int32_t version = plan_version(fields);
-    if (version != kPlanVersion) {
-      refuse(
-          "the engine was built with another version of this plugin. Got plan version %d; expected %d. "
-          "Fix: build the engine again",
-          version, kPlanVersion);
-      return nullptr;
+// Has no state: what a call needs is in the descriptions that come with it, so that shapes may change at any time.
+class FrnPlugin final : public IPluginV3,
+                        public IPluginV3OneCore,
+                        public IPluginV3OneBuild,
+                        public IPluginV3OneRuntime {
+ public:
+  IPluginCapability* getCapabilityInterface(PluginCapabilityType type) noexcept override {
+    switch (type) {
+      case PluginCapabilityType::kCORE:
+        return static_cast<IPluginV3OneCore*>(this);
+      case PluginCapabilityType::kBUILD:
+        return static_cast<IPluginV3OneBuild*>(this);
+      case PluginCapabilityType::kRUNTIME:
+        return static_cast<IPluginV3OneRuntime*>(this);
     }
-  } else if (const char* name = unknown_attribute(fields)) {
-    refuse("there is no attribute %s. Fix: export the model with deploynorm, whose fifth input is epsilon", name);
     return nullptr;
   }
-  FrnPlugin* plugin = new (std::nothrow) FrnPlugin;
-  if (plugin == nullptr) refuse("out of memory");
-  return plugin;
-}
 
-namespace {
+  IPluginV3* clone() noexcept override { return new (std::nothrow) FrnPlugin(*this); }
+
+  // ---- IPluginV3OneCore
+
+  const char* getPluginName() const noexcept override { return kOpType; }
+  const char* getPluginVersion() const noexcept override { return kPluginVersion; }
+  const char* getPluginNamespace() const noexcept override { return kDomain; }
+
+  // ---- IPluginV3OneBuild
+
+  int32_t getNbOutputs() const noexcept override { return 1; }
+  const char* getTimingCacheID() noexcept override { return kTimings; }
+
+  int32_t getOutputDataTypes(DataType* out, int32_t outputs, const DataType* in,
+                             int32_t inputs) const noexcept override {
+    if (!has_arity(inputs, outputs)) return refuse_arity(inputs, outputs);
+    if (check_types(in) != 0) return -1;
+    out[0] = in[0];
+    return 0;
+  }
+
+  int32_t getOutputShapes(const DimsExprs* in, int32_t inputs, const DimsExprs*, int32_t, DimsExprs* out,
+                          int32_t outputs, IExprBuilder&) noexcept override {
+    if (!has_arity(inputs, outputs)) return refuse_arity(inputs, outputs);
+    int32_t ranks[kInputs];
+    for (int32_t input = 0; input < kInputs; ++input) ranks[input] = in[input].nbDims;
+    if (check_ranks(ranks) != 0) return -1;
+    out[0] = in[0];
+    return 0;
+  }
+
+  bool supportsFormatCombination(int32_t position, const DynamicPluginTensorDesc* tensors, int32_t inputs,
+                                 int32_t outputs) noexcept override {
+    const void* caller = __builtin_return_address(0);
+    if (!has_arity(inputs, outputs)) return false;
+    const PluginTensorDesc& x = tensors[0].desc;
+    const PluginTensorDesc& asked = tensors[position].desc;
+    if (position == 0) {
+      if (!takes_type(x.type) || !takes_format(x.type, x.format, x.dims.nbDims)) return false;
+      return !is_rtx(caller) || x.format == format_for_rtx(x.type, x.dims.nbDims);
+    }
+    if (position < kInputs) return asked.type == DataType::kFLOAT && asked.format == TensorFormat::kLINEAR;
+    return asked.type == x.type && asked.format == x.format;
+  }
+
+  int32_t configurePlugin(const DynamicPluginTensorDesc* in, int32_t inputs, const DynamicPluginTensorDesc* out,
+                          int32_t outputs) noexcept override {
+    if (!has_arity(inputs, outputs)) return refuse_arity(inputs, outputs);
+    PluginTensorDesc tensors[kInputs];
+    for (int32_t input = 0; input < kInputs; ++input) tensors[input] = in[input].desc;
+    return check(tensors, out[0].desc);
+  }
+
+  size_t getWorkspaceSize(const DynamicPluginTensorDesc* in, int32_t inputs, const DynamicPluginTensorDesc*,
+                          int32_t outputs) const noexcept override {
+    if (!has_arity(inputs, outputs)) return 0;
+    const deploynorm_frn call = call_of(in[0].max, in[0].desc.type, in[0].desc.format);
+    return deploynorm_frn_cuda_workspace(&call);
+  }
+
+  // ---- IPluginV3OneRuntime
+
+  int32_t onShapeChange(const PluginTensorDesc* in, int32_t inputs, const PluginTensorDesc* out,
+                        int32_t outputs) noexcept override {
+    return has_arity(inputs, outputs) ? check(in, out[0]) : refuse_arity(inputs, outputs);
+  }
+
+  int32_t enqueue(const PluginTensorDesc* in, const PluginTensorDesc* out, const void* const* inputs,
+                  void* const* outputs, void* workspace, cudaStream_t stream) noexcept override {
+    if (check(in, out[0]) != 0) return -1;
+    deploynorm_frn call = call_of(in[0].dims, in[0].type, in[0].format);
+    call.x = inputs[0];
+    call.gamma = inputs[1];
+    call.beta = inputs[2];
+    call.tau = inputs[3];
+    call.eps = inputs[4];
+    call.y = outputs[0];
+    const int error = deploynorm_frn_cuda(&call, workspace, stream, /*variant=*/nullptr);
+    if (error == cudaSuccess) return 0;
+    return refuse("CUDA: %s (%d)", cudaGetErrorString(static_cast<cudaError_t>(error)), error);
+  }
+
+  IPluginV3* attachToContext(IPluginResourceContext*) noexcept override { return clone(); }
+  const PluginFieldCollection* getFieldsToSerialize() noexcept override { return &kPlanFields; }
+};
+
+class FrnCreator final : public IPluginCreatorV3One {
+ public:
+  const char* getPluginName() const noexcept override { return kOpType; }
+  const char* getPluginVersion() const noexcept override { return kPluginVersion; }
+  const char* getPluginNamespace() const noexcept override { return kDomain; }
+  const PluginFieldCollection* getFieldNames() noexcept override { return &kNoFields; }
+
+  IPluginV3* createPlugin(const char*, const PluginFieldCollection* fields, TensorRTPhase phase) noexcept override {
+    if (phase == TensorRTPhase::kRUNTIME) {
+      const int32_t version = plan_version(fields);
+      if (version != kPlanVersion) {
+        refuse(
+            "the engine was built with another version of this plugin. Got plan version %d; expected %d. "
+            "Fix: build the engine again",
+            version, kPlanVersion);
+        return nullptr;
+      }
+    } else if (const char* name = unknown_attribute(fields)) {
+      refuse("there is no attribute %s. Fix: export the model with deploynorm, whose fifth input is epsilon", name);
+      return nullptr;
+    }
+    FrnPlugin* plugin = new (std::nothrow) FrnPlugin;
+    if (plugin == nullptr) refuse("out of memory");
+    return plugin;
+  }
+};
 
 // Never destroyed: at the process's end the host's registry may outlive what this library destroys.
 alignas(FrnCreator) unsigned char creator[sizeof(FrnCreator)];

@@ -19,9 +19,6 @@
 // is filled with NaN before each block: what a block has not written holds nothing.
 #define __shared__ static thread_local
 
-struct uint2 {
-  uint32_t x, y;
-} __align__(8);
 struct uint4 {
   uint32_t x, y, z, w;
 } __align__(16);
@@ -65,22 +62,15 @@ struct ThreadIndex {
 inline ThreadIndex threadIdx;
 
 inline void __syncthreads() { emulation::wait_for_block(); }
-inline void __syncwarp(unsigned = 0xffffffffu) { emulation::wait_for_warp(); }
 
 template <typename T>
 inline T __shfl_xor_sync(unsigned mask, T value, int distance) {
   return emulation::exchange(mask, value, emulation::this_thread() ^ static_cast<unsigned>(distance));
 }
 
-struct cudaLaunchAttribute {
-  int id;
-};
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
-  size_t dynamicSmemBytes;
   cudaStream_t stream;
-  cudaLaunchAttribute* attrs;
-  unsigned numAttrs;
 };
 
 template <typename... Expected, typename... Actual>
@@ -90,8 +80,7 @@ inline cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*k
   int max_grid = 0;
   cudaDeviceGetAttribute(&max_grid, cudaDevAttrMaxGridDimX, 0);
   const bool one_axis = grid.y == 1 && grid.z == 1 && block.y == 1 && block.z == 1;
-  if (!one_axis || grid.x == 0 || grid.x > static_cast<unsigned>(max_grid) || block.x == 0 || block.x > 1024 ||
-      config->dynamicSmemBytes != 0) {
+  if (!one_axis || grid.x == 0 || grid.x > static_cast<unsigned>(max_grid) || block.x == 0 || block.x > 1024) {
     return cudaErrorInvalidConfiguration;
   }
   ::gridDim = grid;

@@ -12,16 +12,12 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define CUDART_VERSION 13000
-
 enum cudaError_t {
   cudaSuccess = 0,
   cudaErrorInvalidValue = 1,
   cudaErrorMemoryAllocation = 2,
   cudaErrorInvalidConfiguration = 9,
 };
-
-enum cudaMemcpyKind { cudaMemcpyHostToDevice = 1, cudaMemcpyDeviceToHost = 2, cudaMemcpyDefault = 4 };
 
 enum cudaDeviceAttr { cudaDevAttrMaxGridDimX = 5, cudaDevAttrMultiProcessorCount = 16 };
 
@@ -42,8 +38,6 @@ inline const char* cudaGetErrorName(cudaError_t error) {
   return "unknown";
 }
 inline const char* cudaGetErrorString(cudaError_t error) { return cudaGetErrorName(error); }
-inline cudaError_t cudaGetLastError() { return cudaSuccess; }
-inline cudaError_t cudaPeekAtLastError() { return cudaSuccess; }
 
 inline cudaError_t cudaGetDevice(int* device) {
   *device = 0;
@@ -67,31 +61,14 @@ inline cudaError_t cudaMalloc(void** memory, size_t bytes) {
   memset(*memory, 0xff, rounded);
   return cudaSuccess;
 }
-template <typename T>
-inline cudaError_t cudaMalloc(T** memory, size_t bytes) {
-  return cudaMalloc(reinterpret_cast<void**>(memory), bytes);
-}
 inline cudaError_t cudaFree(void* memory) {
   free(memory);
   return cudaSuccess;
-}
-inline cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind) {
-  if (bytes != 0) memmove(to, from, bytes);
-  return cudaSuccess;
-}
-inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind kind, cudaStream_t = 0) {
-  return cudaMemcpy(to, from, bytes, kind);
 }
 inline cudaError_t cudaMemset(void* memory, int value, size_t bytes) {
   if (bytes != 0) memset(memory, value, bytes);
   return cudaSuccess;
 }
-inline cudaError_t cudaStreamCreate(cudaStream_t* stream) {
-  *stream = nullptr;
-  return cudaSuccess;
-}
-inline cudaError_t cudaStreamDestroy(cudaStream_t) { return cudaSuccess; }
-inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
 inline cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }
 
 #endif  // DEPLOYNORM_EMULATION_CUDA_RUNTIME_API_H_

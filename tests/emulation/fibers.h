@@ -94,26 +94,20 @@ inline void step(unsigned thread) {
   setcontext(&context);
 }
 
-// Whether all threads of [begin, end) that are not done wait at this barrier; false if all are done.
-inline bool all_at(State barrier, unsigned begin, unsigned end) {
+// Whether all threads of [begin, end) that are not done wait at this barrier; false if all are done. A thread that has
+// returned never arrives, which is undefined on a device: that ends the process.
+inline bool all_at(State barrier, unsigned begin, unsigned end, const char* left) {
   const Fibers& all = fibers();
-  bool any = false;
+  unsigned waiting = 0;
   for (unsigned thread = begin; thread < end; ++thread) {
-    if (all.states[thread] == State::kDone) {
-      // A thread that has returned never arrives: on a device that is undefined.
-      continue;
+    if (all.states[thread] == barrier) {
+      ++waiting;
+    } else if (all.states[thread] != State::kDone) {
+      return false;
     }
-    if (all.states[thread] != barrier) return false;
-    any = true;
   }
-  return any;
-}
-
-inline bool any_done(unsigned begin, unsigned end) {
-  for (unsigned thread = begin; thread < end; ++thread) {
-    if (fibers().states[thread] == State::kDone) return true;
-  }
-  return false;
+  if (waiting > 0 && waiting < end - begin) fail(left);
+  return waiting > 0;
 }
 
 inline void run_block(unsigned threads, const std::function<void()>& body) {
@@ -126,14 +120,12 @@ inline void run_block(unsigned threads, const std::function<void()>& body) {
     bool moved = false;
     for (unsigned begin = 0; begin < threads; begin += kWarp) {
       const unsigned end = begin + kWarp < threads ? begin + kWarp : threads;
-      if (!all_at(State::kAtWarpBarrier, begin, end)) continue;
-      if (any_done(begin, end)) fail("a warp shuffles that some of its threads have left");
+      if (!all_at(State::kAtWarpBarrier, begin, end, "a warp shuffles that some of its threads have left")) continue;
       moved = true;
       for (unsigned thread = begin; thread < end; ++thread) step(thread);
     }
     if (moved) continue;
-    if (!all_at(State::kAtBlockBarrier, 0, threads)) break;
-    if (any_done(0, threads)) fail("a block synchronises that some of its threads have left");
+    if (!all_at(State::kAtBlockBarrier, 0, threads, "a block synchronises that some of its threads have left")) break;
     for (unsigned thread = 0; thread < threads; ++thread) step(thread);
   }
   for (unsigned thread = 0; thread < threads; ++thread) {

@@ -16,7 +16,7 @@ from deploynorm.layers import _native
 # Without a GPU only the emulation is tested (tests/conftest.py says so at the top of a run), unless one is required.
 GPU = torch.cuda.is_available() or "gpu" in os.environ.get("DEPLOYNORM_REQUIRE", "").split(",")
 if not GPU:
-    on_both = ("test_backward.py", "test_broken.py", "test_forward.py")
+    on_both = ("test_broken.py", "test_kernels.py", "test_plugin.py")
     collect_ignore = [path.name for path in Path(__file__).parent.glob("test_*.py") if path.name not in on_both]
 
 
@@ -48,9 +48,14 @@ def gpu_kernel(training_library: Path) -> CudaKernel:
 
 
 @pytest.fixture(scope="session", params=["emulated", "gpu"] if GPU else ["emulated"])
-def kernel(request: pytest.FixtureRequest) -> CudaKernel:
+def device(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="session")
+def kernel(device: str, request: pytest.FixtureRequest) -> CudaKernel:
     """The kernels on each device that there is."""
-    found: CudaKernel = request.getfixturevalue("emulated" if request.param == "emulated" else "gpu_kernel")
+    found: CudaKernel = request.getfixturevalue("emulated" if device == "emulated" else "gpu_kernel")
     return found
 
 

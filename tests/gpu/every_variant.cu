@@ -43,42 +43,17 @@ void run(int64_t samples, int64_t channels, int64_t spatial, int64_t block, int 
   for (void*& each : written) each = device_bytes(&each < written + 2 ? elements : parameter, 0xff);
   void* const rstd = device_bytes(static_cast<size_t>(samples) * parameter, 0xff);
 
-  deploynorm_frn call = {};
-  call.samples = samples;
-  call.channels = channels;
-  call.spatial = spatial;
-  call.channel_block = block;
-  call.type = type;
-  call.x = given[0];
-  call.y = written[0];
-  call.gamma = given[2];
-  call.beta = given[3];
-  call.tau = given[4];
-  call.eps = given[5];
-  call.rstd = rstd;
+  const deploynorm_frn call = {samples, channels, spatial,  block,    type,     given[0], written[0],
+                               nullptr, given[2], given[3], given[4], given[5], rstd};
   const size_t bytes = deploynorm_frn_cuda_workspace(&call);
   void* const workspace = bytes == 0 ? nullptr : device_bytes(bytes, 0xff);
   const bool taken = finish(deploynorm_frn_cuda(&call, workspace, nullptr, variant), variant);
   runs += taken;
   if (!taken) finish(deploynorm_frn_cuda(&call, workspace, nullptr, nullptr), "forward");  // rstd is wanted below
 
-  deploynorm_frn_backward back = {};
-  back.samples = samples;
-  back.channels = channels;
-  back.spatial = spatial;
-  back.channel_block = block;
-  back.type = type;
-  back.dy = given[1];
-  back.x = given[0];
-  back.rstd = rstd;
-  back.gamma = given[2];
-  back.beta = given[3];
-  back.tau = given[4];
-  back.dx = written[1];
-  back.dgamma = written[2];
-  back.dbeta = written[3];
-  back.dtau = written[4];
-  back.deps = written[5];
+  const deploynorm_frn_backward back = {samples,    channels,   spatial,    block,     type,     given[1],
+                                        given[0],   rstd,       given[2],   given[3],  given[4], written[1],
+                                        written[2], written[3], written[4], written[5]};
   void* const sums = device_bytes(deploynorm_frn_backward_cuda_workspace(&back), 0xff);
   backward_runs += finish(deploynorm_frn_backward_cuda(&back, sums, nullptr, variant), variant);
 

@@ -24,14 +24,18 @@ SIZES = {"packed": (64, 256, 49), "registers": (16, 64, 3136), "two_passes": (8,
 
 
 class OnTensors:
-    """A pass on torch's tensors: x (N, C, L) contiguous, or (N, L, C) with channels_last; drawn anew by draw().
+    """A pass on torch's tensors: x (N, C, L) contiguous, or (N, L, C) with channels_last. A subclass has
 
-    Attributes:
-        written: What the pass writes: that which is laid out as x first.
+    prepare(sizes)     makes `call` and the tensors that it needs; those that it writes are `written`, y or dx first
+    draw()             new values, a few samples at a time, for they may be large
+    check(samples)     against plain PyTorch in float64: some samples, or all and what there is once for them
     """
 
     call: Forward | Backward
     written: list[Tensor]
+    prepare: Callable[[tuple[int, int, int, int, int]], None]
+    draw: Callable[[], None]
+    check: Callable[..., None]
 
     def __init__(self, kernel: CudaKernel, x: Tensor, channels_last: bool = False) -> None:
         self.kernel, self.channels_last, self.x = kernel, channels_last, x
@@ -45,18 +49,6 @@ class OnTensors:
         self.draw()
         size = max(1, kernel.workspace_bytes(self.call))
         self.workspace = torch.full((size,), 0xFF, dtype=torch.uint8, device="cuda")
-
-    def prepare(self, sizes: tuple[int, int, int, int, int]) -> None:
-        """Makes the call and the tensors that it needs."""
-        raise NotImplementedError
-
-    def draw(self) -> None:
-        """New values, a few samples at a time: they may be large."""
-        raise NotImplementedError
-
-    def check(self, samples: list[int] | None = None) -> None:
-        """Against plain PyTorch in float64: some samples, or all and what there is once for all samples."""
-        raise NotImplementedError
 
     def channels_first(self, tensor: Tensor) -> Tensor:
         return tensor.transpose(1, 2) if self.channels_last else tensor

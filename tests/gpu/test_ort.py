@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from cases import CASES, NormCase, make_inputs, tolerance, want
+from cases import CASES, NormCase
 from graphs import CHANNELS, OPSET, frn_model, frn_parameters
+from references import check_forward, inputs_of
 from tolerances import OP_FLOAT32
 
 from deploynorm import ort, reference
@@ -31,33 +32,39 @@ def onnxruntime(library: Path, require: Callable[[str], None]) -> Any:
     return module
 
 
-def options(onnxruntime: Any, library: Path) -> Any:
-    made = onnxruntime.SessionOptions()
-    made.register_custom_ops_library(str(library))
-    return made
+@pytest.fixture(scope="module")
+def open_session(onnxruntime: Any, library: Path) -> Callable[..., Any]:
+    """open_session(model, cuda_graph=True): a session with the library on the CUDA provider."""
+
+    def open_session(model: onnx.ModelProto, *, cuda_graph: bool = False, profile: Path | None = None) -> Any:
+        options = onnxruntime.SessionOptions()
+        options.register_custom_ops_library(str(library))
+        if profile is not None:
+            options.enable_profiling = True
+            options.profile_file_prefix = str(profile)
+        providers = [(CUDA, {"use_tf32": "0", "enable_cuda_graph": str(int(cuda_graph))}), "CPUExecutionProvider"]
+        return onnxruntime.InferenceSession(model.SerializeToString(), options, providers)
+
+    return open_session
 
 
-def providers(cuda_graph: bool = False) -> list[Any]:
-    return [(CUDA, {"use_tf32": "0", "enable_cuda_graph": str(int(cuda_graph))}), "CPUExecutionProvider"]
+def check(y: np.ndarray[Any, Any], x: np.ndarray[Any, Any]) -> None:
+    expected = reference.filter_response_norm(x.astype(np.float64), *frn_parameters("float64").values())
+    np.testing.assert_allclose(y, expected, **OP_FLOAT32.kwargs())
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.dtype in DTYPES and len(case.shape) > 1], ids=str)
-def test_numbers(case: NormCase, onnxruntime: Any, library: Path) -> None:
-    inputs = make_inputs(case)
+def test_numbers(case: NormCase, open_session: Callable[..., Any]) -> None:
+    inputs = inputs_of(case)
     shape = tuple(f"axis_{axis}" for axis in range(len(case.shape)))
     parameters = {name: inputs[name] for name in PARAMETERS}
-    model = frn_model(case.dtype, parameters=parameters, shape=shape)
-    session = onnxruntime.InferenceSession(model.SerializeToString(), options(onnxruntime, library), providers())
+    session = open_session(frn_model(case.dtype, parameters=parameters, shape=shape))
     (y,) = session.run(None, {INPUTS[0]: np.ascontiguousarray(inputs[INPUTS[0]])})
-    np.testing.assert_allclose(y.astype(np.float64), want(case), **tolerance(case).kwargs())
+    check_forward(y, case)
 
 
-def test_it_is_the_kernel_and_runs_on_the_device(onnxruntime: Any, library: Path, tmp_path: Path) -> None:
-    made = options(onnxruntime, library)
-    made.enable_profiling = True
-    made.profile_file_prefix = str(tmp_path / "profile")
-    content = frn_model(body=function_proto(OPSET)).SerializeToString()
-    session = onnxruntime.InferenceSession(content, made, providers())
+def test_it_is_the_kernel_and_runs_on_the_device(open_session: Callable[..., Any], tmp_path: Path) -> None:
+    session = open_session(frn_model(body=function_proto(OPSET)), profile=tmp_path / "profile")
     session.run(None, {INPUTS[0]: np.zeros((1, CHANNELS, 8, 8), np.float32)})
     events = [event["args"] for event in json.loads(Path(session.end_profiling()).read_text()) if "args" in event]
     ran = {event.get("op_name"): event.get("provider") for event in events if event.get("provider")}
@@ -65,37 +72,29 @@ def test_it_is_the_kernel_and_runs_on_the_device(onnxruntime: Any, library: Path
     assert "ReduceMean" not in ran
 
 
-def test_a_cuda_graph_replays_it(onnxruntime: Any, library: Path) -> None:
+def test_a_cuda_graph_replays_it(onnxruntime: Any, open_session: Callable[..., Any]) -> None:
     shape = (8, CHANNELS, 33, 17)
-    content = frn_model(shape=shape).SerializeToString()
-    session = onnxruntime.InferenceSession(content, options(onnxruntime, library), providers(cuda_graph=True))
+    session = open_session(frn_model(shape=shape), cuda_graph=True)
     rng = np.random.default_rng(0)
     binding = session.io_binding()
     x = onnxruntime.OrtValue.ortvalue_from_numpy(np.zeros(shape, np.float32), "cuda", 0)
     y = onnxruntime.OrtValue.ortvalue_from_numpy(np.full(shape, np.nan, np.float32), "cuda", 0)
     binding.bind_ortvalue_input(INPUTS[0], x)
     binding.bind_ortvalue_output(OUTPUT, y)
-    parameters = [value.astype(np.float64) for value in frn_parameters().values()]
     for _ in range(4):  # the first run captures
         values = rng.standard_normal(shape, dtype=np.float32)
         x.update_inplace(values)
         session.run_with_iobinding(binding)
-        expected = reference.filter_response_norm(values.astype(np.float64), *parameters)
-        np.testing.assert_allclose(y.numpy(), expected, **OP_FLOAT32.kwargs())
+        check(y.numpy(), values)
 
 
-def test_few_large_planes_take_scratch_memory_and_give_it_back(onnxruntime: Any, library: Path) -> None:
+def test_few_large_planes_take_scratch_memory_and_give_it_back(open_session: Callable[..., Any]) -> None:
     shape = (1, CHANNELS, 512, 700)
-    session = onnxruntime.InferenceSession(
-        frn_model(shape=shape).SerializeToString(), options(onnxruntime, library), providers()
-    )
+    session = open_session(frn_model(shape=shape))
     rng = np.random.default_rng(0)
-    parameters = [value.astype(np.float64) for value in frn_parameters().values()]
     for _ in range(20):
         values = rng.standard_normal(shape, dtype=np.float32)
-        (y,) = session.run(None, {INPUTS[0]: values})
-        expected = reference.filter_response_norm(values.astype(np.float64), *parameters)
-        np.testing.assert_allclose(y, expected, **OP_FLOAT32.kwargs())
+        check(session.run(None, {INPUTS[0]: values})[0], values)
 
 
 def test_our_session_registers_the_library_on_cuda(

@@ -1,45 +1,74 @@
-"""The TensorRT plugin on a GPU, driven as TensorRT drives one, through the library as it is shipped."""
+"""The numbers of the TensorRT plugin, on the emulation and on a GPU where there is one; tests/plugins has all else."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
-from cases import CASES, NormCase, make_inputs, tolerance, want
-from emulated import build_host
-from tensorrt_host import Host, formats_of, run
+from cases import CASES, NormCase
+from emulated import HOSTS, build_plugin
+from references import check_forward, inputs_of
+from tensorrt_host import Host, check_every_format, formats_of
 
 from deploynorm import libraries
+from deploynorm.libraries import TENSORRT_LIBRARY
 
 DTYPES = ("float32", "float16", "bfloat16")
+LARGEST = (4, 12, 31, 40)
+SEQUENCE = [LARGEST, (1, 12, 1, 1), LARGEST, (2, 12, 7, 9), (0, 12, 7, 9), (3, 12, 0, 5), (1, 12, 31, 1)]
 
 
 @pytest.fixture(scope="module")
-def host(architecture: str, require: Callable[[str], None], tmp_path_factory: pytest.TempPathFactory) -> Host:
-    """With a CUDA runtime of its own, as TensorRT has one."""
+def host(
+    device: str,
+    emulated_library: Path,
+    require: Callable[[str], None],
+    request: pytest.FixtureRequest,
+    build_once: Callable[..., Path],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Host:
     require("trt-headers")
+    emulated = build_once("plugin", lambda folder: build_plugin(folder, emulated_library))
+    if device == "emulated":
+        return Host(emulated / HOSTS[0], emulated / TENSORRT_LIBRARY)
     folder = tmp_path_factory.mktemp("plugin")
-    libraries.build(folder, cuda=True, architectures=[architecture])
-    headers = Path(os.environ["TENSORRT_INCLUDE_DIR"])
-    return Host(build_host(folder, headers, nvcc=libraries.find_cuda().nvcc), folder / libraries.TENSORRT_LIBRARY)
+    libraries.build(folder, cuda=True, architectures=[request.getfixturevalue("architecture")])
+    return Host(emulated / HOSTS[0], folder / TENSORRT_LIBRARY, "cuda")
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.dtype in DTYPES], ids=str)
 def test_every_case_in_every_format(case: NormCase, host: Host) -> None:
-    for format in formats_of(case.dtype, len(case.shape)):
-        y = run(host, case, format)
-        np.testing.assert_allclose(y.astype(np.float64), want(case), **tolerance(case).kwargs(), err_msg=format.name)
+    check_every_format(host, case)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("channels", [1, 3, 7, 8, 9, 16, 67])
+def test_channels_off_the_vector_of_a_format(channels: int, dtype: str, host: Host) -> None:
+    check_every_format(host, NormCase(f"{channels}_channels", (2, channels, 5, 3), dtype))
+
+
+@pytest.mark.parametrize("rank", [2, 6, 7, 8])
+def test_every_rank_of_tensorrt(rank: int, host: Host) -> None:
+    for dtype in DTYPES:
+        check_every_format(host, NormCase(f"rank_{rank}", (2, 3, *range(2, rank)), dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_one_engine_runs_every_shape_of_its_profile(dtype: str, host: Host) -> None:
-    largest = (4, 12, 31, 40)
+    """What was seen while building, or at the last shape, is not what counts now."""
     for format in formats_of(dtype, 4):
-        with host.build(dtype, format, (0, 12, 0, 1), largest).context() as context:
-            for shape in (largest, (1, 12, 1, 1), largest, (2, 12, 7, 9), (0, 12, 7, 9), (3, 12, 0, 5)):
-                case = NormCase("shape_" + "x".join(map(str, shape)), shape, dtype)
-                got = context.run(make_inputs(case)).astype(np.float64)
-                np.testing.assert_allclose(got, want(case), **tolerance(case).kwargs(), err_msg=format.name)
+        engine = host.build(dtype, format, (0, 12, 0, 1), LARGEST)
+        with engine.context() as context, engine.context() as other:
+            for index, shape in enumerate(SEQUENCE):
+                case = NormCase(f"shape_{index}", shape, dtype, eps="per_channel")
+                for each in (context, other):
+                    check_forward(each.run(inputs_of(case)), case, f"{format.name}, {shape}")
+
+
+def test_a_size_that_the_network_leaves_open_may_be_the_channels(host: Host) -> None:
+    for format in formats_of("float16", 4):
+        with host.build("float16", format, (1, 1, 3, 3), (2, 20, 9, 9)).context() as context:
+            for channels in (20, 1, 8, 13):
+                case = NormCase(f"{channels}_of_20", (2, channels, 5, 5), "float16")
+                check_forward(context.run(inputs_of(case)), case, format.name)

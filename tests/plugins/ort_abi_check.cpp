@@ -61,35 +61,11 @@ static_assert(sizeof(OrtApiBase) == sizeof(ort::ApiBase), "OrtApiBase: wrong siz
 
 // ---- OrtCustomOp
 
-#define CHECK_MEMBER(name)                                                                                            \
+#define CHECK_MEMBER(name, result, parameters)                                                                        \
   static_assert(offsetof(OrtCustomOp, name) == offsetof(ort::CustomOp, name), "OrtCustomOp::" #name ": wrong place"); \
   static_assert(CalledAlike<decltype(OrtCustomOp::name), decltype(ort::CustomOp::name)>::value,                       \
                 "OrtCustomOp::" #name ": wrong type");
-CHECK_MEMBER(CreateKernel)
-CHECK_MEMBER(GetName)
-CHECK_MEMBER(GetExecutionProviderType)
-CHECK_MEMBER(GetInputType)
-CHECK_MEMBER(GetInputTypeCount)
-CHECK_MEMBER(GetOutputType)
-CHECK_MEMBER(GetOutputTypeCount)
-CHECK_MEMBER(KernelCompute)
-CHECK_MEMBER(KernelDestroy)
-CHECK_MEMBER(GetInputCharacteristic)
-CHECK_MEMBER(GetOutputCharacteristic)
-CHECK_MEMBER(GetInputMemoryType)
-CHECK_MEMBER(GetVariadicInputMinArity)
-CHECK_MEMBER(GetVariadicInputHomogeneity)
-CHECK_MEMBER(GetVariadicOutputMinArity)
-CHECK_MEMBER(GetVariadicOutputHomogeneity)
-CHECK_MEMBER(CreateKernelV2)
-CHECK_MEMBER(KernelComputeV2)
-CHECK_MEMBER(InferOutputShapeFn)
-CHECK_MEMBER(GetStartVersion)
-CHECK_MEMBER(GetEndVersion)
-CHECK_MEMBER(GetMayInplace)
-CHECK_MEMBER(ReleaseMayInplace)
-CHECK_MEMBER(GetAliasMap)
-CHECK_MEMBER(ReleaseAliasMap)
+DEPLOYNORM_ORT_MEMBERS(CHECK_MEMBER)
 static_assert(offsetof(OrtCustomOp, version) == offsetof(ort::CustomOp, version), "OrtCustomOp::version: wrong place");
 static_assert(sizeof(OrtCustomOp::version) == sizeof(ort::CustomOp::version), "OrtCustomOp::version: wrong type");
 // A later header may have more members; none of ours may be beyond its end.

@@ -1,17 +1,19 @@
 """Calls a library that was built with sanitizers; test_sanitizers.py runs it in a process of its own.
 
-python sanitized.py LIBRARY cases FILE.npz       every call of the file, in memory that ends with the tensor
-python sanitized.py LIBRARY fuzz SEED COUNT      calls of any size, type and layout
+python sanitized.py LIBRARY cases FILE.npz         every call of the file, in memory that ends with the tensor
+python sanitized.py LIBRARY fuzz SEED COUNT        calls of any size, type and layout
 python sanitized.py LIBRARY gradients SEED COUNT   the same of the backward pass, which the library for training has
-python sanitized.py LIBRARY past_the_end         a mistake of the caller, which the sanitizers have to find
-python sanitized.py LIBRARY misaligned           another
+python sanitized.py LIBRARY past_the_end           a mistake of the caller, which the sanitizers have to find
+python sanitized.py LIBRARY misaligned             another
 """
 
 from __future__ import annotations
 
 import ctypes
 import sys
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes  # noqa: F401  NumPy then knows bfloat16 by its name
 import numpy as np
@@ -28,7 +30,7 @@ def run(
     """x, residual (or one without elements), gamma, beta, tau and eps through the kernel."""
     x, residual, *parameters = tensors
     added = residual.size > 0 or x.size == 0
-    laid = [to_blocks(pad_channels(t, block), block) for t in ([x, residual] if added else [x])]
+    laid = [to_blocks(t, block) for t in ([x, residual] if added else [x])]
     padded = [pad_channels(p, block, 1.0) for p in parameters]
     samples, channels = x.shape[0], laid[0].shape[1] * block
     with exact_memory(*laid, *padded, np.full_like(laid[0], 7)) as pointers:
@@ -43,7 +45,7 @@ def run(
     return from_blocks(y, (samples, channels, *x.shape[2:]))[:, : x.shape[1]]
 
 
-def cases(kernel: Kernel, path: Path) -> int:
+def cases(kernel: Kernel, path: str) -> int:
     count = 0
     with np.load(path) as file:
         for name in file["names"]:
@@ -60,57 +62,56 @@ def cases(kernel: Kernel, path: Path) -> int:
     return count
 
 
-def any_shape(rng: np.random.Generator) -> list[int]:
+def any_bits(rng: np.random.Generator) -> tuple[Array, Array, type[np.floating[Any]]]:
+    """Two tensors of any bits, of one shape and element type, and the type of their parameters."""
     shape = [*rng.integers(0, 4, 1), *rng.integers(1, 80, 1), *rng.integers(1, 40, rng.integers(0, 4))]
     if rng.random() < 0.05:
         shape = [1, int(rng.integers(1, 4)), int(rng.integers(30_000, 90_000))]
     while np.prod(shape) > 300_000:
         shape[int(np.argmax(shape))] //= 2
-    return shape
+    dtype = list(DTYPES.values())[rng.integers(4)]
+    raw = rng.integers(0, 256, (2, int(np.prod(shape)) * dtype.itemsize), dtype=np.uint8)
+    first, second = (each.view(dtype).reshape(shape) for each in raw)
+    return first, second, np.float64 if dtype == np.float64 else np.float32
 
 
-def gradients(kernel: Kernel, seed: int, count: int) -> int:
-    rng = np.random.default_rng(seed)
-    for _ in range(count):
-        shape = any_shape(rng)
-        dtype = list(DTYPES.values())[rng.integers(4)]
-        wide = np.float64 if dtype == np.float64 else np.float32
-        block = [1, shape[1], 8, int(rng.integers(1, 70))][rng.integers(4)]
-        raw = [rng.integers(0, 256, int(np.prod(shape)) * dtype.itemsize, dtype=np.uint8) for _ in range(2)]
-        dy, x = (to_blocks(pad_channels(r.view(dtype).reshape(shape), block), block) for r in raw)
+def gradients(kernel: Kernel, seed: str, count: str) -> int:
+    rng = np.random.default_rng(int(seed))
+    for _ in range(int(count)):
+        *raw, wide = any_bits(rng)
+        samples, channels, *_ = raw[0].shape
+        block = [1, channels, 8, int(rng.integers(1, 70))][rng.integers(4)]
+        dy, x = (to_blocks(each, block) for each in raw)
         channels = x.shape[1] * block
         parameters = [rng.normal(size=channels).astype(wide) for _ in range(3)]
-        rstd = (10 ** rng.uniform(-3, 3, (shape[0], channels))).astype(wide)
+        rstd = (10 ** rng.uniform(-3, 3, (samples, channels))).astype(wide)
         written = [np.zeros_like(x), *(np.zeros(channels, wide) for _ in range(4))]
-        call = Backward(shape[0], channels, x.shape[2], block, TYPES[dtype.name])
-        scratch = np.zeros(kernel.workspace_bytes(call), np.uint8)
+        sizes = (samples, channels, x.shape[2], block, TYPES[x.dtype.name])
+        scratch = np.zeros(kernel.workspace_bytes(Backward(*sizes)), np.uint8)
         with exact_memory(dy, x, rstd, *parameters, *written, scratch) as pointers:
-            call = Backward(shape[0], channels, x.shape[2], block, TYPES[dtype.name], *pointers[:-1])
+            call = Backward(*sizes, *pointers[:-1])
             if rng.random() < 0.5:
                 call.dx = call.dy
             variant = kernel.variants[rng.integers(len(kernel.variants))]
-            host = ParallelFor.threads(3) if rng.random() < 0.3 else None
+            host = ParallelFor(threads=3) if rng.random() < 0.3 else None
             assert kernel.call(call, pointers[-1], variant=variant, parallel_for=host) == 0
-    return count
+    return int(count)
 
 
-def fuzz(kernel: Kernel, seed: int, count: int) -> int:
-    rng = np.random.default_rng(seed)
-    for _ in range(count):
-        shape = any_shape(rng)
-        dtype = list(DTYPES.values())[rng.integers(4)]
-        wide = np.float64 if dtype == np.float64 else np.float32
-        raw = [rng.integers(0, 256, int(np.prod(shape)) * dtype.itemsize, dtype=np.uint8) for _ in range(2)]
-        x, residual = (r.view(dtype).reshape(shape) for r in raw)
+def fuzz(kernel: Kernel, seed: str, count: str) -> int:
+    rng = np.random.default_rng(int(seed))
+    for _ in range(int(count)):
+        x, residual, wide = any_bits(rng)
         if rng.random() < 0.5:
             residual = residual[:0]
-        parameters = [rng.normal(size=shape[1]).astype(wide) for _ in range(3)]
-        parameters.append((10 ** rng.uniform(-12, 1, shape[1])).astype(wide))
-        block = [1, shape[1], 8, 16, 64, int(rng.integers(1, 70))][rng.integers(6)]
+        channels = x.shape[1]
+        parameters = [rng.normal(size=channels).astype(wide) for _ in range(3)]
+        parameters.append((10 ** rng.uniform(-12, 1, channels)).astype(wide))
+        block = [1, channels, 8, 16, 64, int(rng.integers(1, 70))][rng.integers(6)]
         into = ["y", "x", "residual" if residual.size else "y"][rng.integers(3)]
-        host = ParallelFor.threads(3) if rng.random() < 0.3 else None
+        host = ParallelFor(threads=3) if rng.random() < 0.3 else None
         run(kernel, [x, residual, *parameters], block, kernel.variants[rng.integers(len(kernel.variants))], host, into)
-    return count
+    return int(count)
 
 
 def mistake(kernel: Kernel, *, positions: int, offset: int) -> None:
@@ -122,19 +123,14 @@ def mistake(kernel: Kernel, *, positions: int, offset: int) -> None:
         kernel.call(Forward(1, 1, positions, 1, TYPES[x.dtype.name], *tensors), variant="baseline")
 
 
-def main(library: str, what: str, *arguments: str) -> None:
-    kernel = Kernel(Path(library))
-    if what == "cases":
-        print(cases(kernel, Path(arguments[0])), "calls")
-    elif what == "fuzz":
-        print(fuzz(kernel, int(arguments[0]), int(arguments[1])), "calls")
-    elif what == "gradients":
-        print(gradients(kernel, int(arguments[0]), int(arguments[1])), "calls")
-    elif what == "past_the_end":
-        mistake(kernel, positions=6, offset=0)
-    else:
-        mistake(kernel, positions=3, offset=1)
-
+WHAT = {
+    "cases": cases,
+    "fuzz": fuzz,
+    "gradients": gradients,
+    "past_the_end": partial(mistake, positions=6, offset=0),
+    "misaligned": partial(mistake, positions=3, offset=1),
+}
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    library, what, *arguments = sys.argv[1:]
+    print(WHAT[what](Kernel(Path(library)), *arguments), "calls")  # type: ignore[operator]

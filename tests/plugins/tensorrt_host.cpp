@@ -1,10 +1,6 @@
 // What TensorRT does with a plugin library, in small: tests/tensorrt_host.py calls one method of a plugin's at a time.
-//
-// One source for both: with tests/emulation on the include path it runs on the CPU, linked with CUDA's runtime on a
-// GPU.
 
 #include <NvInferRuntime.h>
-#include <cuda_runtime_api.h>
 #include <dlfcn.h>
 #include <string.h>
 
@@ -210,19 +206,3 @@ EXPORTED int32_t host_enqueue(IPluginV3* plugin, const Tensor* tensors, int32_t 
   return runtime(plugin)->enqueue(all.data(), all.data() + inputs, in, out, workspace,
                                   static_cast<cudaStream_t>(stream));
 }
-
-// ---- Memory of the device. All but the first return 0 or CUDA's error.
-
-EXPORTED void* host_allocate(size_t bytes) {
-  void* memory = nullptr;
-  return cudaMalloc(&memory, bytes) == cudaSuccess ? memory : nullptr;
-}
-EXPORTED int32_t host_free(void* memory) { return cudaFree(memory); }
-EXPORTED int32_t host_copy_to_device(void* to, const void* from, size_t bytes) {
-  return cudaMemcpy(to, from, bytes, cudaMemcpyHostToDevice);
-}
-EXPORTED int32_t host_copy_from_device(void* to, const void* from, size_t bytes) {
-  return cudaMemcpy(to, from, bytes, cudaMemcpyDeviceToHost);
-}
-EXPORTED int32_t host_stream(void** stream) { return cudaStreamCreate(reinterpret_cast<cudaStream_t*>(stream)); }
-EXPORTED int32_t host_wait(void* stream) { return cudaStreamSynchronize(static_cast<cudaStream_t>(stream)); }

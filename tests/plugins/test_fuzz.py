@@ -16,18 +16,7 @@ from kernels import Array, Into, Kernel, ParallelFor
 from deploynorm.contract import DTYPES
 from deploynorm.reference import filter_response_norm
 
-VALUES = (
-    "normal",
-    "tiny",
-    "subnormal",
-    "large",
-    "mixed",
-    "zeros",
-    "one outlier",
-    "one nan",
-    "one infinity",
-    "any bits",
-)
+VALUES = ("normal", "tiny", "subnormal", "large", "mixed", "zeros", "outlier", "nan", "infinity", "any bits")
 """What a plane is filled with."""
 
 # Whose square is a finite number of the arithmetic's type, also when many are added up.
@@ -97,12 +86,9 @@ def a_plane(kind: str, size: int, dtype: str, rng: np.random.Generator) -> Array
         x *= 10.0 ** rng.uniform(-12, np.log10(SAFE[dtype]) - 1, size)
     elif kind == "zeros":
         x = np.where(x < 0, -0.0, 0.0)
-    elif size and kind == "one outlier":
-        x[rng.integers(size)] = SAFE[dtype] * rng.choice([-1, 1])
-    elif size and kind == "one nan":
-        x[rng.integers(size)] = np.nan
-    elif size and kind == "one infinity":
-        x[rng.integers(size)] = np.inf * rng.choice([-1, 1])
+    elif size and kind in ("outlier", "nan", "infinity"):
+        value = {"outlier": SAFE[dtype], "nan": np.nan, "infinity": np.inf}[kind]
+        x[rng.integers(size)] = value * rng.choice([-1, 1])
     limit = float(kind_of_number.max)
     return np.where(np.isfinite(x), np.clip(x, -limit, limit), x).astype(NUMPY_DTYPES[dtype])
 
@@ -137,7 +123,7 @@ def check(example: Example, kernel: Kernel) -> None:
         *(x, gamma, beta, tau, eps),
         **options,
         variant=kernel.variants[example.variant % len(kernel.variants)],
-        parallel_for=ParallelFor.threads(example.threads) if example.threads else None,
+        parallel_for=ParallelFor(threads=example.threads) if example.threads else None,
         shift=example.shift,
     ).astype(np.float64)
 

@@ -1,11 +1,10 @@
-"""The CPU kernel through its C interface: every case, type, layout and variant, without a framework."""
+"""The CPU kernels through their C interface: every case, type, layout and variant of both passes, and no framework."""
 
 from __future__ import annotations
 
 import platform
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,12 +12,15 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
-from cases import CASES, NUMPY_DTYPES, NormCase, make_inputs, tolerance, want
-from kernels import Array, Guarded, Into, Kernel, ParallelFor
-from tolerances import PLANE_FLOAT32, PLANE_OF_ONE_VALUE_FLOAT32
+from cases import CASES, NUMPY_DTYPES, NormCase, make_rstd, tolerance
+from frn_gradient import Gradients
+from kernels import Array, Guarded, Into, Kernel, ParallelFor, shuffled
+from references import backward_inputs, check_backward, check_forward, gradients_of, inputs_of
+from tolerances import GRADIENT_SUMMED, PLANE_FLOAT32, PLANE_OF_ONE_VALUE_FLOAT32, RSTD
 
 from deploynorm.contract import DTYPES
-from deploynorm.libraries.kernels import TYPES, Forward
+from deploynorm.libraries import TORCH_LIBRARY, library_path
+from deploynorm.libraries.kernels import TYPES, Backward, Forward
 from deploynorm.reference import filter_response_norm
 
 BLOCKS = {"nchw": 1, "nhwc": 0, "blocks_of_8": 8, "blocks_of_16": 16, "blocks_of_5": 5, "blocks_of_3": 3}
@@ -29,16 +31,6 @@ HALVES = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 all_layouts = pytest.mark.parametrize("block", BLOCKS.values(), ids=BLOCKS)
 all_types = pytest.mark.parametrize("dtype", DTYPES)
 half_types = pytest.mark.parametrize("dtype", HALVES)
-
-
-@cache
-def inputs_of(case: NormCase) -> dict[str, Array]:
-    return make_inputs(case)
-
-
-@cache
-def want_of(case: NormCase) -> Array:
-    return want(case)
 
 
 def a_call(shape: tuple[int, ...], dtype: str, seed: int = 0) -> list[Array]:
@@ -86,14 +78,14 @@ def test_the_variants_are_those_that_the_processor_has(kernel: Kernel) -> None:
 @all_layouts
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_every_case_in_every_layout_and_variant(case: NormCase, block: int, kernel: Kernel) -> None:
-    inputs = inputs_of(case)
+    """Of y, and of what the backward pass needs where it is asked for."""
+    inputs, right = inputs_of(case).values(), make_rstd(case)
     for variant in (*kernel.variants, None):
-        got = kernel(*inputs.values(), block=block or case.shape[1], variant=variant)
-        assert got.shape == case.shape
-        assert got.dtype == inputs["X"].dtype
-        np.testing.assert_allclose(
-            got.astype(np.float64), want_of(case), **tolerance(case).kwargs(), err_msg=f"variant {variant}"
-        )
+        rstd = None if variant is None else np.empty_like(right)
+        got = kernel(*inputs, block=block or case.shape[1], variant=variant, rstd=rstd)
+        check_forward(got, case, f"variant {variant}")
+        if rstd is not None and got.size:
+            np.testing.assert_allclose(rstd, right, **RSTD[right.dtype.name].kwargs(), err_msg=variant)
 
 
 @all_layouts
@@ -153,23 +145,12 @@ def test_a_nan_stays_a_nan_and_a_nan_of_tau_is_no_threshold(dtype: str, block: i
 
 
 @all_types
-def test_minus_infinity_is_no_threshold(dtype: str, kernel: Kernel) -> None:
-    x, gamma, beta, tau, eps = a_call((2, 8, 6, 7), dtype)
-    tau[:] = -np.inf
-    lowest = np.finfo(np.float32).min if dtype != "float64" else np.finfo(np.float64).min
-    for variant in kernel.variants:
-        got = kernel(x, gamma, beta, tau, eps, variant=variant)
-        np.testing.assert_array_equal(got, kernel(x, gamma, beta, np.full_like(tau, lowest), eps, variant=variant))
-        assert (got < -1).any()
-
-
-@all_types
 def test_nothing_is_read_or_written_for_a_size_of_0(dtype: str, kernel: Kernel) -> None:
     kind = TYPES[dtype]
     for sizes in ((0, 4, 5), (3, 0, 5), (3, 4, 0), (0, 0, 0)):
         for block in (1, 4, 16):
             for variant in kernel.variants:
-                for threads in (None, ParallelFor.threads(2)):
+                for threads in (None, ParallelFor(threads=2)):
                     # Null pointers: any access ends the process.
                     assert kernel.call(Forward(*sizes, block, kind), variant=variant, parallel_for=threads) == 0
 
@@ -385,10 +366,10 @@ def test_tensors_need_no_more_alignment_than_their_elements(shift: int, dtype: s
 # ---- Threads
 
 HOSTS: dict[str, Callable[[], ParallelFor]] = {
-    "one after the other": ParallelFor.one_after_the_other,
-    "reversed": ParallelFor.reversed,
-    "shuffled": lambda: ParallelFor.shuffled(0),
-    **{f"{number} threads": lambda number=number: ParallelFor.threads(number) for number in range(1, 9)},
+    "one after the other": ParallelFor,
+    "reversed": lambda: ParallelFor(reversed),
+    "shuffled": lambda: ParallelFor(shuffled),
+    **{f"{number} threads": lambda number=number: ParallelFor(threads=number) for number in (1, 2, 3, 8)},
 }
 
 SHARED: dict[str, tuple[tuple[int, ...], int]] = {
@@ -425,7 +406,7 @@ def test_the_host_s_threads_change_no_bit(shape: tuple[int, ...], block: int, dt
 
 
 def test_a_small_call_is_not_worth_a_thread(kernel: Kernel) -> None:
-    host = ParallelFor.one_after_the_other()
+    host = ParallelFor()
     kernel(*a_call((1, 64, 7, 7), "float32"), parallel_for=host)
     assert host.counts == []
 
@@ -437,3 +418,106 @@ def test_calls_from_several_threads_at_once_do_not_meet(kernel: Kernel) -> None:
         for _ in range(25):
             for got, expected in zip(pool.map(lambda call: kernel(*call), calls), wanted, strict=True):
                 np.testing.assert_array_equal(bits(got), bits(expected))
+
+
+# ---- The backward pass
+
+BACKWARD_BLOCKS = {name: BLOCKS[name] for name in ("nchw", "nhwc", "blocks_of_8", "blocks_of_5")}
+
+backward_layouts = pytest.mark.parametrize("block", BACKWARD_BLOCKS.values(), ids=BACKWARD_BLOCKS)
+
+# Where the code turns: what a vector, a block and a column hold, and what is shared out among the threads.
+SHAPES = (
+    *((2, 3, spatial) for spatial in (1, 2, 7, 8, 9, 15, 16, 17, 31, 33, 49, 63, 65, 2047, 4096, 4097, 8193)),
+    *((2, channels, 3) for channels in (1, 7, 8, 9, 15, 16, 17, 24, 63, 64, 65, 255, 256, 257, 513)),
+    *((1, channels, 40, 40) for channels in (16, 63, 130)),
+    (1, 2, 40_000),
+    (1, 70, 1200),
+)
+
+
+@pytest.fixture(scope="session")
+def training(require: Callable[[str], None]) -> Kernel:
+    require("native")
+    return Kernel(library_path(TORCH_LIBRARY))
+
+
+def check_gradients(training: Kernel, case: NormCase, block: int, **how: object) -> Gradients:
+    got = training.backward(*backward_inputs(case), block=block or case.shape[1], **how)  # type: ignore[arg-type]
+    check_backward(got, case)
+    return got
+
+
+@backward_layouts
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_gradients_of_every_case_in_every_layout_and_variant(case: NormCase, block: int, training: Kernel) -> None:
+    for variant in (*training.variants, None):
+        check_gradients(training, case, block, variant=variant)
+
+
+@backward_layouts
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gradients_of_sizes_around_every_turn(dtype: str, block: int, training: Kernel) -> None:
+    for shape in SHAPES:
+        for variant in training.variants:
+            check_gradients(training, NormCase("sized", shape, dtype, eps="per_channel"), block, variant=variant)
+
+
+@backward_layouts
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(2, 6, 7, 9), (3, 33), (1, 2, 301, 301), (2, 70, 3, 3), (1, 3, 1, 4099)], ids=str)
+def test_neither_threads_nor_writing_over_dy_nor_alignment_change_a_bit(
+    shape: tuple[int, ...], dtype: str, block: int, training: Kernel
+) -> None:
+    case = NormCase("steady", shape, dtype)
+    want = check_gradients(training, case, block)
+    hosts = (ParallelFor(reversed), ParallelFor(shuffled), ParallelFor(threads=3))
+    ways = [{"parallel_for": host} for host in hosts] + [
+        {"in_place": True},
+        {"shift": 1},
+        {"shift": 3, "in_place": True},
+    ]
+    for way in ways:
+        got = check_gradients(training, case, block, **way)
+        for name, mine, other in zip(Gradients._fields, got, want, strict=True):
+            assert mine.tobytes() == other.tobytes(), f"{name}, {way}"
+
+
+@backward_layouts
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_the_threshold_falls_where_the_forward_pass_had_it(dtype: str, block: int, training: Kernel) -> None:
+    """Each channel's threshold is the y of one of its elements, as the same variant computes it: that one gets the
+    gradient. All of dy is 1, so that the gradients by beta and tau are counts."""
+    case = NormCase("ties", (1, 64, 49), dtype)
+    x, gamma, beta, tau, eps = inputs_of(case).values()
+    for variant in training.variants:
+        rstd = np.empty((1, 64), gamma.dtype)
+        y = training(x, gamma, beta, np.full_like(tau, -np.inf), eps, block=block or 64, variant=variant, rstd=rstd)[0]
+        at = y[np.arange(64), np.random.default_rng(0).integers(0, 49, 64)]
+        reached = (y >= at[:, None]).sum(axis=1)
+        got = training.backward(np.ones_like(x), x, rstd, gamma, beta, at, block=block or 64, variant=variant)
+        np.testing.assert_array_equal(got.dbeta, reached, err_msg=variant)
+        np.testing.assert_array_equal(got.dtau, 49 - reached, err_msg=variant)
+
+
+def test_without_channels_nothing_is_read_or_written(training: Kernel) -> None:
+    for block in (1, 8):
+        for variant in training.variants:
+            assert training.call(Backward(2, 0, 3, block, 0), 0, variant=variant) == 0  # null pointers
+
+
+def test_an_unknown_type_or_variant_of_the_backward_pass_is_refused(training: Kernel) -> None:
+    assert training.call(Backward(type=99), 0) == 1
+    assert training.call(Backward(type=0), 0, variant="avx1024") == 1
+
+
+def test_a_wrong_gradient_would_be_seen(training: Kernel) -> None:
+    """One unit of the last place more than the bound, in one element of one gradient."""
+    case = NormCase("default", (2, 4, 5, 5))
+    got = training.backward(*backward_inputs(case))
+    _, size = gradients_of(case)
+    for name in Gradients._fields:
+        wrong = {n: g.copy() for n, g in got._asdict().items()}
+        wrong[name].flat[1] += 3 * GRADIENT_SUMMED["float32"].rtol * getattr(size, name).flat[1]
+        with pytest.raises(AssertionError, match=name):
+            check_backward(Gradients(**wrong), case)

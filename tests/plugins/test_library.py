@@ -1,167 +1,202 @@
-"""What the library needs of a machine and gives to it, and what its sources need."""
+"""The libraries, as built without CUDA and by nvcc: what they and their sources need, what they give to a machine, and
+that those of nvcc are as good where there is no GPU."""
 
 from __future__ import annotations
 
 import re
-import struct
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+from graphs import CHANNELS, frn_model, frn_parameters
+from kernels import Kernel
+from tolerances import OP_FLOAT16, OP_FLOAT32
 
-from deploynorm.libraries import ORT_LIBRARY, TORCH_LIBRARY, find_tools, library_path
+from deploynorm import libraries, ort, reference
+from deploynorm.contract import INPUTS
+from deploynorm.doctor.elf import read_library
+from deploynorm.libraries import (
+    ORT_LIBRARY,
+    TENSORRT_LIBRARY,
+    TENSORRT_REGISTER_LIBRARY,
+    TORCH_LIBRARY,
+    find_tools,
+    library_path,
+)
 
 SOURCES = Path(__file__).parents[2] / "plugins"
 
 FORWARD = {"deploynorm_cpu_variants", "deploynorm_frn_cpu"}
+BACKWARD = {"deploynorm_frn_backward_cpu", "deploynorm_frn_backward_cpu_workspace", "deploynorm_openmp_parallel_for"}
+CUDA_FORWARD = FORWARD | {"deploynorm_cuda_variants", "deploynorm_frn_cuda", "deploynorm_frn_cuda_workspace"}
+CUDA_BACKWARD = BACKWARD | {"deploynorm_frn_backward_cuda", "deploynorm_frn_backward_cuda_workspace"}
 
 EXPORTED = {
-    ORT_LIBRARY: FORWARD | {"RegisterCustomOps"},
-    TORCH_LIBRARY: FORWARD
-    | {
-        "deploynorm_frn_backward_cpu",
-        "deploynorm_frn_backward_cpu_workspace",
-        "deploynorm_openmp_parallel_for",
-    },
+    ("plain", ORT_LIBRARY): FORWARD | {"RegisterCustomOps"},
+    ("plain", TORCH_LIBRARY): FORWARD | BACKWARD,
+    ("cuda", ORT_LIBRARY): CUDA_FORWARD | {"RegisterCustomOps"},
+    ("cuda", TORCH_LIBRARY): CUDA_FORWARD | CUDA_BACKWARD,
+    ("cuda", TENSORRT_LIBRARY): {"getCreators", "setLoggerFinder"},
+    ("cuda", TENSORRT_REGISTER_LIBRARY): set(),
 }
-"""Of each library, as it is built without CUDA."""
+"""Build and library -> the names that it exports."""
+
+GPUS = {
+    "Turing": (7, 5),
+    "A100": (8, 0),
+    "RTX 30": (8, 6),
+    "RTX 40": (8, 9),
+    "Hopper": (9, 0),
+    "B200": (10, 0),
+    "RTX 50": (12, 0),
+    "DGX Spark": (12, 1),
+    "Thor, whose generation has no code of its own": (11, 0),
+    "a generation to come": (13, 0),
+}
 
 reads_elf = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the library is no ELF file here")
 
 
-@dataclass
-class Elf:
-    """What the dynamic linker sees of a 64-bit ELF file.
-
-    Attributes:
-        needed: Names of the libraries that are loaded with it.
-        exported: Names that others can link against.
-        wanted: Names that others have to provide, without those that may be missing.
-        versions: Versions of symbols that it needs, as "GLIBC_2.17".
-    """
-
-    path: Path
-    needed: set[str] = field(default_factory=set)
-    exported: set[str] = field(default_factory=set)
-    wanted: set[str] = field(default_factory=set)
-    versions: set[str] = field(default_factory=set)
-
-    def __post_init__(self) -> None:
-        content = self.path.read_bytes()
-        assert content[:6] == b"\x7fELF\x02\x01", "not a 64-bit little-endian ELF file"
-        table, (size, count) = struct.unpack_from("<Q", content, 40)[0], struct.unpack_from("<HH", content, 58)
-        sections = [struct.unpack_from("<IIQQQQIIQQ", content, table + size * index) for index in range(count)]
-
-        def text(section: int, offset: int) -> str:
-            start = sections[section][4] + offset
-            return content[start : content.index(b"\0", start)].decode()
-
-        def entries(kind: int, form: str) -> Iterator[tuple[int, tuple[int, ...]]]:
-            for _, each, _, _, offset, length, strings, *_ in sections:
-                if each == kind:
-                    for at in range(offset, offset + length, struct.calcsize(form)):
-                        yield strings, struct.unpack_from(form, content, at)
-
-        for strings, (tag, value) in entries(6, "<QQ"):  # SHT_DYNAMIC
-            if tag == 1:  # DT_NEEDED
-                self.needed.add(text(strings, value))
-        for strings, (name, info, _, section, _, _) in entries(11, "<IBBHQQ"):  # SHT_DYNSYM
-            binding = info >> 4  # 1 global, 2 weak
-            if section and binding in (1, 2):
-                self.exported.add(text(strings, name))
-            elif binding == 1:
-                self.wanted.add(text(strings, name))
-        for _, kind, _, _, at, _, strings, needs, *_ in sections:
-            if kind != 0x6FFFFFFE:  # SHT_GNU_verneed
-                continue
-            for _ in range(needs):
-                _, auxiliaries, _, first, following = struct.unpack_from("<HHIII", content, at)
-                auxiliary = at + first
-                for _ in range(auxiliaries):
-                    name, step = struct.unpack_from("<II", content, auxiliary + 8)
-                    self.versions.add(text(strings, name))
-                    auxiliary += step
-                at += following
+def undefined(library: Path) -> list[str]:
+    """Names that the process must provide, with their versions, as "malloc@GLIBC_2.2.5"; not the weak ones."""
+    done = subprocess.run(["nm", "-D", "--undefined-only", library], capture_output=True, text=True, check=True)
+    return [line.split()[1] for line in done.stdout.splitlines() if line.split()[0] == "U"]
 
 
-@pytest.fixture(scope="session", params=EXPORTED)
-def elf(request: pytest.FixtureRequest, require: Callable[[str], None]) -> Elf:
+def too_new(names: list[str]) -> list[str]:
+    """Those of a version that is not glibc's, or above 2.17, which manylinux2014 is."""
+    versions = {name: re.fullmatch(r".*@GLIBC_(\d+)\.(\d+)(\.\d+)?", name) for name in names if "@" in name}
+    assert versions
+    return [name for name, version in versions.items() if not version or (int(version[1]), int(version[2])) > (2, 17)]
+
+
+@pytest.fixture(params=EXPORTED, ids="-".join)
+def built(request: pytest.FixtureRequest, require: Callable[[str], None]) -> tuple[str, Path]:
+    """How a library was built, and the library."""
+    build, name = request.param
     require("native")
-    return Elf(library_path(request.param))
+    require("compiler")
+    return build, library_path(name) if build == "plain" else request.getfixturevalue("cuda_libraries") / name
 
 
 @reads_elf
-def test_the_reader_sees_what_is_there(tmp_path: Path, require: Callable[[str], None]) -> None:
-    """A library that needs the C++ runtime and a new glibc, and exports what ours must not."""
+def test_it_exports_its_entry_points_and_nothing_else(built: tuple[str, Path]) -> None:
+    build, path = built
+    assert set(read_library(path).exports) - {"_init", "_fini"} == EXPORTED[build, path.name]
+
+
+@reads_elf
+def test_it_needs_the_c_library_alone(built: tuple[str, Path]) -> None:
+    """Nothing of CUDA or TensorRT: it loads on a machine without a GPU, and beside any version of those."""
+    build, path = built
+    allowed = {"c", "m"} if build == "plain" else {"c", "dl", "pthread", "rt"}
+    if path.name == TENSORRT_LIBRARY:
+        allowed |= {"stdc++", "m", "gcc_s"}
+    needed = read_library(path).needed
+    assert needed
+    names = {re.sub(r"^lib(.+)\.so\.\d$", r"\1", name) for name in needed if not name.startswith("ld-linux-")}
+    assert names <= allowed
+
+
+@reads_elf
+def test_it_takes_nothing_from_the_process_that_it_is_loaded_into(built: tuple[str, Path]) -> None:
+    """Of ONNX Runtime, CUDA, TensorRT, and without CUDA of the C++ runtime or threads: a name of theirs would show."""
+    build, path = built
+    foreign = r"Ort|cuda|cu[A-Z]|getPluginRegistry|getLogger|createInfer"
+    if build == "plain":
+        foreign += "|_Z|__cxa|__gxx|pthread_|omp_|GOMP_|__asan|__ubsan"
+    names = undefined(path)
+    assert names
+    assert not [name for name in names if re.match(foreign, name)]
+
+
+@reads_elf
+@pytest.mark.parametrize("name", [ORT_LIBRARY, TORCH_LIBRARY])
+def test_it_runs_on_the_oldest_linux_that_python_wheels_are_for(name: str, require: Callable[[str], None]) -> None:
+    require("native")
+    require("compiler")
+    assert not too_new(undefined(library_path(name)))
+
+
+@reads_elf
+def test_what_is_wrong_with_a_library_is_seen(tmp_path: Path, require: Callable[[str], None]) -> None:
+    """One that needs the C++ runtime and a new glibc, and exports what ours must not."""
     require("compiler")
     source, target = tmp_path / "wrong.cpp", tmp_path / "libwrong.so"
     source.write_text("#include <string>\nstd::string grown(const char* c) { return std::string(c) + c; }\n")
     subprocess.run([str(find_tools().compiler), "-shared", "-fPIC", str(source), "-o", str(target)], check=True)
-    wrong = Elf(target)
+    wrong = read_library(target)
     assert any(name.startswith(("libstdc++", "libc++")) for name in wrong.needed)
-    assert any("grown" in name for name in wrong.exported)
-    assert wrong.wanted
-    assert any(version.startswith(("GLIBCXX_", "GLIBC_")) for version in wrong.versions)
+    assert any("grown" in name for name in wrong.exports)
+    assert too_new(undefined(target))
 
 
-@reads_elf
-def test_the_library_needs_the_c_library_alone(elf: Elf) -> None:
-    allowed = re.compile(r"lib[cm]\.so\.6|ld-linux-[\w-]+\.so\.\d")
-    assert elf.needed
-    assert not [name for name in elf.needed if not allowed.fullmatch(name)]
+# ---- The libraries of nvcc on a machine without a GPU
 
 
-@reads_elf
-def test_the_library_runs_on_the_oldest_linux_that_python_wheels_are_for(elf: Elf) -> None:
-    """manylinux2014 is glibc 2.17. Every version that is needed is one of glibc."""
-    versions = [re.fullmatch(r"GLIBC_(\d+)\.(\d+)(\.\d+)?", version) for version in elf.versions]
-    assert versions
-    assert all(versions), elf.versions
-    assert not [v[0] for v in versions if v is not None and (int(v[1]), int(v[2])) > (2, 17)]
+@pytest.mark.parametrize("gpu", GPUS)
+@pytest.mark.parametrize("name", [ORT_LIBRARY, TORCH_LIBRARY, TENSORRT_LIBRARY])
+def test_there_is_code_for(gpu: str, name: str, cuda_libraries: Path) -> None:
+    code = read_library(cuda_libraries / name).code
+    assert any(each.runs_on(GPUS[gpu]) for each in code), ", ".join(each.name for each in code)
 
 
-@reads_elf
-def test_the_library_exports_its_entry_points_and_nothing_else(elf: Elf) -> None:
-    assert elf.exported - {"_init", "_fini"} == EXPORTED[elf.path.name]
+def test_the_cpu_kernel_is_in_it_and_right(cuda_libraries: Path) -> None:
+    library = cuda_libraries / ORT_LIBRARY
+    assert libraries.cuda_variants(library)
+    kernel = Kernel(library)
+    assert kernel.variants == libraries.cpu_variants(library)
+    x = np.random.default_rng(0).standard_normal((2, CHANNELS, 9, 7), dtype=np.float32)
+    expected = reference.filter_response_norm(x.astype(np.float64), *frn_parameters("float64").values())
+    np.testing.assert_allclose(kernel(x, *frn_parameters().values()), expected, **OP_FLOAT32.kwargs())
 
 
-@reads_elf
-def test_the_library_takes_nothing_from_the_process_that_it_is_loaded_into(elf: Elf) -> None:
-    """Of the C++ runtime, ONNX Runtime, CUDA or threads: a name of theirs would show here, whoever provides it."""
-    foreign = re.compile(r"^(_Z|__cxa|__gxx|Ort|cuda|cu[A-Z]|pthread_|omp_|GOMP_|__asan|__ubsan)")
-    assert elf.wanted
-    assert not [name for name in elf.wanted if foreign.match(name)]
+def test_onnxruntime_without_cuda_takes_it_and_runs_on_the_cpu(
+    cuda_libraries: Path, require: Callable[[str], None]
+) -> None:
+    require("ort")
+    onnxruntime: Any = ort.import_onnxruntime()
+    options = ort.quiet_options()
+    options.register_custom_ops_library(str(cuda_libraries / ORT_LIBRARY))
+    wide = np.random.default_rng(0).standard_normal((2, CHANNELS, 9, 7), dtype=np.float32)
+    for dtype in ("float32", "float64", "float16"):
+        x = wide.astype(dtype)
+        session = onnxruntime.InferenceSession(frn_model(dtype).SerializeToString(), options)
+        (y,) = session.run(None, {INPUTS[0]: x})
+        expected = reference.filter_response_norm(x.astype(np.float64), *frn_parameters("float64").values())
+        np.testing.assert_allclose(y, expected, **(OP_FLOAT16 if dtype == "float16" else OP_FLOAT32).kwargs())
 
 
-def includes(path: Path) -> set[str]:
-    return set(re.findall(r'^\s*#\s*include\s+[<"]([^>"]+)[>"]', path.read_text(encoding="utf-8"), flags=re.MULTILINE))
+# ---- The sources
 
 
-def test_the_kernels_include_no_header_of_a_framework() -> None:
-    own = {path.name for path in (SOURCES / "kernels").iterdir() if path.suffix in (".h", ".cuh")}
-    own |= {"cuda_runtime.h", "cuda_fp16.h", "cuda_bf16.h"}
-    files = [path for path in (SOURCES / "kernels").rglob("*") if path.suffix in (".h", ".cpp", ".cu", ".cuh")]
-    assert len(files) > 3
+SYSTEM = {"dlfcn.h", "limits.h", "link.h", "math.h", "new", "stdarg.h", "stddef.h", "stdint.h", "stdio.h", "stdlib.h",
+          "string.h", "type_traits"}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("folder", "others"),
+    [
+        ("kernels", {"cuda_runtime.h", "cuda_fp16.h", "cuda_bf16.h"}),
+        ("onnxruntime", set()),
+        ("torch", set()),
+        ("tensorrt", {"NvInferRuntime.h"}),
+    ],
+)
+def test_no_header_of_a_framework_is_included(folder: str, others: set[str]) -> None:
+    """But TensorRT's runtime header by its plugin; what registers that is to serve every TensorRT."""
+    files = [path for path in (SOURCES / folder).iterdir() if path.suffix in (".h", ".cpp", ".cu", ".cuh")]
+    own = {"../contract.h", "../kernels/frn.h", *(path.name for path in files)}
+    assert files
     for path in files:
-        foreign = includes(path) - own - {"math.h", "stddef.h", "stdint.h", "string.h", "type_traits"}
-        assert not foreign, f"{path.name} includes {foreign}"
-
-
-def test_the_host_includes_no_header_of_onnx_runtime() -> None:
-    own = {"../contract.h", "../kernels/frn.h", "frn_cuda.h", "frn_op.h", "ort_abi.h"}
-    files = list((SOURCES / "onnxruntime").iterdir())
-    assert len(files) > 3
-    for path in files:
-        foreign = includes(path) - own - {"stddef.h", "stdint.h", "stdio.h", "stdlib.h"}
-        assert not foreign, f"{path.name} includes {foreign}"
-
-
-def test_the_host_for_training_includes_no_header_of_pytorch() -> None:
-    for path in (SOURCES / "torch").iterdir():
-        assert includes(path) <= {"openmp.h", "../kernels/frn.h"}, path.name
+        text = path.read_text(encoding="utf-8")
+        included = set(re.findall(r'^\s*#\s*include\s+[<"]([^>"]+)[>"]', text, flags=re.MULTILINE))
+        allowed = {"../contract.h"} if path.name == "register.cpp" else own | others
+        assert included <= SYSTEM | allowed, path.name
 
 
 @pytest.mark.parametrize("language", [("c", "c99"), ("c++", "c++11"), ("c++", "c++20")], ids=lambda each: each[1])

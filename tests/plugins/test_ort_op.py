@@ -8,7 +8,6 @@ import subprocess
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from threading import Barrier
@@ -19,9 +18,10 @@ import onnx
 import onnx.helper
 import onnx.numpy_helper
 import pytest
-from cases import CASES, NormCase, make_inputs, tolerance, want
+from cases import CASES, NormCase, tolerance
 from graphs import CHANNELS, ELEMENT_TYPES, IR_VERSION, OPSET, frn_model, frn_parameters
 from onnx.reference import ReferenceEvaluator
+from references import check_forward, inputs_of
 from tolerances import OP_FLOAT32
 
 from deploynorm.contract import (
@@ -53,6 +53,27 @@ LEVELS = ("ORT_DISABLE_ALL", "ORT_ENABLE_BASIC", "ORT_ENABLE_EXTENDED", "ORT_ENA
 def ort(require: Callable[[str], None]) -> Any:
     require("ort")
     return import_onnxruntime()
+
+
+@pytest.fixture(scope="session")
+def open_session(library: Path, ort: Any) -> Callable[..., Any]:
+    """open_session(content, threads=1): a session with the library on the CPU, which says nothing of errors."""
+
+    def open_session(content: bytes, *, threads: int = 0, level: str = "ORT_ENABLE_ALL", severity: int = 4) -> Any:
+        options = ort.SessionOptions()
+        options.log_severity_level = severity
+        options.intra_op_num_threads = threads
+        options.graph_optimization_level = getattr(ort.GraphOptimizationLevel, level)
+        options.register_custom_ops_library(str(library))
+        return ort.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+
+    return open_session
+
+
+def definition(x: np.ndarray, parameters: dict[str, np.ndarray] | None = None) -> np.ndarray:
+    """In float64, with the parameters of `graph` where none are given."""
+    parameters = frn_parameters() if parameters is None else parameters
+    return filter_response_norm(*(each.astype(np.float64) for each in (x, *parameters.values())))
 
 
 def body(dtype: str = "float32") -> onnx.FunctionProto:
@@ -91,25 +112,16 @@ def ours(source: str, result: str, *, more: tuple[str, ...] = (), **attributes: 
 # ---- Numbers
 
 
-@cache
-def want_of(case: NormCase) -> np.ndarray:
-    return want(case)
-
-
 @pytest.mark.usefixtures("ort")
 @pytest.mark.parametrize("sizes", ["static", "dynamic"])
 @pytest.mark.parametrize("has_body", [True, False], ids=["body", "no_body"])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_every_case(case: NormCase, has_body: bool, sizes: str, library: Path) -> None:
-    inputs = make_inputs(case)
-    x = inputs.pop(INPUTS[0])
+    x, parameters = inputs_of(case)[INPUTS[0]], {name: inputs_of(case)[name] for name in PARAMETERS}
     shape = case.shape if sizes == "static" else tuple(f"D{a}" if a != 1 else s for a, s in enumerate(case.shape))
-    model = frn_model(case.dtype, body=body(case.dtype) if has_body else None, parameters=inputs, shape=shape)
+    model = frn_model(case.dtype, body=body(case.dtype) if has_body else None, parameters=parameters, shape=shape)
     with OnnxRuntimeRunner(model.SerializeToString(), plugins=[library]) as runner:
-        got = runner.infer({INPUTS[0]: x})[OUTPUT]
-    assert got.shape == case.shape
-    assert got.dtype == x.dtype
-    np.testing.assert_allclose(got.astype(np.float64), want_of(case), **tolerance(case).kwargs())
+        check_forward(runner.infer({INPUTS[0]: x})[OUTPUT], case)
 
 
 @pytest.mark.usefixtures("ort")
@@ -118,12 +130,10 @@ def test_every_case(case: NormCase, has_body: bool, sizes: str, library: Path) -
 def test_the_blocked_operator_takes_its_channels_side_by_side(block: int, residual: bool, library: Path) -> None:
     more = np.random.default_rng(1).normal(size=X.shape).astype(np.float32)
     parameters = frn_parameters()
-    none = np.full(CHANNELS, -np.inf, np.float32)
-    plain = filter_response_norm(*(a.astype(np.float64) for a in (X, *parameters.values()) if a is not None))
+    plain = definition(X)
     if residual:
-        without = {**parameters, "tau": none}
-        added = filter_response_norm(*(a.astype(np.float64) for a in (X, *without.values()))) + more
-        plain = np.maximum(added, parameters["tau"].astype(np.float64).reshape(1, -1, 1, 1))
+        added = definition(X, parameters | {"tau": np.full(CHANNELS, -np.inf)}) + more
+        plain = np.maximum(added, parameters["tau"].reshape(1, -1, 1, 1))
 
     def blocked(x: np.ndarray) -> np.ndarray:
         """In the memory of a blocked tensor, under the shape that ONNX Runtime's own blocked tensors have."""
@@ -196,31 +206,27 @@ def test_a_network_gives_the_same_at_every_level_of_optimization(
 def test_one_file_of_each_type_loads_with_the_library_and_without(dtype: str, library: Path) -> None:
     content = frn_model(dtype, body=body(dtype)).SerializeToString()
     x = X.astype(dtype)
-    wanted = filter_response_norm(x.astype(np.float64), *(p.astype(np.float64) for p in frn_parameters(dtype).values()))
+    wanted = definition(x, frn_parameters(dtype))
     for plugins in ([library], []):
         with OnnxRuntimeRunner(content, plugins=plugins) as runner:
             got = runner.infer({"X": x})["Y"]
         np.testing.assert_allclose(got.astype(np.float64), wanted, **tolerance(NormCase("", (), dtype)).kwargs())
 
 
-@pytest.mark.usefixtures("ort")
 @pytest.mark.parametrize(
     "shape",
     [("N", CHANNELS, "H", "W"), (None, CHANNELS, None, None), ("N", None, "H", None), X.shape, None],
     ids=["named", "unnamed", "some", "static", "no_rank"],
 )
 def test_what_is_known_of_x_is_known_of_y(
-    shape: tuple[int | str | None, ...] | None, library: Path, capfd: pytest.CaptureFixture[str]
+    shape: tuple[int | str | None, ...] | None, open_session: Callable[..., Any], capfd: pytest.CaptureFixture[str]
 ) -> None:
     """The node behind needs the rank. An unknown size is to stay unknown, and not to become another number."""
     content = graph(
         [node("Relu", ["X"], ["r"]), ours("r", "f"), node("Transpose", ["f"], ["Y"], perm=[0, 2, 3, 1])], shape=shape
     )
-    ort = import_onnxruntime()
-    options = ort.SessionOptions()
-    options.register_custom_ops_library(str(library))
-    session = ort.InferenceSession(content, options, providers=["CPUExecutionProvider"])
-    wanted = filter_response_norm(np.maximum(X, 0), *frn_parameters().values()).transpose(0, 2, 3, 1)
+    session = open_session(content, severity=2)
+    wanted = definition(np.maximum(X, 0)).transpose(0, 2, 3, 1)
     np.testing.assert_allclose(session.run(None, {"X": X})[0], wanted, **OP_FLOAT32.kwargs())
     known = session.get_outputs()[0].shape
     if shape is not None and None not in shape:
@@ -230,38 +236,34 @@ def test_what_is_known_of_x_is_known_of_y(
     assert capfd.readouterr().err == ""  # no warning that a size was another one
 
 
-@pytest.mark.usefixtures("ort")
+CONSUMERS = {
+    "output": [ours("r", "f"), node("Concat", ["r", "f"], ["Y"], axis=1)],
+    "node_before": [
+        node("Neg", ["r"], ["n"]),
+        ours("r", "f"),
+        node("Neg", ["n"], ["m"]),
+        node("Concat", ["m", "f"], ["Y"], axis=1),
+    ],
+    "node_behind": [
+        ours("r", "f"),
+        node("Neg", ["f"], ["g"]),
+        node("Neg", ["g"], ["h"]),
+        node("Concat", ["r", "h"], ["Y"], axis=1),
+    ],
+}
+"""What else reads r, the operator's input."""
+
+
 @pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize("consumer", ["node_before", "node_behind", "output"])
-def test_x_is_not_written_over_while_another_node_needs_it(consumer: str, level: str, library: Path, ort: Any) -> None:
-    if consumer == "output":
-        # The graph's own outputs are Y and, through Identity, the operator's input.
-        nodes = [node("Relu", ["X"], ["r"]), ours("r", "f"), node("Concat", ["r", "f"], ["Y"], axis=1)]
-    elif consumer == "node_before":
-        nodes = [
-            node("Relu", ["X"], ["r"]),
-            node("Neg", ["r"], ["n"]),
-            ours("r", "f"),
-            node("Neg", ["n"], ["m"]),
-            node("Concat", ["m", "f"], ["Y"], axis=1),
-        ]
-    else:
-        nodes = [
-            node("Relu", ["X"], ["r"]),
-            ours("r", "f"),
-            node("Neg", ["f"], ["g"]),
-            node("Neg", ["g"], ["h"]),
-            node("Concat", ["r", "h"], ["Y"], axis=1),
-        ]
-    options = ort.SessionOptions()
-    options.graph_optimization_level = getattr(ort.GraphOptimizationLevel, level)
-    options.register_custom_ops_library(str(library))
-    session = ort.InferenceSession(graph(nodes), options, providers=["CPUExecutionProvider"])
+@pytest.mark.parametrize("consumer", CONSUMERS)
+def test_x_is_not_written_over_while_another_node_needs_it(
+    consumer: str, level: str, open_session: Callable[..., Any]
+) -> None:
+    session = open_session(graph([node("Relu", ["X"], ["r"]), *CONSUMERS[consumer]]), level=level)
     before = X.copy()
     (got,) = session.run(None, {"X": X})
     relu = np.maximum(X, 0)
-    wanted = np.concatenate([relu, filter_response_norm(relu, *frn_parameters().values())], axis=1)
-    np.testing.assert_allclose(got, wanted, **OP_FLOAT32.kwargs())
+    np.testing.assert_allclose(got, np.concatenate([relu, definition(relu)], axis=1), **OP_FLOAT32.kwargs())
     np.testing.assert_array_equal(X, before)
 
 
@@ -277,12 +279,8 @@ def test_the_caller_s_array_is_never_written_over(library: Path) -> None:
 # ---- Errors
 
 
-def with_parameter(name: str, value: Any) -> bytes:
-    return graph([ours("X", "Y")], parameters=frn_parameters() | {name: np.asarray(value)})
-
-
-def short(name: str) -> np.ndarray:
-    return frn_parameters()[name][:3]
+def with_parameters(**parameters: Any) -> bytes:
+    return graph([ours("X", "Y")], parameters=frn_parameters() | {n: np.asarray(p) for n, p in parameters.items()})
 
 
 def with_inputs(*inputs: str, functions: tuple[onnx.FunctionProto, ...] = ()) -> bytes:
@@ -294,45 +292,41 @@ def of_rank(rank: int) -> tuple[bytes, np.ndarray]:
     return graph([ours("X", "Y")], shape=tuple(f"D{axis}" for axis in range(rank))), np.ones(shape, np.float32)
 
 
-def block(value: Any, more: tuple[str, ...] = (), **parameters: np.ndarray) -> bytes:
+def blocked(value: Any, more: tuple[str, ...] = (), **parameters: np.ndarray) -> bytes:
     return graph([ours("X", "Y", block=value, more=more)], parameters=frn_parameters() | parameters)
 
 
-def no_block() -> bytes:
-    return graph([node(BLOCKED_OP_TYPE, INPUTS, ["Y"], "makes_Y", domain=DOMAIN)])
-
+GAMMA = frn_parameters()["gamma"]
+WRONG_SHAPE = rf"{OP_TYPE}: input {{}} has the wrong shape\. Got "
+WRONG_BLOCK = f"{BLOCKED_OP_TYPE}: attribute {BLOCK_ATTRIBUTE} must be a positive integer"
+WRONG_RESIDUAL = f"{BLOCKED_OP_TYPE}: the residual's shape is not that of X"
+NO_MULTIPLE = rf"{BLOCKED_OP_TYPE}: the channels are no multiple of the block\. Got 4; expected blocks of "
 
 WRONG: dict[str, tuple[bytes, np.ndarray, str]] = {
     **{
         f"{name} too short": (
-            with_parameter(name, short(name)),
+            with_parameters(**{name: frn_parameters()[name][:3]}),
             X,
-            rf"{OP_TYPE}: input {name} has the wrong shape\. Got .*3; expected \(4,\)",
+            rf"{WRONG_SHAPE.format(name)}.*3; expected \(4,\)",
         )
         for name in PARAMETERS
     },
-    "gamma of two axes": (
-        with_parameter("gamma", frn_parameters()["gamma"].reshape(2, 2)),
-        X,
-        rf"{OP_TYPE}: input gamma has the wrong shape\. Got 2 axes",
-    ),
+    "gamma of two axes": (with_parameters(gamma=GAMMA.reshape(2, 2)), X, WRONG_SHAPE.format("gamma") + "2 axes"),
     "gamma of one axis too many": (
-        with_parameter("gamma", frn_parameters()["gamma"].reshape(4, 1)),
+        with_parameters(gamma=GAMMA.reshape(4, 1)),
         X,
-        rf"{OP_TYPE}: input gamma has the wrong shape\. Got 2 axes",
+        WRONG_SHAPE.format("gamma") + "2 axes",
     ),
-    "eps of no axis": (with_parameter("eps", np.float32(1)), X, rf"{OP_TYPE}: input eps has the wrong shape\. Got 0"),
-    "beta of float64": (with_parameter("beta", np.zeros(CHANNELS)), X, rf"\(makes_Y\).*{OP_TYPE}"),
-    "beta of float16": (
-        with_parameter("beta", np.zeros(CHANNELS, np.float16)),
-        X,
-        rf"tensor\(float16\).*\(beta\).*{OP_TYPE}.*\(makes_Y\)",
-    ),
-    "beta of integers": (
-        with_parameter("beta", np.zeros(CHANNELS, np.int64)),
-        X,
-        rf"tensor\(int64\).*\(beta\).*{OP_TYPE}.*\(makes_Y\)",
-    ),
+    "eps of no axis": (with_parameters(eps=np.float32(1)), X, WRONG_SHAPE.format("eps") + "0"),
+    "beta of float64": (with_parameters(beta=np.zeros(CHANNELS)), X, rf"\(makes_Y\).*{OP_TYPE}"),
+    **{
+        f"beta of {kind}": (
+            with_parameters(beta=np.zeros(CHANNELS, dtype)),
+            X,
+            rf"tensor\({dtype}\).*\(beta\).*{OP_TYPE}.*\(makes_Y\)",
+        )
+        for kind, dtype in (("float16", "float16"), ("integers", "int64"))
+    },
     "X without axes": (*of_rank(0), rf"{OP_TYPE}: input X has the wrong rank\. Got 0 axes; expected \(N, C, D1"),
     "X of one axis": (*of_rank(1), rf"{OP_TYPE}: input X has the wrong rank\. Got 1 axes; expected \(N, C, D1"),
     "X of 17 axes": (*of_rank(17), rf"{OP_TYPE}: .* 17 axes; at most 16"),
@@ -345,31 +339,19 @@ WRONG: dict[str, tuple[bytes, np.ndarray, str]] = {
     "no eps, with a body": (with_inputs(*INPUTS[:4], functions=(body(),)), X, rf"makes_Y.*{OP_TYPE}.*input size 4"),
     "an empty name for tau": (with_inputs(*INPUTS[:3], "", INPUTS[4]), X, rf"makes_Y.*{OP_TYPE}.*input 3"),
     "a sixth input": (with_inputs(*INPUTS, "X"), X, rf"makes_Y.*{OP_TYPE}.*input size 6"),
-    "no block": (no_block(), X, f"{BLOCKED_OP_TYPE}: attribute {BLOCK_ATTRIBUTE} must be a positive integer"),
-    "block of 0": (block(0), X, f"{BLOCKED_OP_TYPE}: attribute {BLOCK_ATTRIBUTE} must be a positive integer"),
-    "block below 0": (block(-8), X, f"{BLOCKED_OP_TYPE}: attribute {BLOCK_ATTRIBUTE} must be a positive integer"),
-    "block of a float": (block(2.0), X, f"{BLOCKED_OP_TYPE}: attribute {BLOCK_ATTRIBUTE} must be a positive integer"),
-    "block that does not divide": (
-        block(3),
-        X,
-        rf"{BLOCKED_OP_TYPE}: the channels are no multiple of the block\. Got 4; expected blocks of 3",
-    ),
-    "block larger than the channels": (block(12), X, rf"{BLOCKED_OP_TYPE}: the channels are no multiple.*blocks of 12"),
+    "no block": (graph([node(BLOCKED_OP_TYPE, INPUTS, ["Y"], "makes_Y", domain=DOMAIN)]), X, WRONG_BLOCK),
+    "block of 0": (blocked(0), X, WRONG_BLOCK),
+    "block below 0": (blocked(-8), X, WRONG_BLOCK),
+    "block of a float": (blocked(2.0), X, WRONG_BLOCK),
+    "block that does not divide": (blocked(3), X, NO_MULTIPLE + "3"),
+    "block larger than the channels": (blocked(12), X, NO_MULTIPLE + "12"),
     "block and a short gamma": (
-        block(2, gamma=short("gamma")),
+        blocked(2, gamma=GAMMA[:3]),
         X,
         rf"Status Message: {BLOCKED_OP_TYPE}: input gamma has the wrong shape",
     ),
-    "residual of another shape": (
-        block(2, ("R",), R=X[:1]),
-        X,
-        f"{BLOCKED_OP_TYPE}: the residual's shape is not that of X",
-    ),
-    "residual of another rank": (
-        block(2, ("R",), R=X.reshape(-1)),
-        X,
-        f"{BLOCKED_OP_TYPE}: the residual's shape is not that of X",
-    ),
+    "residual of another shape": (blocked(2, ("R",), R=X[:1]), X, WRONG_RESIDUAL),
+    "residual of another rank": (blocked(2, ("R",), R=X.reshape(-1)), X, WRONG_RESIDUAL),
 }
 
 
@@ -381,24 +363,19 @@ def test_a_wrong_node_is_told_and_the_process_lives(
     options.log_severity_level = 4
     options.register_custom_ops_library(str(library))
 
-    def load_and_run() -> None:
+    def load_and_run(content: bytes, x: np.ndarray) -> Any:
         session = ort.InferenceSession(content, options, providers=["CPUExecutionProvider"])
-        session.run(None, {"X": x})
+        return session.run(None, {"X": x})[0]
 
     for _ in range(2):  # the first has left nothing behind
         with pytest.raises(Exception, match=f"(?s){message}"):
-            load_and_run()
+            load_and_run(content, x)
     # And the same options still serve a right one.
-    good = ort.InferenceSession(graph([ours("X", "Y")]), options, providers=["CPUExecutionProvider"])
-    assert good.run(None, {"X": X})[0].shape == X.shape
+    assert load_and_run(graph([ours("X", "Y")]), X).shape == X.shape
 
 
-def test_a_session_goes_on_after_a_run_that_failed(library: Path, ort: Any) -> None:
-    content = graph([ours("X", "Y")], shape=("N", "C", "H", "W"))
-    options = ort.SessionOptions()
-    options.log_severity_level = 4
-    options.register_custom_ops_library(str(library))
-    session = ort.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+def test_a_session_goes_on_after_a_run_that_failed(open_session: Callable[..., Any]) -> None:
+    session = open_session(graph([ours("X", "Y")], shape=("N", "C", "H", "W")))
     (wanted,) = session.run(None, {"X": X})
     for _ in range(3):
         with pytest.raises(Exception, match="input gamma has the wrong shape"):
@@ -418,15 +395,12 @@ def test_the_library_twice_on_one_session_is_onnx_runtime_s_own_error(library: P
         ort.InferenceSession(graph([ours("X", "Y")]), options, providers=["CPUExecutionProvider"])
 
 
-def test_many_sessions_come_and_go_in_any_order(library: Path, ort: Any) -> None:
+def test_many_sessions_come_and_go_in_any_order(open_session: Callable[..., Any]) -> None:
     content = graph([ours("X", "Y")])
     wanted = None
     sessions: list[Any] = []
     for index in range(30):
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = 1
-        options.register_custom_ops_library(str(library))
-        sessions.append(ort.InferenceSession(content, options, providers=["CPUExecutionProvider"]))
+        sessions.append(open_session(content, threads=1))
         if index % 3 == 2:
             del sessions[index // 3]
         for each in sessions[-3:]:
@@ -435,17 +409,13 @@ def test_many_sessions_come_and_go_in_any_order(library: Path, ort: Any) -> None
             np.testing.assert_array_equal(got, wanted)
 
 
-def test_options_and_sessions_are_made_from_several_threads_at_once(library: Path, ort: Any) -> None:
+def test_options_and_sessions_are_made_from_several_threads_at_once(open_session: Callable[..., Any]) -> None:
     content = graph([ours("X", "Y")])
     barrier = Barrier(8)
 
     def one(_: int) -> np.ndarray:
         barrier.wait(timeout=60)
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = 1
-        options.register_custom_ops_library(str(library))
-        session = ort.InferenceSession(content, options, providers=["CPUExecutionProvider"])
-        return np.asarray(session.run(None, {"X": X})[0])
+        return np.asarray(open_session(content, threads=1).run(None, {"X": X})[0])
 
     with ThreadPoolExecutor(8) as pool:
         results = list(pool.map(one, range(8)))
@@ -464,30 +434,21 @@ BIG = {
 
 
 @pytest.mark.parametrize("shape", BIG.values(), ids=BIG)
-def test_the_number_of_threads_changes_no_bit(shape: tuple[int, ...], library: Path, ort: Any) -> None:
+def test_the_number_of_threads_changes_no_bit(shape: tuple[int, ...], open_session: Callable[..., Any]) -> None:
     x = np.random.default_rng(0).normal(size=shape).astype(np.float32)
     content = graph([ours("X", "Y")])
-    results = []
-    for threads in (1, 2, 3, 8):
-        with OnnxRuntimeRunner(content, plugins=[library], threads=threads) as runner:
-            results.append(runner.infer({"X": x})["Y"])
-    np.testing.assert_allclose(results[0], filter_response_norm(x, *frn_parameters().values()), **OP_FLOAT32.kwargs())
+    results = [open_session(content, threads=threads).run(None, {"X": x})[0] for threads in (1, 2, 3, 8)]
+    np.testing.assert_allclose(results[0], definition(x), **OP_FLOAT32.kwargs())
     for got in results[1:]:
         np.testing.assert_array_equal(got, results[0])
 
 
 @pytest.mark.parametrize("kind", ["one session", "a session each"])
-def test_eight_callers_at_once_get_what_each_would_alone(kind: str, library: Path, ort: Any) -> None:
-    content = network()
+def test_eight_callers_at_once_get_what_each_would_alone(kind: str, open_session: Callable[..., Any]) -> None:
     inputs = [np.random.default_rng(i).normal(size=(1, CHANNELS, 40 + i, 41)).astype(np.float32) for i in range(8)]
 
-    def a_session() -> Any:
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = 2
-        options.register_custom_ops_library(str(library))
-        return ort.InferenceSession(content, options, providers=["CPUExecutionProvider"])
-
-    sessions = [a_session()] * 8 if kind == "one session" else [a_session() for _ in range(8)]
+    count = 1 if kind == "one session" else 8
+    sessions = [open_session(network(), threads=2) for _ in range(count)] * (8 // count)
     alone = [sessions[i].run(None, {"X": x})[0] for i, x in enumerate(inputs)]
     barrier = Barrier(8)
 
@@ -524,13 +485,8 @@ def least_growth(work: Callable[[], None], rounds: int = 4) -> int:
 
 
 @reads_proc
-def test_ten_thousand_runs_hold_no_more_memory_than_the_first_ones(library: Path, ort: Any) -> None:
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = 1
-    options.log_severity_level = 4
-    options.register_custom_ops_library(str(library))
-    content = graph([ours("X", "Y")], shape=("N", "C", "H", "W"))
-    session = ort.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+def test_ten_thousand_runs_hold_no_more_memory_than_the_first_ones(open_session: Callable[..., Any]) -> None:
+    session = open_session(graph([ours("X", "Y")], shape=("N", "C", "H", "W")), threads=1)
 
     def runs() -> None:
         for index in range(10_000):
@@ -544,17 +500,14 @@ def test_ten_thousand_runs_hold_no_more_memory_than_the_first_ones(library: Path
 
 
 @reads_proc
-def test_sessions_that_are_gone_leave_nothing(library: Path, ort: Any) -> None:
+def test_sessions_that_are_gone_leave_nothing(open_session: Callable[..., Any]) -> None:
     # So many nodes that a kernel which stayed, of 32 bytes, would show.
     names = ["X", *(f"v{index}" for index in range(199)), "Y"]
     content = graph([ours(source, result) for source, result in pairwise(names)])
 
     def sessions() -> None:
         for _ in range(100):
-            options = ort.SessionOptions()
-            options.intra_op_num_threads = 1
-            options.register_custom_ops_library(str(library))
-            ort.InferenceSession(content, options, providers=["CPUExecutionProvider"]).run(None, {"X": X})
+            open_session(content, threads=1).run(None, {"X": X})
 
     assert least_growth(sessions) < 2**18
 
@@ -602,14 +555,13 @@ def test_y_takes_the_memory_of_x_where_x_is_free(
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="blocks are of one size on other processors")
-def test_a_file_with_the_blocks_of_another_processor_is_refused_without_our_loader_too(library: Path, ort: Any) -> None:
+def test_a_file_with_the_blocks_of_another_processor_is_refused_without_our_loader_too(
+    open_session: Callable[..., Any], ort: Any
+) -> None:
     """ONNX Runtime's own blocked operators would not look, and give wrong numbers."""
     other = 24 - block_size(ort)  # of 8 and 16 the one that is not this processor's
     x = np.zeros((1, other, 3, 3), np.float32)
     parameters = {name: np.ones(other, np.float32) for name in PARAMETERS}
     content = graph([ours("X", "Y", block=other)], parameters=parameters, shape=x.shape)
-    options = ort.SessionOptions()
-    options.log_severity_level = 4
-    options.register_custom_ops_library(str(library))
     with pytest.raises(Exception, match=rf"blocks of {other} channels.*Fix: run deploynorm rewrite"):
-        ort.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+        open_session(content)

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cases import CASES, make_inputs, tolerance, want
+from cases import CASES, tolerance
 from graphs import frn_model
 from kernels import Kernel
+from references import inputs_of, want_of
 
 from deploynorm.contract import DTYPES, INPUTS
 from deploynorm.libraries import ORT_LIBRARY, TORCH_LIBRARY, build, find_tools
@@ -58,8 +59,9 @@ def run(require: Callable[[str], None]) -> Run:
 
 @pytest.fixture
 def calls(run: Run, sanitized: Path) -> Run:
-    """calls(*arguments): sanitized.py of the library."""
-    return lambda *arguments: run(str(Path(__file__).with_name("sanitized.py")), str(sanitized), *arguments)
+    """calls(*arguments): sanitized.py of the library with the operator, or of another beside it."""
+    program = Path(__file__).with_name("sanitized.py")
+    return lambda *arguments, library=ORT_LIBRARY: run(str(program), str(sanitized.with_name(library)), *arguments)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -67,29 +69,24 @@ def test_every_case_in_every_layout_is_clean(dtype: str, calls: Run, kernel: Ker
     chosen = [case for case in CASES if case.dtype == dtype]
     content: dict[str, np.ndarray] = {"names": np.array([case.name for case in chosen])}
     for case in chosen:
-        inputs = {name.lower(): np.ascontiguousarray(array) for name, array in make_inputs(case).items()}
+        x, *parameters = (np.ascontiguousarray(array) for array in inputs_of(case).values())
         # NumPy cannot save bfloat16.
-        stored = inputs["x"].view({2: np.uint16, 4: np.uint32, 8: np.uint64}[inputs["x"].itemsize])
-        content |= {f"{case.name}/{name}": array for name, array in inputs.items()} | {f"{case.name}/x": stored}
-        content[f"{case.name}/dtype"] = np.array(dtype)
-        content[f"{case.name}/want"] = want(case)
-        content[f"{case.name}/tolerance"] = np.array([tolerance(case).rtol, tolerance(case).atol])
+        stored = {"x": x.view(f"u{x.itemsize}"), **dict(zip(("gamma", "beta", "tau", "eps"), parameters, strict=True))}
+        stored |= {"dtype": np.array(dtype), "want": want_of(case)}
+        stored["tolerance"] = np.array([tolerance(case).rtol, tolerance(case).atol])
+        content |= {f"{case.name}/{name}": array for name, array in stored.items()}
     np.savez(tmp_path / "cases.npz", **content)
     done = calls("cases", str(tmp_path / "cases.npz"))
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"{len(chosen) * 5 * len(kernel.variants)} calls\n"
 
 
-@pytest.mark.parametrize("seed", ["0", "1"])
-def test_calls_of_any_size_type_and_layout_are_clean(seed: str, calls: Run) -> None:
-    done = calls("fuzz", seed, "1000")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == "1000 calls\n"
-
-
-def test_gradients_of_any_size_type_and_layout_are_clean(run: Run, sanitized: Path) -> None:
-    program, library = Path(__file__).with_name("sanitized.py"), sanitized.with_name(TORCH_LIBRARY)
-    done = run(str(program), str(library), "gradients", "0", "1000")
+@pytest.mark.parametrize(
+    ("what", "seed", "library"),
+    [("fuzz", "0", ORT_LIBRARY), ("fuzz", "1", ORT_LIBRARY), ("gradients", "0", TORCH_LIBRARY)],
+)
+def test_calls_of_any_size_type_and_layout_are_clean(what: str, seed: str, library: str, calls: Run) -> None:
+    done = calls(what, seed, "1000", library=library)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "1000 calls\n"
 

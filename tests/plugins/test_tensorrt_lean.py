@@ -13,17 +13,15 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
-from emulated import build_host
+from emulated import HOSTS, build_plugin
 from tensorrt_host import Format, Host, Tensor, inputs_and_output
 
-from deploynorm import libraries
 from deploynorm.contract import DOMAIN, OP_TYPE, VERSION
-from deploynorm.libraries import TENSORRT_LIBRARY, TENSORRT_REGISTER_LIBRARY
+from deploynorm.libraries import TENSORRT_LIBRARY
 
 LEAN = [Path(folder) for folder in os.environ.get("TENSORRT_LEAN_DIRS", "").split(os.pathsep) if folder]
 
@@ -61,12 +59,13 @@ def create(name: str | None, phase: str, value: float = 0) -> str:
     return json.dumps([name, phase, value])
 
 
+Runtime = Callable[..., tuple[dict[str, Any], str]]
+
+
 @pytest.fixture(
     scope="module", params=[*(LEAN or [None]), "tensorrt_rtx"], ids=lambda each: getattr(each, "name", each)
 )
-def runtime(
-    request: pytest.FixtureRequest, require: Callable[[str], None], cuda_libraries: Path
-) -> Callable[..., tuple[dict[str, Any], str]]:
+def runtime(request: pytest.FixtureRequest, require: Callable[[str], None], cuda_libraries: Path) -> Runtime:
     """runtime("load", "list"): what came of these steps in a process of this runtime, and what it said."""
     environment = dict(os.environ)
     if isinstance(request.param, str):
@@ -77,7 +76,6 @@ def runtime(
         module = "tensorrt_lean_bindings"
         environment["PYTHONPATH"] = str(request.param)
 
-    @cache  # several tests look at one process
     def run(*steps: str) -> tuple[dict[str, Any], str]:
         command = [sys.executable, "-c", PROCESS, module, str(cuda_libraries), *steps]
         done = subprocess.run(command, capture_output=True, text=True, env=environment)
@@ -95,91 +93,51 @@ def test_the_lean_runtimes_are_of_tensorrt_10_and_11(require: Callable[[str], No
 
 # ---- In a runtime
 
-OURS = [[OP_TYPE, str(VERSION), DOMAIN]]
+LOADED = {
+    ("load",): [True],
+    ("register",): None,
+    ("register", "register"): None,
+    ("load", "register"): [True],
+    ("register", "load"): [False],  # TensorRT does not load what has registered, and says so
+}
+"""Steps -> what the loads return."""
 
 
-def test_it_is_loaded_found_and_made(runtime: Callable[..., tuple[dict[str, Any], str]]) -> None:
-    found, words = runtime("load", "list", create(None, "BUILD"), create("plan_version", "RUNTIME", 1))
-    assert found["load"] == [True]
-    assert found["creators"] == OURS
+@pytest.mark.parametrize("steps", LOADED, ids="+".join)
+def test_it_is_found_and_made(steps: tuple[str, ...], runtime: Runtime) -> None:
+    found, words = runtime(*steps, "list", create(None, "BUILD"), create("plan_version", "RUNTIME", 1))
+    assert found.get("load") == LOADED[steps]
+    assert found["creators"] == [[OP_TYPE, str(VERSION), DOMAIN]]
     assert found["plugins"] == ["IPluginV3", "IPluginV3"]
-    assert words == ""
-
-
-@pytest.mark.parametrize("steps", [("register",), ("register", "register"), ("load", "register")], ids="+".join)
-def test_it_is_registered_by_the_other_library(
-    steps: tuple[str, ...], runtime: Callable[..., tuple[dict[str, Any], str]]
-) -> None:
-    found, words = runtime(*steps, "list", create(None, "BUILD"))
-    assert found["creators"] == OURS
-    assert found["plugins"] == ["IPluginV3"]
-    assert words == ""
-
-
-def test_once_registered_it_is_not_loaded_again(runtime: Callable[..., tuple[dict[str, Any], str]]) -> None:
-    found, _ = runtime("register", "load", "list", create(None, "BUILD"))
-    assert found["load"] == [False]
-    assert found["creators"] == OURS
-    assert found["plugins"] == ["IPluginV3"]
+    assert words == "" or steps == ("register", "load")
 
 
 REFUSED = {
-    "epsilon": (create("epsilon", "BUILD", 1e-6), "there is no attribute epsilon"),
-    "epsilon_int": (create("epsilon", "BUILD", 1), "there is no attribute epsilon"),
-    "plan_2": (
-        create("plan_version", "RUNTIME", 2),
-        "Got plan version 2; expected 1. Fix: build the engine again",
-    ),
-    "plan_1.0": (create("plan_version", "RUNTIME", 1.0), "Got plan version 0; expected 1"),
-    "plan_of_another": (create("epsilon", "RUNTIME", 1e-6), "Got plan version 0; expected 1"),
-    "no_plan": (create(None, "RUNTIME"), "Got plan version 0; expected 1"),
+    create("epsilon", "BUILD", 1e-6): "there is no attribute epsilon",
+    create("epsilon", "BUILD", 1): "there is no attribute epsilon",
+    create("plan_version", "RUNTIME", 2): "Got plan version 2; expected 1. Fix: build the engine again",
+    create("plan_version", "RUNTIME", 1.0): "Got plan version 0; expected 1",
+    create("epsilon", "RUNTIME", 1e-6): "Got plan version 0; expected 1",
+    create(None, "RUNTIME"): "Got plan version 0; expected 1",
 }
-"""Name -> the step, and a part of the reason that is printed for it."""
+"""Step -> a part of the reason that is printed for it."""
 
 
-@pytest.mark.parametrize("name", REFUSED)
-def test_what_it_refuses_is_none_with_a_reason(name: str, runtime: Callable[..., tuple[dict[str, Any], str]]) -> None:
-    found, words = runtime("load", *(step for step, _ in REFUSED.values()))
+def test_what_it_refuses_is_none_with_a_reason(runtime: Runtime) -> None:
+    found, words = runtime("load", *REFUSED)
+    assert found["plugins"] == [None] * len(REFUSED)
     reasons = [line for line in words.splitlines() if line.startswith(f"{DOMAIN}::{OP_TYPE}: ")]
-    assert len(reasons) == len(found["plugins"]) == len(REFUSED), words
-    index = list(REFUSED).index(name)
-    assert found["plugins"][index] is None
-    assert REFUSED[name][1] in reasons[index]
+    for step, reason in zip(REFUSED, reasons, strict=True):
+        assert REFUSED[step] in reason, step
 
 
-# ---- The files
-
-
-def table(program: list[str], library: Path) -> str:
-    return subprocess.run([*program, str(library)], capture_output=True, text=True, check=True).stdout
-
-
-def exported(library: Path) -> set[str]:
-    return {line.split()[-1].partition("@")[0] for line in table(["nm", "-D", "--defined-only"], library).splitlines()}
-
-
-def needed(library: Path) -> set[str]:
-    return set(re.findall(r"\(NEEDED\).*\[(.+)\]", table(["readelf", "-d", "-W"], library)))
-
-
-def test_they_export_what_a_host_looks_for_and_nothing_else(cuda_libraries: Path) -> None:
-    assert exported(cuda_libraries / TENSORRT_LIBRARY) == {"getCreators", "setLoggerFinder"}
-    assert exported(cuda_libraries / TENSORRT_REGISTER_LIBRARY) <= {"_init", "_fini"}
-
-
-def test_they_need_neither_tensorrt_nor_cuda_to_be_loaded(cuda_libraries: Path) -> None:
-    system = re.compile(r"lib(c|m|dl|rt|pthread|gcc_s)\.so\.\d+|ld-linux-[\w-]+\.so\.\d")
-    assert not [name for name in needed(cuda_libraries / TENSORRT_REGISTER_LIBRARY) if not system.fullmatch(name)]
-    rest = {name for name in needed(cuda_libraries / TENSORRT_LIBRARY) if not system.fullmatch(name)}
-    assert rest <= {"libstdc++.so.6"}
-    wanted = table(["nm", "-D", "--undefined-only"], cuda_libraries / TENSORRT_LIBRARY)
-    assert not re.findall(r"\b(?:cuda|cu[A-Z]|getPluginRegistry|getLogger|createInfer)\w*", wanted)
+# ---- In no runtime
 
 
 def test_without_a_device_a_run_ends_with_cuda_s_words_and_not_with_the_process(
-    cuda_libraries: Path, tmp_path: Path
+    cuda_libraries: Path, emulated_library: Path, build_once: Callable[..., Path]
 ) -> None:
-    host = build_host(tmp_path, Path(os.environ["TENSORRT_INCLUDE_DIR"]))
+    host = build_once("plugin", lambda folder: build_plugin(folder, emulated_library)) / HOSTS[0]
     done = subprocess.run(
         [sys.executable, str(Path(__file__)), str(host), str(cuda_libraries / TENSORRT_LIBRARY)],
         capture_output=True,
@@ -188,17 +146,6 @@ def test_without_a_device_a_run_ends_with_cuda_s_words_and_not_with_the_process(
     )
     assert (done.returncode, done.stdout) == (0, "-1\n"), done
     assert re.fullmatch(rf"{DOMAIN}::{OP_TYPE}: CUDA: [^\n]+ \(\d+\)\n", done.stderr)
-
-
-def test_the_plugin_includes_tensorrt_s_runtime_header_alone() -> None:
-    folder = libraries.source_folder() / "tensorrt"
-    files = [folder / name for name in ("frn_plugin.h", "frn_plugin.cpp", "inputs.h")]
-    assert {path.name for path in folder.iterdir()} == {*(path.name for path in files), "register.cpp", "exports.map"}
-    own = {"../contract.h", "../kernels/frn.h", "frn_plugin.h", "inputs.h"}
-    system = {"dlfcn.h", "stdarg.h", "stdio.h", "string.h", "new"}
-    for path in files:
-        names = set(re.findall(r'^#include [<"]([^>"]+)[>"]', path.read_text(encoding="utf-8"), flags=re.MULTILINE))
-        assert names - own - system <= {"NvInferRuntime.h"}, path.name
 
 
 if __name__ == "__main__":  # the process of the test without a device

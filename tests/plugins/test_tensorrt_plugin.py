@@ -1,8 +1,8 @@
-"""The TensorRT plugin, driven as TensorRT drives one, over the kernels in the emulation on the CPU."""
+"""The TensorRT plugin, driven as TensorRT drives one, over the kernels in the emulation on the CPU: what it takes and
+refuses. tests/gpu/test_plugin.py has its numbers."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import product
@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cases import CASES, NUMPY_DTYPES, NormCase, make_inputs, tolerance, want
-from emulated import build_host, build_plugin
+from cases import NormCase
+from emulated import HOSTS, build_plugin
+from references import inputs_of
 from tensorrt_host import (
-    LAYOUTS,
     RUNTIME,
     Field,
     FieldType,
@@ -30,31 +30,16 @@ from tensorrt_host import (
 from deploynorm.contract import DOMAIN, INPUTS, NODE_ATTRIBUTES, OP_TYPE, PARAMETERS, VERSION
 from deploynorm.libraries import TENSORRT_LIBRARY
 
-HOSTS = ("libnvinfer.so.10", "libtensorrt_rtx.so.1")
 DTYPES = ("float32", "float16", "bfloat16")
-OURS = [case for case in CASES if case.dtype in DTYPES]
 
 SHAPES = {rank: (2, 12, *[4] * (rank - 2)) for rank in range(1, 9)} | {1: (12,)}
 """A shape of each rank that TensorRT knows."""
 
 
 @pytest.fixture(scope="session")
-def headers(require: Callable[[str], None]) -> Path:
-    require("compiler")
+def built(emulated_library: Path, require: Callable[[str], None], build_once: Callable[..., Path]) -> Path:
     require("trt-headers")
-    return Path(os.environ["TENSORRT_INCLUDE_DIR"])
-
-
-@pytest.fixture(scope="session")
-def built(headers: Path, build_once: Callable[..., Path]) -> Path:
-    """A folder of the plugin on the emulation and of two hosts for it."""
-
-    def build(folder: Path) -> None:
-        build_plugin(folder, headers)
-        for name in HOSTS:
-            build_host(folder, headers, name)
-
-    return build_once("plugin", build)
+    return build_once("plugin", lambda folder: build_plugin(folder, emulated_library))
 
 
 @pytest.fixture(scope="session")
@@ -79,61 +64,7 @@ TAKEN = [(dtype, format) for dtype in DTYPES for format in formats_of(dtype, 4)]
 """Every type in every format."""
 
 
-# ---- What it computes
-
-
-@pytest.mark.parametrize("case", OURS, ids=str)
-def test_every_case_in_every_format(case: NormCase, host: Host) -> None:
-    for format in formats_of(case.dtype, len(case.shape)):
-        y = run(host, case, format)
-        assert y.dtype == NUMPY_DTYPES[case.dtype]
-        np.testing.assert_allclose(y.astype(np.float64), want(case), **tolerance(case).kwargs(), err_msg=format.name)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("channels", [1, 3, 7, 8, 9, 16, 67])
-def test_channels_off_the_vector_of_a_format(channels: int, dtype: str, host: Host) -> None:
-    case = NormCase(f"{channels}_channels", (2, channels, 5, 3), dtype)
-    for format in formats_of(dtype, 4):
-        got = run(host, case, format).astype(np.float64)
-        np.testing.assert_allclose(got, want(case), **tolerance(case).kwargs(), err_msg=format.name)
-
-
-@pytest.mark.parametrize("rank", [2, 6, 7, 8])
-def test_every_rank_of_tensorrt(rank: int, host: Host) -> None:
-    for dtype in DTYPES:
-        case = NormCase(f"rank_{rank}", (2, 3, *range(2, rank)), dtype)
-        got = run(host, case, Format.LINEAR).astype(np.float64)
-        np.testing.assert_allclose(got, want(case), **tolerance(case).kwargs())
-
-
-# ---- Shapes that change
-
-LARGEST = (4, 12, 31, 40)
-SEQUENCE = [LARGEST, (1, 12, 1, 1), LARGEST, (2, 12, 7, 9), (0, 12, 7, 9), (3, 12, 0, 5), (1, 12, 31, 1)]
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_one_engine_runs_every_shape_of_its_profile(dtype: str, host: Host) -> None:
-    """What was seen while building, or at the last shape, is not what counts now."""
-    for format in formats_of(dtype, 4):
-        engine = host.build(dtype, format, (0, 12, 0, 1), LARGEST)
-        with engine.context() as context, engine.context() as other:
-            for index, shape in enumerate(SEQUENCE):
-                case = NormCase(f"shape_{index}", shape, dtype, eps="per_channel")
-                for each in (context, other):
-                    got = each.run(make_inputs(case)).astype(np.float64)
-                    where = f"{format.name}, {shape}"
-                    np.testing.assert_allclose(got, want(case), **tolerance(case).kwargs(), err_msg=where)
-
-
-def test_a_size_that_the_network_leaves_open_may_be_the_channels(host: Host) -> None:
-    for format in formats_of("float16", 4):
-        with host.build("float16", format, (1, 1, 3, 3), (2, 20, 9, 9)).context() as context:
-            for channels in (20, 1, 8, 13):
-                case = NormCase(f"{channels}_of_20", (2, channels, 5, 5), "float16")
-                got = context.run(make_inputs(case)).astype(np.float64)
-                np.testing.assert_allclose(got, want(case), **tolerance(case).kwargs(), err_msg=format.name)
+# ---- Workspace
 
 
 def test_the_workspace_of_the_largest_shape_serves_all_smaller_ones(plugin: Plugin) -> None:
@@ -154,11 +85,11 @@ def test_the_workspace_is_that_of_the_profile_s_largest_shape(plugin: Plugin) ->
 
 
 def test_few_large_planes_use_the_workspace(host: Host, plugin: Plugin) -> None:
-    """In test_every_case_in_every_format the guards around it say nothing unless it is written."""
+    """Where numbers are checked, the guards around it say nothing unless it is written."""
     case = NormCase("two_large_planes", (1, 2, 300, 301))
     tensors = inputs_and_output(Tensor(case.shape))
     with_it = run(host, case, Format.LINEAR)
-    inputs = make_inputs(case)
+    inputs = inputs_of(case)
     y = np.full_like(with_it, np.nan)
     workspace = np.full(plugin.workspace(tensors), 0x5A, np.uint8)
     before = workspace.copy()
@@ -250,23 +181,21 @@ def test_a_plan_becomes_a_plugin_with_the_same_plan(host: Host, plugin: Plugin) 
         assert restored.fields() == fields
 
 
-ONE = (1).to_bytes(4, "little")
+PLAN = Field("plan_version", FieldType.INT32, 1, (1).to_bytes(4, "little"))
 PLANS: dict[str, list[Field] | None] = {
     "no_fields": [],
     "null": None,
-    "version_0": [Field("plan_version", FieldType.INT32, 1, bytes(4))],
-    "version_2": [Field("plan_version", FieldType.INT32, 1, (2).to_bytes(4, "little"))],
-    "version_257": [Field("plan_version", FieldType.INT32, 1, (257).to_bytes(4, "little"))],
-    "another_name": [Field("version", FieldType.INT32, 1, ONE)],
-    "no_name": [Field(None, FieldType.INT32, 1, ONE)],
-    "no_data": [Field("plan_version", FieldType.INT32, 1, None)],
-    "empty": [Field("plan_version", FieldType.INT32, 0, ONE)],
-    "too_long": [Field("plan_version", FieldType.INT32, 2, ONE * 2)],
-    "negative_length": [Field("plan_version", FieldType.INT32, -1, ONE)],
-    "bytes": [Field("plan_version", FieldType.UNKNOWN, 4, ONE)],
-    "one_byte": [Field("plan_version", FieldType.INT8, 1, b"\1")],
-    "one_more": [Field("plan_version", FieldType.INT32, 1, ONE), Field("epsilon", FieldType.FLOAT32, 1, bytes(4))],
-    "twice": [Field("plan_version", FieldType.INT32, 1, ONE)] * 2,
+    **{f"version_{n}": [replace(PLAN, data=n.to_bytes(4, "little"))] for n in (0, 2, 257)},
+    "another_name": [replace(PLAN, name="version")],
+    "no_name": [replace(PLAN, name=None)],
+    "no_data": [replace(PLAN, data=None)],
+    "empty": [replace(PLAN, length=0)],
+    "too_long": [replace(PLAN, length=2, data=(PLAN.data or b"") * 2)],
+    "negative_length": [replace(PLAN, length=-1)],
+    "bytes": [replace(PLAN, type=FieldType.UNKNOWN, length=4)],
+    "one_byte": [replace(PLAN, type=FieldType.INT8, data=b"\1")],
+    "one_more": [PLAN, Field("epsilon", FieldType.FLOAT32, 1, bytes(4))],
+    "twice": [PLAN] * 2,
     "another_plugin_s": [Field("epsilon", FieldType.FLOAT32, 1, bytes(4))],
 }
 
@@ -312,31 +241,46 @@ def test_the_attributes_by_which_it_is_found_are_allowed(host: Host) -> None:
 X = Tensor(SHAPES[4])
 
 
-@pytest.mark.parametrize(("inputs", "outputs"), [(4, 1), (6, 1), (1, 1), (0, 1), (5, 2), (4, 2)], ids=str)
-def test_a_wrong_number_of_inputs_or_outputs(
-    inputs: int, outputs: int, plugin: Plugin, capfd: pytest.CaptureFixture[str]
-) -> None:
-    parameters = [replace(X, shape=SHAPES[1])] * 5
-    tensors = [*[X, *parameters][:inputs], *[X] * outputs]
-    calls: dict[str, Callable[[], int]] = {
-        "types": lambda: plugin.output_types([t.type for t in tensors[:inputs]], outputs)[0],
-        "shapes": lambda: plugin.output_axes([len(t.shape) for t in tensors[:inputs]], outputs)[0],
-        "configure": lambda: plugin.configure(tensors, outputs),
-        "shape_change": lambda: plugin.shape_change(tensors, outputs),
-    }
-    for name, call in calls.items():
-        assert call() == -1, name
-        words = capfd.readouterr().err
-        assert f"Got {inputs} and {outputs}; expected X, gamma, beta, tau and eps, and Y. Fix: export" in words, name
-    assert plugin.workspace(tensors, outputs) == 0
-    for position in range(len(tensors)):
-        assert not plugin.supports(position, tensors, outputs)
-
-
 def with_input(position: int, **changes: Any) -> list[Tensor]:
+    """The tensors for X, one of them changed; the last is the output."""
     tensors = inputs_and_output(X)
     tensors[position] = replace(tensors[position], **changes)
     return tensors
+
+
+METHODS: dict[str, Callable[[Plugin, list[Tensor], int], int]] = {
+    "types": lambda plugin, tensors, outputs: plugin.output_types([t.type for t in tensors[:-outputs]], outputs)[0],
+    "shapes": lambda plugin, tensors, outputs: plugin.output_axes([len(t.shape) for t in tensors[:-outputs]], outputs)[
+        0
+    ],
+    "configure": Plugin.configure,
+    "shape_change": Plugin.shape_change,
+}
+"""Name -> the call of a method that looks at the tensors."""
+
+
+@pytest.fixture
+def refused(plugin: Plugin, capfd: pytest.CaptureFixture[str]) -> Callable[..., None]:
+    """refused(tensors, words, *methods): all of METHODS, or those, refuse these tensors with the words."""
+
+    def refused(tensors: list[Tensor], words: str, *methods: str, outputs: int = 1) -> None:
+        for name in methods or METHODS:
+            assert METHODS[name](plugin, tensors, outputs) == -1, name
+            assert words in capfd.readouterr().err, name
+
+    return refused
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), [(4, 1), (6, 1), (1, 1), (0, 1), (5, 2), (4, 2)], ids=str)
+def test_a_wrong_number_of_inputs_or_outputs(
+    inputs: int, outputs: int, plugin: Plugin, refused: Callable[..., None]
+) -> None:
+    tensors = [*[X, *[Tensor(SHAPES[1])] * 5][:inputs], *[X] * outputs]
+    words = f"Got {inputs} and {outputs}; expected X, gamma, beta, tau and eps, and Y. Fix: export"
+    refused(tensors, words, outputs=outputs)
+    assert plugin.workspace(tensors, outputs) == 0
+    for position in range(len(tensors)):
+        assert not plugin.supports(position, tensors, outputs)
 
 
 @pytest.mark.parametrize(
@@ -344,48 +288,26 @@ def with_input(position: int, **changes: Any) -> list[Tensor]:
     [*product(range(5), ("int8", "int32", "int64")), *product(range(1, 5), ("float16", "bfloat16"))],
     ids=str,
 )
-def test_a_wrong_type(position: int, dtype: str, plugin: Plugin, capfd: pytest.CaptureFixture[str]) -> None:
-    tensors = with_input(position, type=dtype)
-    calls: dict[str, Callable[[], int]] = {
-        "types": lambda: plugin.output_types([t.type for t in tensors[:5]])[0],
-        "configure": lambda: plugin.configure(tensors),
-        "shape_change": lambda: plugin.shape_change(tensors),
-    }
-    for name, call in calls.items():
-        assert call() == -1, name
-        assert f"input {INPUTS[position]} is of the wrong type. Got {dtype}; expected float32" in capfd.readouterr().err
+def test_a_wrong_type(position: int, dtype: str, refused: Callable[..., None]) -> None:
+    words = f"input {INPUTS[position]} is of the wrong type. Got {dtype}; expected float32"
+    refused(with_input(position, type=dtype), words, "types", "configure", "shape_change")
 
 
 @pytest.mark.parametrize(
     ("position", "shape"),
-    [(0, ()), (0, (12,)), *[(position, shape) for position in range(1, 5) for shape in ((), (1, 12), (1, 12, 1, 1))]],
+    [(0, ()), (0, (12,)), *product(range(1, 5), ((), (1, 12), (1, 12, 1, 1)))],
     ids=str,
 )
-def test_a_wrong_rank(position: int, shape: tuple[int, ...], plugin: Plugin, capfd: pytest.CaptureFixture[str]) -> None:
-    tensors = with_input(position, shape=shape)
-    calls: dict[str, Callable[[], int]] = {
-        "shapes": lambda: plugin.output_axes([len(t.shape) for t in tensors[:5]])[0],
-        "configure": lambda: plugin.configure(tensors),
-        "shape_change": lambda: plugin.shape_change(tensors),
-    }
-    for name, call in calls.items():
-        assert call() == -1, name
-        words = capfd.readouterr().err
-        assert f"input {INPUTS[position]} has the wrong rank. Got {len(shape)} axes; expected (" in words, name
+def test_a_wrong_rank(position: int, shape: tuple[int, ...], refused: Callable[..., None]) -> None:
+    words = f"input {INPUTS[position]} has the wrong rank. Got {len(shape)} axes; expected ("
+    refused(with_input(position, shape=shape), words, "shapes", "configure", "shape_change")
 
 
 @pytest.mark.parametrize("position", range(1, 5))
 @pytest.mark.parametrize("size", [0, 1, 11, 13])
-def test_a_parameter_of_another_size_than_the_channels(
-    position: int, size: int, plugin: Plugin, capfd: pytest.CaptureFixture[str]
-) -> None:
-    tensors = with_input(position, shape=(size,))
-    for call in (plugin.configure, plugin.shape_change):
-        assert call(tensors) == -1
-        assert (
-            f"input {INPUTS[position]} has the wrong size. Got {size}; expected as many as X has channels, 12"
-            in capfd.readouterr().err
-        )
+def test_a_parameter_of_another_size_than_the_channels(position: int, size: int, refused: Callable[..., None]) -> None:
+    words = f"input {INPUTS[position]} has the wrong size. Got {size}; expected as many as X has channels, 12"
+    refused(with_input(position, shape=(size,)), words, "configure", "shape_change")
 
 
 @pytest.mark.parametrize("position", range(5))
@@ -396,28 +318,20 @@ def test_a_size_that_only_a_run_gives_is_not_refused_before(position: int, plugi
 
 @pytest.mark.parametrize(
     "changes",
-    [
-        {"shape": (2, 12, 4, 5)},
-        {"shape": (2, 12, 4)},
-        {"type": "float16"},
-        {"format": Format.HWC},
-    ],
+    [{"shape": (2, 12, 4, 5)}, {"shape": (2, 12, 4)}, {"type": "float16"}, {"format": Format.HWC}],
     ids=lambda changes: next(iter(changes)),
 )
-def test_an_output_unlike_x(changes: dict[str, Any], plugin: Plugin, capfd: pytest.CaptureFixture[str]) -> None:
-    for call in (plugin.configure, plugin.shape_change):
-        assert call(with_input(5, **changes)) == -1
-        assert "the output is not of X's shape, type and format" in capfd.readouterr().err
+def test_an_output_unlike_x(changes: dict[str, Any], refused: Callable[..., None]) -> None:
+    words = "the output is not of X's shape, type and format"
+    refused(with_input(5, **changes), words, "configure", "shape_change")
 
 
-def test_a_format_that_was_not_offered(plugin: Plugin, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_format_that_was_not_offered(refused: Callable[..., None]) -> None:
     for rank, dtype, format in product((3, 4, 5), DTYPES, Format):
-        if format in formats_of(dtype, rank):
-            continue
-        assert plugin.shape_change(inputs_and_output(Tensor(SHAPES[rank], dtype, format))) == -1
-        assert "input X is in a format that is not taken" in capfd.readouterr().err
-    assert plugin.configure(with_input(2, format=Format.CHW32)) == -1
-    assert "input beta is not linear" in capfd.readouterr().err
+        if format not in formats_of(dtype, rank):
+            tensors = inputs_and_output(Tensor(SHAPES[rank], dtype, format))
+            refused(tensors, "input X is in a format that is not taken", "shape_change")
+    refused(with_input(2, format=Format.CHW32), "input beta is not linear", "configure")
 
 
 # ---- What it refuses while it runs
@@ -444,7 +358,3 @@ def test_an_error_of_cuda_is_passed_on(
     y = np.empty(SHAPES[4], np.float32)
     assert plugin.enqueue(inputs_and_output(X), [value.ctypes.data for value in values], y.ctypes.data, 0) == -1
     assert capfd.readouterr().err == f"{DOMAIN}::{OP_TYPE}: CUDA: cudaErrorInvalidConfiguration (9)\n"
-
-
-def test_every_format_of_the_plugin_has_a_layout_here() -> None:
-    assert {format for dtype in DTYPES for format in formats_of(dtype, 4)} == set(LAYOUTS)
