@@ -8,11 +8,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkpoint_files import own
 
 from deploynorm.checkpoint import load
 from deploynorm.errors import ModelError
 from deploynorm.models import frn_resnet
 
+MODULES = {
+    "train": "main Training save os.system torch",
+    "data": "load ImageData read_idx",
+    "frn_resnet": "conv nn.Sequential Sequence FRN2d partial gone resnet20.__globals__ __loader__ __name__",
+}
 HOSTILE = [
     "os:system",
     "posix:system",
@@ -24,23 +30,7 @@ HOSTILE = [
     "deploynorm.modelsx:resnet20",
     "deploynorm.models_evil:build",
     "deploynorm.models/../evil:build",
-    "deploynorm.models.train:main",
-    "deploynorm.models.train:Training",
-    "deploynorm.models.train:save",
-    "deploynorm.models.train:os.system",
-    "deploynorm.models.train:torch",
-    "deploynorm.models.data:load",
-    "deploynorm.models.data:ImageData",
-    "deploynorm.models.data:read_idx",
-    "deploynorm.models.frn_resnet:conv",
-    "deploynorm.models.frn_resnet:nn.Sequential",
-    "deploynorm.models.frn_resnet:Sequence",
-    "deploynorm.models.frn_resnet:FRN2d",
-    "deploynorm.models.frn_resnet:partial",
-    "deploynorm.models.frn_resnet:resnet20.__globals__",
-    "deploynorm.models.frn_resnet:__loader__",
-    "deploynorm.models.frn_resnet:__name__",
-    "deploynorm.models.frn_resnet:gone",
+    *(f"deploynorm.models.{module}:{name}" for module, names in MODULES.items() for name in names.split()),
     "deploynorm.models.gone:resnet20",
     "deploynorm.models..frn_resnet:resnet20",
     "deploynorm.models._private:resnet20",
@@ -60,8 +50,7 @@ HOSTILE = [
 def test_a_file_cannot_name_other_code(here: Path, monkeypatch: pytest.MonkeyPatch, name: object) -> None:
     (here / "hostile_nets.py").write_text("import os\nos.mkdir('code_ran')\n")
     monkeypatch.syspath_prepend(here)
-    content = {"format": "deploynorm", "factory": name, "kwargs": {}, "state_dict": {"w": torch.ones(1)}}
-    torch.save(content, here / "model.pt")
+    torch.save(own(factory=name), here / "model.pt")
     inside = isinstance(name, str) and re.match(r"deploynorm\.models([.:]|$)", name)
     with pytest.raises(ModelError, match="has no such network" if inside else r"not one of deploynorm\.models"):
         load(here / "model.pt")
@@ -71,12 +60,7 @@ def test_a_file_cannot_name_other_code(here: Path, monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize("name", sorted({"resnet20", "resnet50"} & set(frn_resnet.__all__)))
 def test_a_file_may_name_a_network_of_deploynorm(tmp_path: Path, name: str) -> None:
-    content = {
-        "format": "deploynorm",
-        "factory": f"deploynorm.models.frn_resnet:{name}",
-        "kwargs": {"num_classes": 1},
-        "state_dict": {"w": torch.ones(1)},
-    }
+    content = own(factory=f"deploynorm.models.frn_resnet:{name}", kwargs={"num_classes": 1})
     torch.save(content, tmp_path / "model.pt")
     with pytest.raises(ModelError, match="does not fit ResNet"):
         load(tmp_path / "model.pt")

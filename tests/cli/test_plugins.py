@@ -7,36 +7,32 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from unoptimized import unoptimized
 
 from deploynorm import libraries
 
 
-@pytest.fixture(autouse=True)
-def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-
-
-def test_path_prints_the_path_alone(deploynorm: Callable, require: Callable) -> None:
-    require("native")
+@pytest.mark.usefixtures("native")
+def test_path_prints_the_path_alone(deploynorm: Callable) -> None:
     assert deploynorm("plugins", "path").out == f"{libraries.library_path()}\n"
 
 
 @pytest.mark.usefixtures("without_library")
-def test_build_makes_what_path_prints(deploynorm: Callable, require: Callable) -> None:
+def test_build_makes_what_path_prints(
+    deploynorm: Callable, require: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     require("compiler")
-    assert deploynorm("plugins", "path").code == 3
-    built = deploynorm("plugins", "build", "--json", "build.json")
-    assert built.code == 0, built.err
+    monkeypatch.setenv("CXX", unoptimized(tmp_path))
+    deploynorm("plugins", "path", code=3)
+    deploynorm("plugins", "build", "--json", "build.json")
     library = Path(json.loads(Path("build.json").read_text())["library"])
     assert library.is_file()
     assert deploynorm("plugins", "path").out == f"{library}\n"
 
 
-def test_info_tells_library_processor_compiler_and_runtime(deploynorm: Callable, require: Callable) -> None:
-    require("native")
-    require("ort")
-    shown = deploynorm("plugins", "info", "--json", "info.json")
-    assert shown.code == 0, shown.err
+@pytest.mark.usefixtures("native", "ort")
+def test_info_tells_library_processor_compiler_and_runtime(deploynorm: Callable) -> None:
+    deploynorm("plugins", "info", "--json", "info.json")
     facts = json.loads(Path("info.json").read_text())
     assert facts["library"] == str(libraries.library_path())
     assert "baseline" in facts["processor runs"]
@@ -56,6 +52,4 @@ def test_info_tells_library_processor_compiler_and_runtime(deploynorm: Callable,
 
 @pytest.mark.usefixtures("without_library")
 def test_info_without_a_library_says_how_to_get_one(deploynorm: Callable) -> None:
-    shown = deploynorm("plugins", "info")
-    assert shown.code == 0, shown.err
-    assert "deploynorm plugins build" in shown.out
+    assert "deploynorm plugins build" in deploynorm("plugins", "info").out
