@@ -65,13 +65,30 @@ PICKLES: dict[str, Callable[[Path], bytes]] = {
 
 
 Change = Callable[[str, bytes], bytes | None]
+Attack = tuple[Change, dict[str, bytes]]
+"""What changes in the members of an archive of torch.export, and which are added."""
 
 
 def instead(member: str, content: bytes) -> Change:
     return lambda name, old: content if name == member else old
 
 
-def edited(edit: Callable[[Any], Any]) -> Change:
+def samples(content: bytes) -> Attack:
+    return instead("data/sample_inputs/model.pt", content), {}
+
+
+def added(member: str, content: bytes) -> Attack:
+    return (lambda name, old: old), {member: content}
+
+
+def payload(kind: str, name: str, path: str, content: bytes) -> Attack:
+    """The archive names a pickle as one of its weights or constants, and has it."""
+    config = {name: {"path_name": path, "is_param": False, "use_pickle": True, "tensor_meta": None}}
+    change = instead(f"data/{kind}/model_{kind}_config.json", json.dumps({"config": config}).encode())
+    return change, {f"data/{kind}/{path}": content}
+
+
+def program(edit: Callable[[Any], Any]) -> Attack:
     """The program with its JSON changed, in place or by what `edit` returns."""
 
     def change(name: str, content: bytes) -> bytes:
@@ -80,7 +97,7 @@ def edited(edit: Callable[[Any], Any]) -> Change:
         program = json.loads(content)
         return json.dumps(edit(program) or program).encode()
 
-    return change
+    return change, {}
 
 
 def renamed(value: Any, new: str) -> Any:
@@ -113,78 +130,44 @@ def with_node(program: Any, target: str, *arguments: Any) -> None:
     program["graph_module"]["graph"]["nodes"].append(node)
 
 
-def payload(kind: str, name: str, path: str) -> Change:
-    """An archive that names a pickle as one of its weights or constants."""
-    config = {name: {"path_name": path, "is_param": False, "use_pickle": True, "tensor_meta": None}}
-    return instead(f"data/{kind}/model_{kind}_config.json", json.dumps({"config": config}).encode())
-
-
-def unchanged(name: str, content: bytes) -> bytes:
-    return content
-
-
-SAMPLES = "data/sample_inputs/model.pt"
 ENUM = json.dumps({"__enum__": True, "fqn": "hostile_module:A", "name": "B"})
 DEFAULT = {"default_factory_module": "hostile_module", "default_factory_name": "a", "dict_context": []}
 
-RUNNING: dict[str, Callable[[Path], tuple[Change, dict[str, bytes]]]] = {
-    "sample inputs": lambda m: (instead(SAMPLES, saved(((Hostile(m),), {}))), {}),
-    "sample inputs, legacy": lambda m: (instead(SAMPLES, saved(Hostile(m), **LEGACY)), {}),
-    "sample inputs, protocol 4": lambda m: (instead(SAMPLES, saved(Hostile(m), pickle_protocol=4)), {}),
-    "sample inputs, bare": lambda m: (instead(SAMPLES, pickle.dumps(Hostile(m))), {}),
-    "sample inputs, a network": lambda m: (instead(SAMPLES, saved(network_with(Hostile(m)))), {}),
-    "weights in one pickle": lambda m: (unchanged, {"data/weights/model.pt": saved(Hostile(m))}),
-    "constants in one pickle": lambda m: (unchanged, {"data/constants/model.pt": saved(Hostile(m))}),
-    "a pickled weight": lambda m: (
-        payload("weights", "0.weight", "weight_99"),
-        {"data/weights/weight_99": saved(Hostile(m))},
+RUNNING: dict[str, Callable[[Path], Attack]] = {
+    "sample inputs": lambda m: samples(saved(((Hostile(m),), {}))),
+    "sample inputs, legacy": lambda m: samples(saved(Hostile(m), **LEGACY)),
+    "sample inputs, protocol 4": lambda m: samples(saved(Hostile(m), pickle_protocol=4)),
+    "sample inputs, bare": lambda m: samples(pickle.dumps(Hostile(m))),
+    "sample inputs, a network": lambda m: samples(saved(network_with(Hostile(m)))),
+    "weights in one pickle": lambda m: added("data/weights/model.pt", saved(Hostile(m))),
+    "constants in one pickle": lambda m: added("data/constants/model.pt", saved(Hostile(m))),
+    "a pickled weight": lambda m: payload("weights", "0.weight", "weight_99", saved(Hostile(m))),
+    "a pickled constant": lambda m: payload("constants", "c", "tensor_99", saved(Hostile(m))),
+    "a Python object": lambda m: payload("constants", "c", "opaque_obj_0", pickle.dumps(Hostile(m))),
+    "a size": lambda m: program(lambda p: with_size(p, code(m))),
+    "a size inside a size": lambda m: program(lambda p: with_size(p, f"Add(Integer(1), {code(m)})")),
+    "a size as text": lambda m: program(lambda p: with_size(p, f"Abs({code(m)!r})")),
+    "a guard": lambda m: program(lambda p: p.update(guards_code=[code(m)])),
+    "a guard in an index": lambda m: program(
+        lambda p: p.update(guards_code=[f"L['input'].size()[{code(m)} or 0] > 0"])
     ),
-    "a pickled constant": lambda m: (
-        payload("constants", "c", "tensor_99"),
-        {"data/constants/tensor_99": saved(Hostile(m))},
-    ),
-    "a Python object": lambda m: (
-        payload("constants", "c", "opaque_obj_0"),
-        {"data/constants/opaque_obj_0": pickle.dumps(Hostile(m))},
-    ),
-    "a size": lambda m: (edited(lambda p: with_size(p, code(m))), {}),
-    "a size inside a size": lambda m: (edited(lambda p: with_size(p, f"Add(Integer(1), {code(m)})")), {}),
-    "a size as text": lambda m: (edited(lambda p: with_size(p, f"Abs({code(m)!r})")), {}),
-    "a guard": lambda m: (edited(lambda p: p.update(guards_code=[code(m)])), {}),
-    "a guard in an index": lambda m: (
-        edited(lambda p: p.update(guards_code=[f"L['input'].size()[{code(m)} or 0] > 0"])),
-        {},
-    ),
-    "a name": lambda m: (edited(lambda p: renamed(p, f"input={code(m)}")), {}),
-    "an enum of a module": lambda m: (edited(lambda p: with_tree(p, "builtins.dict", ENUM)), {}),
-    "a default of a module": lambda m: (edited(lambda p: with_tree(p, "collections.defaultdict", DEFAULT)), {}),
+    "a name": lambda m: program(lambda p: renamed(p, f"input={code(m)}")),
+    "an enum of a module": lambda m: program(lambda p: with_tree(p, "builtins.dict", ENUM)),
+    "a default of a module": lambda m: program(lambda p: with_tree(p, "collections.defaultdict", DEFAULT)),
 }
-"""Archives of whose code torch itself runs some: what changes in them, and what is added."""
+"""Archives of whose code torch itself runs some."""
 
-REFUSED: dict[str, Callable[[Path], tuple[Change, dict[str, bytes]]]] = {
-    "sample inputs, a known network": lambda m: (instead(SAMPLES, saved(((nn.ReLU(),), {}))), {}),
-    "a TorchScript object": lambda m: (
-        payload("constants", "c", "custom_obj_0"),
-        {"data/constants/custom_obj_0": saved(Hostile(m))},
-    ),
-    "machine code": lambda m: (unchanged, {"data/aotinductor/model/wrapper.so": b"\x7fELF"}),
-    "an unknown member": lambda m: (unchanged, {"data/more/model.pt": saved(Hostile(m))}),
-    "a second program": lambda m: (unchanged, {"models/other.json": b"{}"}),
-    "a function of Python": lambda m: (
-        edited(lambda p: with_node(p, "torch.os.mkdir", ("", {"as_string": str(m)}))),
-        {},
-    ),
-    "an operator on files": lambda m: (
-        edited(
-            lambda p: with_node(
-                p,
-                "torch.ops.aten.from_file.default",
-                ("filename", {"as_string": str(m)}),
-                ("shared", {"as_bool": True}),
-                ("size", {"as_int": 8}),
-            )
-        ),
-        {},
+FILE = (("shared", {"as_bool": True}), ("size", {"as_int": 8}))
+
+REFUSED: dict[str, Callable[[Path], Attack]] = {
+    "sample inputs, a known network": lambda m: samples(saved(((nn.ReLU(),), {}))),
+    "a TorchScript object": lambda m: payload("constants", "c", "custom_obj_0", saved(Hostile(m))),
+    "machine code": lambda m: added("data/aotinductor/model/wrapper.so", b"\x7fELF"),
+    "an unknown member": lambda m: added("data/more/model.pt", saved(Hostile(m))),
+    "a second program": lambda m: added("models/other.json", b"{}"),
+    "a function of Python": lambda m: program(lambda p: with_node(p, "torch.os.mkdir", ("", {"as_string": str(m)}))),
+    "an operator on files": lambda m: program(
+        lambda p: with_node(p, "torch.ops.aten.from_file.default", ("filename", {"as_string": str(m)}), *FILE)
     ),
 }
 """Archives of which torch does not run any (yet)."""

@@ -52,18 +52,15 @@ def test_a_session_runs_a_file_that_has_no_body(native: Any, tmp_path: Path) -> 
     np.testing.assert_allclose(result(session), WANT, **OP_FLOAT32.kwargs())
 
 
-def test_registering_twice_is_not_an_error(native: Any) -> None:
-    options = native.SessionOptions()
-    ort.register(options)
-    ort.register(options)
-    assert result(ort.session(WITHOUT_BODY, options=options)).shape == X.shape
-    assert result(native.InferenceSession(WITHOUT_BODY, options)).shape == X.shape
-
-
-def test_the_path_is_what_onnxruntime_itself_takes(native: Any) -> None:
-    options = native.SessionOptions()
-    options.register_custom_ops_library(str(ort.library_path()))
-    np.testing.assert_allclose(result(native.InferenceSession(WITHOUT_BODY, options)), WANT, **OP_FLOAT32.kwargs())
+def test_options_take_the_library_by_hand_or_from_us_once_or_twice(native: Any) -> None:
+    ours, by_hand = native.SessionOptions(), native.SessionOptions()
+    ort.register(ours)
+    ort.register(ours)
+    by_hand.register_custom_ops_library(str(ort.library_path()))
+    assert result(ort.session(WITHOUT_BODY, options=ours)).shape == X.shape
+    for options in (ours, by_hand):
+        session = native.InferenceSession(WITHOUT_BODY, options)
+        np.testing.assert_allclose(result(session), WANT, **OP_FLOAT32.kwargs())
 
 
 def test_a_library_registered_by_hand_and_by_us_is_explained(native: Any) -> None:
