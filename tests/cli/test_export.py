@@ -155,8 +155,11 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("options", "phrase"), REFUSED.values(), ids=REFUSED)
-def test_bad_options_are_refused(options: tuple[str, ...], phrase: str, frn_pt: Path, refused: Callable) -> None:
-    refused(2, phrase, "export", frn_pt, *options)
+def test_bad_options_are_refused(
+    options: tuple[str, ...], phrase: str, small: Callable, frn_pt: Path, refused: Callable
+) -> None:
+    model = (frn_pt,) if "--input-shape" in options else small("conv")
+    refused(2, phrase, "export", *model, *options)
 
 
 def test_file_that_cannot_be_read_is_refused(refused: Callable) -> None:

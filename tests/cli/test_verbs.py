@@ -130,6 +130,7 @@ def test_plugins_path_prints_the_path_alone(deploynorm: Callable) -> None:
     assert deploynorm("plugins", "path").out == f"{libraries.library_path()}\n"
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("without_library")
 def test_plugins_build_makes_what_path_prints(
     deploynorm: Callable, require: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
