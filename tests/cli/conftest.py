@@ -167,10 +167,7 @@ def factories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 @pytest.fixture
 def small(factories: ModuleType) -> Callable[..., tuple[str, ...]]:
-    """small("conv", network): the weights of a network of that factory in weights.pt, and the arguments that read them.
-
-    Without a network it is a new one. It takes a tenth of the time of `frn_pt`.
-    """
+    """small("conv"): weights of a network of that factory, by default a new one, and the arguments that read them."""
 
     def write(factory: str, network: torch.nn.Module | None = None, *, shape: str = "1x3x12x12") -> tuple[str, ...]:
         torch.manual_seed(0)

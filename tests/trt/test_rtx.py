@@ -192,6 +192,7 @@ def test_the_textbook_body_is_what_ours_avoids(tmp_path: Path) -> None:
     assert between[0]["outputs"] == ["float16"]
 
 
+@pytest.mark.slow
 def test_a_network_of_timm_is_built(timm: ModuleType, tmp_path: Path, plugin: list[Path]) -> None:
     network = adopt(timm.create_model("resnetv2_50d_frn", num_classes=5).eval())
     export(network, (torch.zeros(2, 3, 64, 64),), dynamic="all").save(tmp_path / "net.onnx")
