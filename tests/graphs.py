@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import numpy as np
 import onnx
 import onnx.helper
 import onnx.numpy_helper
 
 from deploynorm.contract import DOMAIN, INPUTS, NODE_ATTRIBUTES, OP_TYPE, OUTPUT, PARAMETERS, VERSION
+from deploynorm.lowering import function_proto
 
 __all__ = ["CHANNELS", "OPSET", "frn_model", "frn_parameters", "one_node"]
 
@@ -35,11 +38,13 @@ def frn_parameters(dtype: str = "float32") -> dict[str, np.ndarray]:
 def frn_model(
     dtype: str = "float32",
     *,
-    body: onnx.FunctionProto | None = None,
+    body: onnx.FunctionProto | Literal[True] | None = None,
     parameters: dict[str, np.ndarray] | None = None,
     shape: tuple[int | str, ...] = ("N", CHANNELS, "H", "W"),
 ) -> onnx.ModelProto:
-    """One node of our operator over an input X, with `body` as its function."""
+    """One node of our operator over an input X, with `body` as its function; True is the one that export writes."""
+    if body is True:
+        body = function_proto(OPSET, half=dtype in ("float16", "bfloat16"))
     parameters = frn_parameters(dtype) if parameters is None else parameters
     node = onnx.helper.make_node(OP_TYPE, INPUTS, [OUTPUT], domain=DOMAIN, **NODE_ATTRIBUTES)
     graph = onnx.helper.make_graph(
@@ -68,3 +73,12 @@ def one_node(
     graph = onnx.helper.make_graph([node], op_type, values[:-1], values[-1:])
     imports = [onnx.helper.make_opsetid("", OPSET)]
     return onnx.helper.make_model(graph, opset_imports=imports, ir_version=IR_VERSION)
+
+
+UNREADABLE = {
+    "not there": None,
+    "empty": b"",
+    "text": b"this is not a model" * 20,
+    "cut short": frn_model(body=True).SerializeToString()[:-40],
+}
+"""Contents of files that are no models; None for a file that is not there."""

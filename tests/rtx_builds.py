@@ -10,8 +10,7 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,7 +27,7 @@ from deploynorm import libraries
 from deploynorm.contract import DOMAIN, INPUTS, OP_TYPE, PARAMETERS, VERSION
 from deploynorm.lowering import function_proto
 
-__all__ = ["OPSET", "Built", "Outcome", "build_for_each", "build_rtx", "call", "conv_frn_conv", "plugin_library"]
+__all__ = ["OPSET", "Built", "Outcome", "build_rtx", "call", "conv_frn_conv", "plugin_library"]
 
 OPSET = 20
 
@@ -80,25 +79,21 @@ class Outcome(NamedTuple):
 
 @dataclass(frozen=True)
 class Built:
-    """What a build gave.
+    """What a build gave: an error with its message, or an Engine, of which this is a part.
 
     Attributes:
         facts: Engine.to_dict().
         layers: As dicts: name, kind, plugin, moves_only, and the dtypes of inputs and outputs.
         size: Of the plan.
-        passes: Engine.passes.
-        moves: Engine.moves.
-        error: Class of the error, or empty.
-        message: Its text.
     """
 
-    facts: dict[str, Any]
-    layers: list[dict[str, Any]]
-    size: int
-    passes: int
-    moves: int
-    error: str
-    message: str
+    facts: dict[str, Any] = field(default_factory=dict)
+    layers: list[dict[str, Any]] = field(default_factory=list)
+    size: int = 0
+    passes: int = 0
+    moves: int = 0
+    error: str = ""
+    message: str = ""
 
     def between_products(self) -> list[dict[str, Any]]:
         """The layers after the first convolution and before the last, in the engine's order."""
@@ -143,13 +138,7 @@ def _builder() -> _Builder:
 
 def build_rtx(model: Path, **options: object) -> Built:
     """deploynorm.build(model, backend="tensorrt-rtx", **options)."""
-    nothing = {"facts": {}, "layers": [], "size": 0, "passes": 0, "moves": 0, "error": "", "message": ""}
-    return Built(**(nothing | _builder().ask("built", model, options)))
-
-
-def build_for_each(model: Path, cards: Sequence[str], **options: object) -> list[Built]:
-    """An engine for each compute capability on its own."""
-    return [build_rtx(model, compute_capabilities=[card], **options) for card in cards]
+    return Built(**_builder().ask("built", model, options))
 
 
 def call(*arguments: object) -> Outcome:

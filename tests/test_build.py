@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import onnx
 import pytest
-from fake_tensorrt import fake_tensorrt, with_builder
+from machines import install_builder
 from rtx_builds import conv_frn_conv
 
 from deploynorm._build import build
@@ -23,18 +22,8 @@ RANGE = {"min_shapes": {"": (1, 64, 8, 8)}, "opt_shapes": {"": (4, 64, 8, 8)}, "
 
 @pytest.fixture
 def full(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
-    """full("10.9.0") makes it the TensorRT of this machine, one of Python that builds; with a GPU that is not there."""
-
-    def install(version: str, *, gpu: str | None = "9.0", **facts: Any) -> Any:
-        module = with_builder(fake_tensorrt(version), gpu=gpu is not None, **facts)
-        monkeypatch.setitem(sys.modules, "tensorrt", module)
-        monkeypatch.setattr("deploynorm.trt.importing._LOGGERS", {})
-        monkeypatch.setattr("deploynorm.trt.plugins._LOADED", {})
-        for name in ("deploynorm._build", "deploynorm.trt.builder"):
-            monkeypatch.setattr(importlib.import_module(name), "gpu_here", lambda: gpu)
-        return module
-
-    return install
+    """full("10.9.0") makes it the TensorRT of this machine, one of Python that builds."""
+    return functools.partial(install_builder, monkeypatch)
 
 
 @pytest.fixture
@@ -52,7 +41,7 @@ NET = conv_frn_conv("float16", (2, 16, 8, 8))
 def test_every_version_builds_typed_networks_down_the_way_asked_for(
     version: str, way: Any, full: Callable[..., Any], library: Path
 ) -> None:
-    module = full(version)
+    module, before = full(version), NET.SerializeToString()
     engine = build(NET, frn=way, plugins=[library])
     assert (engine.backend, engine.version, engine.compute_capabilities) == ("tensorrt", version, ("9.0",))
     assert (engine.precision, engine.frn.way) == ("float16", way)
@@ -61,21 +50,14 @@ def test_every_version_builds_typed_networks_down_the_way_asked_for(
     parsed = onnx.load_from_string(module.seen["model"])
     # Before TensorRT 10.7 a function beats a plugin: on the way of the plugin none is left.
     assert [function.name for function in parsed.functions] == ([] if way == "plugin" else [f"{OP_TYPE}Body"])
+    assert NET.SerializeToString() == before
 
 
 def test_options_reach_tensorrt(full: Callable[..., Any], library: Path) -> None:
-    module = full("11.4.0")
-    engine = build(
-        NET,
-        frn="plugin",
-        plugins=[library],
-        embed_plugin=True,
-        timing_cache=b"old ",
-        workspace=2**20,
-        version_compatible=True,
-        hardware_compatible="ampere+",
-        optimization_level=2,
-    )
+    module = full()
+    options: dict[str, Any] = {"version_compatible": True, "hardware_compatible": "ampere+", "optimization_level": 2}
+    options |= {"embed_plugin": True, "timing_cache": b"old ", "workspace": 2**20}
+    engine = build(NET, frn="plugin", plugins=[library], **options)
     assert engine.timing_cache == b"old and new"
     assert engine.embedded == (library.name,)
     config = module.seen["config"]
@@ -86,36 +68,23 @@ def test_options_reach_tensorrt(full: Callable[..., Any], library: Path) -> None
     assert config.profiling_verbosity == "DETAILED"
 
 
-def test_tf32_is_for_those_who_ask(full: Callable[..., Any]) -> None:
-    module = full("11.4.0")
+def test_tf32_is_for_those_who_ask_and_free_axes_get_their_range(full: Callable[..., Any]) -> None:
+    module = full()
     assert build(NET, frn="native", tf32=True).tf32
     assert "TF32" in module.seen["config"].flags
     assert module.seen["config"].profiles == []
-
-
-def test_free_axes_get_their_range(full: Callable[..., Any]) -> None:
-    module = full("11.4.0")
     build(conv_frn_conv("float16", FREE), frn="native", **RANGE)
-    low, best, high = (next(iter(RANGE[f"{key}_shapes"].values())) for key in ("min", "opt", "max"))
-    assert module.seen["config"].profiles == [{"x": (low, best, high)}]
+    assert module.seen["config"].profiles == [{"x": tuple(RANGE[f"{key}_shapes"][""] for key in ("min", "opt", "max"))}]
 
 
-def test_an_engine_in_another_type_than_the_graph_is_refused(full: Callable[..., Any]) -> None:
-    full("11.4.0", layer_dtype="Float")
-    with pytest.raises(
-        ModelError, match=r"built 2 of 2 products in another type than the graph has. Got conv0 in float32"
-    ):
+def test_the_types_of_an_engine_are_those_that_its_layers_tell(full: Callable[..., Any]) -> None:
+    full(layer_dtype="Float")
+    with pytest.raises(ModelError, match="built 2 of 2 products in another type than the graph has"):
         build(NET, frn="native")
-
-
-def test_an_engine_whose_layers_tell_no_type_is_not_called_by_one(full: Callable[..., Any]) -> None:
-    full("11.4.0", layer_dtype=None)
+    full(layer_dtype=None)
     engine = build(NET, frn="native")
     assert (engine.precision, engine.verified_products, engine.products) == (None, 0, 2)
-
-
-def test_the_inspector_tells_where_the_log_does_not(full: Callable[..., Any]) -> None:
-    full("11.4.0", in_log=False)
+    full(in_log=False)  # and the inspector tells it
     engine = build(NET, frn="native")
     assert (engine.precision, engine.verified_products) == ("float16", 2)
 
@@ -124,13 +93,13 @@ def test_the_inspector_tells_where_the_log_does_not(full: Callable[..., Any]) ->
 def test_a_plugin_that_was_not_taken_is_an_error(
     where: str, verb: str, full: Callable[..., Any], library: Path
 ) -> None:
-    full("11.4.0", loses_plugin_in=where)
+    full(loses_plugin_in=where)
     with pytest.raises(ModelError, match=rf"did not {verb} the plugin for every FRN layer. Got 0; expected 1"):
         build(NET, frn="plugin", plugins=[library])
 
 
 def test_a_library_without_our_plugin_is_reported(full: Callable[..., Any], library: Path) -> None:
-    full("11.4.0").registry.brings = {("Other", "1", "")}
+    full().registry.brings = {("Other", "1", "")}
     with pytest.raises(BackendError, match="none of them brings our FRN plugin"):
         build(NET, frn="plugin", plugins=[library])
 
@@ -139,7 +108,7 @@ def test_a_library_without_our_plugin_is_reported(full: Callable[..., Any], libr
 def test_auto_keeps_the_faster_on_this_gpu(
     faster: Any, full: Callable[..., Any], library: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    full("11.4.0")
+    full()
     times = {"plugin": 2.0, "native": 2.0, faster: 1.5}
     monkeypatch.setattr("deploynorm.run.timing.milliseconds", lambda engines: {way: times[way] for way in engines})
     engine = build(NET, plugins=[library])
@@ -151,7 +120,7 @@ def test_auto_keeps_the_faster_on_this_gpu(
 
 @pytest.mark.usefixtures("without_library")
 def test_auto_without_the_plugin_is_native_and_says_why(full: Callable[..., Any]) -> None:
-    full("11.4.0")
+    full()
     engine = build(NET)
     assert engine.frn.way == "native"
     assert "the plugin is not there" in engine.frn.reason
@@ -160,7 +129,7 @@ def test_auto_without_the_plugin_is_native_and_says_why(full: Callable[..., Any]
 
 
 def test_auto_does_not_pass_over_a_library_that_the_user_named(full: Callable[..., Any], library: Path) -> None:
-    module = full("11.4.0")
+    module = full()
     with pytest.raises(BackendError, match=r"none\.so: no such plugin library"):
         build(NET, plugins=[library.with_name("none.so")])
     module.registry.brings = {("Other", "1", "")}
@@ -170,7 +139,7 @@ def test_auto_does_not_pass_over_a_library_that_the_user_named(full: Callable[..
 
 
 def test_a_model_without_frn_needs_no_way(full: Callable[..., Any]) -> None:
-    full("11.4.0")
+    full()
     model = conv_frn_conv("float16", (2, 16, 8, 8), layers=0)
     engine = build(model)
     assert (engine.frn.way, engine.frn.nodes) == (None, 0)
@@ -179,19 +148,13 @@ def test_a_model_without_frn_needs_no_way(full: Callable[..., Any]) -> None:
 
 
 def test_without_a_driver_tensorrt_itself_cannot_build(full: Callable[..., Any]) -> None:
-    full("11.4.0", gpu=None)
-    with pytest.raises(
-        BackendError, match=r"needs an NVIDIA GPU.*Fix: install the driver; only TensorRT-RTX"
-    ) as caught:
+    full(gpu=None)
+    with pytest.raises(BackendError, match=r"needs an NVIDIA GPU.*Fix: install the driver; only TensorRT-RTX"):
         build(NET, frn="native")
-    assert caught.value.exit_code == 3
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "another GPU than this": (
-        {"compute_capabilities": ["8.9"]},
-        "the GPU of this machine only. Got 8.9; expected 9.0",
-    ),
+    "another GPU than this": ({"compute_capabilities": ["8.9"]}, "the GPU of this machine only. Got 8.9; expected 9.0"),
     "an unknown way": ({"frn": "fast"}, "unknown way for FRN. Got 'fast'"),
     "an unknown backend": ({"backend": "tensorflow"}, "unknown backend. Got 'tensorflow'"),
     "an unknown compatibility": ({"hardware_compatible": "all"}, "--hardware-compatible: unknown"),
@@ -201,24 +164,14 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
-@pytest.mark.parametrize("name", REFUSED)
-def test_options_that_cannot_be_are_refused(name: str, full: Callable[..., Any]) -> None:
-    full("11.4.0")
-    options, message = REFUSED[name]
+@pytest.mark.parametrize(("options", "message"), REFUSED.values(), ids=REFUSED)
+def test_options_that_cannot_be_are_refused(options: dict[str, Any], message: str, full: Callable[..., Any]) -> None:
+    full()
     with pytest.raises(InputError, match=message):
         build(NET, **options)
 
 
 def test_a_free_input_without_a_range_is_named(full: Callable[..., Any]) -> None:
-    full("11.4.0")
+    full()
     with pytest.raises(InputError, match=r"input x: some of its axes are dynamic.*Got Nx64xHxW.*Fix: --min-shapes"):
         build(conv_frn_conv("float16", FREE))
-
-
-def test_the_model_is_left_as_it_is(full: Callable[..., Any], library: Path) -> None:
-    full("11.4.0")
-    before = NET.SerializeToString()
-    ways: tuple[Any, ...] = ("plugin", "native")
-    for way in ways:
-        build(NET, frn=way, plugins=[library])
-    assert NET.SerializeToString() == before

@@ -54,10 +54,8 @@ def planted(index: tuple[int, ...], value: float) -> Array:
     return got
 
 
-def compare(
-    got: Outputs | Array, want: Outputs | Array, *, rtol: float | None = None, atol: float | None = None
-) -> Report:
-    return check(Fixed(got, "candidate"), Fixed(want, "truth"), SAMPLES, rtol=rtol, atol=atol)
+def compare(got: Outputs | Array, want: Outputs | Array, **tolerances: float) -> Report:
+    return check(Fixed(got, "candidate"), Fixed(want, "truth"), SAMPLES, **tolerances)
 
 
 def one_channel(factor: float) -> Array:
@@ -83,11 +81,7 @@ REJECTED: dict[str, tuple[Outputs | Array, Outputs | Array, str]] = {
     "NaN in the truth": (GOT, planted(AT, math.nan), "the truth itself is not finite"),
     "NaN in both": (planted(AT, math.nan), planted(AT, math.nan), "the truth itself is not finite"),
     "infinity in both": (planted(AT, math.inf), planted(AT, math.inf), "the truth itself is not finite"),
-    "a shape that broadcasts": (
-        GOT[:1],
-        np.repeat(WANT[:1], 3, axis=0),
-        "gives shape (1, 8, 5, 7) where the truth has",
-    ),
+    "a shape that broadcasts": (GOT[:1], WANT[:1].repeat(3, 0), "gives shape (1, 8, 5, 7) where the truth has"),
     "a shape of as many values": (GOT.transpose(0, 1, 3, 2), WANT, "gives shape (3, 8, 7, 5) where the truth has"),
     "an axis too many": (GOT[None], WANT, "gives shape (1, 3, 8, 5, 7) where the truth has"),
     "integers": (GOT.astype(np.int64), WANT.astype(np.int64).astype(np.float64), "gives int64 where the truth has"),
@@ -157,30 +151,22 @@ def images(scale: float) -> list[tuple[str, dict[str, Array]]]:
     return [(f"{n}", {"x": (scale * rng.normal(size=(n, 3, 9, 8))).astype(np.float32)}) for n in (1, 3)]
 
 
-def test_a_network_in_float32_agrees_with_itself_in_float64() -> None:
+def network_check(candidate: nn.Module, truth: nn.Module, scale: float) -> Report:
+    """Two networks on two samples of values of that size, the truth in float64."""
     spec = [TensorSpec("x", ("N", 3, "H", "W"), "float32")]
+    with EagerRunner(candidate, spec) as got, EagerRunner(truth, spec, dtype=torch.float64) as want:
+        return check(got, want, images(scale))
+
+
+def test_a_network_in_float32_agrees_with_itself_in_float64_and_with_no_other() -> None:
     net = frn_network(1e-6)
-    with EagerRunner(net, spec) as candidate, EagerRunner(net, spec, dtype=torch.float64) as truth:
-        report = check(candidate, truth, images(1e-3))
+    report = network_check(net, net, 1e-3)
     assert report
     assert [comparison.sample for comparison in report.comparisons] == ["1", "3"]
     assert 0 < report.worst.max_rel < 1e-5
     assert (report.candidate, report.truth) == ("eager", "eager float64")
-
-
-def test_another_eps_is_rejected_where_activations_are_small() -> None:
-    spec = [TensorSpec("x", ("N", 3, "H", "W"), "float32")]
-    right, wrong = frn_network(1e-6), frn_network(1e-5)
-    with EagerRunner(wrong, spec) as candidate, EagerRunner(right, spec, dtype=torch.float64) as truth:
-        assert not check(candidate, truth, images(1e-3))
-
-
-def test_weights_cut_to_float16_are_rejected() -> None:
-    spec = [TensorSpec("x", ("N", 3, "H", "W"), "float32")]
-    net = frn_network(1e-6)
-    cut = copy.deepcopy(net).half().float()
-    with EagerRunner(cut, spec) as candidate, EagerRunner(net, spec, dtype=torch.float64) as truth:
-        assert not check(candidate, truth, images(1.0))
+    assert not network_check(frn_network(1e-5), net, 1e-3), "another eps, where activations are small"
+    assert not network_check(copy.deepcopy(net).half().float(), net, 1.0), "weights cut to float16"
 
 
 def test_the_report_points_at_the_planted_value() -> None:
@@ -271,12 +257,8 @@ def test_both_get_the_same_feeds_and_every_sample_is_compared() -> None:
     samples = [("first", {"x": GOT}), ("second", {"x": -GOT})]
     report = check(candidate, truth, iter(samples))
     assert candidate.fed == truth.fed == [feeds for _, feeds in samples]
-    assert [(c.sample, c.output) for c in report.comparisons] == [
-        ("first", "y"),
-        ("first", "z"),
-        ("second", "y"),
-        ("second", "z"),
-    ]
+    compared = [(comparison.sample, comparison.output) for comparison in report.comparisons]
+    assert compared == [(sample, output) for sample in ("first", "second") for output in "yz"]
 
 
 def test_one_broken_output_among_many_breaks_the_report_and_is_the_worst() -> None:

@@ -26,25 +26,19 @@ def test_a_write_that_breaks_off_keeps_the_file_before_it(tmp_path: Path, error:
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("model.onnx", "old")]
 
 
-def test_nothing_is_seen_before_the_block_ends_and_all_of_it_after(tmp_path: Path) -> None:
-    target = tmp_path / "model.onnx"
-    with staging(target) as folder:
-        for name in ("model.onnx", "model.onnx.data"):
-            (folder / name).write_text("new")
-        assert [path for path in tmp_path.iterdir() if not path.name.startswith(".")] == []
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.onnx", "model.onnx.data"]
-
-
-def test_the_file_asked_for_comes_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_seen_before_the_block_ends_and_the_file_asked_for_comes_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A server that waits for model.onnx must find its weights there."""
     moved: list[str] = []
     replace = os.replace
     monkeypatch.setattr(os, "replace", lambda old, new: (moved.append(Path(new).name), replace(old, new)))
     with staging(tmp_path / "model.onnx") as folder:
         for name in ("a.json", "model.onnx", "model.onnx.data"):
-            (folder / name).write_text("")
-    assert sorted(moved) == ["a.json", "model.onnx", "model.onnx.data"]
-    assert moved[-1] == "model.onnx"
+            (folder / name).write_text("new")
+        assert [path for path in tmp_path.iterdir() if not path.name.startswith(".")] == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json", "model.onnx", "model.onnx.data"]
+    assert (len(moved), moved[-1]) == (3, "model.onnx")
 
 
 @pytest.mark.parametrize("target", ["missing/out.txt", "."])

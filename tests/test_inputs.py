@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import sys
@@ -19,6 +20,10 @@ from deploynorm.inputs import AxisSizes, TensorSpec, parse_input_shapes, read_si
 from deploynorm.samples import sample_inputs
 
 IMAGE = {"shape": [3, 4, 6], "mean": [0.5, 0.25, 0.0], "std": [0.5, 1.0, 2]}
+
+
+def grey(height: int, width: int) -> ImageSpec:
+    return ImageSpec((1, height, width), (0.0,), (1.0,))
 
 
 @pytest.mark.parametrize(
@@ -42,20 +47,13 @@ def test_a_shape_is_read_in_every_form(texts: list[str], shapes: dict[str, tuple
     assert parse_input_shapes(texts) == shapes
 
 
+NO_SHAPES = ["x", "", "x:", ":2x3", "x:2x3x", "x:2x-3", "x:0x3", "x:2.5x3", "x:[2,3", "x:Nx3x8x8", "x:२x3"]
+
+
 @pytest.mark.parametrize(
     ("texts", "phrase"),
     [
-        (["x"], "not a shape"),
-        ([""], "not a shape"),
-        (["x:"], "not a shape"),
-        ([":2x3"], "not a shape"),
-        (["x:2x3x"], "not a shape"),
-        (["x:2x-3"], "not a shape"),
-        (["x:0x3"], "not a shape"),
-        (["x:2.5x3"], "not a shape"),
-        (["x:[2,3"], "not a shape"),
-        (["x:Nx3x8x8"], "not a shape"),
-        (["x:२x3"], "not a shape"),
+        *(([text], "not a shape") for text in NO_SHAPES),
         (["x:1x2", "x:1x3"], "given twice for x"),
         (["1x2", "1x3"], "given twice for the only input"),
         (["1x2", "x:1x3"], "no name"),
@@ -74,7 +72,6 @@ def test_an_image_spec_survives_the_round_trip() -> None:
     spec = ImageSpec.from_dict(IMAGE)
     assert spec == ImageSpec((3, 4, 6), (0.5, 0.25, 0.0), (0.5, 1.0, 2))
     assert spec.to_dict() == IMAGE
-    assert ImageSpec.from_dict(spec.to_dict()) == spec
 
 
 @pytest.mark.parametrize(
@@ -122,44 +119,40 @@ def test_an_image_is_resized_only_where_its_size_differs(tmp_path: Path, monkeyp
     left_white = np.zeros((10, 12), np.uint8)
     left_white[:, :6] = 255
     Image.fromarray(left_white).save(tmp_path / "a.png")
-    got = ImageSpec((1, 4, 6), (0.0,), (1.0,)).read(tmp_path / "a.png")
+    got = grey(4, 6).read(tmp_path / "a.png")
     np.testing.assert_array_equal(got[0, 0, :, [0, 1, 4, 5]], [[1] * 4, [1] * 4, [0] * 4, [0] * 4])
     monkeypatch.delattr(Image.Image, "resize")
-    assert ImageSpec((1, 10, 12), (0.0,), (1.0,)).read(tmp_path / "a.png").shape == (1, 1, 10, 12)
+    np.testing.assert_array_equal(grey(10, 12).read(tmp_path / "a.png")[0, 0], left_white / 255)
 
 
-def test_height_and_width_are_not_swapped(tmp_path: Path) -> None:
-    left_white = np.zeros((2, 4), np.uint8)
-    left_white[:, :2] = 255
-    Image.fromarray(left_white).save(tmp_path / "a.png")
-    got = ImageSpec((1, 2, 4), (0.0,), (1.0,)).read(tmp_path / "a.png")
-    np.testing.assert_array_equal(got[0, 0], [[1, 1, 0, 0], [1, 1, 0, 0]])
+PNG_FILE = io.BytesIO()
+Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64), dtype=np.uint8)).save(PNG_FILE, "png")
+PNG = PNG_FILE.getvalue()
 
 
 @pytest.mark.parametrize(
     ("content", "phrase"),
-    [(None, "no such file"), (b"", "not an image"), (b"text", "not an image"), (b"\x89PNG\r\n\x1a\n", "not an image")],
-    ids=["missing", "empty", "text", "cut short"],
+    [
+        (None, "no such file"),
+        (b"", "not an image"),
+        (b"text", "not an image"),
+        (PNG[:8], "not an image"),
+        (PNG[:2000], "not an image"),
+    ],
+    ids=["missing", "empty", "text", "header alone", "cut short"],
 )
 def test_a_file_that_is_no_image_is_refused(tmp_path: Path, content: bytes | None, phrase: str) -> None:
     if content is not None:
         (tmp_path / "a.png").write_bytes(content)
     with pytest.raises(InputError, match=phrase):
-        ImageSpec((1, 4, 6), (0.0,), (1.0,)).read(tmp_path / "a.png")
-
-
-def test_an_image_that_breaks_off_is_refused(tmp_path: Path) -> None:
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64), dtype=np.uint8)).save(tmp_path / "a.png")
-    (tmp_path / "a.png").write_bytes((tmp_path / "a.png").read_bytes()[:2000])
-    with pytest.raises(InputError, match="not an image"):
-        ImageSpec((1, 4, 6), (0.0,), (1.0,)).read(tmp_path / "a.png")
+        grey(4, 6).read(tmp_path / "a.png")
 
 
 @pytest.mark.parametrize("dtype", [np.uint16, np.float32, np.int32])
 def test_more_than_8_bits_are_refused_and_not_clipped(tmp_path: Path, dtype: type[np.generic]) -> None:
     Image.fromarray(np.full((4, 6), 300, dtype)).save(tmp_path / "a.tiff")
     with pytest.raises(InputError, match="not 8 bits a channel"):
-        ImageSpec((1, 4, 6), (0.0,), (1.0,)).read(tmp_path / "a.tiff")
+        grey(4, 6).read(tmp_path / "a.tiff")
 
 
 def test_a_number_of_channels_without_colours_is_refused(tmp_path: Path) -> None:
@@ -170,8 +163,11 @@ def test_a_number_of_channels_without_colours_is_refused(tmp_path: Path) -> None
 def test_a_missing_pillow_is_told_with_the_way_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "PIL", None)
     with pytest.raises(BackendError, match="pip install") as raised:
-        ImageSpec((1, 4, 6), (0.0,), (1.0,)).read(tmp_path / "a.png")
+        grey(4, 6).read(tmp_path / "a.png")
     assert raised.value.exit_code == 3
+
+
+MAPS = TensorSpec("x", (2, 3, "H", "W"), "float32")
 
 
 def sampled(
@@ -184,18 +180,15 @@ def sampled(
     return labels, shapes
 
 
-def test_a_static_input_is_sampled_once() -> None:
+def test_a_static_input_is_sampled_once_and_a_free_batch_at_1_and_at_another() -> None:
     assert sampled(TensorSpec("x", (2, 3, 8, 8), "float32")) == (["x 2x3x8x8"], [((2, 3, 8, 8),)])
-
-
-def test_a_free_batch_is_sampled_at_1_and_at_another() -> None:
     assert sampled(TensorSpec("x", ("N", 3), "float32"), x=(4, 3))[1] == [((4, 3),), ((1, 3),), ((5, 3),)]
     assert sampled(TensorSpec("x", ("N", 3), "float32"), x=(1, 3))[1] == [((1, 3),), ((2, 3),)]
 
 
 @pytest.mark.parametrize("seed", range(8))
 def test_free_maps_are_sampled_at_odd_and_at_oblong_sizes_near_the_base(seed: int) -> None:
-    labels, shapes = sampled(TensorSpec("x", (2, 3, "H", "W"), "float32"), seed=seed, x=(2, 3, 32, 32))
+    labels, shapes = sampled(MAPS, seed=seed, x=(2, 3, 32, 32))
     (base,), (odd,), (oblong,), (larger,) = shapes
     assert base == (2, 3, 32, 32)
     assert odd[2] % 2 == odd[3] % 2 == 1
@@ -203,21 +196,18 @@ def test_free_maps_are_sampled_at_odd_and_at_oblong_sizes_near_the_base(seed: in
     assert all(32 <= size <= 32 + 31 for shape in (odd, oblong) for size in shape[2:])
     assert larger == (2, 3, 64, 64), "what a U-net of total stride 32 takes"
     assert labels[1] == f"x 2x3x{odd[2]}x{odd[3]}"
-    assert shapes == sampled(TensorSpec("x", (2, 3, "H", "W"), "float32"), seed=seed, x=(2, 3, 32, 32))[1]
+    assert shapes == sampled(MAPS, seed=seed, x=(2, 3, 32, 32))[1]
 
 
 def test_sizes_that_differ_at_the_base_never_meet() -> None:
-    spec = TensorSpec("x", (1, 1, "H", "W"), "float32")
-    oblong = [sampled(spec, seed=seed, x=(1, 1, 8, 10))[1][2][0] for seed in range(100)]
+    oblong = [sampled(MAPS, seed=seed, x=(2, 3, 8, 10))[1][2][0] for seed in range(100)]
     assert all(height != width for *_, height, width in oblong)
 
 
 def test_another_seed_gives_other_sizes_and_values() -> None:
-    spec = TensorSpec("x", (1, 1, "H", "W"), "float32")
-    assert len({tuple(sampled(spec, seed=seed, x=(1, 1, 32, 32))[0]) for seed in range(8)}) > 1
-    first, again, other = (
-        next(sample_inputs([spec], seed=seed, base={"": (1, 1, 9, 9)}))[1]["x"] for seed in (0, 0, 1)
-    )
+    assert len({tuple(sampled(MAPS, seed=seed, x=(2, 3, 32, 32))[0]) for seed in range(8)}) > 1
+    samples = [next(sample_inputs([MAPS], seed=seed, base={"": (2, 3, 9, 9)})) for seed in (0, 0, 1)]
+    first, again, other = (feeds["x"] for _, feeds in samples)
     np.testing.assert_array_equal(first, again)
     assert not np.array_equal(first, other)
 

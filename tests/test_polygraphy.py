@@ -63,19 +63,13 @@ def test_it_runs_our_file_in_stock_onnx_runtime(
 LEAST_BYTES = 18 * 16 * 16 * 4
 """The weights of the two convolutions, which are part of an engine."""
 
-SHAPES = (
-    "--trt-min-shapes",
-    "x:[1,16,8,8]",
-    "--trt-opt-shapes",
-    "x:[2,16,16,16]",
-    "--trt-max-shapes",
-    "x:[4,16,32,32]",
-)
+SHAPES = "--trt-min-shapes x:[1,16,8,8] --trt-opt-shapes x:[2,16,16,16] --trt-max-shapes x:[4,16,32,32]"
+CONVERT = ("--convert-to", "trt", "--compute-capabilities", "8.9", *SHAPES.split())
 
 
 def test_it_builds_an_engine_from_the_body(polygraphy: Callable[..., str], model: Path, tmp_path: Path) -> None:
     engine = tmp_path / "native.engine"
-    polygraphy("convert", model, "--convert-to", "trt", "--compute-capabilities", "8.9", *SHAPES, "-o", engine)
+    polygraphy("convert", model, *CONVERT, "-o", engine)
     assert engine.stat().st_size > LEAST_BYTES
 
 
@@ -99,8 +93,5 @@ def test_it_builds_an_engine_with_our_plugin(
     )
     monkeypatch.setenv("LD_LIBRARY_PATH", str(tmp_path), prepend=os.pathsep)
     engine = tmp_path / "plugin.engine"
-    polygraphy(
-        "convert", model, "--convert-to", "trt", "--compute-capabilities", "8.9", *SHAPES, "--plugins", register,
-        "-o", engine,
-    )  # fmt: skip
+    polygraphy("convert", model, *CONVERT, "--plugins", register, "-o", engine)
     assert engine.stat().st_size > LEAST_BYTES

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-import subprocess
-import sys
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -82,11 +81,6 @@ def test_an_infinity_gives_nan_at_its_place_and_the_rest_of_its_map_is_the_bias(
     assert set(np.delete(y, at)) == {max(beta[1], tau[1])}
 
 
-def test_a_nan_threshold_is_never_above() -> None:
-    x = np.array([[1.0, -1.0]])
-    assert reference.tlu(x, np.array([np.nan, 0.0])).tolist() == [[1.0, 0.0]]
-
-
 @pytest.mark.parametrize("dtype", NUMPY_DTYPES.values(), ids=NUMPY_DTYPES)
 def test_tlu_takes_the_larger_and_keeps_nan_and_type(dtype: np.dtype) -> None:
     x = np.array([[[1.0, -2.0, np.nan]], [[-np.inf, 0.5, 3.0]]]).astype(dtype)
@@ -95,9 +89,10 @@ def test_tlu_takes_the_larger_and_keeps_nan_and_type(dtype: np.dtype) -> None:
     np.testing.assert_array_equal(y.astype(float), [[[1.0, 0.5, np.nan]], [[0.5, 0.5, 3.0]]])
 
 
-def test_a_threshold_of_minus_infinity_is_no_threshold() -> None:
-    x = np.array([[-np.inf, -1e300, 5.0]])
-    assert reference.tlu(x, np.full(3, -np.inf)).tolist() == x.tolist()
+def test_a_threshold_of_nan_or_minus_infinity_is_no_threshold() -> None:
+    x = np.array([[1.0, -np.inf, -1e300, 5.0, -1.0]])
+    tau = np.array([np.nan, -np.inf, -np.inf, -np.inf, 0.0])
+    assert reference.tlu(x, tau).tolist() == [[1.0, -np.inf, -1e300, 5.0, 0.0]]
 
 
 @pytest.mark.parametrize("dtype", NUMPY_DTYPES.values(), ids=NUMPY_DTYPES)
@@ -165,20 +160,10 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("name", REFUSED)
-def test_wrong_arguments_are_refused(name: str) -> None:
-    call, match = REFUSED[name]
+@pytest.mark.parametrize(("call", "match"), REFUSED.values(), ids=REFUSED)
+def test_wrong_arguments_are_refused(call: Callable[[], object], match: str) -> None:
     with pytest.raises(InputError, match=match):
         call()
-
-
-def test_importing_the_reference_imports_numpy_and_no_framework() -> None:
-    code = (
-        "import sys, deploynorm.reference\n"
-        "print([m for m in ('torch', 'onnx', 'onnxruntime', 'rich') if m in sys.modules], 'numpy' in sys.modules)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.split("\n")[0] == "[] True"
 
 
 def _by_position(inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import io
-import zipfile
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -31,28 +29,6 @@ def pt2(traced: nn.Module) -> bytes:
     buffer = io.BytesIO()
     torch.export.save(program, buffer)
     return buffer.getvalue()
-
-
-Rewrite = Callable[[bytes, Callable[[str, bytes], bytes | None], dict[str, bytes]], bytes]
-
-
-@pytest.fixture(scope="session")
-def rewrite() -> Rewrite:
-    """rewrite(archive, change, add): a zip archive with each member changed (None drops it), and some added."""
-
-    def rewrite(archive: bytes, change: Callable[[str, bytes], bytes | None], add: dict[str, bytes]) -> bytes:
-        buffer = io.BytesIO()
-        with zipfile.ZipFile(io.BytesIO(archive)) as old, zipfile.ZipFile(buffer, "w") as new:
-            root = old.namelist()[0].partition("/")[0]
-            for member in old.namelist():
-                content = change(member.partition("/")[2], old.read(member))
-                if content is not None:
-                    new.writestr(member, content)
-            for name, content in add.items():
-                new.writestr(f"{root}/{name}", content)
-        return buffer.getvalue()
-
-    return rewrite
 
 
 @pytest.fixture

@@ -10,12 +10,12 @@ import sys
 import zipfile
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from checkpoint_files import FACTORY, own, rewritten, saved
 from torch import nn
 
 from deploynorm.checkpoint import load
@@ -41,17 +41,6 @@ def code(marker: Path) -> str:
     return f"__import__('os').mkdir('{marker}')"
 
 
-def saved(content: object, **options: Any) -> bytes:
-    buffer = io.BytesIO()
-    torch.save(content, buffer, **options)
-    return buffer.getvalue()
-
-
-def own(**changed: Any) -> dict[str, Any]:
-    factory = "deploynorm.models.frn_resnet:resnet20"
-    return {"format": "deploynorm", "factory": factory, "kwargs": {}, "state_dict": {"w": torch.ones(1)}, **changed}
-
-
 def network_with(attribute: object) -> nn.Module:
     network = nn.Sequential(nn.ReLU())
     network[0].attribute = attribute
@@ -75,37 +64,40 @@ PICKLES: dict[str, Callable[[Path], bytes]] = {
 }
 
 
-@dataclass(frozen=True)
-class Attack:
-    """A change of a torch.export archive.
-
-    Attributes:
-        change: New content of each member, by its name; None drops it.
-        add: Members to add.
-        runs: Whether torch itself runs the code. Where it does not (yet), the archive must be refused all the same.
-    """
-
-    change: Callable[[str, bytes], bytes | None] = lambda name, content: content
-    add: Callable[[Path], dict[str, bytes]] = lambda marker: {}
-    runs: bool = True
+Change = Callable[[str, bytes], bytes | None]
+Attack = tuple[Change, dict[str, bytes]]
+"""What changes in the members of an archive of torch.export, and which are added."""
 
 
-def instead(member: str, content: bytes) -> Callable[[str, bytes], bytes]:
+def instead(member: str, content: bytes) -> Change:
     return lambda name, old: content if name == member else old
 
 
-def edited(member: str, edit: Callable[[Any], Any]) -> Callable[[str, bytes], bytes]:
+def samples(content: bytes) -> Attack:
+    return instead("data/sample_inputs/model.pt", content), {}
+
+
+def added(member: str, content: bytes) -> Attack:
+    return (lambda name, old: old), {member: content}
+
+
+def payload(kind: str, name: str, path: str, content: bytes) -> Attack:
+    """The archive names a pickle as one of its weights or constants, and has it."""
+    config = {name: {"path_name": path, "is_param": False, "use_pickle": True, "tensor_meta": None}}
+    change = instead(f"data/{kind}/model_{kind}_config.json", json.dumps({"config": config}).encode())
+    return change, {f"data/{kind}/{path}": content}
+
+
+def program(edit: Callable[[Any], Any]) -> Attack:
+    """The program with its JSON changed, in place or by what `edit` returns."""
+
     def change(name: str, content: bytes) -> bytes:
-        if name != member:
+        if name != "models/model.json":
             return content
         program = json.loads(content)
         return json.dumps(edit(program) or program).encode()
 
-    return change
-
-
-def program(edit: Callable[[Any], Any]) -> Callable[[str, bytes], bytes]:
-    return edited("models/model.json", edit)
+    return change, {}
 
 
 def renamed(value: Any, new: str) -> Any:
@@ -138,84 +130,47 @@ def with_node(program: Any, target: str, *arguments: Any) -> None:
     program["graph_module"]["graph"]["nodes"].append(node)
 
 
-def pickled_payload(name: str, path: str) -> dict[str, Any]:
-    return {"config": {name: {"path_name": path, "is_param": False, "use_pickle": True, "tensor_meta": None}}}
+ENUM = json.dumps({"__enum__": True, "fqn": "hostile_module:A", "name": "B"})
+DEFAULT = {"default_factory_module": "hostile_module", "default_factory_name": "a", "dict_context": []}
 
+RUNNING: dict[str, Callable[[Path], Attack]] = {
+    "sample inputs": lambda m: samples(saved(((Hostile(m),), {}))),
+    "sample inputs, legacy": lambda m: samples(saved(Hostile(m), **LEGACY)),
+    "sample inputs, protocol 4": lambda m: samples(saved(Hostile(m), pickle_protocol=4)),
+    "sample inputs, bare": lambda m: samples(pickle.dumps(Hostile(m))),
+    "sample inputs, a network": lambda m: samples(saved(network_with(Hostile(m)))),
+    "weights in one pickle": lambda m: added("data/weights/model.pt", saved(Hostile(m))),
+    "constants in one pickle": lambda m: added("data/constants/model.pt", saved(Hostile(m))),
+    "a pickled weight": lambda m: payload("weights", "0.weight", "weight_99", saved(Hostile(m))),
+    "a pickled constant": lambda m: payload("constants", "c", "tensor_99", saved(Hostile(m))),
+    "a Python object": lambda m: payload("constants", "c", "opaque_obj_0", pickle.dumps(Hostile(m))),
+    "a size": lambda m: program(lambda p: with_size(p, code(m))),
+    "a size inside a size": lambda m: program(lambda p: with_size(p, f"Add(Integer(1), {code(m)})")),
+    "a size as text": lambda m: program(lambda p: with_size(p, f"Abs({code(m)!r})")),
+    "a guard": lambda m: program(lambda p: p.update(guards_code=[code(m)])),
+    "a guard in an index": lambda m: program(
+        lambda p: p.update(guards_code=[f"L['input'].size()[{code(m)} or 0] > 0"])
+    ),
+    "a name": lambda m: program(lambda p: renamed(p, f"input={code(m)}")),
+    "an enum of a module": lambda m: program(lambda p: with_tree(p, "builtins.dict", ENUM)),
+    "a default of a module": lambda m: program(lambda p: with_tree(p, "collections.defaultdict", DEFAULT)),
+}
+"""Archives of whose code torch itself runs some."""
 
-WEIGHTS, CONSTANTS = "data/weights/model_weights_config.json", "data/constants/model_constants_config.json"
-SAMPLES = "data/sample_inputs/model.pt"
+FILE = (("shared", {"as_bool": True}), ("size", {"as_int": 8}))
 
-ATTACKS: dict[str, Callable[[Path], Attack]] = {
-    "sample inputs": lambda marker: Attack(instead(SAMPLES, saved(((Hostile(marker),), {})))),
-    "sample inputs, legacy": lambda marker: Attack(instead(SAMPLES, saved(Hostile(marker), **LEGACY))),
-    "sample inputs, protocol 4": lambda marker: Attack(instead(SAMPLES, saved(Hostile(marker), pickle_protocol=4))),
-    "sample inputs, bare": lambda marker: Attack(instead(SAMPLES, pickle.dumps(Hostile(marker)))),
-    "sample inputs, a network": lambda marker: Attack(instead(SAMPLES, saved(network_with(Hostile(marker))))),
-    "sample inputs, a known network": lambda marker: Attack(instead(SAMPLES, saved(((nn.ReLU(),), {}))), runs=False),
-    "weights in one pickle": lambda marker: Attack(add=lambda _: {"data/weights/model.pt": saved(Hostile(marker))}),
-    "constants in one pickle": lambda marker: Attack(add=lambda _: {"data/constants/model.pt": saved(Hostile(marker))}),
-    "a pickled weight": lambda marker: Attack(
-        edited(WEIGHTS, lambda _: pickled_payload("0.weight", "weight_99")),
-        lambda _: {"data/weights/weight_99": saved(Hostile(marker))},
-    ),
-    "a pickled constant": lambda marker: Attack(
-        edited(CONSTANTS, lambda _: pickled_payload("c", "tensor_99")),
-        lambda _: {"data/constants/tensor_99": saved(Hostile(marker))},
-    ),
-    "a Python object": lambda marker: Attack(
-        edited(CONSTANTS, lambda _: pickled_payload("c", "opaque_obj_0")),
-        lambda _: {"data/constants/opaque_obj_0": pickle.dumps(Hostile(marker))},
-    ),
-    "a TorchScript object": lambda marker: Attack(
-        edited(CONSTANTS, lambda _: pickled_payload("c", "custom_obj_0")),
-        lambda _: {"data/constants/custom_obj_0": saved(Hostile(marker))},
-        runs=False,
-    ),
-    "machine code": lambda marker: Attack(add=lambda _: {"data/aotinductor/model/wrapper.so": b"\x7fELF"}, runs=False),
-    "an unknown member": lambda marker: Attack(
-        add=lambda _: {"data/more/model.pt": saved(Hostile(marker))}, runs=False
-    ),
-    "a second program": lambda marker: Attack(add=lambda _: {"models/other.json": b"{}"}, runs=False),
-    "a size": lambda marker: Attack(program(lambda p: with_size(p, code(marker)))),
-    "a size inside a size": lambda marker: Attack(program(lambda p: with_size(p, f"Add(Integer(1), {code(marker)})"))),
-    "a size as text": lambda marker: Attack(program(lambda p: with_size(p, f"Abs({code(marker)!r})"))),
-    "a guard": lambda marker: Attack(program(lambda p: p.update(guards_code=[code(marker)]))),
-    "a guard in an index": lambda marker: Attack(
-        program(lambda p: p.update(guards_code=[f"L['input'].size()[{code(marker)} or 0] > 0"]))
-    ),
-    "a name": lambda marker: Attack(program(lambda p: renamed(p, f"input={code(marker)}"))),
-    "a function of Python": lambda marker: Attack(
-        program(lambda p: with_node(p, "torch.os.mkdir", ("", {"as_string": str(marker)}))), runs=False
-    ),
-    "an operator on files": lambda marker: Attack(
-        program(
-            lambda p: with_node(
-                p,
-                "torch.ops.aten.from_file.default",
-                ("filename", {"as_string": str(marker)}),
-                ("shared", {"as_bool": True}),
-                ("size", {"as_int": 8}),
-            )
-        ),
-        runs=False,
-    ),
-    "an enum of a module": lambda marker: Attack(
-        program(
-            lambda p: with_tree(
-                p, "builtins.dict", json.dumps({"__enum__": True, "fqn": "hostile_module:A", "name": "B"})
-            )
-        )
-    ),
-    "a default of a module": lambda marker: Attack(
-        program(
-            lambda p: with_tree(
-                p,
-                "collections.defaultdict",
-                {"default_factory_module": "hostile_module", "default_factory_name": "a", "dict_context": []},
-            )
-        )
+REFUSED: dict[str, Callable[[Path], Attack]] = {
+    "sample inputs, a known network": lambda m: samples(saved(((nn.ReLU(),), {}))),
+    "a TorchScript object": lambda m: payload("constants", "c", "custom_obj_0", saved(Hostile(m))),
+    "machine code": lambda m: added("data/aotinductor/model/wrapper.so", b"\x7fELF"),
+    "an unknown member": lambda m: added("data/more/model.pt", saved(Hostile(m))),
+    "a second program": lambda m: added("models/other.json", b"{}"),
+    "a function of Python": lambda m: program(lambda p: with_node(p, "torch.os.mkdir", ("", {"as_string": str(m)}))),
+    "an operator on files": lambda m: program(
+        lambda p: with_node(p, "torch.ops.aten.from_file.default", ("filename", {"as_string": str(m)}), *FILE)
     ),
 }
+"""Archives of which torch does not run any (yet)."""
 
 
 @pytest.fixture
@@ -248,23 +203,21 @@ def test_a_pickle_runs_nothing(tmp_path: Path, marker: Path, name: str) -> None:
     assert not marker.exists()
     assert ("mkdir" in str(raised.value) or "eval" in str(raised.value)) or "pickle_protocol" in str(raised.value)
     with pytest.raises(ModelError):
-        load(path, factory="deploynorm.models.frn_resnet:resnet20")
+        load(path, factory=FACTORY)
     assert not marker.exists()
     assert ran_when_trusted(path, marker)
 
 
-@pytest.mark.parametrize("name", ATTACKS)
-def test_an_archive_runs_nothing(
-    tmp_path: Path, marker: Path, pt2: bytes, rewrite: Callable[..., bytes], name: str
-) -> None:
-    attack = ATTACKS[name](marker)
+@pytest.mark.parametrize("name", [*RUNNING, *REFUSED])
+def test_an_archive_runs_nothing(tmp_path: Path, marker: Path, pt2: bytes, name: str) -> None:
+    change, add = (RUNNING | REFUSED)[name](marker)
     path = tmp_path / "model.pt2"
-    path.write_bytes(rewrite(pt2, attack.change, attack.add(marker)))
+    path.write_bytes(rewritten(pt2, change, add))
     with pytest.raises(ModelError):
         load_and_run(path)
     assert not marker.exists()
     assert "hostile_module" not in sys.modules
-    if attack.runs:
+    if name in RUNNING:
         assert ran_when_trusted(path, marker)
 
 
@@ -280,37 +233,25 @@ def test_an_archive_of_two_minds_is_refused(tmp_path: Path, marker: Path, pt2: b
     assert not marker.exists()
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "torch.from_file",
-        "torch.load",
-        "torch.nn.modules.module.register_module_forward_hook",
-        "torch.nn.modules.module.warnings",
-        "torch.nn.modules.module.OrderedDict",
-        "torch.nn.parallel.distributed.DistributedDataParallel",
-        "torch.fx.graph_module.reduce_graph_module",
-        "torch.jit._script.RecursiveScriptModule",
-        "deploynorm.models.train.main",
-        "deploynorm.models.train.save",
-        "deploynorm.layers.frn.warnings",
-        "deploynorm.checkpoint.load",
-        "timm.models.load_checkpoint",
-        "builtins.getattr",
-        "functools.partial",
-    ],
-)
-def test_a_global_that_makes_no_network_is_refused(
-    tmp_path: Path, rewrite: Callable[..., bytes], name: str, timm: object
-) -> None:
+GLOBALS = """
+    torch.from_file torch.load torch.nn.modules.module.register_module_forward_hook
+    torch.nn.modules.module.warnings torch.nn.modules.module.OrderedDict
+    torch.nn.parallel.distributed.DistributedDataParallel torch.fx.graph_module.reduce_graph_module
+    torch.jit._script.RecursiveScriptModule deploynorm.models.train.main deploynorm.models.train.save
+    deploynorm.layers.frn.warnings deploynorm.checkpoint.load timm.models.load_checkpoint
+    builtins.getattr functools.partial
+"""
+
+
+@pytest.mark.parametrize("name", GLOBALS.split())
+@pytest.mark.usefixtures("timm")
+def test_a_global_that_makes_no_network_is_refused(tmp_path: Path, name: str) -> None:
     module, _, function = name.rpartition(".")
     file = tmp_path / "made"
     # The function, called with (path, True, 8): torch.from_file would make the file.
     call = f"c{module}\n{function}\n(X".encode() + len(str(file)).to_bytes(4, "little") + str(file).encode()
     path = tmp_path / "model.pt"
-    path.write_bytes(
-        rewrite(saved(1), lambda member, old: b"\x80\x02" + call + b"\x88K\x08tR." if member == "data.pkl" else old, {})
-    )
+    path.write_bytes(rewritten(saved(1), instead("data.pkl", b"\x80\x02" + call + b"\x88K\x08tR.")))
     with pytest.raises(ModelError, match="would run code that it names") as raised:
         load(path)
     assert name in str(raised.value)

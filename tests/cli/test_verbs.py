@@ -13,15 +13,9 @@ import numpy as np
 import pytest
 import torch
 from tolerances import FOLD_FLOAT32, OP_FLOAT32
+from unoptimized import unoptimized
 
-from deploynorm import checkpoint
-from deploynorm.cli import main
-from deploynorm.layers import MABN2d
-
-
-@pytest.fixture(autouse=True)
-def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+from deploynorm import checkpoint, libraries
 
 
 @pytest.fixture
@@ -33,56 +27,40 @@ def png(tmp_path: Path) -> Path:
     return path
 
 
-def test_fold_writes_an_archive_that_export_takes(
-    mabn_pt: Path, deploynorm: Callable, tmp_path: Path, require: Callable
-) -> None:
-    require("ort")
-    result = deploynorm("fold", mabn_pt)
-    assert result.code == 0, result.err
-    assert "MABN2d" in result.out
-    folded = tmp_path / "mabn.folded.pt2"
-    before, after = checkpoint.load(mabn_pt).model, checkpoint.load(folded).model
-    x = torch.randn(3, 1, 17, 15)
+@pytest.mark.usefixtures("ort")
+def test_fold_writes_an_archive_that_export_takes(small: Callable, deploynorm: Callable) -> None:
+    network = small("folds")
+    assert "MABN2d" in deploynorm("fold", *network).out
+    before = checkpoint.load("weights.pt", factory="factories:folds").model
+    after = checkpoint.load("weights.folded.pt2").model
+    x = torch.randn(3, 3, 17, 15)
     with torch.no_grad():
         torch.testing.assert_close(after(x), before(x), **FOLD_FLOAT32.kwargs())
-    assert any(isinstance(module, MABN2d) for module in before.modules())
-    exported = deploynorm("export", folded)
-    assert exported.code == 0, exported.err
-    assert deploynorm("check", mabn_pt, "mabn.folded.onnx").code == 0
+    deploynorm("export", "weights.folded.pt2")
+    deploynorm("check", *network, "weights.folded.onnx")
 
 
 def test_check_accepts_the_file_and_rejects_that_of_another_network(
-    frn_pt: Path, mabn_pt: Path, deploynorm: Callable, require: Callable, exported: Callable
+    frn_pt: Path, mabn_pt: Path, deploynorm: Callable, export: Callable
 ) -> None:
-    require("ort")
-    exported(frn_pt)
-    accepted = deploynorm("check", frn_pt, "frn.onnx", "--seed", 7, "--json", "check.json")
-    assert accepted.code == 0, accepted.err
+    export(frn_pt)
+    deploynorm("check", frn_pt, "frn.onnx", "--seed", 7, "--json", "check.json")
     assert json.loads(Path("check.json").read_text())["ok"]
-    rejected = deploynorm("check", mabn_pt, "frn.onnx")
-    assert rejected.code == 1
-    assert "BROKEN" in rejected.out
+    assert "BROKEN" in deploynorm("check", mabn_pt, "frn.onnx", code=1).out
 
 
-def test_check_in_onnx_reference_evaluator(
-    frn_pt: Path, deploynorm: Callable, require: Callable, exported: Callable
-) -> None:
-    require("ort")
-    exported(frn_pt, "--dynamic", "none")
-    result = deploynorm("check", frn_pt, "frn.onnx", "--backend", "reference")
-    assert result.code == 0, result.err
-    assert "reference" in result.out
+@pytest.mark.usefixtures("ort")
+def test_check_in_onnx_reference_evaluator(small: Callable, deploynorm: Callable) -> None:
+    network = small("conv")
+    deploynorm("export", *network, "--dynamic", "none")
+    assert "reference" in deploynorm("check", *network, "weights.onnx", "--backend", "reference").out
 
 
-def test_run_prints_the_classes_of_an_image(
-    frn_pt: Path, png: Path, deploynorm: Callable, require: Callable, exported: Callable
-) -> None:
-    require("ort")
-    exported(frn_pt)
-    by_file = deploynorm("run", "frn.onnx", png, "--json", "onnx.json")
-    by_model = deploynorm("run", frn_pt, png, "--json", "eager.json")
-    assert by_file.code == by_model.code == 0, by_file.err + by_model.err
-    assert all(label in by_file.out for label in ("bag", "boot", "coat"))
+def test_run_prints_the_classes_of_an_image(frn_pt: Path, png: Path, deploynorm: Callable, export: Callable) -> None:
+    export(frn_pt)
+    shown = deploynorm("run", "frn.onnx", png, "--json", "onnx.json").out
+    deploynorm("run", frn_pt, png, "--json", "eager.json")
+    assert all(label in shown for label in ("bag", "boot", "coat"))
     rankings = [
         next(iter(json.loads(Path(name).read_text())["results"][0]["outputs"].values()))[0]
         for name in ("onnx.json", "eager.json")
@@ -93,73 +71,93 @@ def test_run_prints_the_classes_of_an_image(
     assert sum(probabilities[0]) == pytest.approx(1)
 
 
-def test_run_takes_arrays_and_writes_outputs(
-    frn_pt: Path, deploynorm: Callable, require: Callable, exported: Callable
-) -> None:
-    require("ort")
+def test_run_takes_arrays_and_writes_outputs(frn_pt: Path, deploynorm: Callable, export: Callable) -> None:
     x = np.random.default_rng(0).normal(size=(2, 1, 15, 13)).astype(np.float32)
     np.save("x.npy", x)
     np.savez("x.npz", x=x)
-    exported(frn_pt)
+    export(frn_pt)
+    with torch.no_grad():
+        want = checkpoint.load(frn_pt).model(torch.from_numpy(x)).numpy()
     for given in ("x.npy", "x=x.npy", "x.npz"):
-        result = deploynorm("run", "frn.onnx", given, "-o", "y.npz")
-        assert result.code == 0, result.err
-        with torch.no_grad():
-            want = checkpoint.load(frn_pt).model(torch.from_numpy(x)).numpy()
+        deploynorm("run", "frn.onnx", given, "-o", "y.npz")
         np.testing.assert_allclose(np.load("y.npz")["output"], want, **OP_FLOAT32.kwargs())
 
 
 RUN_REFUSED = {
     "array of the wrong rank": (["wrong.npy"], "wrong rank"),
-    "file that is no array": (["frn.pt.npy"], "not an array file|No such file"),
+    "array file that is not there": (["none.npy"], "not an array file"),
     "file that is no image": (["frn.deploynorm.json"], "not an image"),
     "two files for one input": (["wrong.npy", "shoe.png"], "two files for input 'x'"),
     "eager on an ONNX file": (["shoe.png", "--backend", "eager"], "not an ONNX file"),
 }
 
 
-@pytest.mark.parametrize("name", RUN_REFUSED)
-def test_run_refuses(
-    name: str, frn_pt: Path, png: Path, deploynorm: Callable, require: Callable, exported: Callable
-) -> None:
-    require("ort")
-    arguments, phrase = RUN_REFUSED[name]
-    exported(frn_pt)
+@pytest.mark.usefixtures("png")
+@pytest.mark.parametrize(("arguments", "phrase"), RUN_REFUSED.values(), ids=RUN_REFUSED)
+def test_run_refuses(arguments: list[str], phrase: str, frn_pt: Path, refused: Callable, export: Callable) -> None:
+    export(frn_pt)
     np.save("wrong.npy", np.zeros((1, 12, 12), np.float32))
-    result = deploynorm("run", "frn.onnx", *arguments)
-    assert result.code == 2
-    assert any(part in result.err for part in phrase.split("|")), result.err
+    refused(2, phrase, "run", "frn.onnx", *arguments)
 
 
-def test_run_of_a_damaged_onnx_file(deploynorm: Callable) -> None:
+def test_run_of_a_damaged_onnx_file(refused: Callable) -> None:
     Path("bad.onnx").write_bytes(b"not protobuf at all")
-    result = deploynorm("run", "bad.onnx", "x.npy")
-    assert result.code == 2
-    assert "not an ONNX file" in result.err
+    refused(2, "not an ONNX file", "run", "bad.onnx", "x.npy")
 
 
-def test_inspect_tells_of_a_model_and_of_a_file(
-    frn_pt: Path, deploynorm: Callable, require: Callable, exported: Callable
-) -> None:
-    require("ort")
-    exported(frn_pt)
-    model = deploynorm("inspect", frn_pt, "--json", "model.json")
-    assert model.code == 0, model.err
+def test_inspect_tells_of_a_model_and_of_a_file(frn_pt: Path, deploynorm: Callable, export: Callable) -> None:
+    export(frn_pt)
+    deploynorm("inspect", frn_pt, "--json", "model.json")
     assert json.loads(Path("model.json").read_text())["layers"]["FRN2d"] == 21
-    file = deploynorm("inspect", "frn.onnx", "--json", "file.json")
-    assert file.code == 0, file.err
+    deploynorm("inspect", "frn.onnx", "--json", "file.json")
     facts = json.loads(Path("file.json").read_text())
     assert facts["functions"] == ["deploynorm::FilterResponseNormalization"]
     assert facts["nodes"]["deploynorm::FilterResponseNormalization"] == 21
     assert facts["inputs"] == {"x": "float (N, 1, H, W)"}
 
 
-def test_quiet_prints_nothing_and_verbose_more(mabn_pt: Path, deploynorm: Callable, require: Callable) -> None:
-    require("ort")
-    quiet, plain, verbose = (deploynorm("export", mabn_pt, *option) for option in (["-q"], [], ["-v"]))
+@pytest.mark.usefixtures("ort")
+def test_quiet_prints_nothing_and_verbose_more(small: Callable, deploynorm: Callable) -> None:
+    network = small("folds")
+    quiet, plain, verbose = (deploynorm("export", *network, *option) for option in (["-q"], [], ["-v"]))
     assert quiet.out == quiet.err == ""
-    assert "into stem.0" not in plain.out
-    assert "into stem.0" in verbose.out
+    assert "into 0" not in plain.out
+    assert "into 0" in verbose.out
+
+
+@pytest.mark.usefixtures("native")
+def test_plugins_path_prints_the_path_alone(deploynorm: Callable) -> None:
+    assert deploynorm("plugins", "path").out == f"{libraries.library_path()}\n"
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("without_library")
+def test_plugins_build_makes_what_path_prints(
+    deploynorm: Callable, require: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    require("compiler")
+    monkeypatch.setenv("CXX", unoptimized(tmp_path))
+    deploynorm("plugins", "path", code=3)
+    deploynorm("plugins", "build", "--json", "build.json")
+    library = Path(json.loads(Path("build.json").read_text())["library"])
+    assert library.is_file()
+    assert deploynorm("plugins", "path").out == f"{library}\n"
+
+
+@pytest.mark.usefixtures("native", "ort")
+def test_plugins_info_tells_library_processor_compiler_and_runtime(deploynorm: Callable) -> None:
+    deploynorm("plugins", "info", "--json", "info.json")
+    facts = json.loads(Path("info.json").read_text())
+    assert facts["library"] == str(libraries.library_path())
+    assert "baseline" in facts["processor runs"]
+    assert facts["onnxruntime"].endswith("takes the library")
+    parts = "library, processor runs, CUDA kernels, for training, TensorRT plugin, compiler, cmake, CUDA compiler"
+    assert set(facts) == {"onnxruntime", *parts.split(", ")}
+
+
+@pytest.mark.usefixtures("without_library")
+def test_plugins_info_without_a_library_says_how_to_get_one(deploynorm: Callable) -> None:
+    assert "deploynorm plugins build" in deploynorm("plugins", "info").out
 
 
 def test_help_imports_nothing_heavy() -> None:
@@ -179,8 +177,5 @@ def test_help_imports_nothing_heavy() -> None:
 
 
 @pytest.mark.parametrize("verb", ["fold", "export", "rewrite", "check", "run", "inspect"])
-def test_help_of_each_verb(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stop:
-        main([verb, "--help"])
-    assert stop.value.code == 0
-    assert "exit codes: 0 done" in capsys.readouterr().out
+def test_help_of_each_verb(verb: str, deploynorm: Callable) -> None:
+    assert "exit codes: 0 done" in deploynorm(verb, "--help").out

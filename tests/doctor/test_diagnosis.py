@@ -4,55 +4,14 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
-from typing import NamedTuple
 
 import pytest
+from machines import CPU_MACHINE, CUDA_NEEDS, GPU_MACHINE, H100, ORT, PLUGIN, REGISTER, TRAINING, TRT_NEEDS
 
 from deploynorm.doctor import Examination, diagnose
 from deploynorm.doctor import diagnosis as diagnosis_module
 from deploynorm.doctor.elf import CudaCode
 from deploynorm.doctor.facts import Driver, Gpu, Library, OnnxRuntime, Provider, TensorRT
-from deploynorm.libraries import ORT_LIBRARY, TENSORRT_LIBRARY, TENSORRT_REGISTER_LIBRARY, TORCH_LIBRARY
-
-FATBIN = tuple(CudaCode("sm", each) for each in [(7, 5), (8, 0), (9, 0), (10, 0), (12, 0)])
-FATBIN += (CudaCode("compute", (9, 0), 13),)
-
-ORT = Library(ORT_LIBRARY, "/c/ort.so", 1, "built here", "x86-64", ("libc.so.6",), ("RegisterCustomOps",), FATBIN)
-TRAINING = replace(
-    ORT, name=TORCH_LIBRARY, path="/c/torch.so", exports=("deploynorm_frn_cpu", "deploynorm_frn_backward_cpu")
-)
-PLUGIN = replace(ORT, name=TENSORRT_LIBRARY, path="/c/trt.so", exports=("getCreators", "setLoggerFinder"))
-REGISTER = replace(ORT, name=TENSORRT_REGISTER_LIBRARY, path="/c/register.so", exports=(), code=())
-
-H100 = Gpu("NVIDIA H100", (9, 0), 80 * 2**30)
-CUDA_NEEDS = ("libcublas.so.13", "libcudart.so.13", "libc.so.6", "libcudnn.so.9")
-TRT_NEEDS = ("libnvinfer.so.10", "libcudart.so.13")
-
-GPU_MACHINE = Examination(
-    packages={"numpy": "2.4.6", "onnxruntime-gpu": "1.31.1", "tensorrt": "10.14.1", "torch": "2.13.0+cu130"},
-    torch_cuda="13.0",
-    onnxruntime=OnnxRuntime(
-        "1.31.1", ("onnxruntime-gpu",), ("CUDAExecutionProvider", "CPUExecutionProvider"), takes_library=True
-    ),
-    providers=(Provider("cuda", CUDA_NEEDS), Provider("tensorrt", TRT_NEEDS)),
-    tensorrt=(TensorRT("tensorrt", "10.14.1", takes_plugin=True, creators=40),),
-    compiler="g++ 14",
-    nvcc="/usr/local/cuda/bin/nvcc",
-    nvcc_release=(13, 0),
-    driver=Driver("580.95.05", (13, 0), (H100,)),
-    machine="x86-64",
-    libraries=(ORT, TRAINING, PLUGIN, REGISTER),
-)
-"""One on which everything is there and works."""
-
-CPU_MACHINE = Examination(
-    packages={"numpy": "2.4.6", "onnxruntime": "1.32.0", "torch": "2.13.0+cpu"},
-    onnxruntime=OnnxRuntime("1.32.0", ("onnxruntime",), ("CPUExecutionProvider",), takes_library=True),
-    compiler="g++ 14",
-    machine="x86-64",
-    libraries=(replace(ORT, code=()), replace(TRAINING, code=())),
-)
-"""One without a GPU, as `pip install 'deploynorm[cpu]'` leaves it."""
 
 
 def gpu(**changes: object) -> Examination:
@@ -85,17 +44,11 @@ _CODE_12 = (SM_90, CudaCode("compute", (9, 0), 12))
 MADE_FOR_CUDA_12 = (replace(ORT, code=_CODE_12), replace(TRAINING, code=_CODE_12))
 
 
-class Case(NamedTuple):
-    """A machine, and the only findings that there are to be: each with what its problem and its remedy say."""
+Cases = dict[str, tuple[Examination, dict[str, tuple[str, str]]]]
+"""What is the case -> a machine, and the only findings that there are to be: what problem and remedy say of each."""
 
-    name: str
-    facts: Examination
-    findings: dict[str, tuple[str, str]]
-
-
-BROKEN = [
-    Case(
-        "a torchvision for another torch",
+BROKEN: Cases = {
+    "a torchvision for another torch": (
         gpu(
             packages=packages(torchvision="0.28.0"),
             torchvision_problem="RuntimeError: operator torchvision::nms does not exist",
@@ -107,8 +60,7 @@ BROKEN = [
             ),
         },
     ),
-    Case(
-        "two onnxruntimes over each other",
+    "two onnxruntimes over each other": (
         gpu(onnxruntime=runtime(packages=("onnxruntime", "onnxruntime-gpu"))),
         {
             "onnxruntime-twice": (
@@ -117,90 +69,75 @@ BROKEN = [
             )
         },
     ),
-    Case(
-        "onnxruntime 1.17",
+    "onnxruntime 1.17": (
         gpu(onnxruntime=runtime(version="1.17.3", takes_library=False, library_problem="refused")),
         {"onnxruntime-old": ("1.17.3 is too old", "pip install --upgrade onnxruntime-gpu")},
     ),
-    Case(
-        "onnxruntime 1.18 beside NumPy 2",
+    "onnxruntime 1.18 beside NumPy 2": (
         gpu(onnxruntime=runtime(version="1.18.1", problem="the package cannot be imported", takes_library=None)),
         {"onnxruntime-numpy": (r"1\.18\.1 was built for NumPy 1 .* beside NumPy 2\.4\.6", "'numpy<2'")},
     ),
-    Case(
-        "one of two onnxruntimes was removed, and took the files of both",
+    "one of two onnxruntimes was removed, and took the files of both": (
         gpu(onnxruntime=runtime(problem="module 'onnxruntime' has no attribute 'SessionOptions'", takes_library=None)),
         {"onnxruntime-import": ("has no attribute", "pip install --force-reinstall onnxruntime-gpu")},
     ),
-    Case(
-        "onnxruntime 1.19 that fails for another reason than NumPy 2",
+    "onnxruntime 1.19 that fails for another reason than NumPy 2": (
         gpu(onnxruntime=runtime(version="1.19.0", problem="a file is missing", takes_library=None)),
         {"onnxruntime-import": ("a file is missing", "--force-reinstall")},
     ),
-    Case(
-        "onnxruntime 1.18 that fails beside NumPy 1",
+    "onnxruntime 1.18 that fails beside NumPy 1": (
         gpu(
             packages=packages(numpy="1.26.4"),
             onnxruntime=runtime(version="1.18.1", problem="a file is missing", takes_library=None),
         ),
         {"onnxruntime-import": ("a file is missing", "--force-reinstall")},
     ),
-    Case(
-        "onnxruntime refuses a library in which nothing else is wrong",
+    "onnxruntime refuses a library in which nothing else is wrong": (
         gpu(onnxruntime=runtime(takes_library=False, library_problem="Domain already set in registry")),
         {"onnxruntime-library": ("does not take our operator library: Domain", "deploynorm plugins build")},
     ),
-    Case(
-        "a library that is not ours, which onnxruntime then refuses",
+    "a library that is not ours, which onnxruntime then refuses": (
         gpu(
             libraries=libraries(exports=("getCreators",)),
             onnxruntime=runtime(takes_library=False, library_problem="undefined symbol: RegisterCustomOps"),
         ),
         {"library-not-ours": ("/c/ort.so does not export RegisterCustomOps", "deploynorm plugins build --cuda")},
     ),
-    Case(
-        "a plugin without what TensorRT looks for",
+    "a plugin without what TensorRT looks for": (
         gpu(
             libraries=(ORT, TRAINING, replace(PLUGIN, exports=("getPluginCreators",)), REGISTER),
             tensorrt=(TensorRT("tensorrt", "10.14.1", takes_plugin=False, plugin_problem="no getCreators"),),
         ),
         {"library-not-ours": ("does not export getCreators and setLoggerFinder", "plugins build --cuda")},
     ),
-    Case(
-        "a library that was cut short",
+    "a library that was cut short": (
         gpu(libraries=libraries(machine="", exports=(), code=(), problem="damaged or cut short")),
         {"library-unreadable": ("/c/ort.so: damaged or cut short", "deploynorm plugins build")},
     ),
-    Case(
-        "a library from another kind of machine",
+    "a library from another kind of machine": (
         gpu(libraries=libraries(machine="aarch64", problem="cannot open shared object file")),
         {"library-machine": ("is for aarch64, and this Python is for x86-64", "plugins build --cuda")},
     ),
-    Case(
-        "a library that needs another",
+    "a library that needs another": (
         gpu(libraries=libraries(problem="libnvinfer.so.8: cannot open shared object file")),
         {"library-does-not-load": (r"libnvinfer\.so\.8: cannot open", "plugins build --cuda")},
     ),
-    Case(
-        "TensorRT whose libraries are missing",
+    "TensorRT whose libraries are missing": (
         gpu(tensorrt=(TensorRT("tensorrt", problem="libnvinfer.so.10: cannot open shared object file"),)),
         {"tensorrt-import": ("tensorrt is installed and cannot be used: libnvinfer", "--force-reinstall tensorrt$")},
     ),
-    Case(
-        "TensorRT for another CUDA, by the name of its package",
+    "TensorRT for another CUDA, by the name of its package": (
         gpu(
             packages=packages(tensorrt_rtx_cu13="1.7.1"),
             tensorrt=(*GPU_MACHINE.tensorrt, TensorRT("tensorrt_rtx", problem="it ended its process with SIGABRT")),
         ),
         {"tensorrt-import": ("tensorrt_rtx is .* SIGABRT", "--force-reinstall tensorrt-rtx-cu13")},
     ),
-    Case(
-        "TensorRT refuses the plugin",
+    "TensorRT refuses the plugin": (
         gpu(tensorrt=(TensorRT("tensorrt", "11.4.0", takes_plugin=False, plugin_problem="API mismatch"),)),
         {"tensorrt-plugin": (r"tensorrt 11\.4\.0 does not take our plugin: API mismatch", "plugins build --cuda")},
     ),
-    Case(
-        "TensorRT 11 beside a provider that is linked against 10",
+    "TensorRT 11 beside a provider that is linked against 10": (
         gpu(
             packages=packages(tensorrt="11.4.0.106"),
             tensorrt=(TensorRT("tensorrt", "11.4.0.106", takes_plugin=True),),
@@ -208,13 +145,11 @@ BROKEN = [
         ),
         {"tensorrt-major": (r"TensorRT 11\.4\.0\.106 is installed, .* libnvinfer\.so\.10", r"'tensorrt==10\.\*'")},
     ),
-    Case(
-        "a GPU for which the libraries have no code",
+    "a GPU for which the libraries have no code": (
         gpu(libraries=libraries(code=(SM_90,)), driver=replace(GPU_MACHINE.driver, gpus=(H100, RTX_4090, RTX_4090))),
         {"gpu-code": (r"ort\.so has sm_90, and nothing for GeForce RTX 4090 .*8\.9", "--architectures 89$")},
     ),
-    Case(
-        "a GPU older than all code of ours",
+    "a GPU older than all code of ours": (
         gpu(
             libraries=(ORT, replace(TRAINING, code=())),
             tensorrt=(),
@@ -226,13 +161,11 @@ BROKEN = [
             "tensorrt-missing": ("", ""),
         },
     ),
-    Case(
-        "CUDA libraries are missing",
+    "CUDA libraries are missing": (
         gpu(providers=providers({"libcublas.so.13": None, "libcudnn.so.9": "/v/nvidia/cudnn/lib"})),
         {"cuda-libraries": (r"cannot start: libcublas\.so\.13 not found", r"onnxruntime-gpu\[cuda,cudnn\]")},
     ),
-    Case(
-        "a driver for CUDA 12 and a torch for CUDA 13",
+    "a driver for CUDA 12 and a torch for CUDA 13": (
         gpu(driver=CUDA_12, providers=(), libraries=MADE_FOR_CUDA_12, tensorrt=GPU_MACHINE.tensorrt),
         {
             "driver-old": (
@@ -242,36 +175,30 @@ BROKEN = [
             "library-missing": ("libdeploynorm_trt", ""),
         },
     ),
-    Case(
-        "a driver for CUDA 12 and an onnxruntime-gpu for CUDA 13",
+    "a driver for CUDA 12 and an onnxruntime-gpu for CUDA 13": (
         gpu(driver=CUDA_12, torch_cuda="12.8", libraries=MADE_FOR_CUDA_12),
         {"driver-old": ("this onnxruntime-gpu is for CUDA 13", "older CUDA"), "library-missing": ("", "")},
     ),
-    Case(
-        "a driver for CUDA 12 and a plugin that nvcc 13 built",
+    "a driver for CUDA 12 and a plugin that nvcc 13 built": (
         gpu(driver=CUDA_12, torch_cuda="12.8", providers=(), libraries=(*MADE_FOR_CUDA_12, PLUGIN)),
         {"driver-old": (r"libdeploynorm_trt\.so is for CUDA 13", "older nvcc")},
     ),
-    Case(
-        "a driver whose version is unknown, and TensorRT for a CUDA to come",
+    "a driver whose version is unknown, and TensorRT for a CUDA to come": (
         gpu(packages=packages(tensorrt_cu14="12.0"), driver=replace(GPU_MACHINE.driver, version=None)),
         {"driver-old": (r"tensorrt-cu14 12\.0 is for CUDA 14, and the NVIDIA driver knows", "to one for CUDA 14")},
     ),
-    Case(
-        "a driver that was updated under a running kernel",
+    "a driver that was updated under a running kernel": (
         gpu(driver=Driver("580.95", (13, 0), problem="CUDA_ERROR_SYSTEM_DRIVER_MISMATCH")),
         {"driver-error": ("580.95 does not start CUDA: CUDA_ERROR_SYSTEM_DRIVER_MISMATCH", "restart")},
     ),
-    Case(
-        "a driver that ends the process",
+    "a driver that ends the process": (
         gpu(driver=Driver(problem="it ended its process with SIGSEGV")),
         {"driver-error": ("the NVIDIA driver does not start CUDA: it ended", "restart")},
     ),
-]
+}
 
-NOTES = [
-    Case(
-        "nothing but Python",
+NOTES: Cases = {
+    "nothing but Python": (
         Examination(machine="x86-64", packages={"torch": "2.13.0+cpu"}),
         {
             "onnxruntime-missing": ("runs and checks ONNX files", r"pip install 'deploynorm\[cpu\]'"),
@@ -280,8 +207,7 @@ NOTES = [
             "driver-missing": ("everything here runs on the CPU", r"580\.65"),
         },
     ),
-    Case(
-        "a machine without a GPU",
+    "a machine without a GPU": (
         CPU_MACHINE,
         {
             "library-missing": (
@@ -292,8 +218,7 @@ NOTES = [
             "driver-missing": ("", ""),
         },
     ),
-    Case(
-        "libraries of other sources",
+    "libraries of other sources": (
         gpu(libraries=(ORT, TRAINING, REGISTER), stale=("/c/other",), tensorrt=(TensorRT("tensorrt", "10.14.1"),)),
         {
             "library-missing": (
@@ -302,13 +227,11 @@ NOTES = [
             )
         },
     ),
-    Case(
-        "a clone that was changed after its installation",
+    "a clone that was changed after its installation": (
         gpu(libraries=libraries(origin="installed", outdated=True)),
         {"library-stale": ("installed before the sources in this clone", "plugins build --cuda")},
     ),
-    Case(
-        "CUDA libraries lie where pip has put them",
+    "CUDA libraries lie where pip has put them": (
         gpu(providers=providers({"libcublas.so.13": "/v/nvidia/cu13/lib", "libcudnn.so.9": "/v/nvidia/cudnn/lib"})),
         {
             "cuda-libraries": (
@@ -317,141 +240,93 @@ NOTES = [
             )
         },
     ),
-    Case(
-        "a GPU for which there is PTX alone",
-        gpu(
-            libraries=libraries(code=(CudaCode("sm", (8, 0)), CudaCode("compute", (8, 0), 13))),
-        ),
+    "a GPU for which there is PTX alone": (
+        gpu(libraries=libraries(code=(CudaCode("sm", (8, 0)), CudaCode("compute", (8, 0), 13)))),
         {"gpu-ptx": ("has sm_80, compute_80: for NVIDIA H100 .* compiles the PTX", "--architectures 90$")},
     ),
-    Case(
-        "a GPU, and a library for the CPU alone",
+    "a GPU, and a library for the CPU alone": (
         gpu(libraries=libraries(code=()), nvcc=None),
         {"library-without-cuda": ("without CUDA", r"pip install 'deploynorm\[build,cuda\]', then deploynorm")},
     ),
-    Case(
-        "a provider for a TensorRT that is not installed",
+    "a provider for a TensorRT that is not installed": (
         gpu(packages=packages(tensorrt=""), providers=providers({}, {"libnvinfer.so.10": None})),
         {"tensorrt-provider": ("it needs TensorRT 10", r"'tensorrt==10\.\*'")},
     ),
-    Case(
-        "TensorRT-RTX with our plugin, and without the name that it asks for",
+    "TensorRT-RTX with our plugin, and without the name that it asks for": (
         gpu(tensorrt=(TensorRT("tensorrt_rtx", "1.7.1", takes_plugin=True, nameless="/v/libtensorrt_rtx.so.1"),)),
         {"tensorrt-rtx-name": ("ends the process", "ln -s /v/libtensorrt_rtx.so.1 rtx/libtensorrt_rtx.so")},
     ),
-    Case(
-        "onnxruntime-gpu on a machine without a GPU has no use for CUDA's libraries",
+    "onnxruntime-gpu on a machine without a GPU has no use for CUDA's libraries": (
         gpu(driver=Driver(), providers=providers({"libcublas.so.13": None, "libcudnn.so.9": "/v/nvidia/cudnn/lib"})),
         {"driver-missing": ("everything here runs on the CPU", "")},
     ),
-    Case(
-        "a GPU that the environment hides",
+    "a GPU that the environment hides": (
         gpu(driver=Driver("580.95", (13, 0), problem="CUDA_ERROR_NO_DEVICE"), visible_devices=""),
         {"driver-no-gpu": ("with CUDA_VISIBLE_DEVICES=$", "unset CUDA_VISIBLE_DEVICES")},
     ),
-    Case(
-        "a driver without a GPU",
+    "a driver without a GPU": (
         gpu(driver=Driver("580.95", (13, 0), problem="CUDA_ERROR_NO_DEVICE")),
         {"driver-no-gpu": ("offers no GPU$", "nvidia-smi")},
     ),
-    Case(
-        "nvcc 12.4",
-        gpu(nvcc_release=(12, 4)),
-        {"nvcc-old": (r"nvcc 12\.4", r"CUDA 12\.8 or later")},
-    ),
-    Case(
-        "a GPU, and a torch for CPUs",
+    "nvcc 12.4": (gpu(nvcc_release=(12, 4)), {"nvcc-old": (r"nvcc 12\.4", r"CUDA 12\.8 or later")}),
+    "a GPU, and a torch for CPUs": (
         gpu(packages=packages(torch="2.13.0+cpu"), torch_cuda=None),
         {"torch-cpu": ("for CPUs only", "pytorch.org")},
     ),
-]
+}
 
-NOTHING = [
-    Case("everything is there and works", GPU_MACHINE, {}),
-    Case(
-        "onnxruntime 1.18 beside NumPy 1",
-        gpu(packages=packages(numpy="1.26.4"), onnxruntime=runtime(version="1.18.0")),
-        {},
+NOTHING: dict[str, Examination] = {
+    "everything is there and works": GPU_MACHINE,
+    "onnxruntime 1.18 beside NumPy 1": gpu(packages=packages(numpy="1.26.4"), onnxruntime=runtime(version="1.18.0")),
+    "onnxruntime 1.18 that NumPy 2 does not hinder": gpu(onnxruntime=runtime(version="1.18.0+rebuilt")),
+    "onnxruntime 1.100": gpu(onnxruntime=runtime(version="1.100.0")),
+    "onnxruntime-extensions beside it": gpu(packages=packages(onnxruntime_extensions="0.15.2")),
+    "onnxruntime from no package": gpu(onnxruntime=runtime(packages=())),
+    "a driver newer than all": gpu(driver=Driver("700.1", (15, 2), (H100,))),
+    "a driver older than a library within one major version of CUDA": gpu(
+        driver=CUDA_12,
+        torch_cuda="12.9",
+        providers=(Provider("cuda", ("libcudart.so.12",)),),
+        libraries=(*MADE_FOR_CUDA_12, replace(PLUGIN, code=(SM_90,))),
     ),
-    Case("onnxruntime 1.18 that NumPy 2 does not hinder", gpu(onnxruntime=runtime(version="1.18.0+rebuilt")), {}),
-    Case("onnxruntime 1.100", gpu(onnxruntime=runtime(version="1.100.0")), {}),
-    Case("onnxruntime-extensions beside it", gpu(packages=packages(onnxruntime_extensions="0.15.2")), {}),
-    Case("onnxruntime from no package", gpu(onnxruntime=runtime(packages=())), {}),
-    Case("a driver newer than all", gpu(driver=Driver("700.1", (15, 2), (H100,))), {}),
-    Case(
-        "a driver older than a library within one major version of CUDA",
-        gpu(
-            driver=CUDA_12,
-            torch_cuda="12.9",
-            providers=(Provider("cuda", ("libcudart.so.12",)),),
-            libraries=(*MADE_FOR_CUDA_12, replace(PLUGIN, code=(SM_90,))),
-        ),
-        {},
+    "machine code of an earlier device of the generation": gpu(driver=Driver("580.95", (13, 0), (RTX_4090,))),
+    "a processor of which nothing is known": gpu(machine=None),
+    "TensorRT 10 that the loader does not find, since Python's module loads it": gpu(
+        providers=providers({}, {"libnvinfer.so.10": "/v/tensorrt_libs"})
     ),
-    Case("machine code of an earlier device of the generation", gpu(driver=Driver("580.95", (13, 0), (RTX_4090,))), {}),
-    Case("a processor of which nothing is known", gpu(machine=None), {}),
-    Case(
-        "TensorRT 10 that the loader does not find, since Python's module loads it",
-        gpu(providers=providers({}, {"libnvinfer.so.10": "/v/tensorrt_libs"})),
-        {},
+    "TensorRT 10 and 11 by the names of their packages": gpu(
+        packages=packages(tensorrt_cu13="11.4.0"), providers=providers({}, {"libnvinfer.so.10": None})
     ),
-    Case(
-        "TensorRT 10 and 11 by the names of their packages",
-        gpu(packages=packages(tensorrt_cu13="11.4.0"), providers=providers({}, {"libnvinfer.so.10": None})),
-        {},
+    "TensorRT 11 for engines, and 10 on the loader's path for the provider": gpu(
+        packages=packages(tensorrt="11.4.0"), tensorrt=(TensorRT("tensorrt", "11.4.0", takes_plugin=True),)
     ),
-    Case(
-        "TensorRT 11 for engines, and 10 on the loader's path for the provider",
-        gpu(packages=packages(tensorrt="11.4.0"), tensorrt=(TensorRT("tensorrt", "11.4.0", takes_plugin=True),)),
-        {},
+    "TensorRT-RTX without our plugin has no need of the name": gpu(
+        tensorrt=(TensorRT("tensorrt_rtx", "1.7.1", nameless="/v/libtensorrt_rtx.so.1"),)
     ),
-    Case(
-        "TensorRT-RTX without our plugin has no need of the name",
-        gpu(tensorrt=(TensorRT("tensorrt_rtx", "1.7.1", nameless="/v/libtensorrt_rtx.so.1"),)),
-        {},
-    ),
-]
+}
 
 
-def _check(case: Case, *, broken: bool) -> None:
-    diagnosis = diagnose(case.facts)
+@pytest.mark.parametrize("name", [*BROKEN, *NOTES, *NOTHING])
+def test_what_is_broken_or_missing_is_reported_with_its_remedy_and_nothing_else(name: str) -> None:
+    facts, findings = (NOTHING[name], {}) if name in NOTHING else (BROKEN | NOTES)[name]
+    diagnosis = diagnose(facts)
     found = list(diagnosis.findings)
-    assert {finding.name for finding in found} == set(case.findings), found
+    assert {finding.name for finding in found} == set(findings), found
     assert len(set(found)) == len(found), "two GPUs of one kind are one finding"
     for finding in found:
-        problem, remedy = case.findings[finding.name]
+        problem, remedy = findings[finding.name]
         assert re.search(problem, finding.problem), finding
         assert re.search(remedy, finding.remedy), finding
-    assert any(finding.level == "broken" for finding in found) is broken
-    assert bool(diagnosis) is not broken
+        for text in (finding.problem, finding.remedy):
+            assert text == text.strip().rstrip("."), finding
+            assert "\n" not in text, finding
+    assert any(finding.level == "broken" for finding in found) is (name in BROKEN)
+    assert bool(diagnosis) is (name not in BROKEN)
     assert found == sorted(found, key=lambda finding: finding.level != "broken"), "what is broken comes first"
-
-
-@pytest.mark.parametrize("case", BROKEN, ids=lambda case: case.name)
-def test_what_is_broken_is_reported_with_its_remedy(case: Case) -> None:
-    _check(case, broken=True)
-
-
-@pytest.mark.parametrize("case", NOTES, ids=lambda case: case.name)
-def test_what_is_missing_is_a_note_and_breaks_nothing(case: Case) -> None:
-    _check(case, broken=False)
-
-
-@pytest.mark.parametrize("case", NOTHING, ids=lambda case: case.name)
-def test_what_works_is_not_reported(case: Case) -> None:
-    _check(case, broken=False)
 
 
 def test_every_failure_of_the_list_has_a_case() -> None:
     listed = set(re.findall(r"`([a-z-]+)`", diagnosis_module.__doc__ or ""))
-    tested = {name for case in (*BROKEN, *NOTES) for name in case.findings}
+    tested = {name for _, findings in (BROKEN | NOTES).values() for name in findings}
     assert len(listed) > 15
     assert listed <= tested
-
-
-def test_findings_are_single_lines_without_a_full_stop() -> None:
-    for case in (*BROKEN, *NOTES):
-        for finding in diagnose(case.facts).findings:
-            for text in (finding.problem, finding.remedy):
-                assert text == text.strip().rstrip("."), finding
-                assert "\n" not in text, finding

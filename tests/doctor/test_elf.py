@@ -36,16 +36,10 @@ extern "C" int run_NAME(float* x) {
 """
 
 
-@pytest.fixture(scope="module")
-def library(require: Callable[[str], None], tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture
+def library(compile_library: Callable[..., Path]) -> Path:
     """One that exports and needs what SOURCE says."""
-    require("compiler")
-    folder = tmp_path_factory.mktemp("elf")
-    (folder / "source.c").write_text(SOURCE)
-    path = folder / "lib.so"
-    words = ["-shared", "-fPIC", "-Wl,--no-as-needed", "-lm", "-x", "c", folder / "source.c", "-o", path]
-    subprocess.run([str(word) for word in (libraries.find_tools().compiler, *words)], check=True)
-    return path
+    return compile_library("lib.so", SOURCE, "-Wl,--no-as-needed", "-lm")
 
 
 def test_what_a_library_needs_and_exports(library: Path) -> None:
@@ -83,19 +77,8 @@ def test_code_for_gpus_is_that_which_nvcc_was_asked_for(
     asked = [("80", "sm_80"), ("90", "sm_90"), ("90", "compute_90"), ("120", "sm_120")]
     words = [f"-gencode=arch=compute_{virtual},code={real}" for virtual, real in asked]
     path = tmp_path / "lib.so"
-    folder = [f"-L{cuda.nvcc.resolve().parents[1] / 'lib'}"]
-    command = [
-        cuda.nvcc,
-        "-shared",
-        "-cudart=static",
-        "-Xcompiler=-fPIC",
-        *folder,
-        *options,
-        *words,
-        *sources,
-        "-o",
-        path,
-    ]
+    linked = ["-shared", "-cudart=static", "-Xcompiler=-fPIC", f"-L{cuda.nvcc.resolve().parents[1] / 'lib'}"]
+    command = [cuda.nvcc, *linked, *options, *words, *sources, "-o", path]
     done = subprocess.run([str(word) for word in command], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = read_library(path).code

@@ -76,40 +76,34 @@ def test_a_driver_that_does_not_start(status: int, name: str, driver: Callable[.
 
 
 @pytest.mark.parametrize(
-    ("constructor", "problem"),
+    ("constructor", "answer"),
     [
-        ("abort();", "it ended its process with SIGABRT"),
-        ("raise(SIGSEGV);", "it ended its process with SIGSEGV"),
-        ('fputs("first\\nlast words\\n", stderr); abort();', "it ended its process with SIGABRT: last words"),
-        ('fputs("it is over\\n", stderr); _exit(3);', "it is over"),
-        ("_exit(3);", "it ended its process with exit code 3"),
+        ("abort();", {"problem": "it ended its process with SIGABRT"}),
+        ("raise(SIGSEGV);", {"problem": "it ended its process with SIGSEGV"}),
+        (
+            'fputs("first\\nlast words\\n", stderr); abort();',
+            {"problem": "it ended its process with SIGABRT: last words"},
+        ),
+        ('fputs("it is over\\n", stderr); _exit(3);', {"problem": "it is over"}),
+        ("_exit(3);", {"problem": "it ended its process with exit code 3"}),
+        ("for (;;) pause();", {"problem": "no answer in 1 seconds"}),
+        ('printf("{no newline"); fflush(stdout);', {}),
     ],
 )
-def test_a_library_that_ends_its_process(constructor: str, problem: str, compile_library: Callable[..., Path]) -> None:
+def test_what_a_library_does_as_it_is_opened_does_not_reach_the_caller(
+    constructor: str,
+    answer: dict[str, str],
+    compile_library: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     source = (
         "#include <signal.h>\n#include <stdio.h>\n#include <stdlib.h>\n#include <unistd.h>\n"
         f"__attribute__((constructor)) static void start(void) {{ {constructor} }}"
     )
     library = compile_library("libdeadly.so", source)
-    assert probes.ask(probes.open_libraries, [str(library)]) == {"problem": problem}
-
-
-def test_a_library_that_hangs(compile_library: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    source = "#include <unistd.h>\n__attribute__((constructor)) static void start(void) { for (;;) pause(); }"
-    library = compile_library("libendless.so", source)
-    monkeypatch.setattr(probes, "_SECONDS", 1)
-    assert probes.ask(probes.open_libraries, [str(library)]) == {"problem": "no answer in 1 seconds"}
-
-
-def test_a_library_that_writes_to_standard_output_does_not_spoil_the_answer(
-    compile_library: Callable[..., Path],
-) -> None:
-    source = (
-        "#include <stdio.h>\n"
-        '__attribute__((constructor)) static void start(void) { printf("{no newline"); fflush(stdout); }'
-    )
-    library = compile_library("libloud.so", source)
-    assert probes.ask(probes.open_libraries, [str(library)]) == {}
+    if "pause" in constructor:
+        monkeypatch.setattr(probes, "_SECONDS", 1)
+    assert probes.ask(probes.open_libraries, [str(library)]) == answer
 
 
 def test_which_libraries_the_loader_opens_and_why_not(tmp_path: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import io
 import re
-import warnings
 
 import pytest
 import torch
@@ -18,7 +17,7 @@ from deploynorm.errors import InputError, ModelError
 from deploynorm.layers import TLU, FRN2d, MABN2d
 from deploynorm.trace import trace
 
-HALF = [torch.float16, torch.bfloat16]
+HALF = {torch.float16: OP_FLOAT16, torch.bfloat16: OP_BFLOAT16}
 
 
 def _network() -> nn.Sequential:
@@ -37,24 +36,16 @@ def _x(dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", HALF)
-def test_weights_take_the_type_and_norms_keep_float32(dtype: torch.dtype) -> None:
-    half = to_precision(_network(), dtype)
+def test_weights_take_the_type_norms_keep_float32_and_it_computes_the_network(dtype: torch.dtype) -> None:
+    half, x = to_precision(_network(), dtype), _x(dtype)
     norms = tuple(f"{index}." for index in (1, 2, 4))
     for name, found in _types(half).items():
         assert found == (torch.float32 if name.startswith(norms) else dtype), name
     with torch.no_grad():
-        assert half(_x(dtype)).dtype == dtype
-
-
-@pytest.mark.parametrize("dtype", HALF)
-def test_it_computes_what_the_network_computes(dtype: torch.dtype) -> None:
-    net, tolerance = _network(), OP_FLOAT16 if dtype == torch.float16 else OP_BFLOAT16
-    x = _x(dtype)
-    with torch.no_grad():
-        want = copy.deepcopy(net).double()(x.double())
-        got = to_precision(net, dtype)(x).double()
+        got, want = half(x), _network().double()(x.double())
+    assert got.dtype == dtype
     scale = float(want.abs().max())
-    torch.testing.assert_close(got / scale, want / scale, **tolerance.kwargs())
+    torch.testing.assert_close(got.double() / scale, want / scale, **HALF[dtype].kwargs())
 
 
 def test_the_network_given_is_unchanged() -> None:
@@ -125,16 +116,15 @@ def test_inputs_and_outputs_keep_the_networks_own_type() -> None:
     assert half.conv.weight.dtype == torch.float16
 
 
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("keep_io_types", [False, True])
 def test_an_archive_keeps_what_its_operators_require_in_float32(keep_io_types: bool) -> None:
     """An archive as `deploynorm fold` writes it and `deploynorm export` reads it."""
     folded = fold(nn.Sequential(nn.ReLU(), _network()), (_x(),)).model
     buffer = io.BytesIO()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.export.save(trace(folded, (_x(),)), buffer)
-        archive = torch.export.load(io.BytesIO(buffer.getvalue())).module()
-        half = to_precision(archive, torch.float16, keep_io_types=keep_io_types)
+    torch.export.save(trace(folded, (_x(),)), buffer)
+    archive = torch.export.load(io.BytesIO(buffer.getvalue())).module()
+    half = to_precision(archive, torch.float16, keep_io_types=keep_io_types)
     types = _types(half)
     assert types["1.0.weight"] == types["1.3.2.weight"] == types["1.5.tau"] == torch.float16
     assert types["1.1.weight"] == types["1.1.tau"] == types["1.2.running_var"] == torch.float32
@@ -175,12 +165,11 @@ def test_it_refuses(patterns: list[str], dtype: torch.dtype, message: str) -> No
         to_precision(_network(), dtype, keep_float32=patterns)
 
 
+@pytest.mark.filterwarnings("ignore")
 def test_an_archive_has_no_layers_to_keep() -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        archive = torch.export.export(_network(), (_x(),)).module()
-        with pytest.raises(InputError, match=r"an archive of torch\.export has no layers"):
-            to_precision(archive, torch.float16, keep_float32=["0"])
+    archive = torch.export.export(_network(), (_x(),)).module()
+    with pytest.raises(InputError, match=r"an archive of torch\.export has no layers"):
+        to_precision(archive, torch.float16, keep_float32=["0"])
 
 
 def test_a_weight_past_the_largest_number_names_its_layer() -> None:
@@ -196,16 +185,11 @@ def test_a_weight_past_the_largest_number_names_its_layer() -> None:
     to_precision(net, torch.float16, keep_float32=["3.2"])
 
 
-def test_an_infinity_that_was_one_before_is_none_of_ours() -> None:
-    """tau = -inf means no threshold."""
-    tlu = TLU(3)
-    tlu.tau.data.fill_(-torch.inf)
-    assert torch.isneginf(to_precision(tlu, torch.float16).tau).all()
-
-
-def test_large_and_small_statistics_of_a_norm_are_kept() -> None:
-    norm = nn.BatchNorm2d(3).eval()
+def test_infinities_of_a_threshold_and_wide_statistics_of_a_norm_are_kept() -> None:
+    tlu, norm = TLU(3), nn.BatchNorm2d(3).eval()
+    tlu.tau.data.fill_(-torch.inf)  # no threshold
     norm.running_var.copy_(torch.tensor([1e7, 1e-9, 1.0]))
+    assert torch.isneginf(to_precision(tlu, torch.float16).tau).all()
     assert torch.equal(to_precision(norm, torch.float16).running_var, norm.running_var)
 
 

@@ -8,14 +8,12 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from graphs import CHANNELS, OPSET, frn_model, frn_parameters, one_node
-from tolerances import EXACT, OP_FLOAT32
+from graphs import CHANNELS, frn_model, one_node
+from tolerances import OP_FLOAT32
 
 from deploynorm.contract import DOMAIN, OP_TYPE
 from deploynorm.errors import BackendError, DeployNormError, InputError, ModelError
 from deploynorm.inputs import TensorSpec
-from deploynorm.lowering import function_proto
-from deploynorm.reference import filter_response_norm
 from deploynorm.run.onnxruntime import OnnxRuntimeRunner
 
 X = np.random.default_rng(0).normal(size=(2, CHANNELS, 3, 5)).astype(np.float32)
@@ -36,23 +34,16 @@ def ort(require: Callable[[str], None]) -> Any:
     return onnxruntime
 
 
-def a_model(body: bool = True) -> onnx.ModelProto:
-    return frn_model(body=function_proto(OPSET) if body else None)
-
-
-def changed(change: Callable[[onnx.ModelProto], object]) -> bytes:
-    model = a_model()
-    change(model)
-    return bytes(model.SerializeToString())
-
-
-def set_opset(model: onnx.ModelProto) -> None:
-    model.opset_import[0].version = 99
+MODEL = frn_model(body=True)
+NEWER_IR, NEWER_OPSET = onnx.ModelProto(), onnx.ModelProto()
+for newer in (NEWER_IR, NEWER_OPSET):
+    newer.CopyFrom(MODEL)
+NEWER_IR.ir_version = NEWER_OPSET.opset_import[0].version = 99
 
 
 REFUSED: dict[str, tuple[bytes, type[DeployNormError], str]] = {
     "no body and no library": (
-        a_model(body=False).SerializeToString(),
+        frn_model().SerializeToString(),
         ModelError,
         f"{DOMAIN}::{OP_TYPE} without its function body, and the operator library.*Fix: run `deploynorm plugins build`",
     ),
@@ -62,14 +53,16 @@ REFUSED: dict[str, tuple[bytes, type[DeployNormError], str]] = {
         "holds an operator that onnxruntime .* does not know.*Nonsense.*Fix: pass the library",
     ),
     "newer IR": (
-        changed(lambda model: setattr(model, "ir_version", 99)),
+        NEWER_IR.SerializeToString(),
         BackendError,
         r"is newer than onnxruntime \d+\.\d+\.\d+ reads. Got Unsupported model IR version: 99.*Fix: upgrade",
     ),
-    "newer opset": (changed(set_opset), BackendError, r"is newer than onnxruntime .* reads.*Opset 99.*Fix: upgrade"),
+    "newer opset": (
+        NEWER_OPSET.SerializeToString(),
+        BackendError,
+        "is newer than onnxruntime .* reads.*Opset 99.*upgrade",
+    ),
     "text": (b"this is not a model" * 20, ModelError, "not an ONNX file, or cut short"),
-    "cut short": (a_model().SerializeToString()[:-40], ModelError, "not an ONNX file, or cut short"),
-    "empty": (b"", ModelError, "not an ONNX file, or cut short"),
     "type that the operator does not have": (
         one_node("Selu", {"x": ("int64", (1,))}, ("int64", (1,))).SerializeToString(),
         ModelError,
@@ -111,24 +104,6 @@ def test_a_model_that_cannot_be_loaded_is_reported_in_our_words_only(
 
 
 @pytest.mark.usefixtures("ort")
-def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match=r"none\.onnx: no such file"):
-        OnnxRuntimeRunner(str(tmp_path / "none.onnx"))
-
-
-@pytest.mark.usefixtures("ort")
-def test_a_file_with_external_data_runs_until_the_data_is_gone(tmp_path: Path) -> None:
-    path = tmp_path / "model.onnx"
-    onnx.save(a_model(), path, save_as_external_data=True, location="model.data", size_threshold=0)
-    with OnnxRuntimeRunner(path) as runner:
-        want = filter_response_norm(X, *frn_parameters().values())
-        np.testing.assert_allclose(runner.infer({"X": X})["Y"], want, **OP_FLOAT32.kwargs())
-    (tmp_path / "model.data").unlink()
-    with pytest.raises(ModelError, match=r"external data cannot be read.*Fix: keep the data file beside the model"):
-        OnnxRuntimeRunner(path)
-
-
-@pytest.mark.usefixtures("ort")
 @pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "bfloat16", "int64", "bool"])
 def test_inputs_and_outputs_of_every_dtype_pass_through(dtype: str) -> None:
     shape = ("N", 2, None)
@@ -144,25 +119,18 @@ def test_inputs_and_outputs_of_every_dtype_pass_through(dtype: str) -> None:
 
 
 @pytest.mark.usefixtures("ort")
-def test_a_scalar_keeps_its_rank_in_bfloat16() -> None:
+def test_bfloat16_keeps_the_rank_of_a_scalar_and_results_outlive_the_runner() -> None:
     model = one_node("Identity", {"x": ("bfloat16", ())}, ("bfloat16", ()))
     with OnnxRuntimeRunner(model.SerializeToString()) as runner:
-        assert runner.infer({"x": np.ones((), "bfloat16")})["y"].shape == ()
-
-
-@pytest.mark.usefixtures("ort")
-def test_results_outlive_the_runner() -> None:
-    model = one_node("Identity", {"x": ("bfloat16", (3,))}, ("bfloat16", (3,)))
-    with OnnxRuntimeRunner(model.SerializeToString()) as runner:
-        first = runner.infer({"x": np.array([1, 2, 3], "bfloat16")})["y"]
-        runner.infer({"x": np.array([4, 5, 6], "bfloat16")})
-    assert first.tolist() == [1, 2, 3]
+        first = runner.infer({"x": np.array(1, "bfloat16")})["y"]
+        runner.infer({"x": np.array(4, "bfloat16")})
+    assert (first.shape, first.item()) == ((), 1)
 
 
 @pytest.mark.usefixtures("ort")
 def test_an_unknown_provider_is_refused_with_the_known_ones() -> None:
     with pytest.raises(InputError, match="Got 'rocm'; expected cpu or cuda or tensorrt"):
-        OnnxRuntimeRunner(a_model().SerializeToString(), providers=["rocm"])
+        OnnxRuntimeRunner(MODEL.SerializeToString(), providers=["rocm"])
 
 
 def test_a_provider_that_was_not_built_in_is_an_error_of_the_environment(
@@ -170,7 +138,7 @@ def test_a_provider_that_was_not_built_in_is_an_error_of_the_environment(
 ) -> None:
     monkeypatch.setattr(ort, "get_available_providers", lambda: ["CPUExecutionProvider"])
     with pytest.raises(BackendError, match="without the provider 'cuda'") as caught:
-        OnnxRuntimeRunner(a_model().SerializeToString(), providers=["cuda", "cpu"])
+        OnnxRuntimeRunner(MODEL.SerializeToString(), providers=["cuda", "cpu"])
     assert "Got ['cpu']; expected cuda." in str(caught.value)
     assert "pip install 'deploynorm[gpu]'" in str(caught.value)
 
@@ -183,7 +151,7 @@ def test_a_provider_that_silently_gives_way_to_the_cpu_is_an_error(ort: Any, mon
         # Told that it has CUDA, this build does what one does whose CUDA libraries are missing.
         monkeypatch.setattr(ort, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"])
     with pytest.raises(BackendError, match="'cuda' failed to start"):
-        OnnxRuntimeRunner(a_model().SerializeToString(), providers=["cuda"])
+        OnnxRuntimeRunner(MODEL.SerializeToString(), providers=["cuda"])
 
 
 def test_the_session_gets_what_was_asked_for(ort: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -210,7 +178,7 @@ def test_a_plugin_library_that_cannot_be_loaded_is_named(content: bytes | None, 
     if content is not None:
         library.write_bytes(content)
     with pytest.raises(BackendError, match=r"libplugin\.so: ONNX Runtime cannot load this plugin library") as caught:
-        OnnxRuntimeRunner(a_model().SerializeToString(), plugins=[library])
+        OnnxRuntimeRunner(MODEL.SerializeToString(), plugins=[library])
     assert caught.value.exit_code == 3
 
 
@@ -227,20 +195,7 @@ def test_a_failure_while_running_is_reported_in_our_words_only(capfd: pytest.Cap
 
 @pytest.mark.usefixtures("ort")
 def test_optimizing_or_not_gives_the_same_numbers() -> None:
-    content = a_model().SerializeToString()
+    content = MODEL.SerializeToString()
     with OnnxRuntimeRunner(content) as fast, OnnxRuntimeRunner(content, optimize=False, threads=1) as plain:
         got, want = fast.infer({"X": X})["Y"], plain.infer({"X": X})["Y"]
     np.testing.assert_allclose(got, want, **OP_FLOAT32.kwargs())
-
-
-@pytest.mark.usefixtures("ort")
-def test_feeds_are_checked_and_a_closed_runner_says_so() -> None:
-    with OnnxRuntimeRunner(a_model().SerializeToString()) as runner:
-        assert runner.name == "onnxruntime (cpu)"
-        with pytest.raises(InputError, match="wrong size on axis 1"):
-            runner.infer({"X": X[:, 1:]})
-        first = runner.infer({"X": X})["Y"]
-        np.testing.assert_allclose(runner.infer({"X": X})["Y"], first, **EXACT.kwargs())
-    runner.close()
-    with pytest.raises(InputError, match="the runner is closed"):
-        runner.infer({"X": X})

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import onnx
@@ -11,7 +10,7 @@ from graphs import CHANNELS, OPSET, frn_model, frn_parameters, one_node
 from tolerances import EXACT
 
 from deploynorm.contract import DOMAIN, INPUTS, OP_TYPE
-from deploynorm.errors import InputError, ModelError
+from deploynorm.errors import ModelError
 from deploynorm.inputs import TensorSpec
 from deploynorm.reference import filter_response_norm
 from deploynorm.run.reference import ReferenceRunner
@@ -67,37 +66,6 @@ def test_a_size_without_a_name_is_free() -> None:
     assert got["y"].shape == (2, 3)
 
 
-def test_a_file_with_external_data_runs(tmp_path: Path) -> None:
-    path = tmp_path / "model.onnx"
-    onnx.save(frn_model(), path, save_as_external_data=True, location="model.data", size_threshold=0)
-    with ReferenceRunner(path) as runner:
-        np.testing.assert_allclose(runner.infer({"X": X})["Y"], definition(), **EXACT.kwargs())
-    (tmp_path / "model.data").unlink()
-    with pytest.raises(ModelError, match=r"external data cannot be read.*Fix: keep the data file beside the model"):
-        ReferenceRunner(path)
-
-
-UNREADABLE = {
-    "text": b"this is not a model" * 20,
-    "cut short": frn_model().SerializeToString()[:-40],
-    "empty": b"",
-}
-
-
-@pytest.mark.parametrize("content", UNREADABLE.values(), ids=UNREADABLE)
-def test_a_file_that_is_no_model_is_named(content: bytes, tmp_path: Path) -> None:
-    path = tmp_path / "broken.onnx"
-    path.write_bytes(content)
-    with pytest.raises(ModelError, match=r"broken\.onnx: not an ONNX file, or cut short") as caught:
-        ReferenceRunner(str(path))
-    assert caught.value.exit_code == 2
-
-
-def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match=r"none\.onnx: no such file"):
-        ReferenceRunner(tmp_path / "none.onnx")
-
-
 UNRUNNABLE = {
     "unknown operator": (
         one_node("Nonsense", {"x": ("float32", (1,))}, ("float32", (1,))),
@@ -120,10 +88,3 @@ def test_a_failure_of_the_evaluator_is_reported_with_the_shapes() -> None:
         pytest.raises(ModelError, match=r"failed with TypeError: .*'Add'.*Got .*'a': \(2,\)"),
     ):
         runner.infer({"a": np.ones(2, np.float32), "b": np.ones(3, np.float32)})
-
-
-def test_feeds_are_checked_and_a_closed_runner_says_so() -> None:
-    with ReferenceRunner(frn_model()) as runner, pytest.raises(InputError, match="wrong dtype"):
-        runner.infer({"X": X.astype(np.float64)})
-    with pytest.raises(InputError, match="the runner is closed"):
-        runner.infer({"X": X})

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from cases import CASES, NormCase, make_inputs, tolerance, want
-from graphs import OPSET, frn_model
+from graphs import frn_model
 
 from deploynorm.contract import INPUTS, OUTPUT, PARAMETERS
 from deploynorm.inputs import TensorSpec
 from deploynorm.layers.functional import filter_response_norm
-from deploynorm.lowering import function_proto
 from deploynorm.run import Runner
 from deploynorm.run.eager import EagerRunner
 from deploynorm.run.half import HalfRunner
@@ -35,41 +35,17 @@ class Layer(torch.nn.Module):
         return filter_response_norm(x, gamma, beta, tau, eps)
 
 
-def eager(spec: TensorSpec, parameters: Parameters) -> Runner:
-    return EagerRunner(Layer(parameters), [spec], [OUTPUT])
-
-
-def reference_body(spec: TensorSpec, parameters: Parameters) -> Runner:
-    body = function_proto(OPSET, half=spec.dtype in ("float16", "bfloat16"))
-    return ReferenceRunner(frn_model(spec.dtype, body=body, parameters=parameters, shape=spec.shape))
-
-
-def reference_operator(spec: TensorSpec, parameters: Parameters) -> Runner:
-    return ReferenceRunner(frn_model(spec.dtype, parameters=parameters, shape=spec.shape))
-
-
-def onnxruntime_body(spec: TensorSpec, parameters: Parameters) -> Runner:
-    body = function_proto(OPSET, half=spec.dtype in ("float16", "bfloat16"))
-    model = frn_model(spec.dtype, body=body, parameters=parameters, shape=spec.shape)
-    return OnnxRuntimeRunner(model.SerializeToString(), plugins=())
-
-
-def onnxruntime_library(spec: TensorSpec, parameters: Parameters) -> Runner:
-    return OnnxRuntimeRunner(frn_model(spec.dtype, parameters=parameters, shape=spec.shape).SerializeToString())
-
-
-def half_body(spec: TensorSpec, parameters: Parameters) -> Runner:
-    body = function_proto(OPSET, half=spec.dtype in ("float16", "bfloat16"))
-    return HalfRunner(frn_model(spec.dtype, body=body, parameters=parameters, shape=spec.shape))
+def model(spec: TensorSpec, parameters: Parameters, *, body: bool) -> onnx.ModelProto:
+    return frn_model(spec.dtype, body=body or None, parameters=parameters, shape=spec.shape)
 
 
 RUNNERS: Mapping[str, Callable[[TensorSpec, Parameters], Runner]] = {
-    "eager": eager,
-    "reference-body": reference_body,
-    "reference-operator": reference_operator,
-    "onnxruntime-body": onnxruntime_body,
-    "onnxruntime-library": onnxruntime_library,
-    "half-body": half_body,
+    "eager": lambda spec, parameters: EagerRunner(Layer(parameters), [spec], [OUTPUT]),
+    "reference-body": lambda *given: ReferenceRunner(model(*given, body=True)),
+    "reference-operator": lambda *given: ReferenceRunner(model(*given, body=False)),
+    "onnxruntime-body": lambda *given: OnnxRuntimeRunner(model(*given, body=True).SerializeToString(), plugins=()),
+    "onnxruntime-library": lambda *given: OnnxRuntimeRunner(model(*given, body=False).SerializeToString()),
+    "half-body": lambda *given: HalfRunner(model(*given, body=True)),
 }
 
 

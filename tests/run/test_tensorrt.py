@@ -29,7 +29,7 @@ IMAGES = ((1, 3, 8, 8), (2, 3, 8, 8), (4, 3, 16, 16))
 ENGINE = plan({"x": IMAGES}, {"y": "x"})
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def fake(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """TensorRT 11 on a GPU of compute capability 9.0, neither of them real."""
     module = fake_tensorrt()
@@ -47,8 +47,7 @@ def images(*shape: int) -> np.ndarray[Any, Any]:
     return np.random.default_rng(0).normal(size=shape).astype(np.float32)
 
 
-@pytest.mark.usefixtures("fake")
-def test_an_engine_runs_on_arrays_of_every_shape_of_its_range() -> None:
+def test_an_engine_runs_on_arrays_of_every_shape_of_its_range_until_it_is_closed() -> None:
     with TensorRTRunner(ENGINE) as runner:
         assert runner.name == "tensorrt (cpu)"
         assert runner.inputs == (TensorSpec("x", ("?", 3, "?", "?"), "float32"),)
@@ -58,9 +57,12 @@ def test_an_engine_runs_on_arrays_of_every_shape_of_its_range() -> None:
             x = images(*shape)
             got = runner.infer({"x": x})["y"]
             np.testing.assert_array_equal(got, 2 * x)
+    runner.close()
+    for call in (lambda: runner.infer({"x": images(*IMAGES[0])}), lambda: runner.run({})):
+        with pytest.raises(InputError, match="the runner is closed"):
+            call()
 
 
-@pytest.mark.usefixtures("fake")
 @pytest.mark.parametrize("dtype", ["FLOAT", "HALF", "BF16", "INT64"])
 def test_every_dtype_passes_through(dtype: str) -> None:
     numpy = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "INT64": "int64"}[dtype]
@@ -71,13 +73,11 @@ def test_every_dtype_passes_through(dtype: str) -> None:
     np.testing.assert_array_equal(got.astype(np.float64), 2 * x[:, ::-1].astype(np.float64))
 
 
-@pytest.mark.usefixtures("fake")
 def test_empty_tensors_have_an_address_too() -> None:
     with TensorRTRunner(plan({"x": ((0, 3), (2, 3), (2, 3))}, {"y": "x"})) as runner:
         assert runner.infer({"x": images(0, 3)})["y"].shape == (0, 3)
 
 
-@pytest.mark.usefixtures("fake")
 def test_tensors_need_not_be_contiguous_or_aligned() -> None:
     flat = torch.arange(2 * 3 * 8 * 8 + 1, dtype=torch.float32)
     with TensorRTRunner(ENGINE) as runner:
@@ -87,7 +87,6 @@ def test_tensors_need_not_be_contiguous_or_aligned() -> None:
             torch.testing.assert_close(x, before, rtol=0, atol=0)
 
 
-@pytest.mark.usefixtures("fake")
 @pytest.mark.parametrize("cuda_graphs", [False, True])
 def test_results_are_not_changed_by_later_calls(cuda_graphs: bool) -> None:
     with TensorRTRunner(ENGINE, cuda_graphs=cuda_graphs) as runner:
@@ -98,7 +97,6 @@ def test_results_are_not_changed_by_later_calls(cuda_graphs: bool) -> None:
     assert second.unique().tolist() == [10]
 
 
-@pytest.mark.usefixtures("fake")
 def test_a_shape_is_captured_once_and_the_oldest_goes() -> None:
     with TensorRTRunner(ENGINE, cuda_graphs=True) as runner:
         gpu: Any = runner._gpu
@@ -114,7 +112,6 @@ def test_a_shape_is_captured_once_and_the_oldest_goes() -> None:
         assert gpu.captures == 2 + 7 + 1
 
 
-@pytest.mark.usefixtures("fake")
 def test_an_output_whose_size_depends_on_values_is_allocated_when_it_is_known() -> None:
     engine = plan({"x": ((0, 3), (2, 3), (4, 3))}, {"y": "x"}, values_decide=True)
     with TensorRTRunner(engine) as runner:
@@ -125,7 +122,6 @@ def test_an_output_whose_size_depends_on_values_is_allocated_when_it_is_known() 
         runner.infer({"x": images(2, 3)})
 
 
-@pytest.mark.usefixtures("fake")
 def test_several_inputs_and_outputs_keep_their_names_and_order() -> None:
     engine = plan({"a": ((1, 2),) * 3, "b": ((3,),) * 3}, {"twice_b": "b", "twice_a": "a"})
     with TensorRTRunner(engine) as runner:
@@ -151,24 +147,12 @@ FEEDS: dict[str, tuple[Callable[[TensorRTRunner], object], str]] = {
 }
 
 
-@pytest.mark.usefixtures("fake")
-@pytest.mark.parametrize("name", FEEDS)
-def test_feeds_that_do_not_fit_are_refused(name: str) -> None:
-    call, message = FEEDS[name]
+@pytest.mark.parametrize(("call", "message"), FEEDS.values(), ids=FEEDS)
+def test_feeds_that_do_not_fit_are_refused(call: Callable[[TensorRTRunner], object], message: str) -> None:
     with TensorRTRunner(ENGINE) as runner:
         with pytest.raises(InputError, match=message):
             call(runner)
         np.testing.assert_array_equal(runner.infer({"x": images(*IMAGES[0])})["y"], 2 * images(*IMAGES[0]))
-
-
-@pytest.mark.usefixtures("fake")
-def test_a_closed_runner_says_so() -> None:
-    runner = TensorRTRunner(ENGINE)
-    runner.close()
-    runner.close()
-    for call in (lambda: runner.infer({"x": images(*IMAGES[0])}), lambda: runner.run({})):
-        with pytest.raises(InputError, match="the runner is closed"):
-            call()
 
 
 REFUSED: dict[str, tuple[bytes, type[DeployNormError], str]] = {
@@ -201,23 +185,16 @@ REFUSED: dict[str, tuple[bytes, type[DeployNormError], str]] = {
 }
 
 
-@pytest.mark.usefixtures("fake")
-@pytest.mark.parametrize("name", REFUSED)
-def test_an_engine_that_does_not_run_here_is_reported_in_our_words(name: str, tmp_path: Path) -> None:
-    content, kind, message = REFUSED[name]
+@pytest.mark.parametrize(("content", "kind", "message"), REFUSED.values(), ids=REFUSED)
+def test_an_engine_that_does_not_run_here_is_reported_in_our_words(
+    content: bytes, kind: type[DeployNormError], message: str, tmp_path: Path
+) -> None:
     path = tmp_path / "model.engine"
     path.write_bytes(content)
     for form in (content, path):
         with pytest.raises(kind, match=message) as caught:
             TensorRTRunner(form)
         assert type(caught.value) is kind
-
-
-@pytest.mark.usefixtures("fake")
-def test_code_for_the_processor_runs_where_the_user_trusts_it() -> None:
-    content = plan({"x": IMAGES}, {"y": "x"}, host_code=True)
-    with TensorRTRunner(content, trust_engine=True) as runner:
-        assert runner.infer({"x": images(*IMAGES[0])})["y"].shape == IMAGES[0]
 
 
 def test_the_plugin_is_loaded_once_for_engines_that_hold_it(
@@ -237,7 +214,6 @@ def _with_manifest(path: Path, **facts: object) -> Path:
     return path
 
 
-@pytest.mark.usefixtures("fake")
 def test_the_manifest_brings_the_names_of_free_axes_and_the_type(tmp_path: Path) -> None:
     path = _with_manifest(
         tmp_path / "model.engine",
@@ -268,26 +244,24 @@ MANIFESTS: dict[str, tuple[dict[str, object], type[DeployNormError], str]] = {
         BackendError,
         "another kind of GPU. Got compute capability 8.6, 8.9; expected 9.0, as here.*--compute-capability 9.0",
     ),
-    "the plugin, which is not built": (
-        {"frn": {"way": "plugin"}},
-        BackendError,
-        "Fix: .*deploynorm plugins build",
-    ),
+    "the plugin, which is not built": ({"frn": {"way": "plugin"}}, BackendError, "Fix: .*deploynorm plugins build"),
 }
 
 
-@pytest.mark.usefixtures("fake", "without_library")
-@pytest.mark.parametrize("name", MANIFESTS)
+@pytest.mark.usefixtures("without_library")
+@pytest.mark.parametrize(("facts", "kind", "message"), MANIFESTS.values(), ids=MANIFESTS)
 def test_the_manifest_tells_of_a_misfit_before_tensorrt_does(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    facts: dict[str, object],
+    kind: type[DeployNormError],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    facts, kind, message = MANIFESTS[name]
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
     with pytest.raises(kind, match=message):
         TensorRTRunner(_with_manifest(tmp_path / "model.engine", **facts))
 
 
-@pytest.mark.usefixtures("fake")
 @pytest.mark.parametrize("content", ["{", "[]", '{"engine": 3}'])
 def test_a_damaged_manifest_is_named(content: str, tmp_path: Path) -> None:
     path = _with_manifest(tmp_path / "model.engine")
@@ -296,7 +270,6 @@ def test_a_damaged_manifest_is_named(content: str, tmp_path: Path) -> None:
         TensorRTRunner(path)
 
 
-@pytest.mark.usefixtures("fake")
 def test_files_that_are_no_engines_are_named(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"none\.engine: no such file"):
         TensorRTRunner(tmp_path / "none.engine")
@@ -305,7 +278,6 @@ def test_files_that_are_no_engines_are_named(tmp_path: Path) -> None:
         TensorRTRunner(tmp_path / "model.onnx")
 
 
-@pytest.mark.usefixtures("fake")
 def test_open_runner_knows_engines_by_their_ending_and_by_name(tmp_path: Path) -> None:
     for name, options in {"model.engine": {}, "model.plan": {}, "model": {"backend": "tensorrt"}}.items():
         (tmp_path / name).write_bytes(ENGINE)
@@ -314,12 +286,12 @@ def test_open_runner_knows_engines_by_their_ending_and_by_name(tmp_path: Path) -
     with pytest.raises(InputError, match=r"the tensorrt backend takes no (providers|threads)"):
         run.open_runner(tmp_path / "model.plan", threads=2)
     (tmp_path / "model.engine").write_bytes(plan({"x": IMAGES}, {"y": "x"}, host_code=True))
-    run.open_runner(tmp_path / "model.engine", trust_engine=True).close()
+    with run.open_runner(tmp_path / "model.engine", trust_engine=True) as runner:
+        assert runner.infer({"x": images(*IMAGES[0])})["y"].shape == IMAGES[0]
     with pytest.raises(InputError, match="the onnxruntime backend takes no trust_engine"):
         run.open_runner(tmp_path / "model.onnx", trust_engine=True)
 
 
-@pytest.mark.usefixtures("fake")
 def test_engines_are_timed_in_turns_and_closed(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
     closed: list[str] = []
@@ -378,7 +350,8 @@ def built(name: str) -> Engine:
     )
 
 
-def test_a_machine_without_a_gpu_is_reported_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_machine_without_a_gpu_is_reported_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()  # what `fake` has of a GPU
     monkeypatch.setitem(sys.modules, "tensorrt", fake_tensorrt())
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(BackendError, match=r"no CUDA device|was built without CUDA") as caught:

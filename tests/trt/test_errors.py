@@ -78,11 +78,7 @@ KNOWN: dict[str, tuple[str, type[DeployNormError], str]] = {
         ModelError,
         "its external data cannot be read",
     ),
-    "memory": (
-        "Error Code 1: Cuda Runtime (out of memory)",
-        BackendError,
-        "needs more memory than the GPU has left",
-    ),
+    "memory": ("Error Code 1: Cuda Runtime (out of memory)", BackendError, "needs more memory than the GPU has left"),
     "no driver": (
         "[checkMacros.cpp::catchCudaError::250] Error Code 1: Cuda Runtime (In catchCudaError at /_src/common/dispatch/"
         "checkMacros.cpp:250 (cudaError 35: CUDA driver version is insufficient for CUDA runtime version))",
@@ -98,9 +94,8 @@ KNOWN: dict[str, tuple[str, type[DeployNormError], str]] = {
 }
 
 
-@pytest.mark.parametrize("name", KNOWN)
-def test_words_of_tensorrt_are_reported_in_ours(name: str) -> None:
-    text, kind, message = KNOWN[name]
+@pytest.mark.parametrize(("text", "kind", "message"), KNOWN.values(), ids=KNOWN)
+def test_words_of_tensorrt_are_reported_in_ours(text: str, kind: type[DeployNormError], message: str) -> None:
     error = explain("model.onnx", "TensorRT 11.4.0", [Message("ERROR", text)])
     assert type(error) is kind
     assert str(error).startswith("model.onnx: ")
@@ -116,12 +111,8 @@ def test_a_missing_driver_is_not_reported_where_something_else_failed() -> None:
 
 
 def test_errors_come_before_warnings_and_each_once() -> None:
-    heard = [
-        Message("WARNING", "w"),
-        Message("ERROR", "b."),
-        Message("INTERNAL_ERROR", "a\n  c"),
-        Message("ERROR", "b."),
-    ]
+    texts = [("WARNING", "w"), ("ERROR", "b."), ("INTERNAL_ERROR", "a\n  c"), ("ERROR", "b.")]
+    heard = [Message(*text) for text in texts]
     assert words(heard) == "b; a c"
     assert words(heard[:1]) == "w"
     assert words([Message("INFO", "i")]) == ""

@@ -76,12 +76,8 @@ def test_the_inspector_of_an_engine_is_read() -> None:
         ("CaskConvolution", False, False),
         ("PluginV3", True, False),
     ]
-    assert [tensor.dtype for layer in found for tensor in (*layer.inputs, *layer.outputs)] == [
-        "float16",
-        "float16",
-        "float16",
-        "",
-    ]
+    tensors = [tensor for layer in found for tensor in (*layer.inputs, *layer.outputs)]
+    assert [tensor.dtype for tensor in tensors] == ["float16", "float16", "float16", ""]
     assert found[1].nodes == ("conv0", "relu0")
 
 
@@ -118,7 +114,6 @@ COMPARED: dict[str, tuple[list[Layer], tuple[int, list[str]]]] = {
 }
 
 
-@pytest.mark.parametrize("name", COMPARED)
-def test_products_are_held_to_the_types_of_the_graph(name: str) -> None:
-    layers, want = COMPARED[name]
+@pytest.mark.parametrize(("layers", "want"), COMPARED.values(), ids=COMPARED)
+def test_products_are_held_to_the_types_of_the_graph(layers: list[Layer], want: tuple[int, list[str]]) -> None:
     assert products_in_other_types(layers, PRODUCTS) == want

@@ -12,13 +12,12 @@ import onnx.parser
 import pytest
 import torch
 from graphs import frn_model
-from rtx_builds import OPSET, build_for_each, build_rtx, conv_frn_conv, plugin_library
+from rtx_builds import OPSET, build_rtx, conv_frn_conv
 
-from deploynorm import checkpoint, fold
+from deploynorm import checkpoint, fold, libraries
 from deploynorm._export import export
 from deploynorm.contract import DOMAIN, OP_TYPE
 from deploynorm.layers.adopt import adopt
-from deploynorm.lowering import function_proto
 
 REPOSITORY = Path(__file__).parents[2]
 FREE = ("N", 64, "H", "W")
@@ -31,9 +30,21 @@ CARDS = {"float32": ["8.0", "8.6", "8.9", "12.0"], "float16": ["7.5", "8.0", "8.
 CARDS["bfloat16"] = CARDS["float32"]
 
 
-@pytest.fixture
-def rtx(require: Callable[[str], None]) -> None:
+@pytest.fixture(autouse=True)
+def _needs_tensorrt_rtx(require: Callable[[str], None]) -> None:
     require("trt-rtx")
+
+
+@pytest.fixture
+def plugin(cuda_libraries: Path) -> list[Path]:
+    """Our plugin library, as `plugins` of build takes it."""
+    return [cuda_libraries / libraries.TENSORRT_LIBRARY]
+
+
+@pytest.fixture
+def plugins(way: str, request: pytest.FixtureRequest) -> list[Path] | None:
+    """The same where the way is that of the plugin."""
+    return request.getfixturevalue("plugin") if way == "plugin" else None
 
 
 def saved(model: onnx.ModelProto, folder: Path) -> Path:
@@ -61,38 +72,39 @@ def shipped(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 SHIPPED_RANGE = {"opt_shapes": {"": (8, 1, 28, 28)}, "max_shapes": {"": (16, 1, 56, 56)}}
 
 
-@pytest.mark.usefixtures("rtx")
 @pytest.mark.parametrize("way", ["native", "plugin"])
-@pytest.mark.parametrize("dtype", CARDS)
+@pytest.mark.parametrize(
+    ("dtype", "card"),
+    [
+        pytest.param(dtype, card, marks=[pytest.mark.slow] if card != "8.9" else [])
+        for dtype, cards in CARDS.items()
+        for card in cards
+    ],
+)
 def test_the_shipped_network_is_built_for_every_card(
-    shipped: Callable[..., Path], dtype: str, way: str, request: pytest.FixtureRequest
+    shipped: Callable[..., Path], dtype: str, card: str, way: str, plugins: list[Path] | None
 ) -> None:
-    libraries = [plugin_library(request)] if way == "plugin" else None
-    every = build_for_each(shipped(dtype), CARDS[dtype], frn=way, plugins=libraries, **SHIPPED_RANGE)
-    for card, built in zip(CARDS[dtype], every, strict=True):
-        assert built.error == "", built.message
-        facts = built.facts
-        frn = facts["frn"]
-        assert (frn["nodes"], frn["way"], frn["plugin_layers"]) == (21, way, 21 if way == "plugin" else 0)
-        assert facts["compute_capabilities"] == [card]
-        assert (facts["precision"], facts["verified_products"], facts["products"]) == (dtype, 22, 22)
-        assert facts["inputs"][0]["min"] == [1, 1, 28, 28]
-        assert facts["inputs"][0]["max"] == [16, 1, 56, 56]
-        if way == "native":
-            assert not any(layer["plugin"] for layer in built.layers)
-        elif dtype != "bfloat16":  # for which RTX has no channels-last layout
-            # Into the layout of the convolutions, out of it, and around the last product: none at the plugins.
-            assert built.moves <= 4
+    built = build_rtx(shipped(dtype), compute_capabilities=[card], frn=way, plugins=plugins, **SHIPPED_RANGE)
+    assert built.error == "", built.message
+    facts = built.facts
+    frn = facts["frn"]
+    assert (frn["nodes"], frn["way"], frn["plugin_layers"]) == (21, way, 21 if way == "plugin" else 0)
+    assert facts["compute_capabilities"] == [card]
+    assert (facts["precision"], facts["verified_products"], facts["products"]) == (dtype, 22, 22)
+    assert (facts["inputs"][0]["min"], facts["inputs"][0]["max"]) == ([1, 1, 28, 28], [16, 1, 56, 56])
+    if way == "native":
+        assert not any(layer["plugin"] for layer in built.layers)
+    elif dtype != "bfloat16":  # for which RTX has no channels-last layout
+        # Into the layout of the convolutions, out of it, and around the last product: none at the plugins.
+        assert built.moves <= 4
 
 
-@pytest.mark.usefixtures("rtx")
 def test_the_shipped_network_in_float32_needs_ampere(shipped: Callable[..., Path]) -> None:
     built = build_rtx(shipped("float32"), compute_capabilities=["7.5"], frn="native", **SHIPPED_RANGE)
     assert built.error == "InputError"
     assert "does not have in this type for GPUs of compute capability 7.5" in built.message
 
 
-@pytest.mark.usefixtures("rtx")
 def test_a_network_of_two_types_is_called_mixed(shipped: Callable[..., Path]) -> None:
     path = shipped("float16", keep_float32=["fc"], keep_io_types=True)
     built = build_rtx(path, compute_capabilities=["8.9"], frn="native", **SHIPPED_RANGE)
@@ -101,33 +113,26 @@ def test_a_network_of_two_types_is_called_mixed(shipped: Callable[..., Path]) ->
     assert built.facts["inputs"][0]["dtype"] == "float32"
 
 
-@pytest.mark.usefixtures("rtx")
-def test_one_engine_serves_several_cards_and_holds_the_plugin(
-    shipped: Callable[..., Path], request: pytest.FixtureRequest
-) -> None:
-    library = plugin_library(request)
-    options: dict[str, Any] = {
-        "compute_capabilities": CARDS["float32"],
-        "frn": "plugin",
-        "plugins": [library],
-        **SHIPPED_RANGE,
-    }
-    lean, whole = (build_rtx(shipped("float32"), embed_plugin=embed, **options) for embed in (False, True))
+def test_one_engine_serves_several_cards_and_holds_the_plugin(shipped: Callable[..., Path], plugin: list[Path]) -> None:
+    options: dict[str, Any] = {"frn": "plugin", "plugins": plugin, **SHIPPED_RANGE}
+    lean, whole = (
+        build_rtx(shipped("float32"), compute_capabilities=CARDS["float32"], embed_plugin=embed, **options)
+        for embed in (False, True)
+    )
+    [library] = plugin
     assert lean.facts["embedded_plugins"] == []
     assert whole.facts["embedded_plugins"] == [library.name]
     assert whole.size - lean.size >= library.stat().st_size
 
 
-@pytest.mark.usefixtures("rtx")
 @pytest.mark.parametrize("way", ["native", "plugin"])
 @pytest.mark.parametrize("free", [False, True], ids=["fixed", "free"])
 @pytest.mark.parametrize("dtype", CARDS)
 def test_a_typed_graph_gives_an_engine_of_that_type(
-    dtype: str, free: bool, way: str, tmp_path: Path, request: pytest.FixtureRequest
+    dtype: str, free: bool, way: str, tmp_path: Path, plugins: list[Path] | None
 ) -> None:
-    libraries = [plugin_library(request)] if way == "plugin" else None
     path = saved(conv_frn_conv(dtype, FREE if free else (8, 64, 28, 28)), tmp_path)
-    built = build_rtx(path, compute_capabilities=CARDS[dtype], frn=way, plugins=libraries, **(RANGE if free else {}))
+    built = build_rtx(path, compute_capabilities=CARDS[dtype], frn=way, plugins=plugins, **(RANGE if free else {}))
     assert built.error == "", built.message
     assert (built.facts["precision"], built.facts["verified_products"]) == (dtype, 2)
     assert built.facts["inputs"][0]["dtype"] == built.facts["outputs"][0]["dtype"] == dtype
@@ -141,7 +146,6 @@ def test_a_typed_graph_gives_an_engine_of_that_type(
         assert [layer["plugin"] for layer in between] == [True]
 
 
-@pytest.mark.usefixtures("rtx")
 @pytest.mark.parametrize("size", [7, 28, 224])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_no_square_is_kept_in_half_precision(dtype: str, size: int, tmp_path: Path) -> None:
@@ -179,7 +183,6 @@ TEXTBOOK = f"""
 """
 
 
-@pytest.mark.usefixtures("rtx")
 def test_the_textbook_body_is_what_ours_avoids(tmp_path: Path) -> None:
     """So that the test above can fail: a body of this kind keeps the square in float16, and takes three passes."""
     body = onnx.parser.parse_function(TEXTBOOK)
@@ -189,30 +192,23 @@ def test_the_textbook_body_is_what_ours_avoids(tmp_path: Path) -> None:
     assert between[0]["outputs"] == ["float16"]
 
 
-@pytest.mark.usefixtures("rtx")
-def test_a_network_of_timm_is_built(timm: ModuleType, tmp_path: Path, request: pytest.FixtureRequest) -> None:
-    libraries = [plugin_library(request)]
+@pytest.mark.slow
+def test_a_network_of_timm_is_built(timm: ModuleType, tmp_path: Path, plugin: list[Path]) -> None:
     network = adopt(timm.create_model("resnetv2_50d_frn", num_classes=5).eval())
     export(network, (torch.zeros(2, 3, 64, 64),), dynamic="all").save(tmp_path / "net.onnx")
     for way, layers in (("plugin", 51), ("native", 0)):
+        shapes = {"": (8, 3, 224, 224)}
         built = build_rtx(
-            tmp_path / "net.onnx",
-            compute_capabilities=["8.9"],
-            frn=way,
-            plugins=libraries,
-            opt_shapes={"": (8, 3, 224, 224)},
+            tmp_path / "net.onnx", compute_capabilities=["8.9"], frn=way, plugins=plugin, opt_shapes=shapes
         )
         assert built.error == "", built.message
-        assert built.facts["frn"]["nodes"] == 51
-        assert built.facts["frn"]["plugin_layers"] == layers
+        assert (built.facts["frn"]["nodes"], built.facts["frn"]["plugin_layers"]) == (51, layers)
 
 
-@pytest.mark.usefixtures("rtx")
 def test_auto_without_a_gpu_counts_and_says_that_nothing_was_timed(
-    shipped: Callable[..., Path], request: pytest.FixtureRequest
+    shipped: Callable[..., Path], plugin: list[Path]
 ) -> None:
-    libraries = [plugin_library(request)]
-    built = build_rtx(shipped("float32"), compute_capabilities=["8.9"], plugins=libraries, **SHIPPED_RANGE)
+    built = build_rtx(shipped("float32"), compute_capabilities=["8.9"], plugins=plugin, **SHIPPED_RANGE)
     frn = built.facts["frn"]
     assert set(frn["layers_that_write"]) == {"plugin", "native"}
     assert frn["milliseconds"] == {}
@@ -221,22 +217,19 @@ def test_auto_without_a_gpu_counts_and_says_that_nothing_was_timed(
     assert (frn["way"], built.passes) == (best, frn["layers_that_write"][best])
 
 
-@pytest.mark.usefixtures("rtx")
-def test_auto_is_native_where_both_take_as_many_passes(tmp_path: Path, request: pytest.FixtureRequest) -> None:
-    libraries = [plugin_library(request)]
+def test_auto_is_native_where_both_take_as_many_passes(tmp_path: Path, plugin: list[Path]) -> None:
     path = saved(conv_frn_conv("float16", (8, 64, 28, 28)), tmp_path)
-    frn = build_rtx(path, compute_capabilities=["8.9"], plugins=libraries).facts["frn"]
+    frn = build_rtx(path, compute_capabilities=["8.9"], plugins=plugin).facts["frn"]
     assert frn["layers_that_write"]["plugin"] == frn["layers_that_write"]["native"]
     assert frn["way"] == "native"
 
 
-@pytest.mark.usefixtures("rtx")
 @pytest.mark.parametrize(
     "shape", [("N", 4), ("N", 4, "L"), ("N", 4, "D", "H", "W")], ids=lambda shape: f"rank {len(shape)}"
 )
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_every_rank_and_empty_shapes_are_built(dtype: str, shape: tuple[int | str, ...], tmp_path: Path) -> None:
-    path = saved(frn_model(dtype, body=function_proto(OPSET, half=dtype == "float16"), shape=shape), tmp_path)
+    path = saved(frn_model(dtype, body=True, shape=shape), tmp_path)
     built = build_rtx(
         path,
         compute_capabilities=["8.9"],
@@ -248,7 +241,6 @@ def test_every_rank_and_empty_shapes_are_built(dtype: str, shape: tuple[int | st
     assert built.facts["precision"] is None  # no convolution and no product tells it
 
 
-@pytest.mark.usefixtures("rtx")
 def test_weights_beside_the_file_are_found(tmp_path: Path) -> None:
     path = tmp_path / "model.onnx"
     model = conv_frn_conv("float32", (2, 16, 8, 8))
@@ -261,55 +253,57 @@ def test_weights_beside_the_file_are_found(tmp_path: Path) -> None:
 
 
 def _nonsense() -> onnx.ModelProto:
-    model = frn_model(body=function_proto(OPSET))
+    model = frn_model(body=True)
     model.graph.node[0].op_type, model.graph.node[0].domain = "Nonsense", ""
     return model
 
 
-RTX_REFUSES: dict[str, tuple[Callable[[], onnx.ModelProto], dict[str, Any], str, str]] = {
+NET = conv_frn_conv("float32", (2, 16, 8, 8))
+
+RTX_REFUSES: dict[str, tuple[onnx.ModelProto, dict[str, Any], str, str]] = {
     "bfloat16 on 7.5": (
-        lambda: conv_frn_conv("bfloat16", (2, 16, 8, 8)),
+        conv_frn_conv("bfloat16", (2, 16, 8, 8)),
         {"compute_capabilities": ["7.5", "8.9"]},
         "InputError",
         "holds bfloat16, which GPUs of compute capability 7.5 do not have",
     ),
     "an operator that is not there": (
-        _nonsense,
-        {"compute_capabilities": ["8.9"], "opt_shapes": {"": (2, 4, 8, 8)}},
+        _nonsense(),
+        {"opt_shapes": {"": (2, 4, 8, 8)}},
         "ModelError",
         "holds an operator that TensorRT-RTX 1.7.1.116 does not know. Got Nonsense",
     ),
     "a card that is not there": (
-        lambda: conv_frn_conv("float32", (2, 16, 8, 8)),
+        NET,
         {"compute_capabilities": ["9.0"]},
         "InputError",
         "TensorRT-RTX 1.7.1.116 does not build for this. Got 9.0; expected 7.5, 8.0, 8.6, 8.9, 12.0",
     ),
     "version compatible": (
-        lambda: conv_frn_conv("float32", (2, 16, 8, 8)),
-        {"compute_capabilities": ["8.9"], "version_compatible": True},
+        NET,
+        {"version_compatible": True},
         "InputError",
         "--version-compatible: TensorRT-RTX 1.7.1.116 does not have this",
     ),
     "a library that is not one": (
-        lambda: conv_frn_conv("float32", (2, 16, 8, 8)),
-        {"compute_capabilities": ["8.9"], "frn": "plugin", "plugins": [__file__]},
+        NET,
+        {"frn": "plugin", "plugins": [__file__]},
         "BackendError",
         "does not load this plugin library",
     ),
     "a library that is not there": (
-        lambda: conv_frn_conv("float32", (2, 16, 8, 8)),
-        {"compute_capabilities": ["8.9"], "frn": "plugin", "plugins": ["none.so"]},
+        NET,
+        {"frn": "plugin", "plugins": ["none.so"]},
         "BackendError",
         "no such plugin library",
     ),
 }
 
 
-@pytest.mark.usefixtures("rtx")
-@pytest.mark.parametrize("name", RTX_REFUSES)
-def test_what_tensorrt_rtx_refuses_is_reported_in_our_words(name: str, tmp_path: Path) -> None:
-    make, options, kind, message = RTX_REFUSES[name]
-    built = build_rtx(saved(make(), tmp_path), **{"frn": "native", **options})
+@pytest.mark.parametrize(("model", "options", "kind", "message"), RTX_REFUSES.values(), ids=RTX_REFUSES)
+def test_what_tensorrt_rtx_refuses_is_reported_in_our_words(
+    model: onnx.ModelProto, options: dict[str, Any], kind: str, message: str, tmp_path: Path
+) -> None:
+    built = build_rtx(saved(model, tmp_path), **{"frn": "native", "compute_capabilities": ["8.9"], **options})
     assert built.error == kind, built
     assert message in built.message

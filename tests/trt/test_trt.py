@@ -49,23 +49,14 @@ def test_tensorrt_is_taken_where_both_are(install: Callable[..., None]) -> None:
 
 def test_what_is_missing_is_reported_with_how_to_get_it(install: Callable[..., None]) -> None:
     install()
-    with pytest.raises(
-        BackendError, match=r"tensorrt: .*tensorrt_rtx: .*Fix: pip install tensorrt or, for RTX cards, pip"
-    ):
+    with pytest.raises(BackendError, match=r"tensorrt: .*tensorrt_rtx: .*Fix: pip install tensorrt or, for RTX cards"):
         import_tensorrt()
     install(tensorrt="11.4.0")
-    with pytest.raises(
-        BackendError, match=r"imported \(tensorrt_rtx: .*\)\. Fix: pip install tensorrt_rtx_cu13\."
-    ) as caught:
+    with pytest.raises(BackendError, match=r"imported \(tensorrt_rtx: .*\)\. Fix: pip install tensorrt_rtx_cu13\."):
         import_tensorrt("tensorrt-rtx")
-    assert caught.value.exit_code == 3
 
 
-def test_libraries_of_its_own_that_are_missing_are_named(
-    install: Callable[..., None], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    install()
-
+def test_libraries_of_its_own_that_are_missing_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(name: str) -> None:
         raise OSError("libnvinfer.so.11: cannot open shared object file")
 
@@ -77,9 +68,7 @@ def test_libraries_of_its_own_that_are_missing_are_named(
 @pytest.mark.parametrize("version", ["8.6.1", "9.3.0", "12.0.0"])
 def test_versions_that_we_do_not_know_are_refused(version: str, install: Callable[..., None]) -> None:
     install(tensorrt=version)
-    with pytest.raises(
-        BackendError, match=f"TensorRT {version} is a version that .* not know. Expected tensorrt 10 or 11"
-    ):
+    with pytest.raises(BackendError, match=f"TensorRT {version} is a version that .* not know. Expected tensorrt 10"):
         import_tensorrt()
 
 
@@ -110,18 +99,16 @@ def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return path
 
 
-def test_the_plugin_is_loaded_once(fake: TensorRT, library: Path) -> None:
+@pytest.mark.parametrize("before", [0, 1], ids=["by us", "by the user before"])
+def test_the_plugin_is_loaded_once(before: int, fake: TensorRT, library: Path) -> None:
     assert not has_plugin(fake)
+    for _ in range(before):
+        fake.module.registry.load_library(str(library))
     load_plugin(fake)
     load_plugin(fake)
-    load_library(fake, library)
+    if not before:
+        load_library(fake, library)
     assert has_plugin(fake)
-    assert fake.module.registry.libraries == [str(library)]
-
-
-def test_a_plugin_that_the_user_has_loaded_is_taken(fake: TensorRT, library: Path) -> None:
-    fake.module.registry.load_library(str(library))
-    load_plugin(fake)
     assert fake.module.registry.libraries == [str(library)]
 
 
@@ -134,9 +121,7 @@ def test_a_library_without_the_plugin_is_reported(fake: TensorRT, library: Path)
 def test_tensorrts_words_come_with_a_refusal(fake: TensorRT, library: Path) -> None:
     fake.module.Runtime(logger(fake))  # which is when TensorRT gets our logger
     fake.module.registry.load_library(str(library))
-    with pytest.raises(
-        BackendError, match=r"TensorRT 11\.4\.0 does not load this plugin library. Got .* loaded already"
-    ):
+    with pytest.raises(BackendError, match=r"11\.4\.0 does not load this plugin library. Got .* loaded already"):
         load_library(fake, library)
 
 
@@ -173,74 +158,49 @@ print(json.dumps([before, has_plugin(trt)]))
 
 
 RUNTIME_NAMES = {
-    "Runtime": ["deserialize_cuda_engine", "engine_host_code_allowed"],
-    "ICudaEngine": [
-        "create_execution_context",
-        "create_engine_inspector",
-        "num_io_tensors",
-        "get_tensor_name",
-        "get_tensor_shape",
-        "get_tensor_dtype",
-        "get_tensor_mode",
-        "get_tensor_location",
-        "get_tensor_profile_shape",
-    ],
-    "IExecutionContext": [
-        "set_input_shape",
-        "set_tensor_address",
-        "set_output_allocator",
-        "infer_shapes",
-        "get_tensor_shape",
-        "execute_async_v3",
-    ],
-    "IPluginRegistry": ["get_creator", "load_library"],
-    "IOutputAllocator": [],
-    "TensorIOMode": ["INPUT"],
-    "TensorLocation": ["DEVICE"],
-    "LayerInformationFormat": ["JSON"],
-    "ILogger": ["log"],
-    "DataType": ["FLOAT", "HALF", "BF16"],
+    "Runtime": "deserialize_cuda_engine engine_host_code_allowed",
+    "ICudaEngine": """
+        create_execution_context create_engine_inspector num_io_tensors get_tensor_name get_tensor_shape
+        get_tensor_dtype get_tensor_mode get_tensor_location get_tensor_profile_shape
+    """,
+    "IExecutionContext": """
+        set_input_shape set_tensor_address set_output_allocator infer_shapes get_tensor_shape execute_async_v3
+    """,
+    "IPluginRegistry": "get_creator load_library",
+    "IOutputAllocator": "",
+    "TensorIOMode": "INPUT",
+    "TensorLocation": "DEVICE",
+    "LayerInformationFormat": "JSON",
+    "ILogger": "log",
+    "DataType": "FLOAT HALF BF16",
 }
 """What we call of TensorRT when an engine runs."""
 
 BUILDER_NAMES = {
-    "Builder": [
-        "create_network",
-        "create_builder_config",
-        "create_optimization_profile",
-        "build_serialized_network",
-    ],
-    "OnnxParser": ["parse", "num_errors", "get_error"],
-    "ParserError": ["node_operator", "node_name", "desc"],
-    "INetworkDefinition": ["num_inputs", "get_input", "num_outputs", "get_output", "num_layers", "get_layer"],
-    "ITensor": ["name", "shape", "dtype", "is_shape_tensor"],
-    "IBuilderConfig": [
-        "profiling_verbosity",
-        "set_flag",
-        "clear_flag",
-        "hardware_compatibility_level",
-        "set_memory_pool_limit",
-        "builder_optimization_level",
-        "set_timing_cache",
-        "create_timing_cache",
-        "get_timing_cache",
-        "plugins_to_serialize",
-        "add_optimization_profile",
-    ],
-    "IOptimizationProfile": ["set_shape"],
-    "BuilderFlag": ["TF32", "VERSION_COMPATIBLE"],
-    "HardwareCompatibilityLevel": ["AMPERE_PLUS", "SAME_COMPUTE_CAPABILITY"],
-    "MemoryPoolType": ["WORKSPACE"],
-    "ProfilingVerbosity": ["DETAILED"],
-    "LayerType": ["PLUGIN_V3"],
-    "ITimingCache": ["serialize"],
-    "EngineInspector": ["get_engine_information"],
+    "Builder": "create_network create_builder_config create_optimization_profile build_serialized_network",
+    "OnnxParser": "parse num_errors get_error",
+    "ParserError": "node_operator node_name desc",
+    "INetworkDefinition": "num_inputs get_input num_outputs get_output num_layers get_layer",
+    "ITensor": "name shape dtype is_shape_tensor",
+    "IBuilderConfig": """
+        profiling_verbosity set_flag clear_flag hardware_compatibility_level set_memory_pool_limit
+        builder_optimization_level set_timing_cache create_timing_cache get_timing_cache plugins_to_serialize
+        add_optimization_profile
+    """,
+    "IOptimizationProfile": "set_shape",
+    "BuilderFlag": "TF32 VERSION_COMPATIBLE",
+    "HardwareCompatibilityLevel": "AMPERE_PLUS SAME_COMPUTE_CAPABILITY",
+    "MemoryPoolType": "WORKSPACE",
+    "ProfilingVerbosity": "DETAILED",
+    "LayerType": "PLUGIN_V3",
+    "ITimingCache": "serialize",
+    "EngineInspector": "get_engine_information",
 }
 """What we call when one is built."""
 
 MISSING = """
 import json, {module} as trt
-print(json.dumps([f"{{kind}}.{{name}}" for kind, names in {names}.items() for name in ["__doc__", *names]
+print(json.dumps([f"{{kind}}.{{name}}" for kind, names in {names}.items() for name in ["__doc__", *names.split()]
                   if not hasattr(getattr(trt, kind, None), name)]))
 """
 
