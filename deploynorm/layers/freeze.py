@@ -47,8 +47,7 @@ def freeze_mabn(model: nn.Module, within: str | Sequence[str] = (), *, affine: b
 def unfreeze_mabn(model: nn.Module, within: str | Sequence[str] = ()) -> list[str]:
     """Undoes `freeze_mabn`: statistics change again, and the parameters that it fixed are trained again.
 
-    Arguments and errors are those of `freeze_mabn`. Returns the names of the layers that were frozen; others do not
-    change.
+    Arguments and errors are those of `freeze_mabn`. Returns the names of the layers that were frozen.
     """
     layers = {name: layer for name, layer in _layers("unfreeze_mabn", model, within).items() if layer.frozen}
     for layer in layers.values():

@@ -23,9 +23,8 @@ _WARM_UP = 10
 def milliseconds(engines: Mapping[Name, Engine]) -> dict[Name, float]:
     """The median time of one inference of each engine, of the opt shapes, as CUDA graphs on the current device.
 
-    The copies of inputs and outputs around a graph are in it, equal ones for each.
-
-    Random inputs; clocks settle in the calls before the first round; each round runs every engine.
+    The copies of inputs and outputs around a graph are in it, equal ones for each. Inputs are random; clocks settle in
+    the calls before the first round; each round runs every engine.
     """
     runners = {
         # Trusted: this process has just built them.
