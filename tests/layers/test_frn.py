@@ -73,7 +73,7 @@ def test_layer_equals_the_reference(case: NormCase) -> None:
 @pytest.mark.parametrize("kind", ALL)
 def test_initial_values_are_the_papers(kind: type[_FRN]) -> None:
     layer = kind(3, learned_eps="channel")
-    values = {name: p.tolist() for name, p in layer.named_parameters()}
+    values = {name: value.tolist() for name, value in layer.state_dict().items()}
     assert values.pop("eps_l") == pytest.approx([1e-4] * 3)
     assert values == {"weight": [1, 1, 1], "bias": [0, 0, 0], "tau": [0, 0, 0]}
     assert layer.eps == 1e-6
