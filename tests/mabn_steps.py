@@ -1,6 +1,6 @@
 """MABN's formulas as a literal loop, and training steps to compare a layer with it.
 
-layer, data = trained_affine(MABN2d(C, **SHORT)), batches(20, (3, 2), range(1, 5))
+layer, data = new_layer(), batches(20, (3, 2), range(1, 5))
 loop = loop_for(layer)
 for x, dy in data:
     assert_step_agrees(layer, loop, x, dy)
@@ -11,15 +11,17 @@ the loop is the reference.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from tolerances import MABN_LOOP
 from torch import nn
 
+from deploynorm.layers import MABN2d
 from deploynorm.layers.mabn import _MABN
 
+Layer = TypeVar("Layer", bound=_MABN)
 Array = np.ndarray[Any, Any]
 C = 3
 SHORT: dict[str, Any] = {"warmup": 5, "renorm_start": 8, "moving_batch_size": 8, "dtype": torch.float64}
@@ -77,11 +79,16 @@ def loop_for(layer: _MABN, kind: type[Loop] = Loop) -> Loop:
     return kind(layer.momentum, layer.moving_batch_size, layer.warmup, layer.renorm_start, layer.max_renorm, layer.eps)
 
 
-def trained_affine(layer: _MABN) -> _MABN:
+def trained_affine(layer: Layer) -> Layer:
     with torch.no_grad():
         layer.weight.copy_(torch.tensor([0.7, -1.3, 1.1]))
         layer.bias.copy_(torch.tensor([0.2, 0.0, -0.4]))
     return layer
+
+
+def new_layer(**settings: Any) -> MABN2d:
+    """With the settings of SHORT where these do not say otherwise, and a weight and bias that are no longer initial."""
+    return trained_affine(MABN2d(C, **{**SHORT, **settings}))
 
 
 def run_step(layer: nn.Module, x: torch.Tensor, dy: torch.Tensor) -> tuple[torch.Tensor, ...]:
