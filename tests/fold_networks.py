@@ -30,6 +30,12 @@ class OwnForwardMABN(MABN2d):
         return super().forward(x) + 1
 
 
+class Tied(nn.Sequential):
+    def __init__(self) -> None:
+        super().__init__(nn.Conv2d(3, 3, 3, padding=1), MABN2d(3), nn.Conv2d(3, 3, 3, padding=1), MABN2d(3))
+        self[2].weight = self[0].weight
+
+
 class Deeper(nn.Module):
     """A convolution in one module and its normalization in another, defined in the opposite order of use."""
 
@@ -61,13 +67,17 @@ class Case:
         return self.name
 
 
-def _conv_mabn(**options: object) -> Callable[[], nn.Module]:
-    channels = {"in_channels": 4, "out_channels": 8, "kernel_size": 3, **options}
-    return lambda: nn.Sequential(CenConv2d(**channels), MABN2d(channels["out_channels"]))
+def pair(conv: type[nn.Module], norm: type[nn.Module], *sizes: int, **options: object) -> Callable[[], nn.Module]:
+    """A convolution, or linear layer, of these sizes and options, and a normalization of its output."""
+    return lambda: nn.Sequential(conv(*sizes, **options), norm(sizes[1]))
 
 
 def _conv() -> nn.Module:
     return nn.Conv2d(3, 4, 3)
+
+
+def _cenconv() -> nn.Module:
+    return CenConv2d(3, 4, 3)
 
 
 def _mabn() -> nn.Module:
@@ -88,46 +98,38 @@ def net(
     return lambda: Forward(forward, c=c(), n=n(), **{name: build() for name, build in more.items()})
 
 
+OF_4 = (2, 4, 9, 7)
+"""A shape for convolutions of 4 channels."""
+
 FOLDS = [
-    Case("conv_mabn", lambda: nn.Sequential(nn.Conv2d(3, 8, 3), MABN2d(8)), folded=1),
-    Case("cenconv_mabn", _conv_mabn(), (2, 4, 9, 7), folded=2),
-    Case("no_bias", _conv_mabn(bias=False), (2, 4, 9, 7), folded=2),
-    Case("groups", _conv_mabn(groups=2), (2, 4, 9, 7), folded=2),
-    Case("depthwise", _conv_mabn(groups=4), (2, 4, 9, 7), folded=2),
-    Case("stride_dilation", _conv_mabn(stride=2, dilation=2, padding=2), (2, 4, 9, 7), folded=2),
-    Case("padding_same", _conv_mabn(padding="same"), (2, 4, 9, 7), folded=2),
-    Case("padding_reflect", _conv_mabn(padding=1, padding_mode="reflect"), (2, 4, 9, 7), folded=2),
-    Case("padding_circular", _conv_mabn(padding=1, padding_mode="circular"), (2, 4, 9, 7), folded=2),
+    Case("conv_mabn", pair(nn.Conv2d, MABN2d, 3, 8, 3), folded=1),
+    Case("cenconv_mabn", pair(CenConv2d, MABN2d, 4, 8, 3), OF_4, folded=2),
+    Case("no_bias", pair(CenConv2d, MABN2d, 4, 8, 3, bias=False), OF_4, folded=2),
+    Case("groups", pair(CenConv2d, MABN2d, 4, 8, 3, groups=2), OF_4, folded=2),
+    Case("depthwise", pair(CenConv2d, MABN2d, 4, 8, 3, groups=4), OF_4, folded=2),
+    Case("stride_dilation", pair(CenConv2d, MABN2d, 4, 8, 3, stride=2, dilation=2, padding=2), OF_4, folded=2),
+    Case("padding_same", pair(CenConv2d, MABN2d, 4, 8, 3, padding="same"), OF_4, folded=2),
+    Case("padding_reflect", pair(CenConv2d, MABN2d, 4, 8, 3, padding=1, padding_mode="reflect"), OF_4, folded=2),
+    Case("padding_circular", pair(CenConv2d, MABN2d, 4, 8, 3, padding=1, padding_mode="circular"), OF_4, folded=2),
     Case("not_affine", lambda: nn.Sequential(CenConv2d(3, 8, 3), MABN2d(8, affine=False)), folded=2),
-    Case("conv_bn", lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)), folded=1),
-    Case("conv1d", lambda: nn.Sequential(CenConv1d(3, 8, 3), MABN1d(8)), (2, 3, 9), folded=2),
-    Case("conv3d", lambda: nn.Sequential(CenConv3d(3, 8, 3), MABN3d(8)), (2, 3, 5, 6, 7), folded=2),
-    Case("transposed", lambda: nn.Sequential(CenConvTranspose2d(4, 6, 3, stride=2), MABN2d(6)), (2, 4, 5, 4), folded=2),
+    Case("conv_bn", pair(nn.Conv2d, nn.BatchNorm2d, 3, 8, 3), folded=1),
+    Case("conv1d", pair(CenConv1d, MABN1d, 3, 8, 3), (2, 3, 9), folded=2),
+    Case("conv3d", pair(CenConv3d, MABN3d, 3, 8, 3), (2, 3, 5, 6, 7), folded=2),
+    Case("transposed", pair(CenConvTranspose2d, MABN2d, 4, 6, 3, stride=2), (2, 4, 5, 4), folded=2),
     Case(
         "transposed_groups",
-        lambda: nn.Sequential(CenConvTranspose2d(4, 6, 3, groups=2, output_padding=1, stride=2), MABN2d(6)),
+        pair(CenConvTranspose2d, MABN2d, 4, 6, 3, groups=2, output_padding=1, stride=2),
         (2, 4, 5, 4),
         folded=2,
     ),
-    Case("transposed1d", lambda: nn.Sequential(nn.ConvTranspose1d(4, 6, 3, groups=2), MABN1d(6)), (2, 4, 5), folded=1),
-    Case(
-        "transposed3d",
-        lambda: nn.Sequential(nn.ConvTranspose3d(4, 6, 3, groups=2), MABN3d(6)),
-        (2, 4, 3, 4, 5),
-        folded=1,
-    ),
-    Case("linear", lambda: nn.Sequential(nn.Linear(5, 8), MABN1d(8)), (4, 5), folded=1),
-    Case("linear_bn", lambda: nn.Sequential(nn.Linear(5, 8, bias=False), nn.BatchNorm1d(8)), (4, 5), folded=1),
+    Case("transposed1d", pair(nn.ConvTranspose1d, MABN1d, 4, 6, 3, groups=2), (2, 4, 5), folded=1),
+    Case("transposed3d", pair(nn.ConvTranspose3d, MABN3d, 4, 6, 3, groups=2), (2, 4, 3, 4, 5), folded=1),
+    Case("linear", pair(nn.Linear, MABN1d, 5, 8), (4, 5), folded=1),
+    Case("linear_bn", pair(nn.Linear, nn.BatchNorm1d, 5, 8, bias=False), (4, 5), folded=1),
     Case("other_order_of_definition", Deeper, folded=3),
-    Case(
-        "one_norm_after_two_convs",
-        lambda: Forward(
-            lambda m, x: m.n(m.a(x)) + m.n(m.b(x)), a=CenConv2d(3, 8, 3), b=CenConv2d(3, 8, 3), n=MABN2d(8)
-        ),
-        folded=3,
-    ),
+    Case("one_norm_after_two_convs", net(lambda m, x: m.n(m.c(x)) + m.n(m.b(x)), c=_cenconv, b=_cenconv), folded=3),
     Case("norm_after_norm", lambda: nn.Sequential(_conv(), _bn(), _mabn()), folded=2),
-    Case("cenconv_alone", lambda: CenConv2d(3, 8, 3), folded=1),
+    Case("cenconv_alone", _cenconv, folded=1),
     Case("learned_eps", lambda: nn.Sequential(nn.Conv2d(3, 8, 3), FRN2d(8, learned_eps="layer")), folded=1),
     Case("learned_eps_per_channel", lambda: FRN1d(3, learned_eps="channel", tlu=False), (2, 3, 9), folded=1),
 ]
@@ -138,7 +140,7 @@ STAYS = [
     Case("bn_after_relu", net(lambda m, x: m.n(m.c(x).relu()), n=_bn), stays=1, reason="the output of relu"),
     Case(
         "shared_conv",
-        net(lambda m, x: m.n(m.c(x)) + m.b(m.c(x)), c=lambda: CenConv2d(3, 4, 3), b=_mabn),
+        net(lambda m, x: m.n(m.c(x)) + m.b(m.c(x)), c=_cenconv, b=_mabn),
         folded=1,
         affine=2,
         reason="called 2 times",
@@ -166,7 +168,7 @@ STAYS = [
         affine=1,
         reason="computed, not stored",
     ),
-    Case("tied_weights", lambda: _tied(), affine=2, reason="called 2 times"),
+    Case("tied_weights", Tied, affine=2, reason="called 2 times"),
     Case("hooked_conv", lambda: with_hook(net()(), "c"), affine=1, reason="has hooks"),
     Case("hooked_norm", lambda: with_hook(net()(), "n"), stays=1, reason="has hooks"),
     Case("hooked_bn", lambda: with_hook(net(n=_bn)(), "n"), stays=1, reason="has hooks"),
@@ -185,7 +187,7 @@ STAYS = [
     ),
     Case(
         "control_flow_on_values",
-        net(lambda m, x: m.n(m.c(x)) if x.sum() > 0 else m.c(x), c=lambda: CenConv2d(3, 4, 3)),
+        net(lambda m, x: m.n(m.c(x)) if x.sum() > 0 else m.c(x), c=_cenconv),
         folded=1,
         affine=1,
         reason="cannot be traced",
@@ -211,12 +213,6 @@ STAYS = [
     Case("frn_alone", lambda: nn.Sequential(nn.Conv2d(3, 4, 3), FRN2d(4), TLU(4))),
     Case("nothing_to_fold", lambda: nn.Conv2d(3, 4, 3)),
 ]
-
-
-def _tied() -> nn.Module:
-    net = nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), MABN2d(3), nn.Conv2d(3, 3, 3, padding=1), MABN2d(3))
-    net[2].weight = net[0].weight
-    return net
 
 
 def trained(case: Case) -> nn.Module:

@@ -48,15 +48,6 @@ class OwnForwardNorm(nn.BatchNorm2d):
         return super().forward(input) + 1
 
 
-class NamedNorm(nn.BatchNorm2d):
-    """A subclass that changes nothing."""
-
-
-class OwnForwardReLU(nn.ReLU):
-    def forward(self, input: Tensor) -> Tensor:
-        return super().forward(input) + 1
-
-
 class OwnForwardConv(nn.Conv2d):
     def forward(self, input: Tensor) -> Tensor:
         return F.conv2d(input, self.weight)
@@ -117,6 +108,11 @@ def conv(inputs: int = 3, outputs: int = 4, kernel_size: int = 3, **options: Any
 def chain(*behind: nn.Module, norm: Callable[[int], nn.Module] = nn.BatchNorm2d) -> Callable[[], nn.Module]:
     """Convolution, normalization and what stands behind it: 0, 1, and so on; anew at each call."""
     return lambda: nn.Sequential(conv(), norm(4), *copy.deepcopy(behind))
+
+
+def sequence(*layers: nn.Module) -> Callable[[], nn.Module]:
+    """These layers one after the other: 0, 1, and so on; anew at each call."""
+    return lambda: nn.Sequential(*copy.deepcopy(layers))
 
 
 def net(forward: Callable[..., Any], **more: Callable[[], nn.Module]) -> Callable[[], nn.Module]:

@@ -42,9 +42,9 @@ def gradients(net: nn.Module) -> list[Tensor]:
     return [p.grad.clone() for p in net.parameters() if p.grad is not None]
 
 
-def growing(**options: Any) -> GradScaler:
+def growing() -> GradScaler:
     """Doubles its scale every third step, and halves it where a gradient is not finite."""
-    return GradScaler("cpu", init_scale=2.0**10, growth_interval=3, **options)
+    return GradScaler("cpu", init_scale=2.0**10, growth_interval=3)
 
 
 def train(net: nn.Module, scaler: GradScaler, accumulate: int = 1) -> tuple[list[Tensor], set[float]]:

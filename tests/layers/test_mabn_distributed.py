@@ -6,12 +6,11 @@ Each process runs this file as a program, works through all of RUNS, and leaves 
 from __future__ import annotations
 
 import os
-import re
 import subprocess
 import sys
 import warnings
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -70,36 +69,39 @@ def mean_loss(y: Tensor) -> Tensor:
     return (y - 1).square().sum() / max(len(y), 1)
 
 
-def train(net: nn.Module, step_loss: Callable[[int], Tensor], steps: int, accumulate: int = 1) -> dict[str, Tensor]:
+def train(
+    net: Net,
+    step_loss: Callable[[int], Tensor],
+    steps: int,
+    accumulate: int = 1,
+    no_sync: Callable[[], AbstractContextManager[None]] = nullcontext,
+) -> dict[str, Tensor]:
     """The state after the steps, and the gradients of the last; an optimiser step follows each `accumulate` of them."""
     optimizer = torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9)
     for step in range(steps):
         last = (step + 1) % accumulate == 0
-        no_sync = net.no_sync() if isinstance(net, DistributedDataParallel) and not last else nullcontext()
-        with no_sync:
+        with nullcontext() if last else no_sync():
             (step_loss(step) / accumulate).backward()
         if last:
             optimizer.step()
-            gradients = {name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None}
+            gradients = {f"gradient of {n}": p.grad.clone() for n, p in net.named_parameters() if p.grad is not None}
             optimizer.zero_grad()
-    plain = net.module if isinstance(net, DistributedDataParallel) else net
-    return {**plain.state_dict(), **{f"gradient of {name.removeprefix('module.')}": g for name, g in gradients.items()}}
+    return {**net.state_dict(), **gradients}
 
 
 def in_ddp(
     rank: int,
     sizes: list[tuple[int, int]],
     accumulate: int = 1,
-    wrapped: Callable[[nn.Module], nn.Module] | None = None,
+    wrapped: Callable[[Net], nn.Module] = lambda net: net,
     **options: bool,
 ) -> dict[str, Tensor]:
     net = new_net()
     if not options.get("find_unused_parameters"):
         net.unused.requires_grad_(False)
-    ddp = DistributedDataParallel(net if wrapped is None else wrapped(net), **options)
+    ddp = DistributedDataParallel(wrapped(net), **options)
     batches = data(sizes)
-    state = train(ddp, lambda step: mean_loss(ddp(batches[step][rank])), len(sizes), accumulate)
-    return {re.sub(r"\bnet\.|_orig_mod\.", "", name): value for name, value in state.items()}
+    return train(net, lambda step: mean_loss(ddp(batches[step][rank])), len(sizes), accumulate, ddp.no_sync)
 
 
 class Checkpointed(nn.Module):

@@ -5,11 +5,12 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
 from mabn_steps import C, batches, new_layer, run_step
-from tolerances import EXACT, FLOAT64
+from tolerances import EXACT, FLOAT64, Tolerance
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
@@ -40,20 +41,27 @@ def small_net() -> nn.Sequential:
     return nn.Sequential(norm, CenConv2d(C, C, 1, dtype=torch.float64), nn.Tanh(), norm)
 
 
-def assert_trains_as(net: nn.Module, call: Map, sizes: range = range(2, 4)) -> None:
+def assert_trains_as(
+    net: nn.Module,
+    call: Map,
+    sizes: range = range(2, 4),
+    autocast: torch.dtype | None = None,
+    tolerance: Tolerance = FLOAT64,
+) -> None:
     """Outputs, gradients and statistics of `call`, which runs net in a way of its own, are those of a plain run."""
     plain = copy.deepcopy(net)
-    for step, (x, dy) in enumerate(batches(16, (4, 4), sizes)):
+    for step, (x, dy) in enumerate(batches(16, (4, 4), sizes, scaled=autocast is None)):
         results = []
-        for module, function in ((plain, plain), (net, call)):
+        for module, function in ((net, call), (plain, plain)):
             torch.manual_seed(step)
             module.zero_grad()
-            leaf = x.clone().requires_grad_()
-            y = function(leaf)
+            leaf = x.clone().to(next(net.parameters()).dtype).requires_grad_()
+            with torch.autocast("cpu", dtype=autocast, enabled=autocast is not None):
+                y = function(leaf)
             y.backward(dy.to(y.dtype))
             results.append((y.detach(), leaf.grad, *(p.grad for p in module.parameters())))
-        torch.testing.assert_close(results[1], results[0], **FLOAT64.kwargs())
-        torch.testing.assert_close(plain.state_dict(), net.state_dict(), **FLOAT64.kwargs())
+        torch.testing.assert_close(*results, **tolerance.kwargs())
+        torch.testing.assert_close(net.state_dict(), plain.state_dict(), **tolerance.kwargs())
 
 
 @REENTRANT
@@ -83,45 +91,24 @@ def test_checkpointing_inside_checkpointing_counts_a_batch_once(reentrant: bool)
     assert_trains_as(net, lambda x: checkpoint(inner, x, use_reentrant=reentrant))
 
 
-@REENTRANT
-def test_a_layer_that_makes_its_own_input_is_recomputed_in_the_order_of_backward(reentrant: bool) -> None:
-    layer = new_layer()
-
-    def call(x: Tensor) -> Tensor:
+class Repeated(nn.Sequential):
+    def forward(self, x: Tensor, call: Callable[..., Tensor] = lambda layer, x: layer(x)) -> Tensor:
         for _ in range(5):
-            x = checkpoint(layer, x, use_reentrant=reentrant).tanh()
+            x = call(self[0], x).tanh()
         return x
 
-    plain = copy.deepcopy(layer)
-    for x, dy in batches(12, (4, 4), range(2, 4)):
-        leaf, expected = x.clone().requires_grad_(), x.clone().requires_grad_()
-        call(leaf).backward(dy)
-        y = expected
-        for _ in range(5):
-            y = plain(y).tanh()
-        y.backward(dy)
-        torch.testing.assert_close(leaf.grad, expected.grad, **FLOAT64.kwargs())
-        torch.testing.assert_close(layer.weight.grad, plain.weight.grad, **FLOAT64.kwargs())
-    torch.testing.assert_close(plain.state_dict(), layer.state_dict(), **FLOAT64.kwargs())
+
+@REENTRANT
+def test_a_layer_that_makes_its_own_input_is_recomputed_in_the_order_of_backward(reentrant: bool) -> None:
+    net = Repeated(new_layer())
+    assert_trains_as(net, lambda x: net(x, partial(checkpoint, use_reentrant=reentrant)))
 
 
 @REENTRANT
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_checkpointing_under_autocast_is_that_without_checkpointing(dtype: torch.dtype, reentrant: bool) -> None:
     net = new_net().float()
-    plain = copy.deepcopy(net)
-    for step, (x, _) in enumerate(batches(16, (4, 4), range(2, 4), scaled=False)):
-        results = []
-        for module in (plain, net):
-            torch.manual_seed(step)
-            module.zero_grad()
-            leaf = x.float().requires_grad_()
-            with torch.autocast("cpu", dtype=dtype):
-                y = module(leaf) if module is plain else checkpoint(module, leaf, use_reentrant=reentrant)
-            y.float().sin().sum().backward()
-            results.append((y, leaf.grad, *(p.grad for p in module.parameters())))
-        torch.testing.assert_close(*results, **EXACT.kwargs())
-    torch.testing.assert_close(net.state_dict(), plain.state_dict(), **EXACT.kwargs())
+    assert_trains_as(net, lambda x: checkpoint(net, x, use_reentrant=reentrant), autocast=dtype, tolerance=EXACT)
 
 
 @REENTRANT

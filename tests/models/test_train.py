@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 import re
 import sys
@@ -12,6 +11,7 @@ import torch
 from tolerances import EXACT
 from train_runs import FILES, few_digits, load, read_log, run
 
+import deploynorm
 from deploynorm.models import data, train
 from deploynorm.models.training import options as training_options
 
@@ -34,13 +34,11 @@ def test_each_norm_learns_the_digits_and_the_checkpoint_alone_gives_that_accurac
     assert run(norm, tmp_path, "--epochs", "4", "--lr", "0.2", "--shift", "0") == 0
     checkpoint = load(tmp_path / "model.pt")
     assert checkpoint["training"]["accuracy"] >= 0.95
-    module, function = checkpoint["factory"].split(":")
-    model = getattr(importlib.import_module(module), function)(**checkpoint["kwargs"])
-    model.load_state_dict(checkpoint["state_dict"])
+    model = deploynorm.load(tmp_path / "model.pt").model
     images = data.load("digits")
     mean, std = (torch.tensor(checkpoint["input"][key]).view(1, -1, 1, 1) for key in ("mean", "std"))
     with torch.no_grad():
-        predicted = model.eval()((images.test_images / 255 - mean) / std).argmax(1)
+        predicted = model((images.test_images / 255 - mean) / std).argmax(1)
     accuracy = (predicted == images.test_classes).float().mean().item()
     # Another batch size rounds otherwise: one image on the border may change sides.
     assert accuracy == pytest.approx(checkpoint["training"]["accuracy"], abs=1.5 / len(predicted))
@@ -76,7 +74,7 @@ def test_the_log_has_a_row_for_each_epoch_and_the_curve_is_a_png(trained):
     accuracy = load(trained / "model.pt")["training"]["accuracy"]
     assert float(rows[-1]["test_accuracy"]) == pytest.approx(accuracy, abs=1e-6)
     assert (trained / "curve.png").read_bytes().startswith(b"\x89PNG")
-    assert sorted(path.name for path in trained.iterdir()) == FILES
+    assert sorted(path.name for path in trained.iterdir()) == ["curve.png", *FILES]
 
 
 @pytest.mark.parametrize("norm", ["mabn", "bn"])
@@ -97,20 +95,22 @@ def test_another_seed_gives_other_weights(tmp_path, monkeypatch):
     assert not torch.equal(first, second)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "code", "message"),
-    [
-        (["--resume"], 2, "no .*last.pt.*-o/--output"),
-        (["--data", "cifar"], 2, "no such data set"),
-        (["--batch-size", "100000"], 2, "--batch-size.*at most 1433"),
-        (["--batch-size", "30", "--accumulate", "4"], 2, r"--accumulate.*Got 30; expected a multiple of 1 \* 4"),
-        (["--lr", "1e30", "--epochs", "1"], 2, "loss is not finite by step 44.*lower --lr"),
-        (["-o", "/dev/null/run"], 2, "output /dev/null/run.*no folder can be made there"),
-    ],
-    ids=["nothing to resume", "unknown data", "batch past the data", "uneven parts", "diverged", "no folder"],
-)
-def test_a_foreseen_fault_is_one_line_and_an_exit_code(tmp_path, capsys, arguments, code, message):
-    assert run("frn", tmp_path / "run", *arguments) == code
+FAULTS = {
+    "nothing to resume": (["--resume"], "no .*last.pt.*-o/--output"),
+    "unknown data": (["--data", "cifar"], "no such data set"),
+    "batch past the data": (["--batch-size", "100000"], "--batch-size.*at most 1433"),
+    "uneven parts": (
+        ["--batch-size", "30", "--accumulate", "4"],
+        r"--accumulate.*Got 30; expected a multiple of 1 \* 4",
+    ),
+    "diverged": (["--lr", "1e30", "--epochs", "1"], "loss is not finite by step 44.*lower --lr"),
+    "no folder": (["-o", "/dev/null/run"], "output /dev/null/run.*no folder can be made there"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "message"), FAULTS.values(), ids=FAULTS)
+def test_a_foreseen_fault_is_one_line_and_an_exit_code(tmp_path, capsys, arguments, message):
+    assert run("frn", tmp_path / "run", *arguments) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ")
     assert error.count("\n") == 1
@@ -143,30 +143,27 @@ def test_without_matplotlib_no_training_starts(tmp_path, monkeypatch, capsys):
     assert "pip install 'deploynorm[train]'" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    "argument",
-    [
-        *(
-            "--epochs=0",
-            "--batch-size=0",
-            "--threads=0",
-            "--shift=-1",
-            "--seed=-1",
-            "--accumulate=0",
-            "--accumulate=two",
-        ),
-        *(
-            "--lr=0",
-            "--lr=nan",
-            "--lr=inf",
-            "--warmup-epochs=-1",
-            "--weight-decay=-1",
-            "--label-smoothing=1.1",
-            "--ema=1",
-        ),
-        *("--norm=ln", "--amp=f8"),
-    ],
-)
+USAGE_ERRORS = [
+    "--epochs=0",
+    "--batch-size=0",
+    "--threads=0",
+    "--shift=-1",
+    "--seed=-1",
+    "--accumulate=0",
+    "--accumulate=two",
+    "--lr=0",
+    "--lr=nan",
+    "--lr=inf",
+    "--warmup-epochs=-1",
+    "--weight-decay=-1",
+    "--label-smoothing=1.1",
+    "--ema=1",
+    "--norm=ln",
+    "--amp=f8",
+]
+
+
+@pytest.mark.parametrize("argument", USAGE_ERRORS)
 def test_an_argument_out_of_range_is_a_usage_error(argument, capsys):
     with pytest.raises(SystemExit, match="2"):
         train.main(["--norm", "frn", argument])

@@ -12,7 +12,7 @@ from functools import partial
 import pytest
 import torch
 from tolerances import EXACT
-from train_runs import assert_same_run, during_step, few_digits, few_layers, load, read_log, run, short_warmup
+from train_runs import assert_same_run, during_step, load, read_log, run, short_runs
 
 from deploynorm.models import train
 
@@ -23,10 +23,7 @@ STEPS = 6
 @pytest.fixture(autouse=True, scope="module")
 def _short_runs():
     with pytest.MonkeyPatch.context() as patch:
-        few_digits(patch)
-        few_layers(patch)
-        short_warmup(patch)
-        patch.setattr(train, "draw_curve", lambda *_: None)  # takes as long as the rest of a run
+        short_runs(patch)
         # The loss scale then changes during the run, as it does in long ones.
         patch.setattr(torch.amp, "GradScaler", partial(torch.amp.GradScaler, init_scale=256.0, growth_interval=2))
         yield

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+import re
 from collections.abc import Callable
 from functools import cache
 from types import ModuleType
@@ -32,18 +33,17 @@ BOTH = pytest.mark.parametrize("norm", ["frn", "mabn"])
 Norm = Literal["frn", "mabn"]
 
 
-class Classifier(nn.Sequential):
-    def __init__(self) -> None:
-        torch.manual_seed(0)
-        stem = (conv(bias=False), nn.BatchNorm2d(4), nn.ReLU(inplace=True))
-        block = Residual(own_relus=True)
-        block.conv1, block.shortcut[0] = conv(4, 4), conv(4, 4, 1)
-        super().__init__(*stem, block, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5))
+def classifier() -> nn.Module:
+    torch.manual_seed(0)
+    block = Residual(own_relus=True)
+    block.conv1, block.shortcut[0] = conv(4, 4), conv(4, 4, 1)
+    stem = conv(bias=False), nn.BatchNorm2d(4), nn.ReLU(inplace=True)
+    return nn.Sequential(*stem, block, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5))
 
 
 @cache
 def _swapped(norm: Norm) -> nn.Module:
-    return swap(Classifier().train(), (X,), norm=norm).model
+    return swap(classifier().train(), (X,), norm=norm).model
 
 
 def swapped_classifier(norm: Norm) -> nn.Module:
@@ -112,8 +112,7 @@ def test_mabn_folds_away() -> None:
 @BOTH
 def test_it_pickles_and_swaps_again_to_nothing(norm: Norm) -> None:
     network, _ = trained_and_folded(norm)
-    again = pickle.loads(pickle.dumps(network))
-    torch.testing.assert_close(again(X), network(X), **EXACT.kwargs())
+    torch.testing.assert_close(pickle.loads(pickle.dumps(network))(X), network(X), **EXACT.kwargs())
     with pytest.raises(ModelError, match="has no batch normalization"):
         swap(network, (X,), norm=norm)
 
@@ -123,7 +122,7 @@ def test_it_pickles_and_swaps_again_to_nothing(norm: Norm) -> None:
 
 @BOTH
 def test_keep_carries_every_weight_over(norm: Norm) -> None:
-    network = Classifier()
+    network = classifier()
     for parameter in network.parameters():
         nn.init.normal_(parameter)
     network[1].weight.requires_grad_(False)
@@ -242,11 +241,6 @@ def test_subclass_of_timm_s_layer_is_refused(timm: ModuleType) -> None:
 # Refusals
 
 
-class Lazy(nn.Sequential):
-    def __init__(self) -> None:
-        super().__init__(conv(), nn.LazyBatchNorm2d())
-
-
 def scripted() -> nn.Module:
     with pytest.warns(DeprecationWarning, match="jit"):
         return torch.jit.script(chain()())
@@ -274,9 +268,8 @@ ARGUMENTS = [
 
 @pytest.mark.parametrize(("arguments", "message"), ARGUMENTS, ids=[message[:30] for _, message in ARGUMENTS])
 def test_wrong_argument_is_refused(arguments: dict[str, Any], message: str) -> None:
-    with pytest.raises(InputError) as caught:
+    with pytest.raises(InputError, match=message):
         swap(chain()(), (X,), **arguments)
-    assert message in str(caught.value)
 
 
 def test_norm_must_be_named() -> None:
@@ -288,7 +281,7 @@ NETWORKS: list[tuple[Callable[[], nn.Module], tuple[Any, ...], type[Exception], 
     (lambda: nn.Sequential(conv(), nn.ReLU()), (X,), ModelError, "Got no normalization at all"),
     (lambda: nn.Sequential(conv(), nn.GroupNorm(2, 4)), (X,), ModelError, "Got 1 GroupNorm"),
     (lambda: nn.Sequential(conv(), FrozenBatchNorm2d(4)), (X,), ModelError, "Got 1 FrozenBatchNorm2d"),
-    (Lazy, (X,), ModelError, "run it once"),
+    (lambda: nn.Sequential(conv(), nn.LazyBatchNorm2d()), (X,), ModelError, "run it once"),
     (scripted, (X,), ModelError, "compiled or scripted"),
     (lambda: torch.compile(chain()(), backend="eager"), (X,), ModelError, "swap first, compile afterwards"),
     (not_copyable, (X,), ModelError, "cannot be copied"),
@@ -306,9 +299,8 @@ NETWORKS: list[tuple[Callable[[], nn.Module], tuple[Any, ...], type[Exception], 
 def test_network_that_cannot_be_swapped_is_refused(
     build: Callable[[], nn.Module], inputs: tuple[Any, ...], kind: type[Exception], message: str
 ) -> None:
-    with pytest.raises(kind) as caught:
+    with pytest.raises(kind, match=re.escape(message)):
         swap(build(), inputs, norm="frn")
-    assert message in str(caught.value)
 
 
 def fails_in_training(m: Any, x: Tensor) -> Tensor:
