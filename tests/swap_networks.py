@@ -125,10 +125,6 @@ def with_hook(network: nn.Module, path: str, register: str = "register_forward_h
     return network
 
 
-def relu() -> nn.Module:
-    return nn.ReLU()
-
-
 def in_place() -> nn.Module:
     return nn.ReLU(inplace=True)
 

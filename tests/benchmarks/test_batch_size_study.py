@@ -127,15 +127,6 @@ def test_population_statistics_are_those_of_the_training_images(numbers):
     torch.testing.assert_close(model.state_dict(), before, **EXACT.kwargs())
 
 
-@pytest.fixture
-def one_thread():
-    """Maps of 8x8 are too small for more."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def on_digits(norm):
     """Test accuracy, and training loss, after three epochs with a normalization batch of 2, in pairs of one class."""
     digits = training.pixels(data.load("digits"), 1433, 1, torch.device("cpu"))
@@ -151,7 +142,7 @@ def learns(norm):
 
 
 @pytest.mark.slow
-def test_bn_collapses_on_correlated_images_although_it_fits_the_training_set(one_thread):
+def test_bn_collapses_on_correlated_images_although_it_fits_the_training_set():
     accuracy, loss = on_digits("bn")
     assert accuracy < 0.8
     assert loss < 0.08
@@ -159,7 +150,7 @@ def test_bn_collapses_on_correlated_images_although_it_fits_the_training_set(one
 
 @pytest.mark.slow
 @pytest.mark.parametrize("norm", ["frn", "mabn"])
-def test_frn_and_mabn_do_not(norm, one_thread):
+def test_frn_and_mabn_do_not(norm):
     assert learns(norm)
 
 
@@ -179,13 +170,13 @@ class StatisticsWithoutGradient(Unnormalized):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("broken", [Unnormalized, StatisticsWithoutGradient])
-def test_broken_frn_misses_the_bounds(monkeypatch, broken, one_thread):
+def test_broken_frn_misses_the_bounds(monkeypatch, broken):
     monkeypatch.setattr(frn_resnet, "FRN2d", broken)
     assert not learns("frn")
 
 
 @pytest.mark.slow
-def test_mabn_with_the_wrong_sign_of_psi_misses_the_bounds(monkeypatch, one_thread):
+def test_mabn_with_the_wrong_sign_of_psi_misses_the_bounds(monkeypatch):
     average_psi = _mabn_training.average_psi
     monkeypatch.setattr(_mabn_training, "average_psi", lambda *given: -average_psi(*given))
     assert not learns("mabn")

@@ -68,14 +68,8 @@ def pair(kind: type[nn.Module], options: dict[str, Any]) -> tuple[nn.Module, nn.
 def test_layer_is_the_plain_convolution_with_a_centred_weight(kind: type[nn.Module], name: str) -> None:
     layer, plain = pair(kind, OPTIONS[name])
     x = torch.randn(2, 4, *SIZES[kind], dtype=torch.float64)
-    torch.testing.assert_close(layer(x), plain(x), **FLOAT64.kwargs())
-
-
-@pytest.mark.parametrize("kind", PLAIN)
-def test_an_unbatched_input_is_taken_as_by_the_plain_layer(kind: type[nn.Module]) -> None:
-    layer, plain = pair(kind, {})
-    x = torch.randn(4, *SIZES[kind], dtype=torch.float64)
-    torch.testing.assert_close(layer(x), plain(x), **FLOAT64.kwargs())
+    for images in (x, x[0]):
+        torch.testing.assert_close(layer(images), plain(images), **FLOAT64.kwargs())
 
 
 @pytest.mark.parametrize("kind", PLAIN)

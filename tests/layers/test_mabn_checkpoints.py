@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from mabn_steps import SHORT, C, assert_step_agrees, batches, loop_for, new_layer, run_step
+from mabn_steps import SHORT, C, Loop, assert_step_agrees, batches, new_layer, run_step
 from tolerances import FLOAT64
 from torch import Tensor, nn
 
@@ -91,7 +91,7 @@ def test_with_another_window_the_newest_iterations_are_kept(window: int) -> None
     resumed = new_layer(moving_batch_size=window)
     resumed.load_state_dict(layer.state_dict())
     # The loop forgets nothing; so it is right where the window holds no more than the old one had kept.
-    loop = loop_for(resumed)
+    loop = Loop(resumed)
     affine = layer.weight.detach().numpy(), layer.bias.detach().numpy()
     for step, (x, dy) in enumerate(batches(24, (3, 3), range(1, 5))):
         if step < 3:

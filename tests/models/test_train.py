@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 from tolerances import EXACT
-from train_runs import FILES, few_digits, load, read_log, run
+from train_runs import FILES, few_digits, load, read_log, run, short_runs
 
 import deploynorm
 from deploynorm.models import data, train
@@ -18,12 +18,19 @@ from deploynorm.models.training import options as training_options
 NORMS = ["frn", "mabn", "bn", "gn"]
 
 
+@pytest.fixture(autouse=True)
+def _short_runs(request, monkeypatch):
+    if "slow" not in request.keywords:
+        short_runs(monkeypatch)
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """The folder of a run on a few digits."""
-    folder = tmp_path_factory.mktemp("trained")
+    """The folder of a run on a few digits, with its curve."""
+    folder, draw_curve = tmp_path_factory.mktemp("trained"), train.draw_curve
     with pytest.MonkeyPatch.context() as patch:
-        few_digits(patch)
+        short_runs(patch)
+        patch.setattr(train, "draw_curve", draw_curve)
         assert run("mabn", folder, "--epochs", "4", "--lr", "0.2", "--shift", "0", "--warmup-epochs", "0") == 0
     return folder
 
@@ -44,8 +51,7 @@ def test_each_norm_learns_the_digits_and_the_checkpoint_alone_gives_that_accurac
     assert accuracy == pytest.approx(checkpoint["training"]["accuracy"], abs=1.5 / len(predicted))
 
 
-def test_the_checkpoint_says_how_it_was_made_and_what_it_takes(trained, monkeypatch):
-    few_digits(monkeypatch)
+def test_the_checkpoint_says_how_it_was_made_and_what_it_takes(trained):
     path = trained / "model.pt"
     checkpoint = load(path)
     assert checkpoint["format"] == "deploynorm"
@@ -87,8 +93,7 @@ def test_evaluation_leaves_the_statistics_alone(norm):
     torch.testing.assert_close(training.model.state_dict(), before, **EXACT.kwargs())
 
 
-def test_another_seed_gives_other_weights(tmp_path, monkeypatch):
-    few_digits(monkeypatch)
+def test_another_seed_gives_other_weights(tmp_path):
     for seed in ("1", "2"):
         assert run("bn", tmp_path / seed, "--epochs", "1", "--seed", seed) == 0
     first, second = (load(tmp_path / seed / "model.pt")["state_dict"]["fc.weight"] for seed in ("1", "2"))
@@ -98,12 +103,12 @@ def test_another_seed_gives_other_weights(tmp_path, monkeypatch):
 FAULTS = {
     "nothing to resume": (["--resume"], "no .*last.pt.*-o/--output"),
     "unknown data": (["--data", "cifar"], "no such data set"),
-    "batch past the data": (["--batch-size", "100000"], "--batch-size.*at most 1433"),
+    "batch past the data": (["--batch-size", "100000"], "--batch-size.*at most 96"),
     "uneven parts": (
         ["--batch-size", "30", "--accumulate", "4"],
         r"--accumulate.*Got 30; expected a multiple of 1 \* 4",
     ),
-    "diverged": (["--lr", "1e30", "--epochs", "1"], "loss is not finite by step 44.*lower --lr"),
+    "diverged": (["--lr", "1e30", "--epochs", "1"], "loss is not finite by step 3.*lower --lr"),
     "no folder": (["-o", "/dev/null/run"], "output /dev/null/run.*no folder can be made there"),
 }
 
@@ -118,10 +123,11 @@ def test_a_foreseen_fault_is_one_line_and_an_exit_code(tmp_path, capsys, argumen
 
 
 def test_a_loss_that_is_not_finite_ends_a_long_epoch_early(tmp_path, monkeypatch, capsys):
+    few_digits(monkeypatch, train_images=320)
     monkeypatch.setattr(train, "LOG_STEPS", 2)
     assert run("bn", tmp_path / "run", "--lr", "1e30") == 2
     step = int(re.search(r"the loss is not finite by step (\d+)", capsys.readouterr().err)[1])
-    assert step < 20
+    assert step < 10
     assert not (tmp_path / "run" / "last.pt").exists()
 
 

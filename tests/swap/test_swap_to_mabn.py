@@ -21,7 +21,6 @@ from swap_networks import (
     leaves,
     net,
     norm,
-    relu,
     sequence,
     swapped_as_expected,
     with_hook,
@@ -89,7 +88,7 @@ TO_MABN = [
     Case(
         "pre_activation", sequence(nn.BatchNorm2d(3), nn.ReLU(), conv()), {"0": "MABN2d", "2": "="}, "network's input"
     ),
-    Case("behind_a_relu", net(lambda m, x: m.b(m.r(m.c(x))), r=relu), PLAIN, "it goes to relu"),
+    Case("behind_a_relu", net(lambda m, x: m.b(m.r(m.c(x))), r=nn.ReLU), PLAIN, "it goes to relu"),
     Case("conv_read_twice", net(lambda m, x: m.b(y := m.c(x)) + y), PLAIN, "it goes to the network's output too"),
     Case("conv_given_back", net(lambda m, x: (m.b(y := m.c(x)), y)), PLAIN, "it goes to the network's output too"),
     Case(
