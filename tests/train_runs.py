@@ -29,18 +29,18 @@ def run(norm: str, output: Path, *arguments: str) -> int:
 
 def few_digits(patch: pytest.MonkeyPatch, train_images: int = 96, test_images: int = 20) -> None:
     """Reduces the digits to 3 steps of 32 images per epoch."""
-    digits = data.load_digits()
+    digits, load = data.load_digits(), data.load
     few = digits._replace(
         train_images=digits.train_images[:train_images],
         train_classes=digits.train_classes[:train_images],
         test_images=digits.test_images[:test_images],
         test_classes=digits.test_classes[:test_images],
     )
-    patch.setattr(data, "load", lambda source: few)
+    patch.setattr(data, "load", lambda source: few if source == "digits" else load(source))
 
 
 def short_runs(patch: pytest.MonkeyPatch) -> None:
-    """Reduces runs to a few digits and steps, and networks to one block per stage; leaves out the figure.
+    """Reduces runs to a few digits and steps, and networks to two stages of one block; leaves out the figure.
 
     In so few steps MABN's moving averages and its factor r would not be active yet, so they begin at once.
     """
@@ -49,7 +49,7 @@ def short_runs(patch: pytest.MonkeyPatch) -> None:
 
         class Shallow(module.ResNet):
             def __init__(self, block: type[nn.Module], depths: object, *rest: object) -> None:
-                super().__init__(block, (1, 1, 1), *rest)
+                super().__init__(block, (1, 1), *rest)
 
         patch.setattr(module, "ResNet", Shallow)
     patch.setattr(mabn_resnet, "MABN2d", partial(MABN2d, warmup=1, renorm_start=3))

@@ -31,6 +31,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "stride_padding": {"stride": 2, "padding": 1},
     "dilation": {"dilation": 2},
     "kernel_1": {"kernel_size": 1},
+    "sizes_by_axis": {"kernel_size": (1, 3), "stride": (2, 1), "padding": (0, 1)},
     "reflect": {"padding": 1, "padding_mode": "reflect"},
     "replicate": {"padding": 1, "padding_mode": "replicate"},
     "circular": {"padding": 2, "padding_mode": "circular"},
@@ -41,6 +42,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 def takes(kind: type[nn.Module], options: dict[str, Any]) -> bool:
+    if isinstance(options.get("kernel_size"), tuple) and len(SIZES[kind]) != 2:
+        return False
     only_plain = {"padding_mode", "same"} & {*options, *(v for v in options.values() if isinstance(v, str))}
     return not only_plain if kind is CenConvTranspose2d else "output_padding" not in options
 

@@ -40,7 +40,10 @@ def test_operator_equals_the_reference(case: NormCase) -> None:
     ids=str,
 )
 def test_operator_keeps_the_rules_of_torch(shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    torch.library.opcheck(OP.default, operands(*shape, dtype=dtype, grad=True))
+    # Tracing takes most of the time and does not depend on the type.
+    rules = ["test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
+    rules = rules if dtype == torch.float32 else rules[:3]
+    torch.library.opcheck(OP.default, operands(*shape, dtype=dtype, grad=True), test_utils=rules)
 
 
 def test_operator_keeps_the_rules_of_torch_for_channels_last_and_no_threshold() -> None:

@@ -11,7 +11,7 @@ The numbers are those of the list of faults. Here are the tests of those that no
     21              what a layer prints: with the other tests of each layer
     23              statistics of each process: test_mabn_distributed.py
     26              a fan-in of 1: test_checks.py
-    29              the centred weight in a plain convolution: test_cenconv.py
+    28, 29          all arguments of nn.Conv2d, the centred weight in a plain one: test_cenconv.py
 
 1 was the page's lost indentation; 15 (R set twice in the first step), the first half of 25 (the order of the means) and
 30 (zero padding) are no faults.
@@ -23,12 +23,11 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from tolerances import EXACT, FLOAT64, OP_FLOAT16
+from tolerances import EXACT, OP_FLOAT16
 from torch import nn
 
 from deploynorm.errors import InputError
 from deploynorm.layers import TLU, CenConv2d, FRN1d, FRN2d, FRN3d, MABN1d, MABN2d, MABN3d
-from deploynorm.layers.functional import center_weight
 
 MAKERS: dict[str, Callable[[], nn.Module]] = {
     "frn": lambda: FRN2d(4, learned_eps="channel"),
@@ -130,13 +129,3 @@ def test_fault_27_weights_begin_as_torchs_do() -> None:
     plain = nn.Conv2d(512, 64, 3)
     torch.testing.assert_close(layer.state_dict(), plain.state_dict(), **EXACT.kwargs())
     assert layer(torch.randn(1, 512, 8, 8)).std() < 1
-
-
-def test_fault_28_it_is_an_nn_conv2d_with_all_its_arguments() -> None:
-    """The listing was a module of its own: int kernels only, no padding mode, unseen by isinstance."""
-    options = {"stride": (2, 1), "padding": (0, 1), "padding_mode": "reflect", "dtype": torch.float64}
-    layer, plain = CenConv2d(3, 4, (1, 3), **options), nn.Conv2d(3, 4, (1, 3), **options)
-    assert isinstance(layer, nn.Conv2d)
-    plain.load_state_dict({**layer.state_dict(), "weight": center_weight(layer.weight)})
-    x = torch.randn(2, 3, 6, 5, dtype=torch.float64)
-    torch.testing.assert_close(layer(x), plain(x), **FLOAT64.kwargs())

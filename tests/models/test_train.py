@@ -15,8 +15,6 @@ import deploynorm
 from deploynorm.models import data, train
 from deploynorm.models.training import options as training_options
 
-NORMS = ["frn", "mabn", "bn", "gn"]
-
 
 @pytest.fixture(autouse=True)
 def _short_runs(request, monkeypatch):
@@ -36,7 +34,7 @@ def trained(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("norm", ["frn", "mabn", "bn", "gn"])
 def test_each_norm_learns_the_digits_and_the_checkpoint_alone_gives_that_accuracy(tmp_path, norm):
     assert run(norm, tmp_path, "--epochs", "4", "--lr", "0.2", "--shift", "0") == 0
     checkpoint = load(tmp_path / "model.pt")
@@ -85,7 +83,7 @@ def test_the_log_has_a_row_for_each_epoch_and_the_curve_is_a_png(trained):
 
 @pytest.mark.parametrize("norm", ["mabn", "bn"])
 def test_evaluation_leaves_the_statistics_alone(norm):
-    options = training_options.build_parser().parse_args(["--norm", norm, "--data", "digits"])
+    options = training_options.build_parser().parse_args(["--norm", norm, "--data", "digits", "--batch-size", "32"])
     options.processes = 1
     training = train.Training(options, "", torch.device("cpu"))
     before = {name: tensor.clone() for name, tensor in training.model.state_dict().items()}

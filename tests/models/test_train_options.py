@@ -16,7 +16,7 @@ from torch._inductor import config as inductor
 from train_runs import FILES, during_step, in_float64, load, read_log, run, short_runs
 
 from deploynorm import checkpoint
-from deploynorm.models import train
+from deploynorm.models import mabn_resnet, train
 from deploynorm.models.training import precision
 
 
@@ -115,6 +115,11 @@ def test_compile_compiles_the_training_network_whole_and_changes_nothing_else(tm
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")  # by inductor
 def test_compile_without_a_compiler_is_one_line(tmp_path, monkeypatch, capsys):
+    class Tiny(nn.Sequential):  # of which inductor has to compile the ReLU
+        def __init__(self, *_: object) -> None:
+            super().__init__(nn.Flatten(), nn.Linear(64, 10), nn.ReLU())
+
+    monkeypatch.setattr(mabn_resnet, "ResNet", Tiny)
     monkeypatch.setattr(inductor.cpp, "cxx", (None, "/no/compiler"))
     monkeypatch.setattr(inductor, "fx_graph_cache", False)
     assert run("gn", tmp_path / "run", "--compile") == 3

@@ -64,9 +64,6 @@ def trained_and_folded(norm: Norm) -> tuple[nn.Module, FoldResult]:
     return network.eval(), deploynorm.fold(network, (X,))
 
 
-# Using the network
-
-
 @BOTH
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
 def test_training_lowers_the_loss_and_moves_every_parameter(norm: Norm, layout: torch.memory_format) -> None:
@@ -109,9 +106,6 @@ def test_it_pickles_and_swaps_again_to_nothing(norm: Norm) -> None:
     torch.testing.assert_close(pickle.loads(pickle.dumps(network))(X), network(X), **EXACT.kwargs())
     with pytest.raises(ModelError, match="has no batch normalization"):
         swap(network, (X,), norm=norm)
-
-
-# Weights
 
 
 @BOTH
@@ -178,9 +172,6 @@ def test_dtype_is_that_of_the_network(norm: Norm, dtype: torch.dtype) -> None:
     assert swapped(X.to(dtype)).dtype == dtype
 
 
-# timm's layers
-
-
 def timm_network(timm: ModuleType, **options: Any) -> nn.Module:
     return nn.Sequential(conv(), timm.layers.BatchNormAct2d(4, **options), conv(4))
 
@@ -230,9 +221,6 @@ def test_subclass_of_timm_s_layer_is_refused(timm: ModuleType) -> None:
     swapped, report = swap(network, (X,), norm="frn")
     assert type(swapped[1]) is Doubled
     assert report.with_outcome("unchanged")[0].detail == "a Doubled with a forward of its own"
-
-
-# Refusals
 
 
 def scripted() -> nn.Module:
@@ -309,9 +297,6 @@ def test_network_that_does_not_run_in_training_mode_is_swapped_without_proof(nor
     swapped, report = swap(network, (X,), norm=norm)
     assert [type(layer).__name__ for layer in swapped.children()] == ["Conv2d", f"{norm.upper()}2d", "ReLU"]
     assert "it does not run in training mode (ValueError: no targets)" in report.notes[0]
-
-
-# The report
 
 
 def test_report_reads_and_serialises() -> None:
