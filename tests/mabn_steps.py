@@ -1,7 +1,7 @@
 """MABN's formulas as a literal loop, and training steps to compare a layer with it.
 
-layer, data = trained_affine(MABN2d(C, **SHORT)), batches(20, (3, 2), range(1, 5))
-loop = loop_for(layer)
+layer, data = new_layer(), batches(20, (3, 2), range(1, 5))
+loop = Loop(layer)
 for x, dy in data:
     assert_step_agrees(layer, loop, x, dy)
 
@@ -11,15 +11,17 @@ the loop is the reference.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from tolerances import MABN_LOOP
 from torch import nn
 
+from deploynorm.layers import MABN2d
 from deploynorm.layers.mabn import _MABN
 
+Layer = TypeVar("Layer", bound=_MABN)
 Array = np.ndarray[Any, Any]
 C = 3
 SHORT: dict[str, Any] = {"warmup": 5, "renorm_start": 8, "moving_batch_size": 8, "dtype": torch.float64}
@@ -28,11 +30,8 @@ SHORT: dict[str, Any] = {"warmup": 5, "renorm_start": 8, "moving_batch_size": 8,
 class Loop:
     """The docstring of MABN2d, word by word, on plain lists of all past iterations."""
 
-    def __init__(
-        self, momentum: float, moving_batch_size: int, warmup: int, renorm_start: int, max_renorm: float, eps: float
-    ) -> None:
-        self.momentum, self.window, self.eps = momentum, moving_batch_size, eps
-        self.warmup, self.renorm_start, self.max_renorm = warmup, renorm_start, max_renorm
+    def __init__(self, layer: _MABN) -> None:
+        self.settings, self.eps = layer, layer.eps
         self.iteration = 0
         self.R = np.ones(C)
         self.past_chi2: list[tuple[int, Array]] = []
@@ -42,7 +41,7 @@ class Loop:
     def average(self, past: list[tuple[int, Array]]) -> Array:
         samples, total = 0, np.zeros(C)
         for n, statistic in reversed(past):
-            if samples and samples + n > self.window:
+            if samples and samples + n > self.settings.moving_batch_size:
                 break
             samples, total = samples + n, total + n * statistic
         return total / samples
@@ -51,16 +50,18 @@ class Loop:
         """y, dx, dw and db; x is (N, C, length)."""
         self.iteration += 1
         self.past_chi2.append((len(x), (x**2).mean((0, 2))))
-        warm = self.iteration <= self.warmup
+        warm = self.iteration <= self.settings.warmup
         chi2 = self.past_chi2[-1][1] if warm else self.average(self.past_chi2)
         ratio = np.sqrt(chi2 + self.eps) / np.sqrt(self.R + self.eps)
         r = np.ones(C)
-        if self.iteration > max(self.warmup, self.renorm_start):
-            r = np.clip(ratio, 1 / self.max_renorm, self.max_renorm)
-            self.clipped["low"] += int((ratio < 1 / self.max_renorm).sum())
-            self.clipped["high"] += int((ratio > self.max_renorm).sum())
+        if self.iteration > max(self.settings.warmup, self.settings.renorm_start):
+            bound = self.settings.max_renorm
+            r = np.clip(ratio, 1 / bound, bound)
+            self.clipped["low"] += int((ratio < 1 / bound).sum())
+            self.clipped["high"] += int((ratio > bound).sum())
             self.clipped["not"] += int((r == ratio).sum())
-        self.R = chi2 if self.iteration == 1 else (1 - self.momentum) * self.R + self.momentum * chi2
+        momentum = self.settings.momentum
+        self.R = chi2 if self.iteration == 1 else (1 - momentum) * self.R + momentum * chi2
 
         root = np.sqrt(chi2 + self.eps)[None, :, None]
         w, b, r = (v[None, :, None] for v in (w, b, r))
@@ -73,15 +74,16 @@ class Loop:
         return y, dx, (dy * r * z).sum((0, 2)), dy.sum((0, 2))
 
 
-def loop_for(layer: _MABN, kind: type[Loop] = Loop) -> Loop:
-    return kind(layer.momentum, layer.moving_batch_size, layer.warmup, layer.renorm_start, layer.max_renorm, layer.eps)
-
-
-def trained_affine(layer: _MABN) -> _MABN:
+def trained_affine(layer: Layer) -> Layer:
     with torch.no_grad():
         layer.weight.copy_(torch.tensor([0.7, -1.3, 1.1]))
         layer.bias.copy_(torch.tensor([0.2, 0.0, -0.4]))
     return layer
+
+
+def new_layer(**settings: Any) -> MABN2d:
+    """With the settings of SHORT where these do not say otherwise, and a weight and bias that are no longer initial."""
+    return trained_affine(MABN2d(C, **{**SHORT, **settings}))
 
 
 def run_step(layer: nn.Module, x: torch.Tensor, dy: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -48,15 +48,6 @@ class OwnForwardNorm(nn.BatchNorm2d):
         return super().forward(input) + 1
 
 
-class NamedNorm(nn.BatchNorm2d):
-    """A subclass that changes nothing."""
-
-
-class OwnForwardReLU(nn.ReLU):
-    def forward(self, input: Tensor) -> Tensor:
-        return super().forward(input) + 1
-
-
 class OwnForwardConv(nn.Conv2d):
     def forward(self, input: Tensor) -> Tensor:
         return F.conv2d(input, self.weight)
@@ -119,6 +110,11 @@ def chain(*behind: nn.Module, norm: Callable[[int], nn.Module] = nn.BatchNorm2d)
     return lambda: nn.Sequential(conv(), norm(4), *copy.deepcopy(behind))
 
 
+def sequence(*layers: nn.Module) -> Callable[[], nn.Module]:
+    """These layers one after the other: 0, 1, and so on; anew at each call."""
+    return lambda: nn.Sequential(*copy.deepcopy(layers))
+
+
 def net(forward: Callable[..., Any], **more: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
     """`forward` over a convolution c, its normalization b, and `more`."""
     return lambda: Forward(forward, c=conv(), b=nn.BatchNorm2d(4), **{name: build() for name, build in more.items()})
@@ -127,10 +123,6 @@ def net(forward: Callable[..., Any], **more: Callable[[], nn.Module]) -> Callabl
 def with_hook(network: nn.Module, path: str, register: str = "register_forward_hook") -> nn.Module:
     getattr(network.get_submodule(path), register)(lambda *args: None)
     return network
-
-
-def relu() -> nn.Module:
-    return nn.ReLU()
 
 
 def in_place() -> nn.Module:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,8 @@ from torch import Tensor, nn
 from deploynorm.layers import MABN2d
 from deploynorm.models import data, frn_resnet, mabn_resnet, train
 
-FILES = ["curve.png", "last.pt", "log.csv", "model.pt"]
-"""The files that a run without TensorBoard writes."""
+FILES = ["last.pt", "log.csv", "model.pt"]
+"""The files that a run writes besides its curve and TensorBoard's folder."""
 
 
 def run(norm: str, output: Path, *arguments: str) -> int:
@@ -28,30 +29,41 @@ def run(norm: str, output: Path, *arguments: str) -> int:
 
 def few_digits(patch: pytest.MonkeyPatch, train_images: int = 96, test_images: int = 20) -> None:
     """Reduces the digits to 3 steps of 32 images per epoch."""
-    digits = data.load_digits()
+    digits, load = data.load_digits(), data.load
     few = digits._replace(
         train_images=digits.train_images[:train_images],
         train_classes=digits.train_classes[:train_images],
         test_images=digits.test_images[:test_images],
         test_classes=digits.test_classes[:test_images],
     )
-    patch.setattr(data, "load", lambda source: few)
+    patch.setattr(data, "load", lambda source: few if source == "digits" else load(source))
 
 
-def few_layers(patch: pytest.MonkeyPatch) -> None:
-    """Reduces each stage of ResNet-20 to one block."""
+def short_runs(patch: pytest.MonkeyPatch) -> None:
+    """Reduces runs to a few digits and steps, and networks to two stages of one block; leaves out the figure.
+
+    In so few steps MABN's moving averages and its factor r would not be active yet, so they begin at once.
+    """
+    few_digits(patch)
     for module in (frn_resnet, mabn_resnet):
 
         class Shallow(module.ResNet):
             def __init__(self, block: type[nn.Module], depths: object, *rest: object) -> None:
-                super().__init__(block, (1, 1, 1), *rest)
+                super().__init__(block, (1, 1), *rest)
 
         patch.setattr(module, "ResNet", Shallow)
-
-
-def short_warmup(patch: pytest.MonkeyPatch) -> None:
-    """Activates MABN's moving averages and its factor r in runs of a few steps."""
     patch.setattr(mabn_resnet, "MABN2d", partial(MABN2d, warmup=1, renorm_start=3))
+    patch.setattr(train, "draw_curve", lambda *_: None)  # takes as long as the rest of a run
+
+
+@contextmanager
+def in_float64() -> Iterator[None]:
+    """For runs that are compared: at their learning rate a few steps amplify a difference in the last bit."""
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def during_step(patch: pytest.MonkeyPatch, number: int, action: Callable[[], None]) -> None:

@@ -24,10 +24,9 @@ class Backend(NamedTuple):
     options: tuple[str, ...]  # those of `open_runner` that it takes
     summary: str  # what it is, for --help
 
-    def load(self) -> type[Runner]:
-        """The class of its runner; BackendError if a package that it imports is not installed."""
-        found: type[Runner] = load(f"{self.module}.{self.runner}")
-        return found
+    def load(self) -> Any:
+        """The class of its runner, a type[Runner]; BackendError if a package that it imports is not installed."""
+        return load(f"{self.module}.{self.runner}")
 
 
 BACKENDS: Final[Mapping[str, Backend]] = {

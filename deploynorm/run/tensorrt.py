@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from deploynorm.arrays import to_array, to_tensor
-from deploynorm.dtypes import torch_dtype
 from deploynorm.errors import BackendError, InputError, ModelError
 from deploynorm.inputs import Shape, TensorSpec
 from deploynorm.libraries import TENSORRT_LIBRARY, find_library
@@ -242,7 +241,7 @@ def _tensors(trt: TensorRT, engine: Any) -> tuple[list[TensorSpec], list[TensorS
 
 
 def _torch_dtype(where: str, name: str) -> torch.dtype:
-    dtype = torch_dtype(name)
-    if dtype is None:
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype):
         raise ModelError(where, "has a type that PyTorch does not have", got=name)
     return dtype

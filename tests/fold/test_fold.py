@@ -4,19 +4,242 @@ from __future__ import annotations
 
 import copy
 import json
+import math
+import zlib
 from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple
 
 import pytest
 import torch
-from fold_networks import FOLDS, STAYS, Case, Deeper, trained
-from tolerances import FLOAT64, FOLD_FLOAT32, Tolerance
+import torch.nn.functional as F
+from swap_networks import Forward, OwnForwardConv, with_hook
+from tolerances import EXACT, FLOAT64, FOLD_FLOAT32, Tolerance
 from torch import Tensor, nn
 
 from deploynorm._fold import FoldReport, fold
 from deploynorm.errors import InputError
-from deploynorm.layers import CenConv1d, CenConv2d, CenConv3d, CenConvTranspose2d, FRN2d, MABN1d, MABN2d, MABN3d
+from deploynorm.layers import (
+    TLU,
+    CenConv1d,
+    CenConv2d,
+    CenConv3d,
+    CenConvTranspose2d,
+    FRN1d,
+    FRN2d,
+    MABN1d,
+    MABN2d,
+    MABN3d,
+)
+
+
+class OwnForwardMABN(MABN2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + 1
+
+
+class Tied(nn.Sequential):
+    def __init__(self) -> None:
+        super().__init__(nn.Conv2d(3, 3, 3, padding=1), MABN2d(3), nn.Conv2d(3, 3, 3, padding=1), MABN2d(3))
+        self[2].weight = self[0].weight
+
+
+class Deeper(nn.Module):
+    """A convolution in one module and its normalization in another, defined in the opposite order of use."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norms = nn.ModuleDict({"late": MABN2d(4), "early": nn.BatchNorm2d(6)})
+        self.body = nn.Module()
+        self.body.last = CenConv2d(6, 4, 3)
+        self.body.first = nn.Conv2d(3, 6, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.norms["early"](self.body.first(x)))
+        return self.norms["late"](self.body.last(x))
+
+
+@dataclass(frozen=True)
+class Case:
+    """A network, the shape of its input, and what must become of its layers."""
+
+    name: str
+    build: Callable[[], nn.Module]
+    shape: tuple[int, ...] = (2, 3, 9, 7)
+    folded: int = 0
+    affine: int = 0
+    stays: int = 0
+    reason: str = ""
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def pair(conv: type[nn.Module], norm: type[nn.Module], *sizes: int, **options: object) -> Callable[[], nn.Module]:
+    """A convolution, or linear layer, of these sizes and options, and a normalization of its output."""
+    return lambda: nn.Sequential(conv(*sizes, **options), norm(sizes[1]))
+
+
+def _conv() -> nn.Module:
+    return nn.Conv2d(3, 4, 3)
+
+
+def _cenconv() -> nn.Module:
+    return CenConv2d(3, 4, 3)
+
+
+def _mabn() -> nn.Module:
+    return MABN2d(4)
+
+
+def _bn() -> nn.Module:
+    return nn.BatchNorm2d(4)
+
+
+def net(
+    forward: Callable[..., Tensor] = lambda m, x: m.n(m.c(x)),
+    c: Callable[[], nn.Module] = _conv,
+    n: Callable[[], nn.Module] = _mabn,
+    **more: Callable[[], nn.Module],
+) -> Callable[[], nn.Module]:
+    """`forward` over a convolution c, a normalization n behind it, and `more`."""
+    return lambda: Forward(forward, c=c(), n=n(), **{name: build() for name, build in more.items()})
+
+
+OF_4 = (2, 4, 9, 7)
+"""A shape for convolutions of 4 channels."""
+
+FOLDS = [
+    Case("conv_mabn", pair(nn.Conv2d, MABN2d, 3, 8, 3), folded=1),
+    Case("cenconv_mabn", pair(CenConv2d, MABN2d, 4, 8, 3), OF_4, folded=2),
+    Case("no_bias", pair(CenConv2d, MABN2d, 4, 8, 3, bias=False), OF_4, folded=2),
+    Case("groups", pair(CenConv2d, MABN2d, 4, 8, 3, groups=2), OF_4, folded=2),
+    Case("depthwise", pair(CenConv2d, MABN2d, 4, 8, 3, groups=4), OF_4, folded=2),
+    Case("stride_dilation", pair(CenConv2d, MABN2d, 4, 8, 3, stride=2, dilation=2, padding=2), OF_4, folded=2),
+    Case("padding_same", pair(CenConv2d, MABN2d, 4, 8, 3, padding="same"), OF_4, folded=2),
+    Case("padding_reflect", pair(CenConv2d, MABN2d, 4, 8, 3, padding=1, padding_mode="reflect"), OF_4, folded=2),
+    Case("padding_circular", pair(CenConv2d, MABN2d, 4, 8, 3, padding=1, padding_mode="circular"), OF_4, folded=2),
+    Case("not_affine", lambda: nn.Sequential(CenConv2d(3, 8, 3), MABN2d(8, affine=False)), folded=2),
+    Case("conv_bn", pair(nn.Conv2d, nn.BatchNorm2d, 3, 8, 3), folded=1),
+    Case("conv1d", pair(CenConv1d, MABN1d, 3, 8, 3), (2, 3, 9), folded=2),
+    Case("conv3d", pair(CenConv3d, MABN3d, 3, 8, 3), (2, 3, 5, 6, 7), folded=2),
+    Case("transposed", pair(CenConvTranspose2d, MABN2d, 4, 6, 3, stride=2), (2, 4, 5, 4), folded=2),
+    Case(
+        "transposed_groups",
+        pair(CenConvTranspose2d, MABN2d, 4, 6, 3, groups=2, output_padding=1, stride=2),
+        (2, 4, 5, 4),
+        folded=2,
+    ),
+    Case("transposed1d", pair(nn.ConvTranspose1d, MABN1d, 4, 6, 3, groups=2), (2, 4, 5), folded=1),
+    Case("transposed3d", pair(nn.ConvTranspose3d, MABN3d, 4, 6, 3, groups=2), (2, 4, 3, 4, 5), folded=1),
+    Case("linear", pair(nn.Linear, MABN1d, 5, 8), (4, 5), folded=1),
+    Case("linear_bn", pair(nn.Linear, nn.BatchNorm1d, 5, 8, bias=False), (4, 5), folded=1),
+    Case("other_order_of_definition", Deeper, folded=3),
+    Case("one_norm_after_two_convs", net(lambda m, x: m.n(m.c(x)) + m.n(m.b(x)), c=_cenconv, b=_cenconv), folded=3),
+    Case("norm_after_norm", lambda: nn.Sequential(_conv(), _bn(), _mabn()), folded=2),
+    Case("cenconv_alone", _cenconv, folded=1),
+    Case("learned_eps", lambda: nn.Sequential(nn.Conv2d(3, 8, 3), FRN2d(8, learned_eps="layer")), folded=1),
+    Case("learned_eps_per_channel", lambda: FRN1d(3, learned_eps="channel", tlu=False), (2, 3, 9), folded=1),
+]
+
+STAYS = [
+    Case("mabn_alone", lambda: MABN2d(3), affine=1, reason="the network's input"),
+    Case("mabn_after_add", net(lambda m, x: m.n((y := m.c(x)) + y)), affine=1, reason="the output of add"),
+    Case("bn_after_relu", net(lambda m, x: m.n(m.c(x).relu()), n=_bn), stays=1, reason="the output of relu"),
+    Case(
+        "shared_conv",
+        net(lambda m, x: m.n(m.c(x)) + m.b(m.c(x)), c=_cenconv, b=_mabn),
+        folded=1,
+        affine=2,
+        reason="called 2 times",
+    ),
+    Case(
+        "shared_conv_and_norm",
+        net(lambda m, x: m.n(m.c(m.n(m.c(x)))), c=lambda: nn.Conv2d(3, 3, 1), n=lambda: nn.BatchNorm2d(3)),
+        stays=1,
+        reason="called 2 times",
+    ),
+    Case("conv_bare_once", net(lambda m, x: m.n(m.c(x)) + m.c(x + 1)), affine=1, reason="called 2 times"),
+    Case("output_used_twice", net(lambda m, x: m.n(y := m.c(x)) + y), affine=1, reason="used 2 times"),
+    Case("functional_conv", net(lambda m, x: m.n(F.conv2d(x, m.c.weight))), affine=1, reason="a functional call"),
+    Case(
+        "functional_norm",
+        net(lambda m, x: F.batch_norm(m.c(x), m.n.running_mean, m.n.running_var), n=_bn),
+        stays=1,
+        reason="outside its own forward",
+    ),
+    Case("subclassed_conv", net(c=lambda: OwnForwardConv(3, 4, 3)), affine=1, reason="forward of its own"),
+    Case("subclassed_norm", net(n=lambda: OwnForwardMABN(4))),
+    Case(
+        "parametrized_weight",
+        net(c=lambda: nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 4, 3))),
+        affine=1,
+        reason="computed, not stored",
+    ),
+    Case("tied_weights", Tied, affine=2, reason="called 2 times"),
+    Case("hooked_conv", lambda: with_hook(net()(), "c"), affine=1, reason="has hooks"),
+    Case("hooked_norm", lambda: with_hook(net()(), "n"), stays=1, reason="has hooks"),
+    Case("hooked_bn", lambda: with_hook(net(n=_bn)(), "n"), stays=1, reason="has hooks"),
+    Case(
+        "no_running_statistics",
+        net(n=lambda: nn.BatchNorm2d(4, track_running_stats=False)),
+        stays=1,
+        reason="no running statistics",
+    ),
+    Case(
+        "linear_on_the_wrong_axis",
+        lambda: nn.Sequential(nn.Linear(5, 8), MABN1d(6)),
+        (2, 6, 5),
+        affine=1,
+        reason="channels on another axis",
+    ),
+    Case(
+        "control_flow_on_values",
+        net(lambda m, x: m.n(m.c(x)) if x.sum() > 0 else m.c(x), c=_cenconv),
+        folded=1,
+        affine=1,
+        reason="cannot be traced",
+    ),
+    Case(
+        "control_flow_on_the_batch",
+        net(lambda m, x: m.n(m.c(x)) if x.shape[0] < 5 else m.c(x)),
+        affine=1,
+        reason="branches on sizes",
+    ),
+    Case(
+        "cond",
+        net(
+            lambda m, x: torch.cond(x.sum() > 0, lambda y: m.n(m.c(y)), lambda y: m.c(y), (x,)),
+            c=lambda: nn.Conv2d(3, 4, 1),
+        ),
+        affine=1,
+        reason="outside its own forward|not reached",
+    ),
+    Case("unused_norm", net(lambda m, x: m.c(x)), affine=1, reason="not reached"),
+    Case("gamma_read_elsewhere", net(lambda m, x: m.n(m.c(x)) * m.n.weight.mean()), affine=1, reason="by mean"),
+    Case("bias_read_elsewhere", net(lambda m, x: m.n(m.c(x)) * m.c.bias.mean()), affine=1, reason="too, by mean"),
+    Case("frn_alone", lambda: nn.Sequential(nn.Conv2d(3, 4, 3), FRN2d(4), TLU(4))),
+    Case("nothing_to_fold", lambda: nn.Conv2d(3, 4, 3)),
+]
+
+
+def trained(case: Case) -> nn.Module:
+    """The case's network with parameters and statistics as after training: none of them at a neutral value."""
+    torch.manual_seed(zlib.crc32(case.name.encode()))
+    network = case.build()
+    for module in network.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if isinstance(module, (MABN1d, MABN2d, MABN3d, nn.BatchNorm1d, nn.BatchNorm2d, FRN1d, FRN2d)):
+                nn.init.uniform_(parameter, 0.5, 1.5) if name == "weight" else nn.init.normal_(parameter)
+        for name, buffer in module.named_buffers(recurse=False):
+            if name == "running_var":
+                nn.init.uniform_(buffer, 0.2, 3.0)
+            if name == "running_mean":
+                nn.init.normal_(buffer)
+    return network
+
 
 EVERY_CASE = pytest.mark.parametrize("case", FOLDS + STAYS, ids=str)
 WHERE_ALL_FOLDS = pytest.mark.parametrize("case", FOLDS, ids=str)
@@ -89,9 +312,7 @@ def test_second_fold_changes_nothing(case: Case) -> None:
     twice, report = fold(once, (fold_of(case).x,))
     assert not report.modified, report.changes
     assert repr(twice) == repr(once)
-    before, after = once.state_dict(), twice.state_dict()
-    assert before.keys() == after.keys()
-    assert all(torch.equal(before[key], after[key]) for key in before)
+    torch.testing.assert_close(twice.state_dict(), once.state_dict(), **EXACT.kwargs())
 
 
 @EVERY_CASE
@@ -99,10 +320,8 @@ def test_network_given_is_left_untouched(case: Case) -> None:
     network, before, *_ = fold_of(case)
     assert network.training
     assert repr(network) == repr(before)
-    assert [(name, parameter.requires_grad) for name, parameter in network.named_parameters()] == [
-        (name, parameter.requires_grad) for name, parameter in before.named_parameters()
-    ]
-    assert all(torch.equal(before.state_dict()[key], value) for key, value in network.state_dict().items())
+    assert [p.requires_grad for p in network.parameters()] == [p.requires_grad for p in before.parameters()]
+    torch.testing.assert_close(network.state_dict(), before.state_dict(), **EXACT.kwargs())
 
 
 def test_network_in_training_mode_folds_as_in_evaluation() -> None:
@@ -114,15 +333,11 @@ def test_network_in_training_mode_folds_as_in_evaluation() -> None:
         torch.testing.assert_close(folded(x), network.eval()(x), **FOLD_FLOAT32.kwargs())
 
 
-def test_fold_keeps_the_plain_convolution_where_it_stood() -> None:
-    folded, _ = fold(Deeper().eval(), (torch.randn(2, 3, 9, 7),))
+def test_fold_keeps_the_plain_convolution_where_it_stood_and_names_layers_by_path() -> None:
+    folded, report = fold(Deeper().eval(), torch.randn(2, 3, 9, 7))  # a bare tensor is the one input
     assert type(folded.body.last) is nn.Conv2d
     assert type(folded.norms["late"]) is nn.Identity
     assert folded.body.last.extra_repr() == nn.Conv2d(6, 4, 3).extra_repr()
-
-
-def test_report_names_layers_by_path_and_counts_them() -> None:
-    _, report = fold(Deeper().eval(), torch.randn(2, 3, 9, 7))  # a bare tensor is the one input
     assert {change.name: change.detail for change in report.changes} == {
         "norms.late": "into body.last",
         "norms.early": "into body.first",
@@ -192,21 +407,15 @@ def test_fold_into_half_precision_weights_refuses_to_overflow() -> None:
     assert "overflows torch.float16" in report.changes[0].detail
 
 
-def test_chain_of_normalizations_is_rounded_once() -> None:
-    network = trained(next(case for case in FOLDS if case.name == "norm_after_norm")).eval().half()
-    folded, _ = fold(network, (torch.randn(2, 3, 5, 5).half(),))
-    conv, first, second = network
-    scale = first.weight.double() / (first.running_var.double() + first.eps).sqrt()
-    scale = scale * second.weight.double() / (second.running_var.double() + second.eps).sqrt()
-    assert torch.equal(folded[0].weight, (conv.weight.double() * scale[:, None, None, None]).half())
-
-
-def test_half_precision_network_folds_in_float64() -> None:
+@pytest.mark.parametrize("name", ["cenconv_mabn", "norm_after_norm"])
+def test_half_precision_network_folds_in_float64_and_is_rounded_once(name: str) -> None:
     """Computed in float16 the scale alone would carry 1e-3 of error; rounded once, half an ulp of the weight."""
-    network = trained(FOLDS[1]).eval().half()
-    folded, _ = fold(network, (torch.randn(2, 4, 5, 5).half(),))
-    conv, norm = network[0], network[1]
+    case = next(case for case in FOLDS if case.name == name)
+    network = trained(case).eval().half()
+    folded, _ = fold(network, torch.randn(case.shape).half())
+    conv, *norms = network
     weight = conv.weight.double()
-    centred = weight - weight.mean((1, 2, 3), keepdim=True)
-    scale = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
-    assert torch.equal(folded[0].weight, (centred * scale[:, None, None, None]).half())
+    if isinstance(conv, CenConv2d):
+        weight = weight - weight.mean((1, 2, 3), keepdim=True)
+    scales = [norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt() for norm in norms]
+    assert torch.equal(folded[0].weight, (weight * math.prod(scales)[:, None, None, None]).half())

@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 import torch
 from cases import CASES, NormCase, make_inputs, to_float64, to_torch, tolerance, want
-from tolerances import EXACT, FLOAT64, OP_FLOAT16, OP_FLOAT32
+from tolerances import EXACT, FLOAT64, OP_FLOAT16
 
 from deploynorm import reference
-from deploynorm.contract import INPUTS
 from deploynorm.layers import functional
 
 OP = torch.ops.deploynorm.filter_response_norm
@@ -41,7 +40,10 @@ def test_operator_equals_the_reference(case: NormCase) -> None:
     ids=str,
 )
 def test_operator_keeps_the_rules_of_torch(shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    torch.library.opcheck(OP.default, operands(*shape, dtype=dtype, grad=True))
+    # Tracing takes most of the time and does not depend on the type.
+    rules = ["test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
+    rules = rules if dtype == torch.float32 else rules[:3]
+    torch.library.opcheck(OP.default, operands(*shape, dtype=dtype, grad=True), test_utils=rules)
 
 
 def test_operator_keeps_the_rules_of_torch_for_channels_last_and_no_threshold() -> None:
@@ -71,17 +73,6 @@ def test_gradients_of_frn_are_the_numerical_ones(shape: tuple[int, ...], learned
     assert torch.autograd.gradcheck(call, inputs)
 
 
-def test_gradient_of_frn_has_the_factor_that_the_papers_equation_7_lacks() -> None:
-    x, weight, bias, _, _ = operands(2, 4, 3, 5, grad=True)
-    eps = 1e-6
-    g = torch.randn_like(x)
-    functional.filter_response_norm(x, weight, bias, None, eps).backward(g)
-    inverse = torch.rsqrt(x.detach().square().mean((2, 3), keepdim=True) + eps)
-    unit, g = x.detach() * inverse, g * weight.detach().reshape(1, 4, 1, 1)
-    assert x.grad is not None
-    torch.testing.assert_close(x.grad, inverse * (g - unit * (unit * g).mean((2, 3), keepdim=True)), **FLOAT64.kwargs())
-
-
 def test_at_a_tie_the_gradient_goes_to_y_and_none_to_the_threshold() -> None:
     x = torch.zeros(1, 2, 2, 2, dtype=torch.float64)
     one, zero = torch.ones(2, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
@@ -93,30 +84,13 @@ def test_at_a_tie_the_gradient_goes_to_y_and_none_to_the_threshold() -> None:
         assert (beta.grad.tolist(), tau.grad.tolist()) == ([4, 4], [0, 0])
 
 
-def test_operator_and_function_have_the_same_gradients() -> None:
-    grads = []
-    for frn in (functional.filter_response_norm, OP):
-        inputs = operands(2, 4, 3, 5, dtype=torch.float32, grad=True)
-        frn(*inputs).square().sum().backward()
-        grads.append([t.grad for t in inputs])
-    for name, a, b in zip(INPUTS, *grads, strict=True):
-        torch.testing.assert_close(a, b, **OP_FLOAT32.kwargs(), msg=name)
-
-
-def test_a_channels_last_map_stays_channels_last() -> None:
-    x, *parameters = operands(2, 4, 3, 5)
-    y = functional.filter_response_norm(x.to(memory_format=torch.channels_last), *parameters)
-    assert y.is_contiguous(memory_format=torch.channels_last)
-
-
 @pytest.mark.parametrize("shape", X_SHAPES, ids=str)
 @pytest.mark.parametrize("affine", [True, False], ids=["affine", "plain"])
 def test_mabn_in_evaluation_equals_the_reference(shape: tuple[int, ...], affine: bool) -> None:
     x, weight, bias, _, moment = operands(*shape)
-    y = functional.normalize_by_second_moment(x, moment, weight if affine else None, bias if affine else None, 1e-5)
-    expected = reference.mabn_eval(
-        x.numpy(), moment.numpy(), weight.numpy() if affine else None, bias.numpy() if affine else None, 1e-5
-    )
+    tensors = (x, moment, weight, bias) if affine else (x, moment, None, None)
+    y = functional.normalize_by_second_moment(*tensors, 1e-5)
+    expected = reference.mabn_eval(*(None if t is None else t.numpy() for t in tensors), 1e-5)
     np.testing.assert_allclose(y.numpy(), expected, **FLOAT64.kwargs())
 
 

@@ -24,13 +24,10 @@ from deploynorm.layers.loss_scale import track_loss_scale
 STEPS = 24
 
 
-def new_net(dtype: torch.dtype = torch.float64, **settings: Any) -> nn.Sequential:
+def new_net(dtype: torch.dtype = torch.float64) -> nn.Sequential:
     torch.manual_seed(0)
-    settings = {**SHORT, **settings, "dtype": dtype}
-    conv = CenConv2d(C, C, 3, dtype=dtype)
-    return nn.Sequential(
-        MABN2d(C, **settings), conv, MABN2d(C, **settings), nn.Flatten(), nn.Linear(4 * C, 1, dtype=dtype)
-    )
+    norms = [MABN2d(C, **SHORT) for _ in range(2)]
+    return nn.Sequential(norms[0], CenConv2d(C, C, 3), norms[1], nn.Flatten(), nn.Linear(4 * C, 1)).to(dtype)
 
 
 def data(steps: int = STEPS) -> list[Tensor]:
@@ -45,9 +42,9 @@ def gradients(net: nn.Module) -> list[Tensor]:
     return [p.grad.clone() for p in net.parameters() if p.grad is not None]
 
 
-def growing(**options: Any) -> GradScaler:
+def growing() -> GradScaler:
     """Doubles its scale every third step, and halves it where a gradient is not finite."""
-    return GradScaler("cpu", init_scale=2.0**10, growth_interval=3, **options)
+    return GradScaler("cpu", init_scale=2.0**10, growth_interval=3)
 
 
 def train(net: nn.Module, scaler: GradScaler, accumulate: int = 1) -> tuple[list[Tensor], set[float]]:
@@ -74,8 +71,8 @@ def test_a_scale_that_grows_changes_no_gradient(accumulate: int) -> None:
     got, scales = train(net, scaler, accumulate)
     want, _ = train(plain, GradScaler("cpu", enabled=False), accumulate)
     # Scales are powers of 2, so not even a rounding differs.
-    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
-    assert all(torch.equal(value, plain.state_dict()[name]) for name, value in net.state_dict().items())
+    torch.testing.assert_close(got, want, **EXACT.kwargs())
+    torch.testing.assert_close(net.state_dict(), plain.state_dict(), **EXACT.kwargs())
     assert len(scales) == STEPS // accumulate // 3
 
 
@@ -102,8 +99,8 @@ def test_a_compiled_step_follows_the_scale_without_being_compiled_again() -> Non
             module.zero_grad()
             loss = loss_of(call, x)
             (scaler.scale(loss) if module is net else loss).backward()
-        for got, want in zip(gradients(net), gradients(plain), strict=True):
-            torch.testing.assert_close(got / scaler.get_scale(), want, **FLOAT64.kwargs())
+        got = [gradient / scaler.get_scale() for gradient in gradients(net)]
+        torch.testing.assert_close(got, gradients(plain), **FLOAT64.kwargs())
         scaler.update(scaler.get_scale() * 2)
     assert counter.frame_count == 1
 
@@ -127,12 +124,11 @@ def test_a_skipped_step_leaves_its_psi_out_and_the_next_is_right() -> None:
         scaler.update()
         if skipped:
             assert torch.equal(net[2].recent_gz, before)
-            assert all(torch.equal(a, b) for a, b in zip(net.parameters(), weights, strict=True))
+            torch.testing.assert_close(list(net.parameters()), weights, **EXACT.kwargs())
             plain(x)
         else:
             (1e6 * loss_of(plain, x)).backward()
-            for a, b in zip(gradients(net), gradients(plain), strict=True):
-                torch.testing.assert_close(a, b, **EXACT.kwargs())
+            torch.testing.assert_close(gradients(net), gradients(plain), **EXACT.kwargs())
         for module in (net, plain):
             module.zero_grad()
         with torch.no_grad():  # both go on from the same weights
@@ -173,8 +169,7 @@ def test_a_run_goes_on_with_another_scale_or_none_from_its_checkpoint() -> None:
         resumed_scaler.scale(loss_of(resumed, data()[12])).backward()
         results.append([g / resumed_scaler.get_scale() for g in gradients(resumed)])
     for other in results[1:]:
-        for a, b in zip(results[0], other, strict=True):
-            torch.testing.assert_close(a, b, **EXACT.kwargs())
+        torch.testing.assert_close(results[0], other, **EXACT.kwargs())
 
 
 def test_a_copy_follows_the_same_scaler_and_a_pickle_none() -> None:
@@ -184,27 +179,19 @@ def test_a_copy_follows_the_same_scaler_and_a_pickle_none() -> None:
     assert pickle.loads(pickle.dumps(net))[0]._loss_scale is None
 
 
-def test_a_scaler_that_is_off_or_none_is_no_scale() -> None:
-    net = new_net()
-    track_loss_scale(net, growing())
-    for scaler in (None, GradScaler("cpu", enabled=False)):
-        track_loss_scale(net, scaler)
-        assert [layer._loss_scale for layer in net if isinstance(layer, MABN2d)] == [None, None]
-
-
-def test_tracking_a_scaler_leaves_its_scale() -> None:
-    scaler = GradScaler("cpu", init_scale=2.0**7)
-    track_loss_scale(MABN2d(C), scaler)
+def test_a_scaler_keeps_its_scale_and_one_that_is_off_or_none_is_no_scale() -> None:
+    net, scaler = new_net(), GradScaler("cpu", init_scale=2.0**7)
+    track_loss_scale(net, scaler)
     assert scaler.get_scale() == 2.0**7
+    for none in (None, GradScaler("cpu", enabled=False)):
+        track_loss_scale(net, none)
+        assert [layer._loss_scale for layer in net if isinstance(layer, MABN2d)] == [None, None]
 
 
 def test_what_cannot_be_tracked_is_refused() -> None:
     with pytest.raises(InputError, match=r"^track_loss_scale: the model has no MABN\. Got ReLU"):
         track_loss_scale(nn.ReLU(), growing())
-    with pytest.raises(
-        InputError,
-        match=r"^track_loss_scale: the model is on another kind of device.* on meta.* cpu",
-    ):
+    with pytest.raises(InputError, match=r"^track_loss_scale: the model is on another kind of device.* on meta.* cpu"):
         track_loss_scale(MABN2d(C, device="meta"), growing())
 
 

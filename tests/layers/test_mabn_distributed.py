@@ -6,19 +6,18 @@ Each process runs this file as a program, works through all of RUNS, and leaves 
 from __future__ import annotations
 
 import os
-import re
 import subprocess
 import sys
 import warnings
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from tolerances import FLOAT64
+from tolerances import EXACT, FLOAT64
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
@@ -31,6 +30,9 @@ C = 3
 PROCESSES = 2
 EQUAL = [(2, 2)] * 10
 UNEQUAL = [(2, 2), (1, 3), (2, 2), (0, 3), (2, 2), (4, 0), (2, 2), (5, 1), (0, 0), (2, 2)]
+
+Results = list[dict[str, dict[str, Any]]]
+"""What each process got in each run."""
 
 
 class Net(nn.Module):
@@ -67,36 +69,39 @@ def mean_loss(y: Tensor) -> Tensor:
     return (y - 1).square().sum() / max(len(y), 1)
 
 
-def train(net: nn.Module, step_loss: Callable[[int], Tensor], steps: int, accumulate: int = 1) -> dict[str, Tensor]:
+def train(
+    net: Net,
+    step_loss: Callable[[int], Tensor],
+    steps: int,
+    accumulate: int = 1,
+    no_sync: Callable[[], AbstractContextManager[None]] = nullcontext,
+) -> dict[str, Tensor]:
     """The state after the steps, and the gradients of the last; an optimiser step follows each `accumulate` of them."""
     optimizer = torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9)
     for step in range(steps):
         last = (step + 1) % accumulate == 0
-        no_sync = net.no_sync() if isinstance(net, DistributedDataParallel) and not last else nullcontext()
-        with no_sync:
+        with nullcontext() if last else no_sync():
             (step_loss(step) / accumulate).backward()
         if last:
             optimizer.step()
-            gradients = {name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None}
+            gradients = {f"gradient of {n}": p.grad.clone() for n, p in net.named_parameters() if p.grad is not None}
             optimizer.zero_grad()
-    plain = net.module if isinstance(net, DistributedDataParallel) else net
-    return {**plain.state_dict(), **{f"gradient of {name.removeprefix('module.')}": g for name, g in gradients.items()}}
+    return {**net.state_dict(), **gradients}
 
 
 def in_ddp(
     rank: int,
     sizes: list[tuple[int, int]],
     accumulate: int = 1,
-    wrapped: Callable[[nn.Module], nn.Module] | None = None,
+    wrapped: Callable[[Net], nn.Module] = lambda net: net,
     **options: bool,
 ) -> dict[str, Tensor]:
     net = new_net()
     if not options.get("find_unused_parameters"):
         net.unused.requires_grad_(False)
-    ddp = DistributedDataParallel(net if wrapped is None else wrapped(net), **options)
+    ddp = DistributedDataParallel(wrapped(net), **options)
     batches = data(sizes)
-    state = train(ddp, lambda step: mean_loss(ddp(batches[step][rank])), len(sizes), accumulate)
-    return {re.sub(r"\bnet\.|_orig_mod\.", "", name): value for name, value in state.items()}
+    return train(net, lambda step: mean_loss(ddp(batches[step][rank])), len(sizes), accumulate, ddp.no_sync)
 
 
 class Checkpointed(nn.Module):
@@ -109,10 +114,6 @@ class Checkpointed(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = checkpoint(self.net, x.requires_grad_(), use_reentrant=self.reentrant)
         return out
-
-
-def compiled(net: nn.Module) -> nn.Module:
-    return torch.compile(net, fullgraph=True, backend="aot_eager")
 
 
 def in_one_process(sizes: list[tuple[int, int]], accumulate: int = 1) -> dict[str, Tensor]:
@@ -171,7 +172,10 @@ DDP_RUNS: dict[str, tuple[list[tuple[int, int]], dict[str, Any]]] = {
     "unequal_and_empty": (UNEQUAL, {}),
     "checkpointed": (UNEQUAL, {"wrapped": Checkpointed}),
     "checkpointed_reentrant": (EQUAL, {"wrapped": partial(Checkpointed, reentrant=True)}),
-    "compiled_and_checkpointed": (EQUAL, {"wrapped": lambda net: Checkpointed(compiled(net))}),
+    "compiled_and_checkpointed": (
+        EQUAL,
+        {"wrapped": lambda net: Checkpointed(torch.compile(net, fullgraph=True, backend="aot_eager"))},
+    ),
 }
 RUNS: dict[str, Callable[[int], dict[str, Any]]] = {
     **{name: partial(in_ddp, sizes=sizes, **options) for name, (sizes, options) in DDP_RUNS.items()},
@@ -191,8 +195,7 @@ def main(rank: int, folder: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, Any]]]:
-    """What each process got in each run."""
+def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
     folder = tmp_path_factory.mktemp("processes")
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     workers = [
@@ -208,61 +211,49 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str
     return [torch.load(folder / f"results{rank}.pt") for rank in range(PROCESSES)]
 
 
-def assert_same(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert got.keys() == expected.keys()
-    for name, value in expected.items():
-        torch.testing.assert_close(got[name], value, **FLOAT64.kwargs(), msg=lambda text, name=name: f"{name}: {text}")
-
-
 @pytest.mark.filterwarnings("ignore:MABN2d. an empty batch")
 @pytest.mark.parametrize("run", DDP_RUNS)
-def test_fault_23_two_processes_train_as_one_with_both_their_batches(
-    run: str, results: list[dict[str, dict[str, Any]]]
-) -> None:
+def test_fault_23_two_processes_train_as_one_with_both_their_batches(run: str, results: Results) -> None:
     """Weights, gradients and every statistic. The listing kept each process's own, and saved those of process 0."""
     sizes, options = DDP_RUNS[run]
     expected = in_one_process(sizes, options.get("accumulate", 1))
     moved = {name for name, value in new_net().state_dict().items() if not torch.equal(value, expected[name])}
     assert {"norm1.recent_x2", "norm1.recent_gz", "norm2.running_var", "conv1.weight"} <= moved
     for result in results:
-        assert_same(
-            {name: value for name, value in result[run].items() if "unused" not in name},
-            {name: value for name, value in expected.items() if "unused" not in name},
+        got, want = (
+            {name: value for name, value in state.items() if "unused" not in name} for state in (result[run], expected)
         )
+        torch.testing.assert_close(got, want, **FLOAT64.kwargs())
 
 
 @pytest.mark.parametrize("run", DDP_RUNS)
-def test_the_checkpoint_of_process_0_is_everybodys(run: str, results: list[dict[str, dict[str, Any]]]) -> None:
+def test_the_checkpoint_of_process_0_is_everybodys(run: str, results: Results) -> None:
     of_0, of_1 = (result[run] for result in results)
-    assert of_0.keys() == of_1.keys()
-    for name, value in of_0.items():
-        assert torch.equal(value, of_1[name]), name
+    torch.testing.assert_close(of_0, of_1, **EXACT.kwargs())
 
 
-def test_a_group_of_its_own_gives_a_process_its_own_statistics(results: list[dict[str, dict[str, Any]]]) -> None:
+def test_a_group_of_its_own_gives_a_process_its_own_statistics(results: Results) -> None:
     for rank, result in enumerate(results):
         net = new_net()
         batches = [step[rank] for step in data(EQUAL)]
         expected = train(net, lambda step, net=net, batches=batches: mean_loss(net(batches[step])), len(EQUAL))
-        assert_same(result["each_alone"], expected)
+        torch.testing.assert_close(result["each_alone"], expected, **FLOAT64.kwargs())
 
 
-def test_recalibration_is_over_the_samples_of_all_processes(results: list[dict[str, dict[str, Any]]]) -> None:
+def test_recalibration_is_over_the_samples_of_all_processes(results: Results) -> None:
     net = new_net()
     recalibrate(net, [batch for step in data([(2, 3), (1, 0)]) for batch in step if len(batch)])
     for result in results:
-        assert_same(result["recalibrated"], net.state_dict())
+        torch.testing.assert_close(result["recalibrated"], dict(net.state_dict()), **FLOAT64.kwargs())
 
 
 def test_recalibration_that_fails_in_one_process_fails_in_all_and_changes_none(
-    results: list[dict[str, dict[str, Any]]],
+    results: Results,
 ) -> None:
-    of_0, of_1 = (result["beside_a_failure"] for result in results)
-    assert of_0 == {
-        "error": "ModelError: recalibrate: another process failed. Fix: see its message.",
-        "unchanged": True,
-    }
-    assert of_1 == {"error": "OSError: the disk is gone", "unchanged": True}
+    assert [result["beside_a_failure"] for result in results] == [
+        {"error": "ModelError: recalibrate: another process failed. Fix: see its message.", "unchanged": True},
+        {"error": "OSError: the disk is gone", "unchanged": True},
+    ]
 
 
 if __name__ == "__main__":

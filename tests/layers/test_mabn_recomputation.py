@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 
 import pytest
 import torch
-from mabn_steps import SHORT, C, batches, run_step, trained_affine
-from tolerances import EXACT, FLOAT64
+from mabn_steps import C, batches, new_layer, run_step
+from tolerances import EXACT, FLOAT64, Tolerance
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
-from deploynorm.layers import CenConv2d, MABN2d
+from deploynorm.layers import CenConv2d
 
 REENTRANT = pytest.mark.parametrize("reentrant", [False, True], ids=["non_reentrant", "reentrant"])
 COMPILED = pytest.mark.filterwarnings(
@@ -22,10 +24,6 @@ COMPILED = pytest.mark.filterwarnings(
     "ignore:.torch.jit.script_method. is deprecated",  # by inductor
 )
 Map = Callable[[Tensor], Tensor]
-
-
-def new_layer(**settings: object) -> MABN2d:
-    return trained_affine(MABN2d(C, **{**SHORT, **settings}))
 
 
 def new_net() -> nn.Sequential:
@@ -44,27 +42,27 @@ def small_net() -> nn.Sequential:
     return nn.Sequential(norm, CenConv2d(C, C, 1, dtype=torch.float64), nn.Tanh(), norm)
 
 
-def assert_trains_as(net: nn.Module, call: Map, sizes: range = range(2, 4)) -> None:
+def assert_trains_as(
+    net: nn.Module,
+    call: Map,
+    data: Iterable[tuple[Tensor, Tensor]] | None = None,
+    autocast: torch.dtype | None = None,
+    tolerance: Tolerance = FLOAT64,
+) -> None:
     """Outputs, gradients and statistics of `call`, which runs net in a way of its own, are those of a plain run."""
     plain = copy.deepcopy(net)
-    for step, (x, dy) in enumerate(batches(16, (4, 4), sizes)):
+    for step, (x, dy) in enumerate(data or batches(16, (4, 4), range(2, 4), scaled=autocast is None)):
         results = []
-        for module, function in ((plain, plain), (net, call)):
+        for module, function in ((net, call), (plain, plain)):
             torch.manual_seed(step)
             module.zero_grad()
-            leaf = x.clone().requires_grad_()
-            y = function(leaf)
+            leaf = x.clone().to(next(net.parameters()).dtype).requires_grad_()
+            with torch.autocast("cpu", dtype=autocast, enabled=autocast is not None):
+                y = function(leaf)
             y.backward(dy.to(y.dtype))
             results.append((y.detach(), leaf.grad, *(p.grad for p in module.parameters())))
-        for got, want in zip(results[1], results[0], strict=True):
-            torch.testing.assert_close(got, want, **FLOAT64.kwargs())
-        for name, value in plain.state_dict().items():
-            torch.testing.assert_close(
-                net.state_dict()[name],
-                value,
-                **FLOAT64.kwargs(),
-                msg=lambda text, name=name: f"{name}: {text}",
-            )
+        torch.testing.assert_close(*results, **tolerance.kwargs())
+        torch.testing.assert_close(net.state_dict(), plain.state_dict(), **tolerance.kwargs())
 
 
 @REENTRANT
@@ -94,61 +92,35 @@ def test_checkpointing_inside_checkpointing_counts_a_batch_once(reentrant: bool)
     assert_trains_as(net, lambda x: checkpoint(inner, x, use_reentrant=reentrant))
 
 
-@REENTRANT
-def test_a_layer_that_makes_its_own_input_is_recomputed_in_the_order_of_backward(reentrant: bool) -> None:
-    layer = new_layer()
-
-    def call(x: Tensor) -> Tensor:
+class Repeated(nn.Sequential):
+    def forward(self, x: Tensor, call: Callable[..., Tensor] = lambda layer, x: layer(x)) -> Tensor:
         for _ in range(5):
-            x = checkpoint(layer, x, use_reentrant=reentrant).tanh()
+            x = call(self[0], x).tanh()
         return x
 
-    plain = copy.deepcopy(layer)
-    for x, dy in batches(12, (4, 4), range(2, 4)):
-        leaf, expected = x.clone().requires_grad_(), x.clone().requires_grad_()
-        call(leaf).backward(dy)
-        y = expected
-        for _ in range(5):
-            y = plain(y).tanh()
-        y.backward(dy)
-        torch.testing.assert_close(leaf.grad, expected.grad, **FLOAT64.kwargs())
-        torch.testing.assert_close(layer.weight.grad, plain.weight.grad, **FLOAT64.kwargs())
-    for name, value in plain.state_dict().items():
-        torch.testing.assert_close(layer.state_dict()[name], value, **FLOAT64.kwargs(), msg=name)
+
+@REENTRANT
+def test_a_layer_that_makes_its_own_input_is_recomputed_in_the_order_of_backward(reentrant: bool) -> None:
+    net = Repeated(new_layer())
+    assert_trains_as(net, lambda x: net(x, partial(checkpoint, use_reentrant=reentrant)))
 
 
 @REENTRANT
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_checkpointing_under_autocast_is_that_without_checkpointing(dtype: torch.dtype, reentrant: bool) -> None:
     net = new_net().float()
-    plain = copy.deepcopy(net)
-    for step, (x, _) in enumerate(batches(16, (4, 4), range(2, 4), scaled=False)):
-        results = []
-        for module in (plain, net):
-            torch.manual_seed(step)
-            module.zero_grad()
-            leaf = x.float().requires_grad_()
-            with torch.autocast("cpu", dtype=dtype):
-                y = module(leaf) if module is plain else checkpoint(module, leaf, use_reentrant=reentrant)
-            y.float().sin().sum().backward()
-            results.append((y, leaf.grad, *(p.grad for p in module.parameters())))
-        for got, want in zip(*results, strict=True):
-            torch.testing.assert_close(got, want, **EXACT.kwargs())
-    assert all(torch.equal(value, plain.state_dict()[name]) for name, value in net.state_dict().items())
+    assert_trains_as(net, lambda x: checkpoint(net, x, use_reentrant=reentrant), autocast=dtype, tolerance=EXACT)
 
 
 @REENTRANT
 def test_the_same_batch_again_and_again_finds_its_own_step(reentrant: bool) -> None:
-    layer, plain = new_layer(), new_layer()
-    x, dy = next(batches(1, (4, 4), range(3, 4)))
-    for _ in range(40):
-        leaf = x.clone().requires_grad_()
-        (dx,) = torch.autograd.grad(checkpoint(layer, leaf, use_reentrant=False), leaf, dy)
-        torch.testing.assert_close(dx, run_step(plain, x, dy)[1], **EXACT.kwargs())
+    layer = new_layer()
+    data = [*batches(1, (4, 4), range(3, 4))] * 40
+    assert_trains_as(layer, lambda x: checkpoint(layer, x, use_reentrant=reentrant), data, tolerance=EXACT)
 
 
 def test_checkpointing_finds_the_right_step_again_beside_zeros_and_nan() -> None:
-    layer, checkpointed = (trained_affine(MABN2d(C, **SHORT)) for _ in range(2))
+    layer, checkpointed = (new_layer() for _ in range(2))
     data = list(batches(14, (3, 3), range(2, 3)))
     for zeros in (1, 9):
         data[zeros] = (torch.zeros_like(data[zeros][0]), data[zeros][1])
@@ -163,27 +135,20 @@ def test_checkpointing_finds_the_right_step_again_beside_zeros_and_nan() -> None
 
 
 @COMPILED
-def test_a_compiled_network_trains_as_an_eager_one() -> None:
+def test_a_compiled_network_trains_as_an_eager_one_on_any_sizes_without_being_compiled_again() -> None:
     net = small_net()
     torch.compiler.reset()
-    assert_trains_as(net, torch.compile(net, fullgraph=True, backend="aot_eager"), sizes=range(2, 3))
-
-
-@COMPILED
-def test_a_compiled_network_takes_batches_of_any_size_without_being_compiled_again() -> None:
-    net = small_net()
-    torch.compiler.reset()
-    counter = CompileCounterWithBackend("aot_eager")
+    counter, compilations = CompileCounterWithBackend("aot_eager"), set()
     compiled = torch.compile(net, fullgraph=True, dynamic=True, backend=counter)
-    plain, compilations = copy.deepcopy(net), set()
-    for n, height, width in ((2, 4, 5), (3, 5, 4), (2, 7, 9), (8, 4, 6), (5, 6, 6), (2, 4, 4)):
-        x = torch.randn(n, C, height, width, dtype=torch.float64)
-        leaf, expected = x.clone().requires_grad_(), x.clone().requires_grad_()
-        compiled(leaf).sin().sum().backward()
-        plain(expected).sin().sum().backward()
-        torch.testing.assert_close(leaf.grad, expected.grad, **FLOAT64.kwargs())
+
+    def call(x: Tensor) -> Tensor:
+        y = compiled(x)
         compilations.add(counter.frame_count)
-    torch.testing.assert_close(net[0].running_var, plain[0].running_var, **FLOAT64.kwargs())
+        return y
+
+    maps = itertools.cycle([(4, 5), (5, 4), (7, 9), (4, 4), (6, 6)])
+    data = zip(batches(16, (7, 9), range(2, 9)), maps, strict=False)
+    assert_trains_as(net, call, [tuple(t[..., :h, :w].contiguous() for t in pair) for pair, (h, w) in data])
     assert len(compilations) == 1, "all of them in the first step"
 
 
@@ -214,7 +179,7 @@ def test_inductor_compiles_checkpointing_as_well(require: Callable[[str], None])
     require("compiler")
     net = small_net()
     torch.compiler.reset()
-    assert_trains_as(net, compile_of_checkpoint(net, "inductor"), sizes=range(2, 3))
+    assert_trains_as(net, compile_of_checkpoint(net, "inductor"), batches(16, (4, 4), range(2, 3)))
 
 
 def test_the_operator_keeps_the_contract_of_torch_library() -> None:

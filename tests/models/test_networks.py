@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from tolerances import FLOAT64
@@ -13,16 +15,14 @@ from deploynorm.layers.functional import center_weight
 from deploynorm.models import frn_resnet, mabn_resnet
 
 SMALL = {
-    "frn": lambda **kwargs: frn_resnet.resnet20(**kwargs),
-    "mabn": lambda **kwargs: mabn_resnet.resnet20(**kwargs),
-    "bn": lambda **kwargs: mabn_resnet.resnet20(norm="bn", **kwargs),
-    "gn": lambda **kwargs: mabn_resnet.resnet20(norm="gn", **kwargs),
+    "frn": frn_resnet.resnet20,
+    "mabn": mabn_resnet.resnet20,
+    **{norm: partial(mabn_resnet.resnet20, norm=norm) for norm in ("bn", "gn")},
 }
 LARGE = {
-    "frn": lambda **kwargs: frn_resnet.resnet50(**kwargs),
-    "mabn": lambda **kwargs: mabn_resnet.resnet50(**kwargs),
-    "bn": lambda **kwargs: mabn_resnet.resnet50(norm="bn", **kwargs),
-    "gn": lambda **kwargs: mabn_resnet.resnet50(norm="gn", **kwargs),
+    "frn": frn_resnet.resnet50,
+    "mabn": mabn_resnet.resnet50,
+    **{norm: partial(mabn_resnet.resnet50, norm=norm) for norm in ("bn", "gn")},
 }
 NORMS = list(SMALL)
 
@@ -32,38 +32,30 @@ def parameters(model: nn.Module) -> int:
 
 
 @pytest.mark.parametrize("norm", NORMS)
-def test_resnet20_takes_any_height_and_width(norm):
+def test_networks_take_any_height_and_width(norm):
     model = SMALL[norm](num_classes=7, in_channels=1).eval()
     for shape in [(2, 1, 28, 28), (1, 1, 33, 19), (1, 1, 8, 5)]:
         assert model(torch.randn(shape)).shape == (shape[0], 7)
+    assert LARGE[norm]().eval()(torch.randn(1, 3, 65, 47)).shape == (1, 1000)
 
 
-@pytest.mark.parametrize("norm", NORMS)
-def test_resnet50_takes_any_height_and_width(norm):
-    model = LARGE[norm]().eval()
-    assert model(torch.randn(1, 3, 65, 47)).shape == (1, 1000)
+def stage_shapes(model: nn.Module, size: int) -> list[tuple[int, ...]]:
+    """(C, H, W) behind the stem and each stage."""
+    x, shapes = torch.randn(1, 3, size, size), []
+    for part in (model.stem, *model.stages):
+        x = part(x)
+        shapes.append(tuple(x.shape[1:]))
+    return shapes
 
 
 @pytest.mark.parametrize("norm", NORMS)
 def test_each_stage_halves_the_map_and_widens_it(norm):
-    x = SMALL[norm]().eval().stem(torch.randn(1, 3, 32, 32))
-    assert x.shape == (1, 16, 32, 32)
-    shapes = []
-    for stage in SMALL[norm]().eval().stages:
-        x = stage(x)
-        shapes.append(tuple(x.shape[1:]))
-    assert shapes == [(16, 32, 32), (32, 16, 16), (64, 8, 8)]
+    assert stage_shapes(SMALL[norm]().eval(), 32) == [(16, 32, 32), (16, 32, 32), (32, 16, 16), (64, 8, 8)]
 
 
 def test_resnet50_has_the_imagenet_shapes_and_strides_in_the_3x3():
     model = mabn_resnet.resnet50(norm="bn").eval()
-    x = model.stem(torch.randn(1, 3, 64, 64))
-    assert x.shape == (1, 64, 16, 16)
-    shapes = []
-    for stage in model.stages:
-        x = stage(x)
-        shapes.append(tuple(x.shape[1:]))
-    assert shapes == [(256, 16, 16), (512, 8, 8), (1024, 4, 4), (2048, 2, 2)]
+    assert stage_shapes(model, 64) == [(64, 16, 16), (256, 16, 16), (512, 8, 8), (1024, 4, 4), (2048, 2, 2)]
     first = model.stages[1][0]
     assert [conv.stride for conv in (first.conv1, first.conv2, first.conv3)] == [(1, 1), (2, 2), (1, 1)]
 
@@ -72,16 +64,9 @@ def test_the_parameter_counts_are_those_of_the_published_nets():
     # 269,722 with parameter-free shortcuts, as published; the two projections and their norms add 2,752.
     assert parameters(mabn_resnet.resnet20(norm="bn")) == 269_722 + 2_752
     assert parameters(mabn_resnet.resnet50(norm="bn")) == 25_557_032
-
-
-@pytest.mark.parametrize("norm", ["mabn", "gn"])
-@pytest.mark.parametrize("nets", [SMALL, LARGE], ids=["resnet20", "resnet50"])
-def test_mabn_and_gn_cost_no_parameter_more_than_bn(nets, norm):
-    assert parameters(nets[norm]()) == parameters(nets["bn"]())
-
-
-def test_frn_costs_one_threshold_for_each_activated_channel_more_than_bn():
-    thresholds = 16 + 3 * 2 * (16 + 32 + 64)
+    for nets in (SMALL, LARGE):
+        assert parameters(nets["gn"]()) == parameters(nets["bn"]())
+    thresholds = 16 + 3 * 2 * (16 + 32 + 64)  # FRN has one for each activated channel
     assert parameters(frn_resnet.resnet20()) == parameters(mabn_resnet.resnet20(norm="bn")) + thresholds
 
 
@@ -106,11 +91,11 @@ def test_the_mabn_net_computes_what_the_bn_net_does_on_centred_weights():
     mabn, bn = SMALL["mabn"]().double(), SMALL["bn"]().double()
     for _ in range(2):
         mabn(torch.randn(4, 3, 16, 16, dtype=torch.float64))
-    state = {name: tensor for name, tensor in mabn.state_dict().items() if name in bn.state_dict()}
-    for name, tensor in state.items():
-        if tensor.dim() == 4:
-            state[name] = center_weight(tensor)
-    bn.load_state_dict(bn.state_dict() | state)  # BN's running_mean stays 0
+    state = bn.state_dict()  # whose running_mean is 0
+    for name in state.keys() & mabn.state_dict().keys():
+        tensor = mabn.state_dict()[name]
+        state[name] = center_weight(tensor) if tensor.dim() == 4 else tensor
+    bn.load_state_dict(state)
     x = torch.randn(3, 3, 21, 13, dtype=torch.float64)
     torch.testing.assert_close(mabn.eval()(x), bn.eval()(x), **FLOAT64.kwargs())
 
@@ -136,15 +121,6 @@ def test_a_block_thresholds_after_the_addition_and_not_before(block, last):
     assert isinstance(block.act, TLU)
     nn.init.constant_(block.act.tau, 1e3)
     assert bool((block(torch.randn(2, 8, 6, 6)) == 1e3).all())
-
-
-def test_the_frn_net_treats_each_image_alone_and_alike_in_both_modes():
-    torch.manual_seed(0)
-    model = frn_resnet.resnet20().double()
-    x = torch.randn(4, 3, 12, 12, dtype=torch.float64)
-    together = model.train()(x)
-    alone = torch.cat([model.eval()(image[None]) for image in x])
-    torch.testing.assert_close(together, alone, **FLOAT64.kwargs())
 
 
 @pytest.mark.parametrize(("learned_eps", "shape"), [("layer", ()), ("channel", (16,))])

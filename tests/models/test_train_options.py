@@ -13,24 +13,16 @@ import torch
 from tolerances import EXACT, FLOAT64
 from torch import nn
 from torch._inductor import config as inductor
-from train_runs import FILES, during_step, few_digits, few_layers, load, read_log, run, short_warmup
+from train_runs import FILES, during_step, in_float64, load, read_log, run, short_runs
 
 from deploynorm import checkpoint
-from deploynorm.models import train
+from deploynorm.models import mabn_resnet, train
 from deploynorm.models.training import precision
 
 
 @pytest.fixture(autouse=True)
 def _short_runs(monkeypatch):
-    few_digits(monkeypatch)
-    few_layers(monkeypatch)
-    short_warmup(monkeypatch)
-
-
-@pytest.fixture
-def no_curve(monkeypatch):
-    """Leaves out the figure, which takes as long as the rest of a run."""
-    monkeypatch.setattr(train, "draw_curve", lambda *_: None)
+    short_runs(monkeypatch)
 
 
 @pytest.fixture
@@ -47,7 +39,6 @@ def convolutions():
     handle.remove()
 
 
-@pytest.mark.usefixtures("no_curve")
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])
 @pytest.mark.parametrize("norm", ["frn", "mabn"])
 def test_amp_computes_convolutions_in_its_type_and_keeps_float32(tmp_path, convolutions, norm, amp):
@@ -64,16 +55,13 @@ def test_amp_computes_convolutions_in_its_type_and_keeps_float32(tmp_path, convo
     assert want["loss_scale"] == "1"
 
 
-@pytest.mark.usefixtures("no_curve")
 def test_a_step_whose_scaled_gradients_overflow_is_left_out_and_the_scale_falls(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.amp, "GradScaler", partial(torch.amp.GradScaler, init_scale=2.0**40))
     assert run("bn", tmp_path, "--amp", "fp16", "--epochs", "1") == 0
     assert read_log(tmp_path)[0]["loss_scale"] == f"{2.0**37:.6g}"
-    optimizer = load(tmp_path / "last.pt")["optimizer"]
-    assert optimizer["state"] == {}
+    assert load(tmp_path / "last.pt")["optimizer"]["state"] == {}
 
 
-@pytest.mark.usefixtures("no_curve")
 def test_what_mabn_remembers_of_gradients_is_in_units_of_the_loss(tmp_path, monkeypatch):
     states, scales = [], []
     for interval in (1000, 1):
@@ -101,7 +89,6 @@ def test_amp_that_torch_cannot_compute_in_is_refused_before_training(tmp_path, m
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.usefixtures("no_curve")
 @pytest.mark.parametrize("norm", ["frn", "mabn"])
 def test_channels_last_reaches_every_convolution_and_the_checkpoint_can_be_read(tmp_path, convolutions, norm):
     assert run(norm, tmp_path, "--epochs", "1", "--channels-last") == 0
@@ -113,7 +100,6 @@ def test_channels_last_reaches_every_convolution_and_the_checkpoint_can_be_read(
     assert read(torch.zeros(1, 1, 8, 8)).shape == (1, 10)
 
 
-@pytest.mark.usefixtures("no_curve")
 @pytest.mark.filterwarnings("ignore:<class .torch.autograd.function.Function.> should not be instantiated")  # by dynamo
 @pytest.mark.parametrize("norm", ["frn", "mabn"])
 def test_compile_compiles_the_training_network_whole_and_changes_nothing_else(tmp_path, monkeypatch, norm):
@@ -129,6 +115,11 @@ def test_compile_compiles_the_training_network_whole_and_changes_nothing_else(tm
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")  # by inductor
 def test_compile_without_a_compiler_is_one_line(tmp_path, monkeypatch, capsys):
+    class Tiny(nn.Sequential):  # of which inductor has to compile the ReLU
+        def __init__(self, *_: object) -> None:
+            super().__init__(nn.Flatten(), nn.Linear(64, 10), nn.ReLU())
+
+    monkeypatch.setattr(mabn_resnet, "ResNet", Tiny)
     monkeypatch.setattr(inductor.cpp, "cxx", (None, "/no/compiler"))
     monkeypatch.setattr(inductor, "fx_graph_cache", False)
     assert run("gn", tmp_path / "run", "--compile") == 3
@@ -136,30 +127,23 @@ def test_compile_without_a_compiler_is_one_line(tmp_path, monkeypatch, capsys):
     assert re.fullmatch(r"error: --compile: torch\.compile failed\. Got .*/no/compiler.*Fix: leave it out\.\n", error)
 
 
-@pytest.mark.usefixtures("no_curve")
 @pytest.mark.parametrize("norm", ["frn", "gn"])
 def test_accumulation_takes_the_step_of_the_whole_batch(tmp_path, norm):
-    # In float64, and one step: at this learning rate a few steps amplify a difference in the last bit.
-    torch.set_default_dtype(torch.float64)
-    try:
+    with in_float64():
         for parts in ("1", "4"):
             arguments = ["--epochs", "1", "--batch-size", "64", "--accumulate", parts]
             assert run(norm, tmp_path / parts, *arguments) == 0
-    finally:
-        torch.set_default_dtype(torch.float32)
     whole, in_parts = (load(tmp_path / parts / "model.pt")["state_dict"] for parts in ("1", "4"))
     torch.testing.assert_close(in_parts, whole, **FLOAT64.kwargs())
     assert read_log(tmp_path / "1")[0]["train_loss"] == read_log(tmp_path / "4")[0]["train_loss"]
 
 
-@pytest.mark.usefixtures("no_curve")
 def test_each_part_of_an_accumulated_batch_is_an_iteration_of_mabn(tmp_path):
     assert run("mabn", tmp_path, "--epochs", "1", "--accumulate", "4") == 0
     state = load(tmp_path / "model.pt")["state_dict"]
     assert {int(tensor) for name, tensor in state.items() if name.endswith("num_batches_tracked")} == {3 * 4}
 
 
-@pytest.mark.usefixtures("no_curve")
 @pytest.mark.parametrize("norm", ["frn", "bn", "mabn"])
 def test_ema_evaluates_and_writes_the_average_of_weights_and_statistics(tmp_path, monkeypatch, norm):
     averages, evaluated = {}, []
@@ -223,10 +207,9 @@ def test_tensorboard_shows_the_numbers_of_the_log_without_those_of_runs_before(t
         assert events["test/accuracy"][epoch] == (3 * (epoch + 1), pytest.approx(float(row["test_accuracy"])))
 
 
-@pytest.mark.usefixtures("no_curve")
 def test_without_tensorboard_the_other_logs_are_written(tmp_path, monkeypatch, capsys):
     for name in ("tensorboard", "torch.utils.tensorboard"):
         monkeypatch.setitem(sys.modules, name, None)
     assert run("bn", tmp_path, "--epochs", "1", "--tensorboard") == 0
     assert "tensorboard is not installed" in capsys.readouterr().out
-    assert sorted(path.name for path in tmp_path.iterdir()) == [name for name in FILES if name != "curve.png"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == FILES

@@ -21,14 +21,14 @@ from tolerances import FLOAT64
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
-from train_runs import assert_same_run, during_step, few_digits, few_layers, load, read_log, run, short_warmup
+from train_runs import assert_same_run, during_step, in_float64, load, read_log, run, short_runs
 
 from deploynorm.models import train
 
 STEPS = 6
 """Steps of an epoch of 96 images, in batches of 16."""
 
-LONG = ("mabn", "--epochs", "2", "--batch-size", "16", "--amp", "bf16", "--accumulate", "2", "--ema", "0.9")
+LONG = ("--epochs", "2", "--batch-size", "16", "--amp", "bf16", "--accumulate", "2", "--ema", "0.9")
 
 # In parts, FRN and GN take the step of the whole batch; MABN that of one process which has the same parts.
 ONE_STEP = {"mabn": ["--accumulate", "2"], "frn": [], "gn": []}
@@ -36,12 +36,8 @@ IN_PARTS = {"mabn": ["--accumulate", "2"], "frn": ["--accumulate", "3"], "gn": [
 
 
 def one_step(folder: Path, norm: str, options: list[str]) -> int:
-    """In float64, since at this learning rate a few steps amplify a difference in the last bit."""
-    torch.set_default_dtype(torch.float64)
-    try:
+    with in_float64():
         return run(norm, folder, "--epochs", "1", "--batch-size", "96", "--shift", "0", *options)
-    finally:
-        torch.set_default_dtype(torch.float32)
 
 
 def counted_messages(folder: Path) -> int:
@@ -69,26 +65,23 @@ def stopped(folder: Path, rank: int, number: signal.Signals) -> int:
     with pytest.MonkeyPatch.context() as patch:
         if int(os.environ["RANK"]) == rank:
             during_step(patch, STEPS + 2, lambda: os.kill(os.getpid(), number))
-        return run(*LONG[:1], folder, *LONG[1:])
+        return run("mabn", folder, *LONG)
 
 
 RUNS: dict[str, Callable[[Path], int]] = {
     **{norm: partial(one_step, norm=norm, options=options) for norm, options in IN_PARTS.items()},
     "messages": counted_messages,
-    "whole": lambda folder: run(*LONG[:1], folder, *LONG[1:]),
+    "whole": lambda folder: run("mabn", folder, *LONG),
     "interrupted": partial(stopped, rank=1, number=signal.SIGINT),
     "terminated": partial(stopped, rank=0, number=signal.SIGTERM),
-    "interrupted and resumed": lambda folder: run(*LONG[:1], folder, *LONG[1:], "--resume"),
+    "interrupted and resumed": lambda folder: run("mabn", folder, *LONG, "--resume"),
 }
 
 
 def main(folder: Path) -> None:
     start, answers = dist.init_process_group, {}
     with pytest.MonkeyPatch.context() as patch:
-        few_digits(patch)
-        few_layers(patch)
-        short_warmup(patch)
-        patch.setattr(train, "draw_curve", lambda *_: None)
+        short_runs(patch)
         for name, each in RUNS.items():
             output = folder / name.removesuffix(" and resumed")
             if name.endswith(" and resumed") and os.environ["RANK"] == "0":
@@ -105,8 +98,7 @@ def main(folder: Path) -> None:
 def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, int]], str]:
     """The folder with a folder for each run, what each process returned, and what both printed."""
     folder = tmp_path_factory.mktemp("two processes")
-    paths = os.pathsep.join(filter(None, (str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH"))))
-    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [*launcher, __file__, str(folder)]
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
@@ -118,10 +110,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str,
 @pytest.mark.parametrize("norm", ONE_STEP)
 def test_two_processes_take_the_step_that_one_does(done, tmp_path, monkeypatch, norm):
     folder, answers, _ = done
-    few_digits(monkeypatch)
-    few_layers(monkeypatch)
-    short_warmup(monkeypatch)
-    monkeypatch.setattr(train, "draw_curve", lambda *_: None)
+    short_runs(monkeypatch)
     assert [answer[norm] for answer in answers] == [0, 0]
     assert one_step(tmp_path, norm, ONE_STEP[norm]) == 0
     two, one = load(folder / norm / "model.pt"), load(tmp_path / "model.pt")
@@ -155,7 +144,7 @@ def test_two_processes_continue_bit_exact(done):
 
 def test_one_process_refuses_to_continue_the_run_of_two(done, capsys):
     folder, _, _ = done
-    assert run(*LONG[:1], folder / "terminated", *LONG[1:], "--resume") == 2
+    assert run("mabn", folder / "terminated", *LONG, "--resume") == 2
     assert "had another processes. Got 1; expected 2" in capsys.readouterr().err
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 from pathlib import Path
 from types import ModuleType
 
@@ -19,12 +19,9 @@ QUICK = ("timm resnet18", "timm convnext_atto", "torchvision resnet18")
 @pytest.fixture(scope="module")
 def families(timm: ModuleType) -> ModuleType:
     """benchmarks/families.py; timm brings torchvision."""
-    spec = importlib.util.spec_from_file_location("families", BENCHMARKS / "families.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(BENCHMARKS)
+        return importlib.import_module("families")
 
 
 @pytest.fixture(scope="module")

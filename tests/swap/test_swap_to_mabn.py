@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
 
 import pytest
 import torch
@@ -22,12 +21,12 @@ from swap_networks import (
     leaves,
     net,
     norm,
-    relu,
+    sequence,
     swapped_as_expected,
     with_hook,
 )
 from tolerances import FLOAT64
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils import parametrizations
 
 import deploynorm
@@ -42,18 +41,6 @@ class NamedConv(nn.Conv2d):
         return self.weight.numel()
 
 
-def chain_of(*layers: nn.Module) -> Any:
-    return lambda: nn.Sequential(*copy.deepcopy(layers))
-
-
-def tied(m: Any, x: Tensor) -> Tensor:
-    return m.b(m.c(x)) + F.conv2d(x, m.c.weight, padding=1)
-
-
-def by_value(m: Any, x: Tensor) -> Tensor:
-    return m.b(m.c(x)) if x.sum() > -1e9 else m.c(x)
-
-
 PAIR = {"0": "CenConv2d", "1": "MABN2d"}
 BARE = {"0": "=", "1": "MABN2d"}
 CENTRED = {"c": "CenConv2d", "b": "MABN2d"}
@@ -61,26 +48,26 @@ PLAIN = {"c": "=", "b": "MABN2d"}
 
 TO_MABN = [
     Case("conv_norm_relu", chain(nn.ReLU()), PAIR),
-    Case("no_bias", chain_of(conv(bias=False), nn.BatchNorm2d(4), nn.SiLU()), PAIR),
-    Case("groups", chain_of(conv(4, 8, groups=2), nn.BatchNorm2d(8)), PAIR, shape=(2, 4, 8, 6)),
-    Case("depthwise", chain_of(conv(4, 4, groups=4), nn.BatchNorm2d(4)), PAIR, shape=(2, 4, 8, 6)),
-    Case("padding", chain_of(nn.Conv2d(3, 4, 3, 2, "valid", padding_mode="reflect"), nn.BatchNorm2d(4)), PAIR),
-    Case("subclass", chain_of(NamedConv(3, 4, 3), nn.BatchNorm2d(4)), BARE, "a NamedConv may do more than a Conv2d"),
-    Case("one_axis", chain_of(nn.Conv1d(3, 4, 3), nn.BatchNorm1d(4)), {"0": "CenConv1d", "1": "MABN1d"}, "", (2, 3, 9)),
+    Case("no_bias", sequence(conv(bias=False), nn.BatchNorm2d(4), nn.SiLU()), PAIR),
+    Case("groups", sequence(conv(4, 8, groups=2), nn.BatchNorm2d(8)), PAIR, shape=(2, 4, 8, 6)),
+    Case("depthwise", sequence(conv(4, 4, groups=4), nn.BatchNorm2d(4)), PAIR, shape=(2, 4, 8, 6)),
+    Case("padding", sequence(nn.Conv2d(3, 4, 3, 2, "valid", padding_mode="reflect"), nn.BatchNorm2d(4)), PAIR),
+    Case("subclass", sequence(NamedConv(3, 4, 3), nn.BatchNorm2d(4)), BARE, "a NamedConv may do more than a Conv2d"),
+    Case("one_axis", sequence(nn.Conv1d(3, 4, 3), nn.BatchNorm1d(4)), {"0": "CenConv1d", "1": "MABN1d"}, "", (2, 3, 9)),
     Case(
         "three_axes",
-        chain_of(nn.Conv3d(3, 4, 3), nn.BatchNorm3d(4)),
+        sequence(nn.Conv3d(3, 4, 3), nn.BatchNorm3d(4)),
         {"0": "CenConv3d", "1": "MABN3d"},
         shape=(2, 3, 5, 6, 7),
     ),
     Case(
         "transposed",
-        chain_of(nn.ConvTranspose2d(3, 4, 3, stride=2, output_padding=1), nn.BatchNorm2d(4)),
+        sequence(nn.ConvTranspose2d(3, 4, 3, stride=2, output_padding=1), nn.BatchNorm2d(4)),
         {"0": "CenConvTranspose2d", "1": "MABN2d"},
     ),
-    Case("synchronised", chain_of(conv(), nn.SyncBatchNorm(4)), PAIR),
-    Case("not_affine", chain_of(conv(), nn.BatchNorm2d(4, affine=False)), PAIR),
-    Case("cumulative", chain_of(conv(), nn.BatchNorm2d(4, momentum=None)), PAIR, "since the BatchNorm has none"),
+    Case("synchronised", sequence(conv(), nn.SyncBatchNorm(4)), PAIR),
+    Case("not_affine", sequence(conv(), nn.BatchNorm2d(4, affine=False)), PAIR),
+    Case("cumulative", sequence(conv(), nn.BatchNorm2d(4, momentum=None)), PAIR, "since the BatchNorm has none"),
     Case("one_conv_for_two_norms", net(lambda m, x: m.b(m.c(x)) + m.d(m.c(x)), d=norm), {**CENTRED, "d": "MABN2d"}),
     Case("one_norm_for_two_convs", net(lambda m, x: m.b(m.c(x)) + m.b(m.d(x)), d=conv), {**CENTRED, "d": "CenConv2d"}),
     Case("conv_called_twice", net(lambda m, x: m.b(m.c(x)) + m.b(m.c(x * 2))), CENTRED),
@@ -99,28 +86,35 @@ TO_MABN = [
         },
     ),
     Case(
-        "pre_activation", chain_of(nn.BatchNorm2d(3), nn.ReLU(), conv()), {"0": "MABN2d", "2": "="}, "network's input"
+        "pre_activation", sequence(nn.BatchNorm2d(3), nn.ReLU(), conv()), {"0": "MABN2d", "2": "="}, "network's input"
     ),
-    Case("behind_a_relu", net(lambda m, x: m.b(m.r(m.c(x))), r=relu), PLAIN, "it goes to relu"),
+    Case("behind_a_relu", net(lambda m, x: m.b(m.r(m.c(x))), r=nn.ReLU), PLAIN, "it goes to relu"),
     Case("conv_read_twice", net(lambda m, x: m.b(y := m.c(x)) + y), PLAIN, "it goes to the network's output too"),
     Case("conv_given_back", net(lambda m, x: (m.b(y := m.c(x)), y)), PLAIN, "it goes to the network's output too"),
     Case(
         "norm_called_past_it", net(lambda m, x: m.b.forward(m.c(x)), d=conv), {"c": "=", "b": "=", "d": "="}, "outside"
     ),
-    Case("weight_read_elsewhere", net(tied), PLAIN, "its weight is read elsewhere too, by conv2d"),
-    Case("functional_conv", net(lambda m, x: m.b(F.conv2d(x, m.c.weight))), {"c": "=", "b": "MABN2d"}, "reads conv2d"),
-    Case("not_traceable", net(by_value), PLAIN, "no convolution is centred"),
-    Case("fan_in_of_one", chain_of(nn.Conv2d(3, 3, 1, groups=3), nn.BatchNorm2d(3)), BARE, "a fan-in of 1"),
+    Case(
+        "weight_read_elsewhere",
+        net(lambda m, x: m.b(m.c(x)) + F.conv2d(x, m.c.weight, padding=1)),
+        PLAIN,
+        "its weight is read elsewhere too, by conv2d",
+    ),
+    Case("functional_conv", net(lambda m, x: m.b(F.conv2d(x, m.c.weight))), PLAIN, "reads conv2d"),
+    Case(
+        "not_traceable", net(lambda m, x: m.b(m.c(x)) if x.sum() > -1e9 else m.c(x)), PLAIN, "no convolution is centred"
+    ),
+    Case("fan_in_of_one", sequence(nn.Conv2d(3, 3, 1, groups=3), nn.BatchNorm2d(3)), BARE, "a fan-in of 1"),
     Case(
         "transposed_fan_in_of_one",
-        chain_of(nn.ConvTranspose2d(3, 3, 1, groups=3), nn.BatchNorm2d(3)),
+        sequence(nn.ConvTranspose2d(3, 3, 1, groups=3), nn.BatchNorm2d(3)),
         BARE,
         "fan-in of 1",
     ),
-    Case("forward_of_its_own", chain_of(OwnForwardConv(3, 4, 3), nn.BatchNorm2d(4)), BARE, "may do more than a Conv2d"),
+    Case("forward_of_its_own", sequence(OwnForwardConv(3, 4, 3), nn.BatchNorm2d(4)), BARE, "may do more than a Conv2d"),
     Case(
         "computation_of_its_own",
-        chain_of(OwnComputationConv(3, 4, 3), nn.BatchNorm2d(4)),
+        sequence(OwnComputationConv(3, 4, 3), nn.BatchNorm2d(4)),
         BARE,
         "may do more than a Conv2d",
     ),
@@ -138,13 +132,13 @@ TO_MABN = [
     ),
     Case(
         "transposed_of_one_axis",
-        chain_of(nn.ConvTranspose1d(3, 4, 3), nn.BatchNorm1d(4)),
+        sequence(nn.ConvTranspose1d(3, 4, 3), nn.BatchNorm1d(4)),
         {"0": "=", "1": "MABN1d"},
         "no centred ConvTranspose1d",
         (2, 3, 9),
     ),
     Case(
-        "linear", chain_of(nn.Linear(5, 4), nn.BatchNorm1d(4)), {"0": "=", "1": "MABN1d"}, "no centred Linear", (4, 5)
+        "linear", sequence(nn.Linear(5, 4), nn.BatchNorm1d(4)), {"0": "=", "1": "MABN1d"}, "no centred Linear", (4, 5)
     ),
     Case("norm_of_its_own_kind", chain(norm=OwnForwardNorm), {"0": "=", "1": "="}, "it goes to batch_norm"),
     Case("frozen", chain(FrozenBatchNorm2d(4)), {**PAIR, "2": "="}, "it is frozen"),
@@ -156,10 +150,9 @@ def centred_by_hand(network: nn.Module, case: Case) -> nn.Module:
     network = copy.deepcopy(network).eval()
     for path, became in case.became.items():
         layer = network.get_submodule(path)
-        if became.startswith("CenConvTranspose"):
-            layer.weight.data -= layer.weight.data.mean((0, 2, 3), keepdim=True)
-        elif became.startswith("CenConv"):
-            layer.weight.data -= layer.weight.data.mean(tuple(range(1, layer.weight.dim())), keepdim=True)
+        if became.startswith("CenConv"):
+            inputs = 0 if "Transpose" in became else 1
+            layer.weight.data -= layer.weight.data.mean((inputs, *range(2, layer.weight.dim())), keepdim=True)
         elif became.startswith("MABN") and isinstance(layer, BATCH_NORMS):
             layer.reset_running_stats()
     return network

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+import re
 from collections.abc import Callable
 from functools import cache
 from types import ModuleType
@@ -14,7 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from swap_networks import Forward, FrozenBatchNorm2d, Residual, chain, conv, with_hook
-from tolerances import EXACT, OP_FLOAT32
+from tolerances import EXACT
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
@@ -22,7 +23,7 @@ import deploynorm
 from deploynorm._fold import FoldResult
 from deploynorm._swap import swap
 from deploynorm.errors import InputError, ModelError
-from deploynorm.layers import CenConv2d, FRN2d, MABN2d
+from deploynorm.layers import FRN2d, MABN2d
 from deploynorm.run.eager import EagerRunner
 from deploynorm.run.reference import ReferenceRunner
 
@@ -32,18 +33,17 @@ BOTH = pytest.mark.parametrize("norm", ["frn", "mabn"])
 Norm = Literal["frn", "mabn"]
 
 
-class Classifier(nn.Sequential):
-    def __init__(self) -> None:
-        torch.manual_seed(0)
-        stem = (conv(bias=False), nn.BatchNorm2d(4), nn.ReLU(inplace=True))
-        block = Residual(own_relus=True)
-        block.conv1, block.shortcut[0] = conv(4, 4), conv(4, 4, 1)
-        super().__init__(*stem, block, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5))
+def classifier() -> nn.Module:
+    torch.manual_seed(0)
+    stem = conv(bias=False), nn.BatchNorm2d(4), nn.ReLU(inplace=True)
+    block = Residual(own_relus=True)
+    block.conv1, block.shortcut[0] = conv(4, 4), conv(4, 4, 1)
+    return nn.Sequential(*stem, block, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5))
 
 
 @cache
 def _swapped(norm: Norm) -> nn.Module:
-    return swap(Classifier().train(), (X,), norm=norm).model
+    return swap(classifier().train(), (X,), norm=norm).model
 
 
 def swapped_classifier(norm: Norm) -> nn.Module:
@@ -62,9 +62,6 @@ def trained_and_folded(norm: Norm) -> tuple[nn.Module, FoldResult]:
         for _ in range(3):
             network.train()(torch.randn_like(X))
     return network.eval(), deploynorm.fold(network, (X,))
-
-
-# Using the network
 
 
 @BOTH
@@ -88,7 +85,8 @@ def test_training_lowers_the_loss_and_moves_every_parameter(norm: Norm, layout: 
 
 @BOTH
 def test_it_exports_to_the_same_numbers(norm: Norm) -> None:
-    network, (folded, _) = trained_and_folded(norm)
+    network, (folded, report) = trained_and_folded(norm)
+    assert {change.outcome for change in report.changes} == ({"folded"} if norm == "mabn" else set())
     exported = deploynorm.export(folded, (X,), dynamic="all")
     operators = [node.op_type for node in exported.to_proto().graph.node]
     frns = 4 if norm == "frn" else 0
@@ -102,28 +100,17 @@ def test_it_exports_to_the_same_numbers(norm: Norm) -> None:
         deploynorm.check(candidate, truth, samples).raise_if_broken()
 
 
-def test_mabn_folds_away() -> None:
-    network, (folded, report) = trained_and_folded("mabn")
-    assert {change.outcome for change in report.changes} == {"folded"}
-    assert not [layer for layer in folded.modules() if isinstance(layer, (MABN2d, CenConv2d, nn.BatchNorm2d))]
-    torch.testing.assert_close(folded(X), network(X), **OP_FLOAT32.kwargs())
-
-
 @BOTH
 def test_it_pickles_and_swaps_again_to_nothing(norm: Norm) -> None:
     network, _ = trained_and_folded(norm)
-    again = pickle.loads(pickle.dumps(network))
-    torch.testing.assert_close(again(X), network(X), **EXACT.kwargs())
+    torch.testing.assert_close(pickle.loads(pickle.dumps(network))(X), network(X), **EXACT.kwargs())
     with pytest.raises(ModelError, match="has no batch normalization"):
         swap(network, (X,), norm=norm)
 
 
-# Weights
-
-
 @BOTH
 def test_keep_carries_every_weight_over(norm: Norm) -> None:
-    network = Classifier()
+    network = classifier()
     for parameter in network.parameters():
         nn.init.normal_(parameter)
     network[1].weight.requires_grad_(False)
@@ -185,9 +172,6 @@ def test_dtype_is_that_of_the_network(norm: Norm, dtype: torch.dtype) -> None:
     assert swapped(X.to(dtype)).dtype == dtype
 
 
-# timm's layers
-
-
 def timm_network(timm: ModuleType, **options: Any) -> nn.Module:
     return nn.Sequential(conv(), timm.layers.BatchNormAct2d(4, **options), conv(4))
 
@@ -239,14 +223,6 @@ def test_subclass_of_timm_s_layer_is_refused(timm: ModuleType) -> None:
     assert report.with_outcome("unchanged")[0].detail == "a Doubled with a forward of its own"
 
 
-# Refusals
-
-
-class Lazy(nn.Sequential):
-    def __init__(self) -> None:
-        super().__init__(conv(), nn.LazyBatchNorm2d())
-
-
 def scripted() -> nn.Module:
     with pytest.warns(DeprecationWarning, match="jit"):
         return torch.jit.script(chain()())
@@ -274,9 +250,8 @@ ARGUMENTS = [
 
 @pytest.mark.parametrize(("arguments", "message"), ARGUMENTS, ids=[message[:30] for _, message in ARGUMENTS])
 def test_wrong_argument_is_refused(arguments: dict[str, Any], message: str) -> None:
-    with pytest.raises(InputError) as caught:
+    with pytest.raises(InputError, match=message):
         swap(chain()(), (X,), **arguments)
-    assert message in str(caught.value)
 
 
 def test_norm_must_be_named() -> None:
@@ -288,7 +263,7 @@ NETWORKS: list[tuple[Callable[[], nn.Module], tuple[Any, ...], type[Exception], 
     (lambda: nn.Sequential(conv(), nn.ReLU()), (X,), ModelError, "Got no normalization at all"),
     (lambda: nn.Sequential(conv(), nn.GroupNorm(2, 4)), (X,), ModelError, "Got 1 GroupNorm"),
     (lambda: nn.Sequential(conv(), FrozenBatchNorm2d(4)), (X,), ModelError, "Got 1 FrozenBatchNorm2d"),
-    (Lazy, (X,), ModelError, "run it once"),
+    (lambda: nn.Sequential(conv(), nn.LazyBatchNorm2d()), (X,), ModelError, "run it once"),
     (scripted, (X,), ModelError, "compiled or scripted"),
     (lambda: torch.compile(chain()(), backend="eager"), (X,), ModelError, "swap first, compile afterwards"),
     (not_copyable, (X,), ModelError, "cannot be copied"),
@@ -306,9 +281,8 @@ NETWORKS: list[tuple[Callable[[], nn.Module], tuple[Any, ...], type[Exception], 
 def test_network_that_cannot_be_swapped_is_refused(
     build: Callable[[], nn.Module], inputs: tuple[Any, ...], kind: type[Exception], message: str
 ) -> None:
-    with pytest.raises(kind) as caught:
+    with pytest.raises(kind, match=re.escape(message)):
         swap(build(), inputs, norm="frn")
-    assert message in str(caught.value)
 
 
 def fails_in_training(m: Any, x: Tensor) -> Tensor:
@@ -323,9 +297,6 @@ def test_network_that_does_not_run_in_training_mode_is_swapped_without_proof(nor
     swapped, report = swap(network, (X,), norm=norm)
     assert [type(layer).__name__ for layer in swapped.children()] == ["Conv2d", f"{norm.upper()}2d", "ReLU"]
     assert "it does not run in training mode (ValueError: no targets)" in report.notes[0]
-
-
-# The report
 
 
 def test_report_reads_and_serialises() -> None:
