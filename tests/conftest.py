@@ -51,7 +51,7 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS and "PYTEST_XDIST_WORKER" not in os.environ
     if whole and getattr(config.option, "numprocesses", 0) is None and not config.option.usepdb:
         config.option.numprocesses = min(os.cpu_count() or 1, 2)
-        config.option.dist = "loadfile"
+        config.option.dist = "worksteal"
 
 
 def pytest_configure(config: pytest.Config) -> None:
