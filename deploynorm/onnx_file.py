@@ -181,6 +181,8 @@ def save(model: ir.Model, path: Path | str, *, external_data: bool | None = None
     path = Path(path)
     if external_data is None:
         external_data = size_bytes(model) > _PROTOBUF_LIMIT
+    if not external_data:
+        ir.external_data.load_to_model(model)  # otherwise weights that are still on the disk would stay there
     ir.save(model, path, external_data=f"{path.name}.data" if external_data else None)
 
 

@@ -9,6 +9,7 @@ type is an infinity from there on, wherever in the graph it arises.
 from __future__ import annotations
 
 import tempfile
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -44,7 +45,7 @@ class HalfRunner(OnnxRuntimeRunner):
 
     def __init__(self, model: OnnxSource, *, threads: int | None = None) -> None:
         file = OnnxFile.read(model)
-        where, rounded = file.where, file.to_ir()
+        where, rounded = file.where, replace(file, proto=file.whole_proto()).to_ir()
         for name in file.half_types:
             _assert_rounding(name)
         round_outputs(rounded, where)

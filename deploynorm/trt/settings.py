@@ -75,7 +75,9 @@ def ranges(
     sizes: dict[tuple[str, str], int] = {}
     for spec in specs:
         found[spec.name] = _range(spec, *(shapes.get(spec.name, shapes.get("")) for shapes in given.values()))
-        for option, shape in found[spec.name]._asdict().items():
+        in_range = found[spec.name]._asdict()
+        # Those that were given come first: an error is to name an option that the user has typed.
+        for option, shape in sorted(in_range.items(), key=lambda each: not given[each[0]].keys() & {spec.name, ""}):
             fits = len(shape) == len(spec.shape) and all(
                 isinstance(want, str) or want == size for want, size in zip(spec.shape, shape, strict=True)
             )

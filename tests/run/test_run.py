@@ -47,7 +47,6 @@ def test_a_file_opens_in_every_backend(backend: Any, tmp_path: Path) -> None:
         assert runner.infer({"x": np.array([1, -2], np.float32)})["y"].tolist() == [-1, 2]
 
 
-@pytest.mark.parametrize("backend", ["onnxruntime", "reference"], indirect=True)
 def test_a_file_with_external_data_runs_until_the_data_is_gone(backend: str, tmp_path: Path) -> None:
     path = tmp_path / "model.onnx"
     onnx.save(frn_model(body=True), path, save_as_external_data=True, location="model.data", size_threshold=0)

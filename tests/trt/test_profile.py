@@ -67,7 +67,7 @@ REFUSED: dict[str, tuple[tuple[TensorSpec, ...], dict[str, Any], str]] = {
         "input x: some of its axes are dynamic, and no range.*Nx3xHxW.*--min-shapes.* x:8x3x8x8",
     ),
     "no range for the second": ((X, Z), {"maximum": {"x": LARGE}}, "input z: some of its axes are dynamic"),
-    "another rank": ((X,), {"optimum": {"x": (1, 3, 8)}}, "does not fit input x. Got 1x3x8"),
+    "another rank": ((X,), {"optimum": {"x": (1, 3, 8)}}, "--opt-shapes: does not fit input x. Got 1x3x8"),
     "another channel count": ((X,), {"optimum": {"x": (1, 4, 8, 8)}}, "input x. Got 1x4x8x8; expected Nx3xHxW"),
     "a fixed input of another shape": ((FIXED,), {"maximum": {"": (2, 4)}}, "--max-shapes: does not fit input fixed"),
     "upside down": (
