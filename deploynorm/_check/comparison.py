@@ -16,8 +16,6 @@ from deploynorm.errors import InputError, ParityError
 from deploynorm.run.base import Runner
 from deploynorm.tables import table
 
-__all__ = ["DEFAULT_TOLERANCE", "Comparison", "Report", "Tolerance", "check", "check_known", "parity_table"]
-
 _Array = npt.NDArray[Any]
 
 

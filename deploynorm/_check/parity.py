@@ -30,8 +30,6 @@ if TYPE_CHECKING:
 
     from deploynorm.network import Reading
 
-__all__ = ["Checks", "Parity", "check_file"]
-
 _Array = npt.NDArray[Any]
 
 

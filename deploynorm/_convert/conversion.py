@@ -31,8 +31,6 @@ from deploynorm.network import Network
 from deploynorm.run.backends import ONNX_BACKENDS
 from deploynorm.trace import Dynamic, dynamic_places, find_sizes, inference_copy
 
-__all__ = ["Conversion", "convert"]
-
 _PACKAGES = ("torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "onnxruntime-gpu", "numpy")
 
 

@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 
     from deploynorm.network import Reading
 
-__all__ = ["Folding", "fold_checked"]
-
 
 @dataclass(frozen=True, eq=False)
 class Folding:

@@ -34,8 +34,6 @@ from deploynorm.trace import (
     trace,
 )
 
-__all__ = ["DEFAULT_OPSET", "Exported", "check_options", "export"]
-
 DEFAULT_OPSET = 20
 
 

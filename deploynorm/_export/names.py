@@ -12,8 +12,6 @@ from torch.export import ExportedProgram
 from deploynorm.errors import InputError
 from deploynorm.trace import Dynamic, axis_letter
 
-__all__ = ["as_names", "by_argument", "default_output_names", "name_axes", "name_inputs_and_outputs"]
-
 
 def as_names(option: str, names: str | Sequence[str] | None, count: int | None = None) -> tuple[str, ...] | None:
     """The names that a user gave, a bare string being the one name, or None where none were.

@@ -18,8 +18,6 @@ from deploynorm.layers._precision import FullPrecisionBuffers
 from deploynorm.layers.functional import compute_dtype
 from deploynorm.trace import inference_copy
 
-__all__ = ["DTYPES", "HALF", "cast_floats", "dtype_name", "dtype_of", "first_overflow", "kept_layers", "to_precision"]
-
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in contract.DTYPES}
 """The types that a network can be converted to, by name."""
 

@@ -14,8 +14,6 @@ from deploynorm.errors import ModelError
 from deploynorm.lowering import register_schema, translate
 from deploynorm.trace import first_line, quiet
 
-__all__ = ["BFLOAT16_OPSET", "to_onnx"]
-
 BFLOAT16_OPSET = 22
 """The first whose convolutions and pools take bfloat16."""
 

@@ -15,8 +15,6 @@ from deploynorm.errors import ModelError
 from deploynorm.layers import TLU
 from deploynorm.trace import Dynamic, Sizes, TraceReader, as_inputs, has_hooks, inference_copy, narrowed_axes, trace
 
-__all__ = ["fold"]
-
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 

@@ -18,8 +18,6 @@ from deploynorm.layers import (
     MABN3d,
 )
 
-__all__ = ["BATCH_NORM", "FRN", "PLAIN", "rewrite_locally"]
-
 PLAIN: dict[type[nn.Module], type[nn.Module]] = {
     CenConv1d: nn.Conv1d,
     CenConv2d: nn.Conv2d,

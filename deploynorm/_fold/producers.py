@@ -12,8 +12,6 @@ from torch import fx, nn
 
 from deploynorm.trace import LINEAR_OPERATORS, TraceReader, has_hooks, operator_name
 
-__all__ = ["Foldable", "NotFoldableError", "Producers"]
-
 Foldable = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
 """The layers that take over a scale and a shift per output channel."""
 

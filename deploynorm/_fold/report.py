@@ -10,8 +10,6 @@ from torch import nn
 from deploynorm.changes import LayerReport
 from deploynorm.tables import table
 
-__all__ = ["FoldReport", "FoldResult", "Outcome"]
-
 Outcome = Literal["folded", "affine", "not foldable"]
 
 

@@ -8,8 +8,6 @@ from torch import Tensor, nn
 from deploynorm._fold.producers import Foldable
 from deploynorm.layers.functional import center_weight
 
-__all__ = ["batch_norm_as_affine", "centred_weight", "scale_and_shift"]
-
 
 def centred_weight(layer: nn.Module) -> Tensor:
     """The weight that a CenConv layer convolves with: W - mean(W) over each filter's fan-in."""

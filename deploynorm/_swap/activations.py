@@ -16,8 +16,6 @@ from torch import fx, nn
 from deploynorm._swap.observing import Observed
 from deploynorm.trace import TraceReader, aten_operators, has_hooks, operator_name, walk
 
-__all__ = ["CARRIES", "RELU", "Activations", "Thresholds", "decide"]
-
 _aten = torch.ops.aten
 
 RELU = aten_operators("relu")

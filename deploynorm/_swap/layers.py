@@ -16,8 +16,6 @@ from deploynorm.layers.frn import FRN1d, FRN2d, FRN3d
 from deploynorm.layers.mabn import MABN1d, MABN2d, MABN3d
 from deploynorm.trace import has_hooks
 
-__all__ = ["CENTRED", "FRN", "MABN", "Memo", "carried_over", "centred", "is_norm", "like", "rank_of", "why_not_swapped"]
-
 BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.SyncBatchNorm
 Memo = dict[int, Any]
 """What copy.deepcopy has copied so far, by the id of the original."""

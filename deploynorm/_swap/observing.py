@@ -16,8 +16,6 @@ from torch.export import ExportedProgram
 from deploynorm.errors import ModelError
 from deploynorm.trace import TraceReader, doubled, find_sizes, first_line, inference_copy, narrowed_axes, trace
 
-__all__ = ["Observed", "observe"]
-
 
 @dataclass(frozen=True)
 class Observed:

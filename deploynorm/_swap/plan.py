@@ -14,8 +14,6 @@ from deploynorm._swap.observing import Observed
 from deploynorm._swap.report import Outcome
 from deploynorm.changes import Change
 
-__all__ = ["Network", "Plan", "planned"]
-
 Build = Callable[[Memo], nn.Module]
 
 

@@ -9,8 +9,6 @@ from typing import Any, Literal
 from deploynorm.changes import LayerReport
 from deploynorm.tables import table
 
-__all__ = ["Outcome", "SwapReport"]
-
 Outcome = Literal["absorbed", "swapped", "partly", "unchanged"]
 
 

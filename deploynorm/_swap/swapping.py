@@ -22,8 +22,6 @@ from deploynorm._swap.to_mabn import plan_mabn
 from deploynorm.errors import InputError, ModelError
 from deploynorm.trace import as_inputs
 
-__all__ = ["SwapResult", "swap"]
-
 Norm = Literal["frn", "mabn"]
 Weights = Literal["keep", "reset"]
 

@@ -14,8 +14,6 @@ from deploynorm._swap.report import Outcome
 from deploynorm.layers.frn import TLU
 from deploynorm.trace import operator_name
 
-__all__ = ["plan_frn"]
-
 
 def plan_frn(network: Network, thresholds: Thresholds) -> Iterator[Plan]:
     """What becomes of each ReLU, by the cases of `decide`, and then of each normalization that is swapped.

@@ -16,8 +16,6 @@ from deploynorm._swap.plan import Network, Plan, planned
 from deploynorm._swap.report import Outcome
 from deploynorm.trace import LINEAR_OPERATORS, aten_operators, has_hooks, operator_name, walk
 
-__all__ = ["plan_mabn"]
-
 _MOVES = "chunk contiguous flatten pad permute reshape slice split split_with_sizes transpose unsqueeze view"
 _CARRIES = CARRIES | aten_operators(_MOVES) | {operator.getitem}
 """Operators of CARRIES, and those that move values about."""

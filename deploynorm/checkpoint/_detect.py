@@ -11,8 +11,6 @@ from deploynorm.checkpoint._pickle import unpickle
 from deploynorm.checkpoint._pt2 import load_program
 from deploynorm.errors import ModelError
 
-__all__ = ["ACCEPTED", "FORMATS", "Format", "detect"]
-
 ACCEPTED = "a file written by torch.save, by torch.export.save or by deploynorm"
 
 

@@ -17,8 +17,6 @@ from torch import nn
 
 from deploynorm.errors import ModelError
 
-__all__ = ["build", "check_own", "current_directory_on_path", "is_own", "split_name"]
-
 _OWN = "deploynorm.models"
 _EXAMPLE = f"{_OWN}.frn_resnet:resnet20"
 _NAME_IT = "name the factory yourself with --factory pkg.mod:function"

@@ -20,8 +20,6 @@ from deploynorm.checkpoint._state import check_finite, find_state_dict, load_str
 from deploynorm.errors import ModelError
 from deploynorm.image import ImageSpec
 
-__all__ = ["Checkpoint", "load"]
-
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:

@@ -15,8 +15,6 @@ from deploynorm.errors import InputError, ModelError
 from deploynorm.files import staging
 from deploynorm.image import ImageSpec
 
-__all__ = ["is_own_format", "outline", "save", "unpacked"]
-
 _FORMAT = "deploynorm"
 _REQUIRED = ("format", "factory", "kwargs", "state_dict")
 _OPTIONAL = ("input", "labels", "training")

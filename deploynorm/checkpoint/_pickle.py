@@ -16,8 +16,6 @@ from torch import nn
 
 from deploynorm.errors import ModelError
 
-__all__ = ["TRUST", "named_globals", "unpickle"]
-
 TRUST = "or pass --trust-pickle if you trust whoever made the file"
 
 _CLASS_MODULES = ("torch.nn.modules.", "timm.layers.", "timm.models.", "deploynorm.layers.", "deploynorm.models.")

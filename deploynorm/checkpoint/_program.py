@@ -14,8 +14,6 @@ from typing import Any
 
 import torch
 
-__all__ = ["RefusedError", "clean", "plain_guard", "plain_size"]
-
 
 class RefusedError(Exception):
     """A part of an archive, `got`, is not known to be harmless."""

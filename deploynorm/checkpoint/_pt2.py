@@ -25,8 +25,6 @@ from deploynorm.checkpoint._pickle import TRUST, unpickle
 from deploynorm.checkpoint._program import RefusedError, clean
 from deploynorm.errors import ModelError
 
-__all__ = ["load_program"]
-
 _MODEL = "models/model.json"
 _CONFIGS = ("data/weights/model_weights_config.json", "data/constants/model_constants_config.json")
 _PICKLES = ("data/sample_inputs/model.pt", "data/weights/model.pt", "data/constants/model.pt")

@@ -11,8 +11,6 @@ from torch import Tensor, nn
 
 from deploynorm.errors import ModelError
 
-__all__ = ["check_finite", "find_state_dict", "load_strictly"]
-
 _KEYS = ("model", "state_dict", "ema")
 _WRAPPERS = {"module.": "DataParallel", "_orig_mod.": "torch.compile"}
 _SHOWN = 5

@@ -27,8 +27,6 @@ from deploynorm.doctor.facts import Examination, Library
 from deploynorm.doctor.result import Diagnosis, Finding
 from deploynorm.libraries import LIBRARIES, ORT_LIBRARY, TENSORRT_LIBRARY, TENSORRT_REGISTER_LIBRARY
 
-__all__ = ["diagnose"]
-
 _ROWS: Final = {row.file: row for row in LIBRARIES.values()}
 _BUILD_CUDA: Final = _ROWS[TENSORRT_LIBRARY].command
 

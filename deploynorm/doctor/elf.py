@@ -16,8 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal, NamedTuple
 
-__all__ = ["CudaCode", "SharedLibrary", "machine_here", "read_library", "read_needed"]
-
 _MACHINES: Final = {62: "x86-64", 183: "aarch64"}
 
 _DYNAMIC: Final = 6

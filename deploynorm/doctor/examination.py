@@ -22,8 +22,6 @@ from deploynorm.doctor.facts import Driver, Examination, Gpu, Library, OnnxRunti
 from deploynorm.errors import BackendError
 from deploynorm.libraries.find import cache_of_these_sources
 
-__all__ = ["examine"]
-
 _PACKAGES: Final = re.compile(
     r"deploynorm|torch|torchvision|numpy|onnx|onnx-ir|onnxscript|onnxruntime.*|tensorrt.*|polygraphy|ort-nightly.*"
     r"|nvidia-(cublas|cuda-nvcc|cuda-runtime|cudnn).*"

@@ -7,8 +7,6 @@ from dataclasses import dataclass, field
 
 from deploynorm.doctor.elf import CudaCode
 
-__all__ = ["Driver", "Examination", "Gpu", "Library", "OnnxRuntime", "Provider", "TensorRT"]
-
 
 @dataclass(frozen=True)
 class Gpu:

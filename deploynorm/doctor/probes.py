@@ -22,8 +22,6 @@ from deploynorm.contract import DOMAIN, OP_TYPE
 from deploynorm.errors import BackendError, DeployNormError
 from deploynorm.trt.soname import loaded_library
 
-__all__ = ["ask", "devices", "onnxruntime", "open_libraries", "tensorrt", "torchvision"]
-
 _SECONDS: Final = 60
 _RTX: Final = "libtensorrt_rtx.so"
 

@@ -10,8 +10,6 @@ from typing import Any, Literal, NamedTuple
 from deploynorm.doctor.facts import Examination, Library
 from deploynorm.tables import table
 
-__all__ = ["Diagnosis", "Finding"]
-
 _TITLES = {"broken": "Broken", "note": "Not here, or slower than it could be"}
 
 

@@ -12,8 +12,6 @@ from torch import Tensor
 
 from deploynorm.layers._precision import cast, compute_dtype, per_channel
 
-__all__ = ["composed", "mean_square", "positions", "spatial_sum"]
-
 
 def composed(x: Tensor, gamma: Tensor, beta: Tensor, tau: Tensor | None, eps: float | Tensor) -> Tensor:
     """y = max(gamma * x / sqrt(mean(x**2) + eps) + beta, tau), with derivatives of any order and kind from PyTorch.

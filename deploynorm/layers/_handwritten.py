@@ -11,8 +11,6 @@ from torch import Tensor
 from deploynorm.layers._composed import mean_square, positions, spatial_sum
 from deploynorm.layers._precision import cast, per_channel
 
-__all__ = ["backward", "dense", "forward"]
-
 
 def forward(x: Tensor, gamma: Tensor, beta: Tensor, tau: Tensor, eps: Tensor) -> tuple[Tensor, Tensor]:
     """y, and rstd (N, C), 1 / sqrt(mean(x**2) + eps). All parameters are (C,), in x's compute type."""

@@ -11,8 +11,6 @@ from torch import Tensor
 if TYPE_CHECKING:
     from deploynorm.layers.mabn import _MABN
 
-__all__ = ["fit", "upgraded_pickle"]
-
 _HISTORIES = ("recent_x2", "recent_gz")
 _OF_THE_AUTHORS = ("iters", "buffer_x2", "buffer_gz", "sta_matrix", "pre_x2", "pre_gz")
 """Buffers of megvii-model/MABN@995e8f5 beside running_var: histories, in forms that depend on the batch size."""

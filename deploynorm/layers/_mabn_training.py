@@ -20,8 +20,6 @@ from deploynorm.layers._recomputation import Used, note, recalled, recomputing, 
 if TYPE_CHECKING:
     from deploynorm.layers.mabn import _MABN
 
-__all__ = ["FIX", "MABNFunction", "step"]
-
 FIX = "put the layer in evaluation mode or freeze it (freeze_mabn): then it is an affine map with all derivatives"
 
 

@@ -19,8 +19,6 @@ from deploynorm.errors import BackendError
 from deploynorm.layers._handwritten import dense
 from deploynorm.libraries.kernels import TYPES, Backward, Forward, open_kernels
 
-__all__ = ["available", "backward", "forward"]
-
 
 class _OpenMP(ctypes.Structure):
     """OpenMP of plugins/torch/openmp.cpp."""

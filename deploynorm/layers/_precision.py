@@ -8,8 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["FullPrecisionBuffers", "cast", "compute_dtype", "per_channel"]
-
 _HALF = (torch.float16, torch.bfloat16)
 
 

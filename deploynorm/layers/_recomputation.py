@@ -13,8 +13,6 @@ from torch import Tensor
 
 from deploynorm.contract import DOMAIN
 
-__all__ = ["Used", "may_run_again", "note", "recalled", "recomputing", "settled"]
-
 _SETTLED = f"{DOMAIN}::mabn_settled"
 
 

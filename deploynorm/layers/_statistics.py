@@ -16,18 +16,6 @@ from torch import Tensor
 from deploynorm.layers import functional
 from deploynorm.layers._precision import cast, per_channel
 
-__all__ = [
-    "average",
-    "channel_sums",
-    "layout",
-    "normalized",
-    "over_all_ranks",
-    "processes",
-    "row",
-    "second_moment_sum",
-    "shifted",
-]
-
 
 def second_moment_sum(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Sum of x**2 for each channel of x (N, C, ...), in dtype and without a copy of x in that type."""

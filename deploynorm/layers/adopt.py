@@ -9,8 +9,6 @@ from torch import nn
 
 from deploynorm.layers.frn import FRN2d
 
-__all__ = ["adopt"]
-
 _TIMM = "timm.layers.filter_response_norm"
 
 

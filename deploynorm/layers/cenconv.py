@@ -11,8 +11,6 @@ from torch import Tensor, nn
 from deploynorm.errors import InputError
 from deploynorm.layers.functional import center_weight
 
-__all__ = ["CenConv1d", "CenConv2d", "CenConv3d", "CenConvTranspose2d"]
-
 
 class _CenConv(nn.modules.conv._ConvNd):
     """What the centred convolutions share; mixed in before a torch convolution, whose arguments they take."""

@@ -9,8 +9,6 @@ from torch import nn
 from deploynorm.errors import InputError
 from deploynorm.layers.mabn import _MABN
 
-__all__ = ["freeze_mabn", "unfreeze_mabn"]
-
 
 def freeze_mabn(model: nn.Module, within: str | Sequence[str] = (), *, affine: bool = True) -> list[str]:
     """Fixes MABN layers with their present statistics: in training they compute what they compute in evaluation.

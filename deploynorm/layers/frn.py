@@ -13,8 +13,6 @@ from deploynorm.layers import functional
 from deploynorm.layers._checks import check_input, check_positive
 from deploynorm.layers._precision import FullPrecisionBuffers, cast, compute_dtype
 
-__all__ = ["TLU", "FRN1d", "FRN2d", "FRN3d"]
-
 _LEARNED_EPS_INIT = 1e-4
 
 

@@ -8,8 +8,6 @@ from torch import Tensor, nn
 from deploynorm.errors import BackendError, InputError
 from deploynorm.layers.mabn import _MABN
 
-__all__ = ["track_loss_scale"]
-
 
 def track_loss_scale(model: nn.Module, scaler: torch.amp.GradScaler | None) -> None:
     """Links every MABN in a model to the scaler that multiplies its loss; call it once, before training.

@@ -18,8 +18,6 @@ from deploynorm.layers._mabn_training import FIX, MABNFunction, step
 from deploynorm.layers._precision import FullPrecisionBuffers, compute_dtype
 from deploynorm.layers._recomputation import may_run_again
 
-__all__ = ["MABN1d", "MABN2d", "MABN3d"]
-
 _REMEMBERED_PASSES = 16
 """Forward passes of one layer that activation checkpointing can come back to: uses before the backward pass."""
 

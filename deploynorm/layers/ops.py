@@ -23,8 +23,6 @@ from deploynorm.layers import _handwritten, _native
 from deploynorm.layers._composed import composed
 from deploynorm.layers._precision import cast, compute_dtype
 
-__all__ = ["filter_response_norm", "frn"]
-
 _FORWARD = f"{DOMAIN}::frn_forward"
 _BACKWARD = f"{DOMAIN}::frn_backward"
 

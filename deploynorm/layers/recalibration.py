@@ -23,8 +23,6 @@ from deploynorm.layers import _statistics as statistics
 from deploynorm.layers._precision import compute_dtype
 from deploynorm.layers.mabn import _MABN
 
-__all__ = ["recalibrate"]
-
 WHERE = "recalibrate"
 
 

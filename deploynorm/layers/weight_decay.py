@@ -8,8 +8,6 @@ from torch import nn
 
 from deploynorm.errors import InputError
 
-__all__ = ["parameter_groups"]
-
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """The parameters of a network in two groups for an optimiser, with weight decay and without.

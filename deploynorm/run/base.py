@@ -11,8 +11,6 @@ from deploynorm.inputs import TensorSpec
 if TYPE_CHECKING:  # the command line lists the backends before it may import NumPy
     import numpy.typing as npt
 
-__all__ = ["Runner", "check_feeds", "closed_error"]
-
 _R = TypeVar("_R", bound="Runner")
 
 

@@ -18,8 +18,6 @@ from deploynorm.errors import BackendError, DeployNormError, InputError, ModelEr
 from deploynorm.inputs import TensorSpec
 from deploynorm.run.base import Runner, check_feeds, closed_error
 
-__all__ = ["EagerRunner"]
-
 
 class EagerRunner(Runner):
     """Runs a copy of a network in evaluation mode; the network itself stays as it is.

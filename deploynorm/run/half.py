@@ -25,8 +25,6 @@ from deploynorm.lowering import frn_nodes, function_proto
 from deploynorm.onnx_file import OnnxFile, OnnxSource, save
 from deploynorm.run.onnxruntime import OnnxRuntimeRunner
 
-__all__ = ["HalfRunner", "round_outputs"]
-
 _CONVERTERS = ("Cast", "CastLike", "Constant")
 """Operators that give a half value without computing one."""
 _TYPE_ATTRIBUTES = ("dtype", "output_dtype", "output_datatype")

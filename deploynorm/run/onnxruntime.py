@@ -23,8 +23,6 @@ from deploynorm.run.base import Runner, check_feeds, closed_error
 if TYPE_CHECKING:
     from deploynorm.onnx_file import OnnxFile
 
-__all__ = ["OnnxRuntimeRunner"]
-
 _BFLOAT16 = 16  # onnx.TensorProto.BFLOAT16, without importing onnx
 
 

@@ -17,8 +17,6 @@ from deploynorm.onnx_file import OnnxFile, OnnxSource
 from deploynorm.reference import filter_response_norm
 from deploynorm.run.base import Runner, check_feeds, closed_error
 
-__all__ = ["ReferenceRunner"]
-
 
 class ReferenceRunner(Runner):
     """Runs an ONNX model with onnx.reference.ReferenceEvaluator.

@@ -26,8 +26,6 @@ from deploynorm.trt.plugins import load_library, load_plugin
 from deploynorm.trt.settings import Range
 from deploynorm.trt.source import EngineSource
 
-__all__ = ["TensorRTRunner"]
-
 _MOST_GRAPHS: Final = 8
 """Captured CUDA graphs that a runner keeps: each has a context of its own, with the memory of all its activations."""
 

@@ -11,8 +11,6 @@ import torch
 from deploynorm.run.tensorrt import TensorRTRunner
 from deploynorm.trt.engine import Engine
 
-__all__ = ["milliseconds"]
-
 Name = TypeVar("Name", bound=str)
 
 _ROUNDS = 15

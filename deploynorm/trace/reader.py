@@ -8,8 +8,6 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
-__all__ = ["LINEAR_OPERATORS", "TraceReader", "aten_operators", "has_hooks", "operator_name", "walk"]
-
 _aten = torch.ops.aten
 
 

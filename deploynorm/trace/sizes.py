@@ -13,8 +13,6 @@ from torch import Tensor, nn
 
 from deploynorm.inputs import AxisSizes, Shape
 
-__all__ = ["Place", "Sizes", "axis_kind", "axis_letter", "find_sizes"]
-
 Place = tuple[int, int]
 """An input by its position, and one of its axes."""
 

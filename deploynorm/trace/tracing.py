@@ -18,20 +18,6 @@ from deploynorm.errors import InputError, ModelError
 from deploynorm.layers.adopt import adopt
 from deploynorm.trace.sizes import Place, Sizes, axis_kind, find_sizes
 
-__all__ = [
-    "Dynamic",
-    "DynamicKind",
-    "argument_names",
-    "as_inputs",
-    "doubled",
-    "dynamic_places",
-    "first_line",
-    "inference_copy",
-    "narrowed_axes",
-    "quiet",
-    "trace",
-]
-
 DynamicKind = Literal["none", "batch", "spatial", "all"]
 """Which input axes may change: axis 0 is the batch, axes 2 and up are spatial."""
 

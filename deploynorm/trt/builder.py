@@ -16,8 +16,6 @@ from deploynorm.trt.manifest import origin
 from deploynorm.trt.model import TensorRTModel
 from deploynorm.trt.settings import HARDWARE_COMPATIBILITY, Settings, Way
 
-__all__ = ["build_way", "load_plugins"]
-
 
 def load_plugins(trt: TensorRT, settings: Settings, way: Way) -> tuple[Path, ...]:
     """The libraries, now in TensorRT's registry."""

@@ -19,8 +19,6 @@ from deploynorm.trt.layers import Layer, layer_counts
 from deploynorm.trt.manifest import manifest_path
 from deploynorm.trt.settings import Range, Way
 
-__all__ = ["Engine", "FrnRecord"]
-
 
 @dataclass(frozen=True)
 class FrnRecord:

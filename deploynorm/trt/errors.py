@@ -9,8 +9,6 @@ from typing import Final, NamedTuple
 from deploynorm.contract import OP_TYPE
 from deploynorm.errors import BackendError, DeployNormError, InputError, ModelError
 
-__all__ = ["Message", "explain", "words"]
-
 
 class Message(NamedTuple):
     """What TensorRT said."""

@@ -13,8 +13,6 @@ from torch import Tensor
 from deploynorm.errors import BackendError
 from deploynorm.trt.importing import TensorRT
 
-__all__ = ["Gpu", "WaitingOutput"]
-
 _ALIGNMENT = 256  # bytes, of every address that TensorRT is given
 
 

@@ -15,8 +15,6 @@ from deploynorm.errors import BackendError, InputError
 from deploynorm.inputs import TensorSpec
 from deploynorm.trt.errors import Message
 
-__all__ = ["FLAVOURS", "Flavour", "TensorRT", "gpu_here", "import_tensorrt", "listen", "logger", "tensor_spec"]
-
 Flavour = Literal["tensorrt", "tensorrt-rtx"]
 
 FLAVOURS: Final[dict[Flavour, tuple[str, tuple[int, ...], str]]] = {

@@ -14,8 +14,6 @@ from typing import Any, Final, NamedTuple
 
 from deploynorm.trt.errors import Message
 
-__all__ = ["Layer", "Tensor", "layer_counts", "layers_of_inspector", "layers_of_log", "products_in_other_types"]
-
 _DTYPES: Final = {
     "float": "float32",
     "fp32": "float32",

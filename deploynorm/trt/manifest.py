@@ -15,8 +15,6 @@ from deploynorm.image import ImageSpec
 if TYPE_CHECKING:
     from deploynorm.onnx_file import OnnxFile
 
-__all__ = ["image_and_labels", "manifest_path", "origin", "read_manifest"]
-
 
 def origin(source: OnnxFile, plugins: Sequence[Path]) -> dict[str, Any]:
     """What the manifest says of the model and of the plugin libraries that an engine is built with."""

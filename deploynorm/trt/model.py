@@ -20,8 +20,6 @@ from deploynorm.lowering import function_proto, register_schema
 from deploynorm.onnx_file import OnnxFile, OnnxSource, all_nodes
 from deploynorm.trt.settings import Way
 
-__all__ = ["BODY", "TensorRTModel"]
-
 BODY = f"{OP_TYPE}Body"
 """Name of the function body on the native way: TensorRT finds plugins and functions by name."""
 

@@ -13,8 +13,6 @@ from deploynorm.trt.errors import words
 from deploynorm.trt.importing import Flavour, TensorRT, listen, logger
 from deploynorm.trt.soname import also_known_as, loaded_library
 
-__all__ = ["has_plugin", "load_library", "load_plugin"]
-
 
 def has_plugin(trt: TensorRT) -> bool:
     """Whether our plugin is in TensorRT's registry."""

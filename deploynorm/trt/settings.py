@@ -10,8 +10,6 @@ from typing import Final, Literal, NamedTuple
 from deploynorm.errors import InputError
 from deploynorm.inputs import Shape, TensorSpec, shape_text
 
-__all__ = ["HARDWARE_COMPATIBILITY", "Range", "Settings", "Way", "ranges"]
-
 Way = Literal["plugin", "native"]
 """plugin: our kernel. native: the operator's body in standard operators, which TensorRT fuses as it can."""
 

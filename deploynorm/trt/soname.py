@@ -17,8 +17,6 @@ from pathlib import Path
 
 from deploynorm.errors import BackendError
 
-__all__ = ["also_known_as", "empty_library", "loaded_library"]
-
 
 @cache
 def also_known_as(name: str, library: str) -> None:

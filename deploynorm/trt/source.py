@@ -14,8 +14,6 @@ from deploynorm.trt import FLAVOURS, Flavour, TensorRT
 from deploynorm.trt.engine import Engine
 from deploynorm.trt.manifest import read_manifest
 
-__all__ = ["EngineSource"]
-
 
 @dataclass(frozen=True)
 class EngineSource:
