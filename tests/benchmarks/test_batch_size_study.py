@@ -211,6 +211,7 @@ def test_command_writes_rows_table_and_figure_and_continues(tmp_path, capsys, mo
     assert study.main([*command, "--seeds", "1"]) == 0
 
 
+@pytest.mark.slow
 def test_runs_in_several_processes_give_the_same(tmp_path):
     for jobs in ("1", "2"):
         command = [*SMALL, "-o", str(tmp_path / jobs), "--norms", "gn", "frn", "--seeds", "0", "--jobs", jobs]

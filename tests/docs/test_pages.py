@@ -27,7 +27,10 @@ def test_the_readme_is_short() -> None:
     assert len(text_of("README.md").split()) <= 1500
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)])
+@pytest.mark.parametrize(
+    "page",
+    [pytest.param(page, marks=[] if page == "README.md" else pytest.mark.slow) for page in PAGES if blocks(page)],
+)
 def test_blocks(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, require: Callable[[str], None]) -> None:
     require("ort")
     require("native")

@@ -452,6 +452,7 @@ def test_frn_of_timm_is_taken_over(timm: ModuleType, norm: str, apply_act: bool)
     assert np.isneginf(constants[node.input[3]]).all() != has_tau
 
 
+@pytest.mark.slow
 def test_timm_network_built_for_frn_needs_few_nodes(timm: ModuleType) -> None:
     network = timm.create_model("resnetv2_50d_frn")
     exported = export(network, (_image(2, 3, 64, 64),))

@@ -129,7 +129,7 @@ def test_a_library_in_use_survives_a_new_build() -> None:
     assert done.returncode == 0, done.stderr
     assert library.stat().st_ino != before.st_ino
     tools = libraries.find_tools()
-    for part in (f"{tools.compiler} ({tools.compiler_version})", tools.cmake, library):
+    for part in (tools.compiler, tools.compiler_version, tools.cmake, library):
         assert str(part) in done.stdout, "the build names what it was made with"
 
 

@@ -25,6 +25,8 @@ from train_runs import assert_same_run, during_step, in_float64, load, read_log,
 
 from deploynorm.models import train
 
+pytestmark = pytest.mark.slow  # two processes import torch, and train
+
 STEPS = 6
 """Steps of an epoch of 96 images, in batches of 16."""
 

@@ -54,6 +54,7 @@ def _exported(network: nn.Module, dtype: str, x: Tensor) -> onnx.ModelProto:
     return export(fold(network, (x,)).model, (x,), dtype=HALF[dtype], input_names=["x"]).to_proto()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_shipped_networks_stay_well_within_tolerance(path: Path, dtype: str) -> None:

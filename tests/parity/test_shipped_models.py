@@ -50,6 +50,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory, require: Callable[[str], 
     return exported
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_stock_onnxruntime_classifies_every_test_image_as_pytorch_does(
     path: Path, exported: Callable[[Path], Path], fashion_mnist: ImageData, tmp_path: Path
@@ -72,6 +73,7 @@ def test_stock_onnxruntime_classifies_every_test_image_as_pytorch_does(
     assert accuracy > 0.92
 
 
+@pytest.mark.slow
 def test_shipped_mabn_network_has_the_nodes_of_a_folded_batch_norm_network(
     exported: Callable[[Path], Path], tmp_path: Path
 ) -> None:

@@ -8,6 +8,7 @@ from typing import Any, get_args
 
 import ml_dtypes
 import numpy as np
+import pytest
 from cases import NUMPY_DTYPES, NormCase, tolerance
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -160,6 +161,7 @@ def is_near(got: Array, wanted: Array, dtype: str) -> Array:
         return same | (np.isnan(got) & np.isnan(wanted))
 
 
+@pytest.mark.slow
 @settings(
     max_examples=1000,
     deadline=None,

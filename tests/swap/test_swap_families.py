@@ -29,6 +29,7 @@ def table() -> list[str]:
     return (BENCHMARKS / "results" / "families.md").read_text(encoding="utf-8").splitlines()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", QUICK)
 def test_row_of_the_committed_table_comes_out_again(families: ModuleType, table: list[str], family: str) -> None:
     assert str(families.row(family)) in table
