@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from emulated import build_broken_kernels, find_faults
 
+pytestmark = pytest.mark.slow  # each fault is a build of its own
+
 FORWARD = {
     "a barrier is missing": ("    __syncthreads();\n  }\n\n  // Of all threads", "  }\n\n  // Of all threads"),
     "a tail is forgotten": ("const bool in_tail = chunk == tiling.chunks - 1 && ", "const bool in_tail = false && "),

@@ -19,6 +19,8 @@ from references import inputs_of, want_of
 from deploynorm.contract import DTYPES, INPUTS
 from deploynorm.libraries import ORT_LIBRARY, TORCH_LIBRARY, build, find_tools
 
+pytestmark = pytest.mark.slow  # a build with sanitizers takes minutes
+
 TESTS = Path(__file__).parents[1]
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
