@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 PROGRAMS = sorted(path.name for path in (ROOT / "benchmarks").glob("*.py") if "ArgumentParser(" in path.read_text())
 
@@ -33,6 +35,7 @@ shows_its_help(lambda: runpy.run_module("deploynorm.models.train", run_name="__m
 """
 
 
+@pytest.mark.slow
 def test_every_program_shows_its_help() -> None:
     """In one process, since each imports torch, with the import path that `python PROGRAM` and `python -m` have."""
     assert {"gpu.py", "ort_cpu.py", "training.py"} <= set(PROGRAMS)

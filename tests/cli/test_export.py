@@ -21,7 +21,7 @@ from deploynorm.layers import FRN2d
 pytestmark = pytest.mark.usefixtures("ort")
 
 
-@pytest.mark.parametrize("model", ["frn_pt", "mabn_pt"])
+@pytest.mark.parametrize("model", ["frn_pt", pytest.param("mabn_pt", marks=pytest.mark.slow)])
 def test_model_alone_is_enough(model: str, export: Callable, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     path: Path = request.getfixturevalue(model)
     before = set(tmp_path.iterdir())
@@ -86,9 +86,8 @@ def test_network_that_takes_even_sizes_alone_is_checked_on_those(small: Callable
     assert "x 1x3x48x48" in deploynorm("export", *small("unet", shape="1x3x16x16"), "-v").out
 
 
-@pytest.mark.parametrize(
-    ("name", "layers"), [("test_resnet", 15), pytest.param("mobilenetv2_035", 52, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "layers"), [("test_resnet", 15), ("mobilenetv2_035", 52)])
 def test_timm_network_with_free_sizes(name: str, layers: int, timm: ModuleType, deploynorm: Callable) -> None:
     Path("timm_factories.py").write_text(
         "import timm\n"

@@ -102,7 +102,7 @@ def _agrees(exported: Exported, network: nn.Module, x: Tensor, tolerance: Tolera
     np.testing.assert_allclose(got.astype(np.float64), want, **tolerance.kwargs())
 
 
-@pytest.mark.parametrize("opset", [18, 19, 20, 21, 22, 23])
+@pytest.mark.parametrize("opset", [18, *(pytest.param(opset, marks=pytest.mark.slow) for opset in range(19, 23)), 23])
 @pytest.mark.parametrize("lowering", ["custom", "primitives", "rmsnorm"])
 def test_every_lowering_computes_the_network(
     net: Net, lowering: str, opset: int, require: Callable[[str], None]
@@ -417,6 +417,7 @@ def test_opset_that_torch_did_not_reach_is_refused(net: Net, monkeypatch: pytest
         export(net, X, opset=21)
 
 
+@pytest.mark.slow
 def test_exported_mabn_net_has_exactly_the_nodes_of_the_folded_bn_net() -> None:
     x = (_image(2, 1, 28, 28),)
     sequences = {}

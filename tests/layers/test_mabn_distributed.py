@@ -26,6 +26,8 @@ from deploynorm.errors import ModelError
 from deploynorm.layers import CenConv2d, MABN2d
 from deploynorm.layers.recalibration import recalibrate
 
+pytestmark = pytest.mark.slow  # two processes import torch
+
 C = 3
 PROCESSES = 2
 EQUAL = [(2, 2)] * 10

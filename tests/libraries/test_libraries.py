@@ -116,6 +116,7 @@ def test_processes_that_build_at_once_do_not_break_each_other(full_cache: Path) 
     assert found == {libraries.ORT_LIBRARY, libraries.TORCH_LIBRARY}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("full_cache")
 def test_a_library_in_use_survives_a_new_build() -> None:
     library = libraries.library_path()

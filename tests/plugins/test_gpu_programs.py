@@ -6,6 +6,7 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 from emulated import compile_for_the_cpu
 
 from deploynorm import libraries
@@ -14,6 +15,7 @@ EVERY_VARIANT = Path(__file__).parents[1] / "gpu" / "every_variant.cu"
 KERNELS = libraries.source_folder() / "kernels"
 
 
+@pytest.mark.slow
 def test_every_variant_runs_on_the_emulation(emulated_library: Path, tmp_path: Path) -> None:
     linked = [f"-I{KERNELS}", "-x", "none", emulated_library, f"-Wl,-rpath,{emulated_library.parent}"]
     program = compile_for_the_cpu(tmp_path / "every_variant", EVERY_VARIANT, *linked)

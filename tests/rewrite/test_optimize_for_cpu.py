@@ -415,7 +415,7 @@ def _exported(name: str, **options: object) -> ir.Model:
     return export(network, [torch.randn(2, 3, 20, 26)], **options).model
 
 
-@pytest.mark.parametrize("dynamic", ["none", "all"])
+@pytest.mark.parametrize("dynamic", [pytest.param("none", marks=pytest.mark.slow), "all"])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_network_keeps_one_reorder(name: str, dynamic: str) -> None:
     model = _exported(name, dynamic=dynamic)

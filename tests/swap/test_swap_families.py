@@ -40,6 +40,7 @@ def test_committed_table_has_every_family(families: ModuleType, table: list[str]
     assert [line.split(" | ")[0].removeprefix("| ") for line in table[2:]] == list(families.FAMILIES)
 
 
+@pytest.mark.slow
 def test_check_of_a_row_sees_one_lost_activation(families: ModuleType) -> None:
     network, x, (swapped, _), _ = families.swaps("timm resnet18")
     truth = families.with_every_activation(network, swapped)

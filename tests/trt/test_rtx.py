@@ -99,6 +99,7 @@ def test_the_shipped_network_is_built_for_every_card(
         assert built.moves <= 4
 
 
+@pytest.mark.slow
 def test_the_shipped_network_in_float32_needs_ampere(shipped: Callable[..., Path]) -> None:
     built = build_rtx(shipped("float32"), compute_capabilities=["7.5"], frn="native", **SHIPPED_RANGE)
     assert built.error == "InputError"
