@@ -22,7 +22,7 @@ import pytest
 import torch
 from cuda_kernels import CudaKernel
 from emulated import build_kernels
-from unoptimized import unoptimized
+from unoptimized import unoptimized_kernels
 
 from deploynorm import libraries
 from deploynorm.errors import BackendError
@@ -172,10 +172,7 @@ def cuda_libraries(require: Callable[[str], None], build_once: Callable[..., Pat
     require("trt-headers")
 
     def build(folder: Path) -> None:
-        with tempfile.TemporaryDirectory() as tools, pytest.MonkeyPatch.context() as patched:
-            # No kernel of them runs, and optimization takes half of the time.
-            patched.setenv("CXX", unoptimized(Path(tools)))
-            patched.setenv("NVCC_APPEND_FLAGS", "-Xcicc -O1 -Xptxas -O1")
+        with unoptimized_kernels():
             libraries.build(folder, cuda=True, architectures=["90"])
 
     return build_once("cuda-libraries", build)

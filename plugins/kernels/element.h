@@ -6,7 +6,7 @@
 #define DEPLOYNORM_KERNELS_ELEMENT_H_
 
 #include <stdint.h>
-#if defined(__F16C__)
+#if defined(__F16C__) && defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
@@ -102,7 +102,7 @@ struct Half {
 
 // IEEE 754 binary16: 1 sign, 5 exponent (bias 15) and 10 fraction bits.
 struct Binary16 {
-#if defined(__F16C__)
+#if defined(__F16C__) && defined(__AVX2__)
   static DEPLOYNORM_INLINE FloatVector widen(HalfVector half) { return _mm256_cvtph_ps(bits_as<__m128i>(half)); }
 
   static DEPLOYNORM_INLINE HalfVector narrow(FloatVector value) {
