@@ -1,4 +1,4 @@
-"""What `swap` makes of the families of timm and torchvision: the README's table.
+"""What `swap` makes of the families of timm and torchvision: benchmarks/results/families.md.
 
     python benchmarks/families.py --out benchmarks/results/families.md
 

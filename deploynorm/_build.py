@@ -122,7 +122,8 @@ def _targets(trt: TensorRT, asked: Sequence[str]) -> tuple[str, ...]:
     if not asked:
         if here is None:
             problem = "there is no GPU here whose kind the engine could be for"
-            raise BackendError("build", problem, fix="name it, as in --compute-capability 8.9 for an RTX 40")
+            fix = "name it with --compute-capability: 12.0 for an RTX 50, 8.9 for an RTX 40, 8.6 for an RTX 30"
+            raise BackendError("build", problem, fix=fix)
         return (here,)
     members = trt.module.ComputeCapability.__members__
     known = {f"{name[2:-1]}.{name[-1]}": name for name in members if name.startswith("SM")}

@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     given[name] = parse(given[name] or ())
             return _VERBS[verb].run(terminal, **given) or 0
     except DeployNormError as error:
-        print(f"deploynorm {verb}: {error}", file=sys.stderr)
+        print(f"deploynorm {verb}: {str(error).removeprefix(f'{verb}: ')}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print(f"deploynorm {verb}: interrupted", file=sys.stderr)

@@ -71,7 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--timing-cache", metavar="FILE", type=Path, help="read where it exists, and written anew (TensorRT only)"
     )
     group.add_argument(
-        "--workspace", metavar="MIB", type=_mebibytes, help="scratch memory of a layer, in MiB (default: all)"
+        "--workspace", metavar="MIB", type=mebibytes, help="scratch memory of a layer, in MiB (default: all)"
     )
     group.add_argument("--optimization-level", metavar="0..5", type=int, help="how long to search")
 
@@ -88,5 +88,5 @@ def run(terminal: Terminal, model: Path, output: Path | None, timing_cache: Path
     terminal.show(f"wrote {output} and {output.name}.json")
 
 
-def _mebibytes(text: str) -> int:
+def mebibytes(text: str) -> int:
     return int(text) * 2**20

@@ -137,5 +137,5 @@ def add_output_control(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("output")
     group.add_argument("--json", metavar="PATH", type=output_file, help="also write what was found, as JSON")
     level = group.add_mutually_exclusive_group()
-    level.add_argument("-v", "--verbose", action="store_true", help="a line for each layer and each sample")
+    level.add_argument("-v", "--verbose", action="store_true", help="more detail: each layer, each sample")
     level.add_argument("-q", "--quiet", action="store_true", help="errors only")

@@ -29,7 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(terminal: Terminal, model: Path, output: Path | None, passes: list[str] | None, **given: Any) -> None:
     if passes is None:
-        raise InputError("rewrite", f"name a rewrite: {', '.join(map(_option, PASSES))}")
+        raise InputError(
+            "rewrite", f"name a rewrite: {', '.join(map(_option, PASSES))}", fix="see deploynorm rewrite --help"
+        )
 
     from deploynorm.rewrite import rewrite
 

@@ -80,24 +80,43 @@ class TensorRT:
 
 @dataclass(frozen=True)
 class Examination:
-    """All of it; an attribute without a comment is empty or None where there is none."""
+    """What is on this machine. An attribute is empty or None for what is not there.
 
-    python: str = ""  # version and path
-    system: str = ""  # operating system and processor
-    packages: Mapping[str, str] = field(default_factory=dict)  # versions by the names that pip knows
-    torch_cuda: str | None = None  # the CUDA that torch was built for
-    torchvision_problem: str | None = None  # why it cannot be imported; None where it can, or is not installed
+    Attributes:
+        python: Version and path.
+        system: Operating system and processor.
+        packages: Versions, by the names that pip knows.
+        torch_cuda: The CUDA that torch was built for.
+        torchvision_problem: Why torchvision cannot be imported; None where it can, or is not installed.
+        onnxruntime: Its version and providers, and whether it takes our operator library.
+        providers: Those of onnxruntime-gpu, and the libraries that they need.
+        tensorrt: Each flavour of TensorRT.
+        compiler: Of C++, with CMake, for `deploynorm plugins build`; None where one of the two is missing.
+        nvcc: The CUDA compiler.
+        nvcc_release: Its version.
+        driver: NVIDIA's driver and its GPUs.
+        visible_devices: The environment variable CUDA_VISIBLE_DEVICES.
+        machine: The processor that this Python is for.
+        libraries: Ours: what they need, export and hold code for.
+        stale: Folders of libraries that were built here from other sources than the package has.
+    """
+
+    python: str = ""
+    system: str = ""
+    packages: Mapping[str, str] = field(default_factory=dict)
+    torch_cuda: str | None = None
+    torchvision_problem: str | None = None
     onnxruntime: OnnxRuntime | None = None
-    providers: tuple[Provider, ...] = ()  # of onnxruntime-gpu
+    providers: tuple[Provider, ...] = ()
     tensorrt: tuple[TensorRT, ...] = ()
-    compiler: str | None = None  # of C++, with CMake, for `deploynorm plugins build`; None where one is missing
-    nvcc: str | None = None  # the CUDA compiler
+    compiler: str | None = None
+    nvcc: str | None = None
     nvcc_release: tuple[int, int] | None = None
     driver: Driver = Driver()
-    visible_devices: str | None = None  # the environment variable CUDA_VISIBLE_DEVICES
-    machine: str | None = None  # the processor that this Python is for
+    visible_devices: str | None = None
+    machine: str | None = None
     libraries: tuple[Library, ...] = ()
-    stale: tuple[str, ...] = ()  # folders of libraries that were built here from other sources than the package has
+    stale: tuple[str, ...] = ()
 
     def library(self, name: str) -> Library | None:
         return next((library for library in self.libraries if library.name == name), None)

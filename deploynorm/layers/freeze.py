@@ -45,7 +45,8 @@ def freeze_mabn(model: nn.Module, within: str | Sequence[str] = (), *, affine: b
 def unfreeze_mabn(model: nn.Module, within: str | Sequence[str] = ()) -> list[str]:
     """Undoes `freeze_mabn`: statistics change again, and the parameters that it fixed are trained again.
 
-    Arguments and errors are those of `freeze_mabn`. Returns the names of the layers that were frozen.
+    Arguments and errors are those of `freeze_mabn`. Layers that were not frozen do not change. Returns the names of
+    those that were.
     """
     layers = {name: layer for name, layer in _layers("unfreeze_mabn", model, within).items() if layer.frozen}
     for layer in layers.values():

@@ -25,8 +25,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Rewritten:
-    """A rewritten file, and its check against its source (None where nothing was rewritten), which makes it true or
-    false; `print` shows both.
+    """A rewritten file and its check, which makes it true or false; `print` shows both.
+
+    Attributes:
+        source: The file as it was read.
+        passes: Names in `PASSES`, in the order in which they ran.
+        result: The rewritten graph, and what became of each node.
+        parity: The check against the source; None where nothing was rewritten.
     """
 
     source: OnnxFile

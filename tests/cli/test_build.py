@@ -100,7 +100,7 @@ def _half(dtype: str = "float16", shape: tuple[int | str, ...] = (2, 16, 8, 8)) 
 
 
 RTX_REFUSES: dict[str, tuple[Callable[[], str], list[str], int, str]] = {
-    "no GPU and none named": (_half, [], 3, "Fix: name it, as in --compute-capability 8.9"),
+    "no GPU and none named": (_half, [], 3, "Fix: name it with --compute-capability: 12.0 for an RTX 50"),
     "a GPU that is not served": (_half, ["--compute-capability", "9.0"], 2, "does not build for this. Got '9.0'"),
     "a type that the GPU lacks": (
         lambda: _half("bfloat16"),
