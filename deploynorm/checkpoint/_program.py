@@ -151,7 +151,8 @@ _RULES: dict[str, Callable[[Any, str], Any]] = {
 # Which Python expressions of a program are certain to be arithmetic on sizes: torch evaluates them.
 
 _SYMPY = re.compile(
-    "Symbol|Integer|Float|Rational|Add|Mul|Pow|Abs|Max|Min|Mod|PythonMod|FloorDiv|CeilDiv|CleanDiv|IntTrueDiv|FloatTrueDiv"
+    "Symbol|Integer|Float|Rational|Add|Mul|Pow|Abs|Max|Min"
+    "|Mod|PythonMod|FloorDiv|CeilDiv|CleanDiv|IntTrueDiv|FloatTrueDiv"
     "|ModularIndexing|Identity|Where|ToFloat|CeilToInt|FloorToInt|RoundToInt|TruncToInt|TruncToFloat"
     "|Equality|Unequality|StrictLessThan|StrictGreaterThan|LessThan|GreaterThan|And|Or|Not"
 )
