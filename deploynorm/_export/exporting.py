@@ -114,7 +114,7 @@ def export(
 
     Args:
         model: Any network that torch.export can trace.
-        example_inputs: Positional inputs of forward, or the only one; sizes above 1 on the axes that are to be dynamic.
+        example_inputs: Positional inputs of forward, or the only one; sizes above 1 on dynamic spatial axes.
         dtype: Type of weights and activations; by default the network stays in its own. In half precision the
             parameters of FRN, and of norms that did not fold, stay in float32.
         keep_float32: Names of layers that stay in float32 in a half network, with casts around them; or patterns (*).

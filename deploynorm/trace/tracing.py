@@ -71,7 +71,7 @@ def trace(
 
     Args:
         model: The network.
-        example_inputs: Positional inputs of forward. Sizes above 1 on the axes that are to be dynamic.
+        example_inputs: Positional inputs of forward. Sizes above 1 on spatial axes that are to be dynamic.
         dynamic: As in `deploynorm.export`. With None an axis that the network branches on is dynamic in the trace,
             which then holds for some sizes only: see `narrowed_axes`.
         fixed: With None, the kinds of axes ("batch", "spatial") that stay as in the example all the same.
