@@ -47,7 +47,11 @@ def test_variants_are_those_that_are_tested(kernel: CudaKernel) -> None:
 
 
 @both_passes
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, marks=[pytest.mark.slow] if case.name == "big_plane" else []) for case in CASES],
+    ids=str,
+)
 def test_numbers(case: NormCase, which: str, layout: Layout, kernel: CudaKernel) -> None:
     CHECK[which](kernel, case, variants_to_check(kernel, case), layout=layout)
     assert CHECK[which](kernel, case, layout=layout, in_place=True) == 1

@@ -83,6 +83,7 @@ def test_a_missing_library_is_an_error_of_the_environment_with_a_remedy() -> Non
     assert caught.value.exit_code == 3
 
 
+@pytest.mark.slow
 def test_what_is_built_here_is_preferred_until_the_sources_change(
     full_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -101,7 +101,7 @@ def test_channels_last_reaches_every_convolution_and_the_checkpoint_can_be_read(
 
 
 @pytest.mark.filterwarnings("ignore:<class .torch.autograd.function.Function.> should not be instantiated")  # by dynamo
-@pytest.mark.parametrize("norm", ["frn", "mabn"])
+@pytest.mark.parametrize("norm", ["frn", pytest.param("mabn", marks=pytest.mark.slow)])
 def test_compile_compiles_the_training_network_whole_and_changes_nothing_else(tmp_path, monkeypatch, norm):
     assert run(norm, tmp_path / "eager", "--epochs", "1") == 0
     # That the layers pass through the compiler itself is tested with them.
