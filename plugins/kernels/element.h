@@ -91,9 +91,7 @@ struct Half {
   using Arithmetic = float;
   static constexpr int kVecSize = kFloats;
   using Vector = FloatVector;
-  static DEPLOYNORM_INLINE Vector load(const uint16_t* from) {
-    return Format::widen(unaligned<HalfVector>(from));
-  }
+  static DEPLOYNORM_INLINE Vector load(const uint16_t* from) { return Format::widen(unaligned<HalfVector>(from)); }
   static DEPLOYNORM_INLINE void store(Vector value, uint16_t* to) {
     const HalfVector half = Format::narrow(value);
     __builtin_memcpy(to, &half, sizeof half);
