@@ -49,6 +49,12 @@ class TensorSpec:
         shape = [size if isinstance(size, int) else base for size, base in zip(self.shape, known, strict=False)]
         return None if None in shape else tuple(shape)  # type: ignore[arg-type]
 
+    def fits(self, shape: Shape) -> bool:
+        """Whether a shape has this rank and the sizes that are fixed."""
+        return len(shape) == len(self.shape) and all(
+            isinstance(want, str) or want == size for want, size in zip(self.shape, shape, strict=True)
+        )
+
     def symbol(self, axis: int) -> str:
         """Name of a dynamic size; an axis without one ("" or "?") is independent of all others."""
         size = self.shape[axis]
@@ -121,9 +127,7 @@ def base_shapes(specs: Sequence[TensorSpec], given: Mapping[str, Shape]) -> dict
         if shape is None:
             fix = f"give a shape: {SHAPE_EXAMPLE}"
             raise InputError(where, "some of its axes are dynamic", got=declared, fix=fix)
-        if len(shape) != len(spec.shape) or any(
-            isinstance(want, int) and want != size for want, size in zip(spec.shape, shape, strict=True)
-        ):
+        if not spec.fits(shape):
             raise InputError(where, "the given shape does not fit", got=shape_text(shape), expected=declared)
         for axis, size in enumerate(shape):
             first = sizes.setdefault(spec.symbol(axis), size)

@@ -72,16 +72,13 @@ def ranges(
     found: dict[str, Range] = {}
     sizes: dict[tuple[str, str], int] = {}
     for spec in specs:
-        found[spec.name] = _range(spec, *(shapes.get(spec.name, shapes.get("")) for shapes in given.values()))
-        in_range = found[spec.name]._asdict()
-        # Those that were given come first: an error is to name an option that the user has typed.
-        for option, shape in sorted(in_range.items(), key=lambda each: not given[each[0]].keys() & {spec.name, ""}):
-            fits = len(shape) == len(spec.shape) and all(
-                isinstance(want, str) or want == size for want, size in zip(spec.shape, shape, strict=True)
-            )
-            if not fits:
+        asked = {option: shapes.get(spec.name, shapes.get("")) for option, shapes in given.items()}
+        for option, shape in asked.items():
+            if shape is not None and not spec.fits(shape):
                 problem, expected = f"does not fit input {spec.name}", shape_text(spec.shape)
                 raise InputError(f"--{option}-shapes", problem, got=shape_text(shape), expected=expected)
+        found[spec.name] = _range(spec, *asked.values())
+        for option, shape in found[spec.name]._asdict().items():
             for axis, size in enumerate(shape):
                 known = sizes.setdefault((option, spec.symbol(axis)), size)
                 if known != size:
