@@ -23,5 +23,5 @@ def unoptimized(folder: Path) -> str:
 def unoptimized_kernels() -> Iterator[None]:
     """Builds inside the block optimize CUDA's kernels as little as they can; what stands around them is as ever."""
     with pytest.MonkeyPatch.context() as patched:
-        patched.setenv("NVCC_APPEND_FLAGS", "-Xcicc -O1 -Xptxas -O1")
+        patched.setenv("NVCC_APPEND_FLAGS", "-Xcicc -O1 -Xptxas -O0")
         yield

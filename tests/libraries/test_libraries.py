@@ -111,6 +111,7 @@ def test_compiler_and_flags_are_in_the_key(empty_cache: Path, monkeypatch: pytes
     assert {key.parent for key in keys} == {cache_of_these_sources()}
 
 
+@pytest.mark.slow
 def test_processes_that_build_at_once_do_not_break_each_other(full_cache: Path) -> None:
     assert len(list(full_cache.rglob(libraries.ORT_LIBRARY))) == 1
     found = {path.name for path in libraries.library_path().parent.iterdir()}
