@@ -17,7 +17,7 @@ def digest() -> str:
     """Of all sources that the tests compile, and of how."""
     sources = [path for path in source_folder().rglob("*") if path.is_file()]
     sources += [path for path in TESTS.rglob("*") if path.suffix in (".cpp", ".cu", ".h")]
-    sources += [TESTS / "emulated.py", TESTS / "gpu" / "test_broken.py"]
+    sources += [TESTS / name for name in ("conftest.py", "emulated.py", "unoptimized.py", "gpu/test_broken.py")]
     hashed = hashlib.sha256()
     for path in sorted(sources):
         hashed.update(path.name.encode() + path.read_bytes())

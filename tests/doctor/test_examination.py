@@ -261,7 +261,7 @@ def test_all_libraries_as_they_are_built(
         assert (library.origin, library.problem, library.outdated) == ("built here", None, False)
         assert not [name for name in library.needed if "nv" in name or "cuda" in name or "onnxruntime" in name]
     assert set(plugin.exports) == {"getCreators", "setLoggerFinder"}
-    assert {code.name for code in plugin.code} == {"sm_90", "compute_90"}
+    assert [code.name for code in plugin.code] == ["compute_90"]
     assert operators.code == training.code == plugin.code
     assert register.code == ()
     assert not {name for name in broken(found) if name.startswith("library")}

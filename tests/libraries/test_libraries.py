@@ -29,26 +29,28 @@ def empty_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def compiler(require: Callable[[str], None], tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def compiler(require: Callable[[str], None], build_once: Callable[..., Path]) -> Iterator[None]:
     """CMake and a C++ compiler, without which nothing can be built, for this module the one of `unoptimized`."""
     require("compiler")
     with pytest.MonkeyPatch.context() as patched:
-        patched.setenv("CXX", unoptimized(tmp_path_factory.mktemp("compiler")))
+        patched.setenv("CXX", str(build_once("unoptimized", unoptimized) / "unoptimized"))
         yield
 
 
 @pytest.fixture(scope="module")
-def built_at_once(compiler: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def built_at_once(compiler: None, build_once: Callable[..., Path]) -> Path:
     """A cache in which two processes have built at once."""
-    cache = tmp_path_factory.mktemp("built at once")
-    program = "from deploynorm import libraries; print(libraries.cpu_variants(libraries.build().library)[-1])"
-    command, environment = [sys.executable, "-c", program], {**os.environ, "XDG_CACHE_HOME": str(cache)}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    running = [subprocess.Popen(command, env=environment, text=True, **pipes) for _ in range(2)]
-    for process in running:
-        out, err = process.communicate()
-        assert (process.returncode, out.strip()) == (0, "baseline"), err
-    return cache
+
+    def build(cache: Path) -> None:
+        program = "from deploynorm import libraries; print(libraries.cpu_variants(libraries.build().library)[-1])"
+        command, environment = [sys.executable, "-c", program], {**os.environ, "XDG_CACHE_HOME": str(cache)}
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        running = [subprocess.Popen(command, env=environment, text=True, **pipes) for _ in range(2)]
+        for process in running:
+            out, err = process.communicate()
+            assert (process.returncode, out.strip()) == (0, "baseline"), err
+
+    return build_once("built-at-once", build)
 
 
 @pytest.fixture

@@ -140,7 +140,7 @@ def test_what_is_wrong_with_a_library_is_seen(tmp_path: Path, require: Callable[
 
 
 def test_a_build_asks_for_code_for_every_gpu(tmp_path: Path, require: Callable[[str], None]) -> None:
-    """That a library holds the code that was asked for is a test of `examine`: to compile for all GPUs takes minutes."""
+    """A test of `examine` shows that a library holds what was asked for: compiling for all GPUs takes minutes."""
     require("compiler")
     require("nvcc")
     options = ["-G", "Ninja", "-DDEPLOYNORM_CUDA=ON", "-DCMAKE_EXPORT_COMPILE_COMMANDS=ON"]
