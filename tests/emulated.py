@@ -70,7 +70,7 @@ for library in sys.argv[1:]:
     if child == 0:
         check(Path(library))
         os._exit(0)
-    print(os.waitpid(child, 0)[1])
+    print(os.waitpid(child, 0)[1], flush=True)  # or a child that ends by an error would write it again
 """
 
 

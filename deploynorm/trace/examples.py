@@ -1,0 +1,153 @@
+"""Example inputs of a network, each bound to an argument of its forward."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain, count, islice
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from deploynorm.errors import InputError
+
+ExampleInputs = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
+"""What users give: the only input, inputs in the order of forward's arguments, or inputs by the names of arguments."""
+
+
+class Arguments(NamedTuple):
+    """Names of arguments of a forward, in its order, and how many of the first are given by position."""
+
+    names: tuple[str, ...]
+    by_position: int
+
+    def split(self, values: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The positional and the named arguments of a call with these values."""
+        named = zip(self.names[self.by_position :], values[self.by_position :], strict=True)
+        return tuple(values[: self.by_position]), dict(named)
+
+
+class Forward:
+    """The arguments that a network's forward takes.
+
+    Attributes:
+        names: Of all of them, in order; without *args and **kwargs.
+        required: Of those that have no default.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._signature = inspect.signature(model.forward)
+        parameters = self._signature.parameters.values()
+        kinds = {parameter.name: parameter.kind for parameter in parameters}
+        # The module of a torch.export archive wants each argument as the trace had it, whatever its signature says.
+        traced = getattr(model, "_in_spec", None)
+        self._named = [name for name, kind in kinds.items() if kind == inspect.Parameter.KEYWORD_ONLY]
+        self._named += [] if traced is None else traced.child(1).context
+        self._star = inspect.Parameter.VAR_POSITIONAL in kinds.values()
+        self._any_name = inspect.Parameter.VAR_KEYWORD in kinds.values()
+        variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+        ordinary = [p for p in parameters if p.kind not in variable]
+        self._positional = [p.name for p in ordinary if p.name not in self._named]
+        self.names = (*self._positional, *self._named)
+        self.required = tuple(p.name for p in ordinary if p.default is p.empty)
+
+    def first(self, number: int) -> Arguments:
+        """The first arguments, to which a sequence of inputs is bound; those of *args are x, x_1 and so on."""
+        names = self._positional if self._star else self.names
+        names = tuple([*names, *islice(self._spare(), max(number - len(names), 0))][:number])
+        return Arguments(names, sum(name not in self._named for name in names))
+
+    def named(self, names: Collection[str]) -> Arguments:
+        """Arguments of these names.
+
+        Raises:
+            KeyError: forward has no such argument.
+        """
+        positional = [*self._positional, *islice(self._spare(), len(names) if self._star else 0)]
+        known = [*positional, *self._named]
+        unknown = [name for name in names if name not in known]
+        if unknown and not self._any_name:
+            raise KeyError(unknown[0])
+        given = [*(name for name in known if name in names), *unknown]
+        agree = [name == own for name, own in zip(given, positional, strict=False)]
+        return Arguments(tuple(given), (*agree, False).index(False))
+
+    def bind(self, arguments: Arguments, values: Sequence[Any]) -> dict[str, Any]:
+        """Values as forward's body sees them: those of *args in a tuple, those of **kwargs in a dict."""
+        positional, named = arguments.split(values)
+        return self._signature.bind(*positional, **named).arguments
+
+    def _spare(self) -> Iterator[str]:
+        return (name for name in chain(["x"], map("x_{}".format, count(1))) if name not in self.names)
+
+
+@dataclass(frozen=True, eq=False)
+class Examples:
+    """An example of each input of a network, and the argument of forward that it is bound to.
+
+    Iterating gives the tensors.
+    """
+
+    tensors: tuple[Tensor, ...]
+    arguments: Arguments
+
+    @classmethod
+    def of(cls, where: str, model: nn.Module, given: ExampleInputs | Examples) -> Examples:
+        """What a user gives as examples.
+
+        Raises:
+            InputError: There is none, one of them is not a tensor, or forward has no such argument or requires others.
+        """
+        if isinstance(given, Examples):
+            return given
+        forward = Forward(model)
+        if isinstance(given, Tensor):
+            given = (given,)
+        fix = "pass the tensors that forward takes, in order or by name: (x,) or x or {'x': x}; torch.from_numpy makes "
+        fix += "one of an array"
+        inputs: object = given
+        if isinstance(inputs, str) or not isinstance(inputs, Sequence | Mapping):
+            raise InputError(where, "example_inputs is no tuple of tensors", got=type(inputs).__name__, fix=fix)
+        if not inputs:
+            raise InputError(where, "there are no example inputs", fix=fix)
+        entries: Mapping[object, object] = inputs if isinstance(inputs, Mapping) else dict(enumerate(inputs))
+        for key, tensor in entries.items():
+            if not isinstance(tensor, Tensor):
+                problem = f"example input {key} is not a tensor"
+                if isinstance(tensor, list | tuple | dict):
+                    fix = "let forward take each tensor as an argument of its own, or wrap the network in one that does"
+                raise InputError(where, problem, got=type(tensor).__name__, fix=fix)
+        if not isinstance(given, Mapping):
+            arguments = forward.first(len(given))
+            tensors = tuple(given)
+        else:
+            try:
+                arguments = forward.named(given)
+            except KeyError as error:
+                problem = f"the network has no input {error.args[0]!r}"
+                raise InputError(where, problem, expected=", ".join(forward.names)) from None
+            tensors = tuple(given[name] for name in arguments.names)
+        if missing := [name for name in forward.required if name not in arguments.names]:
+            raise InputError(where, f"no example of input {', '.join(missing)}", got=f"{len(tensors)} inputs")
+        return cls(tensors, arguments)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the arguments."""
+        return self.arguments.names
+
+    def replaced(self, tensors: Iterable[Tensor]) -> Examples:
+        """Other tensors for the same arguments."""
+        return replace(self, tensors=tuple(tensors))
+
+    def run(self, model: nn.Module) -> Any:
+        """What the network returns for them."""
+        positional, named = self.arguments.split(self.tensors)
+        return model(*positional, **named)
