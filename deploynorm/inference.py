@@ -143,7 +143,7 @@ def run_on_files(
             TensorSpec(x.name, tuple("?" if axis != 1 else size for axis, size in enumerate(x.shape)), x.dtype)
             for x in network.inputs
         ]
-        runner: Runner = EagerRunner(network.model, free)
+        runner: Runner = EagerRunner(network.model, free, arguments=network.examples.arguments)
         image, labels = network.image, network.labels
     else:
         runner, image, labels = _open_file(model, backend, providers, plugins, trust_engine)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict
@@ -17,13 +17,14 @@ from deploynorm.checkpoint import Checkpoint
 from deploynorm.errors import InputError
 from deploynorm.image import ImageSpec
 from deploynorm.inputs import Shape, TensorSpec
-from deploynorm.trace import argument_names, as_inputs
+from deploynorm.trace import ExampleInputs, Examples, Forward, disposable_copy, unwrapped
 
 
 class Reading(TypedDict, total=False):
-    """How a network is read from its file, and the shapes of its inputs: the options of `Network.of`."""
+    """How a network is read from its file, and its inputs: the options of `Network.of`."""
 
     input_shapes: Mapping[str, Shape] | None
+    input_dtypes: Mapping[str, str] | None
     factory: str | None
     factory_kwargs: Mapping[str, Any] | None
     trust_pickle: bool
@@ -31,28 +32,28 @@ class Reading(TypedDict, total=False):
 
 @dataclass(frozen=True, eq=False)
 class Network:
-    """A network, an example of each positional input, by name, and what its file says of it, where it has one."""
+    """A network, an example of each of its inputs, and what its file says of it, where it has one."""
 
     model: nn.Module
-    examples: tuple[Tensor, ...]
-    names: tuple[str, ...]
+    examples: Examples
     checkpoint: Checkpoint | None = None
 
     @classmethod
     def of(
         cls,
         model: nn.Module | str | Path,
-        example_inputs: Tensor | Sequence[Tensor] | None = None,
+        example_inputs: ExampleInputs | None = None,
         *,
         input_shapes: Mapping[str, Shape] | None = None,
+        input_dtypes: Mapping[str, str] | None = None,
         factory: str | None = None,
         factory_kwargs: Mapping[str, Any] | None = None,
         trust_pickle: bool = False,
     ) -> Network:
         """The network, read from its file where a path is given, and its inputs.
 
-        The arguments are those of `deploynorm.convert`. Inputs that are left out are random, of the shapes given or
-        named by the file.
+        The arguments are those of `deploynorm.convert`. Inputs that are left out are random, of the shapes and types
+        given or named by the file; a type that is not known is the network's own or, where it refuses that, int64.
         """
         loaded = None
         if isinstance(model, type):
@@ -62,21 +63,22 @@ class Network:
             if factory is not None or factory_kwargs is not None or trust_pickle:
                 problem = "factory, factory_kwargs and trust_pickle are for a file"
                 raise InputError("network", problem, fix="leave them out")
+            model = unwrapped(model)
         else:
             loaded = checkpoint.load(model, factory=factory, kwargs=factory_kwargs, trust_pickle=trust_pickle)
             model = loaded.model
         if example_inputs is not None:
-            if input_shapes:
-                raise InputError("network", "example inputs and input shapes together", fix="pass one of the two")
-            examples = as_inputs("network", example_inputs)
-            if missing := _required(model)[len(examples) :]:
-                raise InputError("network", f"no example of input {', '.join(missing)}", got=f"{len(examples)} inputs")
-            return cls(model, examples, tuple(argument_names(model, len(examples))), loaded)
+            if input_shapes or input_dtypes:
+                problem = "example inputs, and shapes or types of inputs too"
+                raise InputError("network", problem, fix="pass one of the two")
+            return cls(model, Examples.of("network", model, example_inputs), loaded)
         shapes = _shapes(model, loaded, input_shapes or {})
-        generator = torch.Generator().manual_seed(0)
-        dtype = dtype_of(model)
-        examples = tuple(torch.randn(shape, generator=generator).to(dtype) for shape in shapes.values())
-        return cls(model, examples, tuple(shapes), loaded)
+        return cls(model, _random(model, shapes, _dtypes(loaded, shapes, input_dtypes or {})), loaded)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the arguments of forward that are its inputs."""
+        return self.examples.names
 
     @property
     def base(self) -> dict[str, Shape]:
@@ -105,27 +107,73 @@ class Network:
         return () if self.checkpoint is None else self.checkpoint.notes
 
 
-def _required(model: nn.Module) -> list[str]:
-    """The positional arguments of forward that have no default."""
-    parameters = inspect.signature(model.forward).parameters.values()
-    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    return [p.name for p in positional if p.default is p.empty]
-
-
 def _shapes(model: nn.Module, loaded: Checkpoint | None, given: Mapping[str, Shape]) -> dict[str, Shape]:
-    """The shape of each input in forward's order: as given, else as the file has it."""
-    names = argument_names(model)
+    """The shape of each input: as given, else as the file has it."""
+    forward = Forward(model)
+    names = forward.names or forward.first(1).names
     known: dict[str, Shape] = {}
     if loaded is not None and loaded.example_inputs is not None:
-        known = {name: tuple(x.shape) for name, x in zip(names, loaded.example_inputs, strict=False)}
+        known = {name: tuple(x.shape) for name, x in loaded.example_inputs.items()}
     elif loaded is not None and loaded.image is not None:
         known = {names[0]: (2, *loaded.image.shape)}
-    for name, shape in given.items():
-        if name and name not in names:
-            raise InputError("--input-shape", f"the network has no input {name!r}", expected=", ".join(names))
-        known[name or names[0]] = shape
-    if missing := [name for name in _required(model) or ["x"] if name not in known]:
+    known |= {name or names[0]: shape for name, shape in given.items()}
+    try:
+        forward.named(known)
+    except KeyError as error:
+        problem = f"the network has no input {error.args[0]!r}"
+        raise InputError("--input-shape", problem, expected=", ".join(names)) from None
+    if missing := [name for name in forward.required or names[:1] if name not in known]:
         problem = f"the shape of input {', '.join(missing)} is not known"
         fix = f"pass --input-shape {missing[0]}:1x3x224x224 with your sizes"
         raise InputError("--input-shape", problem, fix=fix)
-    return {name: known[name] for name in names if name in known}
+    return known
+
+
+def _dtypes(loaded: Checkpoint | None, shapes: Mapping[str, Shape], given: Mapping[str, str]) -> dict[str, torch.dtype]:
+    """The types of inputs that are known: as given, else as the file has them."""
+    known = {name: x.dtype for name, x in ((loaded and loaded.example_inputs) or {}).items() if name in shapes}
+    for name, text in given.items():
+        dtype = getattr(torch, text, None)
+        if not isinstance(dtype, torch.dtype) or dtype.is_complex or (name or next(iter(shapes))) not in shapes:
+            got, expected = f"{name}:{text}", f"a type such as int64 or bool, of {', '.join(shapes)}"
+            raise InputError("--input-dtype", "no such input or type", got=got, expected=expected)
+        known[name or next(iter(shapes))] = dtype
+    return known
+
+
+def _random(model: nn.Module, shapes: Mapping[str, Shape], known: Mapping[str, torch.dtype]) -> Examples:
+    """Random inputs: standard normal, or integers; an input of unknown type is int64 where the network refuses its own.
+
+    Inputs that it always refuses stay floats, so that the error of the first stage which runs it is of these.
+    """
+    arguments = Forward(model).named(shapes)
+    open_names = [name for name in arguments.names if name not in known]
+    tries: Iterator[tuple[str, ...]] = iter([(), *((name,) for name in open_names), tuple(open_names)])
+    first = None
+    for integers in tries if open_names else [()]:
+        dtypes = {name: torch.int64 if name in integers else dtype_of(model) for name in arguments.names} | dict(known)
+        generator = torch.Generator().manual_seed(0)
+        examples = Examples(
+            tuple(_values(shapes[name], dtypes[name], generator) for name in arguments.names), arguments
+        )
+        if not open_names or _runs(model, examples):
+            return examples
+        first = first or examples
+    assert first is not None
+    return first
+
+
+def _values(shape: Shape, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    if dtype.is_floating_point:
+        return torch.randn(shape, generator=generator).to(dtype)
+    return torch.randint(0, 2 if dtype == torch.bool else 8, shape, generator=generator).to(dtype)
+
+
+def _runs(model: nn.Module, examples: Examples) -> bool:
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            examples.run(disposable_copy(model))
+    except Exception:  # whatever its type, it means that the network does not take these
+        return False
+    return True

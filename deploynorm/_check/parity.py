@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy.typing as npt
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from deploynorm._check.comparison import Report, check_known, parity_table
 from deploynorm._export.precision import DTYPES, cast_floats, dtype_of, first_overflow, to_precision
@@ -24,6 +24,7 @@ from deploynorm.run import open_runner
 from deploynorm.run.base import Runner
 from deploynorm.run.eager import EagerRunner
 from deploynorm.samples import sample_inputs
+from deploynorm.trace import ExampleInputs
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -76,7 +77,7 @@ class Parity:
 def check_file(
     model: str | Path | nn.Module,
     path: Path | str,
-    example_inputs: Tensor | Sequence[Tensor] | None = None,
+    example_inputs: ExampleInputs | None = None,
     *,
     backend: str | None = None,
     seed: int = 0,
@@ -133,7 +134,8 @@ class Checks:
         The output names are for the table; dtype is that of folding, where it is not the network's own.
         """
         wide = None if dtype == dtype_of(self._network.model) else dtype
-        with EagerRunner(folded, self._network.inputs, output_names, dtype=wide) as candidate:
+        inputs, arguments = self._network.inputs, self._network.examples.arguments
+        with EagerRunner(folded, inputs, output_names, dtype=wide, arguments=arguments) as candidate:
             candidate.name = f"folded, {candidate.name}"
             self._reports.append(self._check(candidate))
 
@@ -198,8 +200,8 @@ class Checks:
         if precision is not None:
             model = to_precision(model, DTYPES[precision], keep_float32=self._keep_float32)
             inputs = tuple(replace(x, dtype=precision) if "float" in x.dtype else x for x in inputs)
-            examples = cast_floats(examples, DTYPES[precision])
-        with EagerRunner(model, inputs) as itself:
+            examples = examples.replaced(cast_floats(examples, DTYPES[precision]))
+        with EagerRunner(model, inputs, arguments=examples.arguments) as itself:
             itself.name = f"the network itself, {inputs[0].dtype}"
             own = self._check(itself)
         advice = ""
@@ -239,7 +241,8 @@ class Checks:
         # A file may have been given other names than forward has: inputs are paired in order.
         base = {spec.name: shape for spec, shape in zip(inputs, self._network.base.values(), strict=True)}
         self._samples, self._made_for = [], (candidate.inputs, candidate.precision)
-        with EagerRunner(self._network.model, inputs, dtype=torch.float64) as truth:
+        arguments = self._network.examples.arguments
+        with EagerRunner(self._network.model, inputs, dtype=torch.float64, arguments=arguments) as truth:
             for label, feeds in sample_inputs(inputs, seed=self._seed, base=base):
                 feeds = self._fitted(feeds, candidate.precision)
                 try:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import deploynorm
 from deploynorm._check.parity import Checks, Parity
@@ -29,7 +29,7 @@ from deploynorm.image import ImageSpec
 from deploynorm.inputs import Shape, sizes_to_dict
 from deploynorm.network import Network
 from deploynorm.run.backends import ONNX_BACKENDS
-from deploynorm.trace import Dynamic, dynamic_places, find_sizes, inference_copy
+from deploynorm.trace import Dynamic, ExampleInputs, dynamic_places, find_sizes, inference_copy
 
 _PACKAGES = ("torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "onnxruntime-gpu", "numpy")
 
@@ -133,9 +133,10 @@ class Conversion:
 
 def convert(
     model: nn.Module | str | Path,
-    example_inputs: Tensor | Sequence[Tensor] | None = None,
+    example_inputs: ExampleInputs | None = None,
     *,
     input_shapes: Mapping[str, Shape] | None = None,
+    input_dtypes: Mapping[str, str] | None = None,
     factory: str | None = None,
     factory_kwargs: Mapping[str, Any] | None = None,
     trust_pickle: bool = False,
@@ -169,8 +170,10 @@ def convert(
 
     Args:
         model: A network, which is left as it is, or a file that `deploynorm.load` reads.
-        example_inputs: Positional inputs of forward, or the only one; may be left out for a file.
+        example_inputs: See `deploynorm.export`; may be left out for a file.
         input_shapes: Shape of an input by name, "" for the only one, in place of `example_inputs`.
+        input_dtypes: Type of an input by name ({"label": "int64"}); by default the network's own, or int64 where it
+            refuses that.
         factory, factory_kwargs, trust_pickle: For a file, see `deploynorm.load`.
         fold: False exports the network as it is.
         dtype, keep_float32, keep_io_types, dynamic, opset, lowering, function, input_names, output_names: See
@@ -195,6 +198,7 @@ def convert(
         model,
         example_inputs,
         input_shapes=input_shapes,
+        input_dtypes=input_dtypes,
         factory=factory,
         factory_kwargs=factory_kwargs,
         trust_pickle=trust_pickle,
@@ -208,7 +212,7 @@ def convert(
     names = as_names("input_names", input_names, len(network.names)) or network.names
     dynamic = by_argument(dynamic, names, network.names)
     if dynamic is not None:
-        dynamic_places(network.model, network.examples, dynamic)
+        dynamic_places(network.examples, dynamic)
     labels = network.labels if labels is None else _labels(labels)
     image = _image(network, image, mean, std)
     metadata = {}
@@ -219,11 +223,11 @@ def convert(
     own, working, examples = dtype_of(network.model), network.model, network.examples
     sizes = None
     if dynamic != "none":
-        sizes = find_sizes(inference_copy(working), [example.cpu() for example in examples])
+        sizes = find_sizes(inference_copy(working), examples.replaced(example.cpu() for example in examples))
     if own in HALF and dtype not in (None, own) and (dtype == torch.float32 or not keep_io_types):
         # Folding in the network's own half type would round its weights once more.
         working = to_precision(working, torch.float32, keep_io_types=keep_io_types)
-        examples = examples if keep_io_types else cast_floats(examples, torch.float32)
+        examples = examples if keep_io_types else examples.replaced(cast_floats(examples, torch.float32))
     report = None
     if fold:
         working, report = fold_network(working, examples, dynamic=dynamic, sizes=sizes)
@@ -260,7 +264,7 @@ def _image(
         return network.image if image is None else image
     if image is not None or mean is None or std is None:
         raise InputError("convert", "mean and std belong together, in place of image", got=f"mean={mean}, std={std}")
-    size: Any = network.examples[0].shape[1:]
+    size: Any = network.examples.tensors[0].shape[1:]
     return ImageSpec(tuple(map(int, size)), tuple(mean), tuple(std))  # type: ignore[arg-type]
 
 

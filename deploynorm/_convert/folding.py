@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from deploynorm._check.parity import Checks, Parity
 from deploynorm._fold import FoldReport, fold
 from deploynorm.files import staging
 from deploynorm.network import Network
-from deploynorm.trace import Dynamic, quiet, trace
+from deploynorm.trace import Dynamic, ExampleInputs, quiet, trace
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -63,7 +62,7 @@ class Folding:
 
 def fold_checked(
     model: nn.Module | str | Path,
-    example_inputs: Tensor | Sequence[Tensor] | None = None,
+    example_inputs: ExampleInputs | None = None,
     *,
     dynamic: Dynamic | None = None,
     seed: int = 0,

@@ -11,7 +11,7 @@ from pathlib import Path
 import onnx
 import onnx_ir as ir
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from deploynorm import onnx_file
 from deploynorm._export.names import as_names, by_argument, default_output_names, name_axes, name_inputs_and_outputs
@@ -24,14 +24,15 @@ from deploynorm.lowering import lower
 from deploynorm.tables import table
 from deploynorm.trace import (
     Dynamic,
+    ExampleInputs,
+    Examples,
     Sizes,
-    argument_names,
-    as_inputs,
     dynamic_places,
     find_sizes,
     inference_copy,
     narrowed_axes,
     trace,
+    unwrapped,
 )
 
 DEFAULT_OPSET = 20
@@ -93,7 +94,7 @@ class Exported:
 
 def export(
     model: nn.Module,
-    example_inputs: Tensor | Sequence[Tensor],
+    example_inputs: ExampleInputs | Examples,
     *,
     dtype: torch.dtype | str | None = None,
     keep_float32: Sequence[str] = (),
@@ -114,7 +115,8 @@ def export(
 
     Args:
         model: Any network that torch.export can trace.
-        example_inputs: Positional inputs of forward, or the only one; sizes above 1 on dynamic spatial axes.
+        example_inputs: The only input, inputs in the order of forward's arguments, or by the names of arguments (those
+            of a call model(x, shift=y) are {"x": x, "shift": y}). Sizes above 1 on dynamic spatial axes.
         dtype: Type of weights and activations; by default the network stays in its own. In half precision the
             parameters of FRN, and of norms that did not fold, stay in float32.
         keep_float32: Names of layers that stay in float32 in a half network, with casts around them; or patterns (*).
@@ -139,6 +141,7 @@ def export(
     Warns:
         RuntimeWarning: dtype loses whole channels of a weight.
     """
+    model = unwrapped(model)
     given, opset = check_options(dtype, opset, lowering)
     own = dtype_of(model)
     dtype = own if given is None else given
@@ -146,25 +149,25 @@ def export(
         opset = BFLOAT16_OPSET
     opset = DEFAULT_OPSET if opset is None else opset
     keep_float32 = tuple(keep_float32)
-    examples = as_inputs("export", example_inputs)
-    arguments = argument_names(model, len(examples))
-    inputs = as_names("input_names", input_names, len(examples)) or tuple(arguments)
+    examples = Examples.of("export", model, example_inputs)
+    arguments = examples.names
+    inputs = as_names("input_names", input_names, len(examples)) or arguments
     outputs = as_names("output_names", output_names)
     if both := set(inputs) & set(outputs or ()):
         raise InputError("export", "an input and an output of one name", got=", ".join(sorted(both)))
     if sizes is None and dynamic != "none":
         # Asked of the network as it is: in float16 a CPU takes twenty times as long.
-        sizes = find_sizes(inference_copy(model), [example.cpu() for example in cast_floats(examples, own)])
+        sizes = find_sizes(inference_copy(model), examples.replaced(x.cpu() for x in cast_floats(examples, own)))
     axis_names: dict[tuple[int, int], str] = {}
     dynamic = by_argument(dynamic, inputs, arguments)
     if isinstance(dynamic, Mapping):
         for name, axes in dynamic.items():
-            axis_names |= {(i, axis): axes[axis] for i, axis in dynamic_places(model, examples, {name: axes})}
+            axis_names |= {(i, axis): axes[axis] for i, axis in dynamic_places(examples, {name: axes})}
     if dtype == own and not keep_float32:
         twin = inference_copy(model)
     else:
         twin = to_precision(model, dtype, keep_float32=keep_float32, keep_io_types=keep_io_types)
-        examples = cast_floats(examples, own if keep_io_types else dtype)
+        examples = examples.replaced(cast_floats(examples, own if keep_io_types else dtype))
     try:
         program = trace(twin, examples, dynamic, sizes=sizes)
         # At the other sizes the file would compute something else, and say nothing.

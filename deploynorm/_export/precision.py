@@ -16,7 +16,7 @@ from deploynorm import contract, dtypes
 from deploynorm.errors import InputError, ModelError
 from deploynorm.layers._precision import FullPrecisionBuffers
 from deploynorm.layers.functional import compute_dtype
-from deploynorm.trace import inference_copy
+from deploynorm.trace import ExampleInputs, Examples, inference_copy, is_archive
 
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in contract.DTYPES}
 """The types that a network can be converted to, by name."""
@@ -96,7 +96,7 @@ def kept_layers(model: nn.Module, patterns: Sequence[str]) -> tuple[str, ...]:
     Raises:
         InputError: A pattern that names no layer, or an archive of torch.export, which has no layers.
     """
-    if patterns and isinstance(model, fx.GraphModule):
+    if patterns and is_archive(model):
         problem = "an archive of torch.export has no layers that could be kept, for it is one graph"
         fix = "export from the network or checkpoint that the archive was made from"
         raise InputError("keep_float32", problem, got=", ".join(patterns), fix=fix)
@@ -112,7 +112,7 @@ def kept_layers(model: nn.Module, patterns: Sequence[str]) -> tuple[str, ...]:
     return tuple(name for name in names if name in found and not any(name.startswith(f"{x}.") for x in found))
 
 
-def first_overflow(model: nn.Module, inputs: Sequence[Tensor]) -> str | None:
+def first_overflow(model: nn.Module, examples: ExampleInputs | Examples) -> str | None:
     """The innermost layer that first gives infinity or NaN for finite inputs, by name; None if none does."""
     names = {module: name for name, module in model.named_modules()}
     found: list[str] = []
@@ -126,13 +126,13 @@ def first_overflow(model: nn.Module, inputs: Sequence[Tensor]) -> str | None:
             found.append(names[module])
 
     with torch.inference_mode(), nn.modules.module.register_module_forward_hook(look):
-        model(*inputs)
+        Examples.of("first_overflow", model, examples).run(model)
     return found[0] if found else None
 
 
 def _stay_wide(model: nn.Module, kept: Sequence[str]) -> set[str]:
     """Names of the parameters and buffers that stay wide: all of a kept layer, and those that a norm holds."""
-    if isinstance(model, fx.GraphModule):  # an archive of torch.export: those that its operators take
+    if is_archive(model):  # those that its operators take
         frn = getattr(getattr(torch.ops, contract.DOMAIN), contract.TORCH_OP).default
         norms = [node for node in model.graph.nodes if node.target in (frn, torch.ops.aten.batch_norm.default)]
         return {name for node in norms for name in _sources(node.args[1:5])}
@@ -204,34 +204,33 @@ def _lost_channels(module: nn.Module, tensor: Tensor, new: Tensor) -> str:
     return f"{lost} of {len(rows)} channels" if lost else ""
 
 
+def _cast(values: Any, source: torch.dtype, target: torch.dtype) -> Any:
+    """The same with each tensor of the source type in the target type."""
+    return _pytree.tree_map_only(Tensor, lambda x: x.to(target) if x.dtype == source else x, values)
+
+
 def _cast_around(module: nn.Module, outer: torch.dtype, inner: torch.dtype) -> None:
     """Casts the tensors of the outer type that go into a layer to the inner one, and those that come out back."""
 
-    def cast(values: object, source: torch.dtype, target: torch.dtype) -> object:
-        return _pytree.tree_map_only(Tensor, lambda x: x.to(target) if x.dtype == source else x, values)
-
     def before(_: nn.Module, args: object, kwargs: object) -> object:
-        return cast((args, kwargs), outer, inner)
+        return _cast((args, kwargs), outer, inner)
 
     def after(_: nn.Module, args: object, output: object) -> object:
-        return cast(output, inner, outer)
+        return _cast(output, inner, outer)
 
     module.register_forward_pre_hook(before, with_kwargs=True)  # type: ignore[arg-type]
     module.register_forward_hook(after)
 
 
 def _cast_ends(module: fx.GraphModule, own: torch.dtype, dtype: torch.dtype) -> None:
-    """Casts the inputs and outputs of a whole archive: torch.export interprets its graph and calls no hooks of it."""
-    graph, to = module.graph, torch.ops.aten.to.dtype
+    """Casts inputs and outputs in the graph: torch.export interprets a GraphModule's graph and calls no hooks of it."""
+    graph = module.graph
     inputs = [node for node in graph.nodes if node.op == "placeholder"]
     (output,) = (node for node in graph.nodes if node.op == "output")
-    results = [node for node in output.all_input_nodes if getattr(node.meta.get("val"), "dtype", None) == own]
     with graph.inserting_before(output):
-        for node in results:
-            output.replace_input_with(node, graph.call_function(to, (node, own)))
+        output.args = (graph.call_function(_cast, (output.args[0], dtype, own)),)
     with graph.inserting_after(inputs[-1]):
         for node in inputs:
-            if getattr(node.meta.get("val"), "dtype", None) == own:
-                inside = graph.call_function(to, (node, dtype))
-                node.replace_all_uses_with(inside, delete_user_cb=lambda user, inside=inside: user is not inside)
+            inside = graph.call_function(_cast, (node, own, dtype))
+            node.replace_all_uses_with(inside, delete_user_cb=lambda user, inside=inside: user is not inside)
     module.recompile()

@@ -27,7 +27,7 @@ def to_onnx(program: torch.export.ExportedProgram, opset: int) -> ir.Model:
     """
     register_schema()
     table = {getattr(getattr(torch.ops, DOMAIN), TORCH_OP).default: translate}
-    with quiet("torch.onnx", "onnxscript"):
+    with quiet("torch.onnx", "onnxscript", "onnx_ir"):
         try:
             onnx_program = torch.onnx.export(
                 program, (), opset_version=opset, custom_translation_table=table, dynamo=True, verbose=False

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 
 from torch import Tensor, nn
 
@@ -13,14 +12,25 @@ from deploynorm._fold.report import FoldReport, FoldResult, Outcome
 from deploynorm.changes import Change
 from deploynorm.errors import ModelError
 from deploynorm.layers import TLU
-from deploynorm.trace import Dynamic, Sizes, TraceReader, as_inputs, has_hooks, inference_copy, narrowed_axes, trace
+from deploynorm.trace import (
+    Dynamic,
+    ExampleInputs,
+    Examples,
+    Sizes,
+    TraceReader,
+    has_hooks,
+    inference_copy,
+    narrowed_axes,
+    trace,
+    unwrapped,
+)
 
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 def fold(
     model: nn.Module,
-    example_inputs: Tensor | Sequence[Tensor],
+    example_inputs: ExampleInputs | Examples,
     *,
     dynamic: Dynamic | None = None,
     sizes: Sizes | None = None,
@@ -43,7 +53,7 @@ def fold(
 
     Args:
         model: Any network; it is left untouched.
-        example_inputs: Positional inputs of forward, or the only one, for the trace.
+        example_inputs: For the trace, as in `deploynorm.export`.
         dynamic: Axes that will be dynamic, as in `deploynorm.export`. Where the network branches on the size of one, no
             normalization folds until that axis is left out here.
         sizes: What `deploynorm.trace.find_sizes` found, where it was asked already.
@@ -56,7 +66,8 @@ def fold(
         InputError: An example input is not a tensor.
         ModelError: The network cannot be copied.
     """
-    examples = as_inputs("fold", example_inputs)
+    model = unwrapped(model)
+    examples = Examples.of("fold", model, example_inputs)
     folding = _Folding(inference_copy(model))
     folding.rewrite_locally()
     folding.fold_norms(examples, dynamic, sizes)
@@ -96,7 +107,7 @@ class _Folding:
             else:  # case 3 or 4
                 self._norms[replacement] = (path, kind)
 
-    def fold_norms(self, examples: Sequence[Tensor], dynamic: Dynamic | None, sizes: Sizes | None) -> None:
+    def fold_norms(self, examples: Examples, dynamic: Dynamic | None, sizes: Sizes | None) -> None:
         """Folds each normalization into the layers before it, or reports why not."""
         if not self._norms:
             return
@@ -120,7 +131,7 @@ class _Folding:
         changes = tuple(self._changes[path] for path in self._paths.values() if path in self._changes)
         return FoldResult(self._model, FoldReport(found, changes))
 
-    def _traced(self, examples: Sequence[Tensor], dynamic: Dynamic | None, sizes: Sizes | None) -> TraceReader:
+    def _traced(self, examples: Examples, dynamic: Dynamic | None, sizes: Sizes | None) -> TraceReader:
         try:
             program = trace(self._model, examples, dynamic, sizes=sizes)
         except ModelError as error:

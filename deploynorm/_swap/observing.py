@@ -10,11 +10,20 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 from torch.export import ExportedProgram
 
 from deploynorm.errors import ModelError
-from deploynorm.trace import TraceReader, doubled, find_sizes, first_line, inference_copy, narrowed_axes, trace
+from deploynorm.trace import (
+    Examples,
+    TraceReader,
+    doubled,
+    find_sizes,
+    first_line,
+    inference_copy,
+    narrowed_axes,
+    trace,
+)
 
 
 @dataclass(frozen=True)
@@ -35,7 +44,7 @@ class _UnprovableError(Exception):
     """The traces do not show all that the network may do."""
 
 
-def observe(model: nn.Module, examples: Sequence[Tensor]) -> Observed:
+def observe(model: nn.Module, examples: Examples) -> Observed:
     """Runs and traces a copy of the network, in evaluation and in training mode; the batch size stays dynamic.
 
     Raises:
@@ -43,11 +52,11 @@ def observe(model: nn.Module, examples: Sequence[Tensor]) -> Observed:
     """
     twin = inference_copy(model)
     modules = dict(twin.named_modules())
-    examples = [example.detach().cpu().clone() for example in examples]
+    examples = examples.replaced(example.detach().cpu().clone() for example in examples)
     with torch.random.fork_rng(devices=[]), torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the network's own code will warn again in training
         try:
-            twin(*examples)
+            examples.run(twin)
         except Exception as error:
             problem = f"the network does not run on the example inputs: {type(error).__name__}: {first_line(error)}"
             got = "inputs of shape " + ", ".join(str(tuple(example.shape)) for example in examples)
@@ -66,7 +75,7 @@ def observe(model: nn.Module, examples: Sequence[Tensor]) -> Observed:
 
 
 def _trace_both_modes(
-    model: nn.Module, examples: Sequence[Tensor], relus: Sequence[nn.ReLU]
+    model: nn.Module, examples: Examples, relus: Sequence[nn.ReLU]
 ) -> tuple[list[ExportedProgram], set[nn.Module]]:
     """The traces, and the ReLUs that are bypassed; raises _UnprovableError with the reason where there are none."""
     sizes = find_sizes(model, examples)
@@ -80,7 +89,7 @@ def _trace_both_modes(
                 module.training &= not isinstance(module, nn.modules.batchnorm._BatchNorm)
         try:
             forwards = _count_forwards(model, examples, relus)
-            program = trace(model, examples, fixed=("spatial",), sizes=sizes)
+            program = trace(model, examples, fixed=("spatial",), sizes=sizes, deterministic=False)
         except ModelError as error:
             raise _UnprovableError(f"it cannot be traced in {mode} mode ({error.problem})") from error
         except Exception as error:  # the network's own code fails here, with any type
@@ -105,7 +114,7 @@ def _fixed_batches(program: ExportedProgram) -> list[str]:
     return [f"axis 0 of {name}: {size} alone" for name, size in fixed.items()]
 
 
-def _count_forwards(model: nn.Module, examples: Sequence[Tensor], layers: Sequence[nn.Module]) -> Counter[nn.Module]:
+def _count_forwards(model: nn.Module, examples: Examples, layers: Sequence[nn.Module]) -> Counter[nn.Module]:
     """Runs the network and counts how often each layer's forward ran, however it was called."""
     counts: Counter[nn.Module] = Counter()
 
@@ -116,7 +125,7 @@ def _count_forwards(model: nn.Module, examples: Sequence[Tensor], layers: Sequen
     for layer in layers:
         layer.forward = partial(forward, layer)
     try:
-        model(*examples)
+        examples.run(model)
     finally:
         for layer in layers:
             del layer.forward

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
@@ -20,7 +20,7 @@ from deploynorm._swap.report import SwapReport
 from deploynorm._swap.to_frn import plan_frn
 from deploynorm._swap.to_mabn import plan_mabn
 from deploynorm.errors import InputError, ModelError
-from deploynorm.trace import as_inputs
+from deploynorm.trace import ExampleInputs, Examples
 
 Norm = Literal["frn", "mabn"]
 Weights = Literal["keep", "reset"]
@@ -35,7 +35,7 @@ class SwapResult(NamedTuple):
 
 def swap(
     model: nn.Module,
-    example_inputs: Tensor | Sequence[Tensor],
+    example_inputs: ExampleInputs,
     *,
     norm: Norm,
     thresholds: Thresholds = "own",
@@ -67,7 +67,7 @@ def swap(
 
     Args:
         model: Any network; it is left untouched.
-        example_inputs: Positional inputs of forward, or the only one, of the sizes of training.
+        example_inputs: As in `deploynorm.export`, of the sizes of training.
         norm: "frn" or "mabn".
         thresholds: For FRN, which ReLUs become TLUs: those that are a normalization's "own", "all" that
             normalizations reach, or "none", which leaves every activation where it is.
@@ -86,7 +86,7 @@ def swap(
             not run on the example inputs.
     """
     _check_arguments(norm, thresholds, weights, options)
-    examples = as_inputs("swap", example_inputs)
+    examples = Examples.of("swap", model, example_inputs)
     _check_model(model)
     layers = dict(model.named_modules())
     observed = observe(model, examples)

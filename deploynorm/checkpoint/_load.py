@@ -19,6 +19,7 @@ from deploynorm.checkpoint._own import is_own_format, outline, unpacked
 from deploynorm.checkpoint._state import check_finite, find_state_dict, load_strictly
 from deploynorm.errors import ModelError
 from deploynorm.image import ImageSpec
+from deploynorm.trace.examples import Forward
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,7 +34,7 @@ class Checkpoint:
         sha256: Hash of its bytes, in hexadecimal.
         factory: "pkg.mod:function" that made the network, if one did.
         image, labels, training: As given to `save`.
-        example_inputs: The inputs, by position, that the network was traced with (.pt2).
+        example_inputs: The inputs that the network was traced with (.pt2), by the names of forward's arguments.
         exported: The traced program (.pt2).
         notes: What was done to the file to read it, such as a prefix that was removed from every name.
     """
@@ -46,7 +47,7 @@ class Checkpoint:
     image: ImageSpec | None = None
     labels: tuple[str, ...] | None = None
     training: Mapping[str, Any] | None = None
-    example_inputs: tuple[Tensor, ...] | None = None
+    example_inputs: Mapping[str, Tensor] | None = None
     exported: ExportedProgram | None = None
     notes: tuple[str, ...] = ()
 
@@ -90,7 +91,8 @@ def load(
         if isinstance(content, ExportedProgram):
             if factory is not None or kwargs is not None:
                 raise _superfluous(where, "a torch.export archive", "no factory and no arguments")
-            return found(_module(content, where), "pt2", example_inputs=_examples(content), exported=content)
+            model = _module(content, where)
+            return found(model, "pt2", example_inputs=_examples(content, model), exported=content)
     if isinstance(content, nn.Module):
         if kwargs is not None and factory is None:
             raise _superfluous(where, "a pickled network", "no arguments")
@@ -132,11 +134,11 @@ def _module(program: ExportedProgram, where: str) -> nn.Module:
     return model
 
 
-def _examples(program: ExportedProgram) -> tuple[Tensor, ...] | None:
-    """The inputs that a program was traced with, where these are tensors by position."""
-    examples, named = program.example_inputs or ((), {})
-    plain = examples and not named and all(isinstance(example, Tensor) for example in examples)
-    return tuple(examples) if plain else None
+def _examples(program: ExportedProgram, model: nn.Module) -> dict[str, Tensor] | None:
+    """The inputs that a program was traced with, where these are tensors, by the names of forward's arguments."""
+    positional, named = program.example_inputs or ((), {})
+    examples = dict(zip(Forward(model).first(len(positional)).names, positional, strict=True)) | named
+    return examples if examples and all(isinstance(example, Tensor) for example in examples.values()) else None
 
 
 def _unpickled(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -11,12 +9,12 @@ from typing import Any
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree
 
 from deploynorm.arrays import to_array, to_tensor
 from deploynorm.errors import BackendError, DeployNormError, InputError, ModelError
 from deploynorm.inputs import TensorSpec
 from deploynorm.run.base import Runner, check_feeds, closed_error
+from deploynorm.trace import Arguments, Forward, copied, tensors_of
 
 
 class EagerRunner(Runner):
@@ -24,11 +22,15 @@ class EagerRunner(Runner):
 
     Args:
         model: Any nn.Module, also the one that an ExportedProgram's module() returns.
-        inputs: Its positional inputs, in order.
+        inputs: Its inputs.
         output_names: Names of its outputs in the order in which nested tuples, lists and dicts list them; None
             outputs do not count. By default "output_0", "output_1", ..., known after the first call.
         dtype: Floating parameters, buffers and inputs are cast to it. torch.float64 gives the truth of a check.
         device: Where to run.
+        arguments: What each input is bound to; by default the arguments of forward of these names or, where it has not
+            all of them, its first ones.
+
+    A buffer that forward changes is set back after each call, so that each computes what the first one would.
 
     Raises BackendError if the device is not there, and ModelError if the network cannot be copied.
     """
@@ -41,6 +43,7 @@ class EagerRunner(Runner):
         *,
         dtype: torch.dtype | None = None,
         device: torch.device | str = "cpu",
+        arguments: Arguments | None = None,
     ) -> None:
         self._device = torch.device(device)
         self._dtype = dtype
@@ -52,24 +55,37 @@ class EagerRunner(Runner):
         self.inputs = tuple(inputs)
         self.output_names = tuple(output_names or ())
         self._named = output_names is not None
-        self._network: nn.Module | None = _evaluation_copy(model, self._device, dtype)
+        # A copy of the module of an archive takes eval(), which that module refuses itself: its graph has a mode.
+        self._network: nn.Module | None = copied(model).to(device=self._device, dtype=dtype).eval()
+        self._arguments = arguments or _arguments(self._network, [spec.name for spec in inputs])
+        self._buffers = [
+            (module, name, buffer, buffer.clone())
+            for module in self._network.modules()
+            for name, buffer in module._buffers.items()
+            if buffer is not None
+        ]
 
     def infer(self, feeds: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
         if self._network is None:
             raise closed_error("EagerRunner.infer")
         check_feeds("EagerRunner.infer", self.inputs, feeds)
         copies = [to_tensor(feeds[spec.name]) for spec in self.inputs]  # the network may work in place
-        arguments = [x.to(self._device, self._dtype if x.is_floating_point() else None) for x in copies]
+        tensors = [x.to(self._device, self._dtype if x.is_floating_point() else None) for x in copies]
+        by_position, named = self._arguments.split(tensors)
         try:
             with torch.inference_mode(), torch.autocast(self._device.type, enabled=False), _full_float32():
-                result = self._network(*arguments)
+                result = self._network(*by_position, **named)
+                # Copies, for what is returned may be a buffer.
+                leaves = [x.clone() if isinstance(x, Tensor) else x for x in tensors_of(result)]
+                for module, name, buffer, value in self._buffers:
+                    module._buffers[name] = buffer.copy_(value)
         except DeployNormError:
             raise
         except Exception as error:
             problem, fix = f"the network raised {type(error).__name__}: {error}", "feed shapes that the network accepts"
             shapes = {name: value.shape for name, value in feeds.items()}
             raise ModelError("EagerRunner.infer", problem, got=shapes, fix=fix) from error
-        arrays = [_to_array(leaf) for leaf in _pytree.tree_leaves(result) if leaf is not None]
+        arrays = [_to_array(leaf) for leaf in leaves]
         if not self._named:
             self.output_names = tuple(f"output_{i}" for i in range(len(arrays)))
         elif len(arrays) != len(self.output_names):
@@ -82,17 +98,12 @@ class EagerRunner(Runner):
         self._network = None
 
 
-def _evaluation_copy(model: nn.Module, device: torch.device, dtype: torch.dtype | None) -> nn.Module:
+def _arguments(model: nn.Module, names: Sequence[str]) -> Arguments:
+    forward = Forward(model)
     try:
-        with warnings.catch_warnings():
-            # A module of torch.export makes copy.deepcopy warn of torch's own code.
-            warnings.simplefilter("ignore", FutureWarning)
-            # In the copy such a module also takes eval(), which it refuses itself: its mode is in its graph.
-            return copy.deepcopy(model).to(device=device, dtype=dtype).eval()
-    except Exception as error:
-        problem = f"the network cannot be copied and put in evaluation mode: {error}"
-        fix = "remove parametrizations such as weight_norm, and attributes that hold files, locks or results"
-        raise ModelError("EagerRunner", problem, got=type(model).__name__, fix=fix) from error
+        return forward.named(names)
+    except KeyError:
+        return forward.first(len(names))
 
 
 def _to_array(value: object) -> npt.NDArray[Any]:

@@ -1,38 +1,44 @@
 """One traced network, and all that is asked of it."""
 
+from deploynorm.trace.copies import copied, disposable_copy, inference_copy, is_archive, unwrapped
+from deploynorm.trace.examples import Arguments, ExampleInputs, Examples, Forward
+from deploynorm.trace.outputs import tensors_of
+from deploynorm.trace.quiet import first_line, quiet
 from deploynorm.trace.reader import LINEAR_OPERATORS, TraceReader, aten_operators, has_hooks, operator_name, walk
 from deploynorm.trace.sizes import Sizes, axis_letter, find_sizes
 from deploynorm.trace.tracing import (
     Dynamic,
-    argument_names,
-    as_inputs,
     doubled,
     dynamic_places,
-    first_line,
-    inference_copy,
     narrowed_axes,
-    quiet,
     trace,
 )
 
 __all__ = [
     "LINEAR_OPERATORS",
+    "Arguments",
     "Dynamic",
+    "ExampleInputs",
+    "Examples",
+    "Forward",
     "Sizes",
     "TraceReader",
-    "argument_names",
     "aten_operators",
-    "as_inputs",
     "axis_letter",
+    "copied",
+    "disposable_copy",
     "doubled",
     "dynamic_places",
     "find_sizes",
     "first_line",
     "has_hooks",
     "inference_copy",
+    "is_archive",
     "narrowed_axes",
     "operator_name",
     "quiet",
+    "tensors_of",
     "trace",
+    "unwrapped",
     "walk",
 ]

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from deploynorm.inputs import AxisSizes, Shape
+from deploynorm.trace.copies import disposable_copy
+from deploynorm.trace.examples import ExampleInputs, Examples
 
 Place = tuple[int, int]
 """An input by its position, and one of its axes."""
@@ -94,7 +95,7 @@ def axis_letter(rank: int, axis: int) -> str:
     return ("N", "C", *spatial)[axis] if axis < 2 + len(spatial) else f"axis_{axis}"
 
 
-def find_sizes(model: nn.Module, examples: Sequence[Tensor]) -> Sizes:
+def find_sizes(model: nn.Module, examples: ExampleInputs | Examples) -> Sizes:
     """Runs a copy of the network with larger inputs, and reports what it takes.
 
     1. Everything larger at once, each axis by another amount, then by one: most networks whose map is not fixed.
@@ -103,16 +104,15 @@ def find_sizes(model: nn.Module, examples: Sequence[Tensor]) -> Sizes:
        inputs refuse to grow one by one, all by the same amount, or each by a part of its own size.
     4. Height and width together, and at last twice the size and parts of that.
 
-    The network is in evaluation mode on the CPU; a copy of it runs, since forward may change buffers.
+    The network is in evaluation mode on the CPU; each time a fresh copy runs, since forward may change buffers, or keep
+    what it made for one size.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a module of torch.export warns of torch's own code when copied
-        search = _Search(copy.deepcopy(model), examples)
+    search = _Search(model, Examples.of("find_sizes", model, examples))
     return Sizes(search.shapes, tuple(search.groups()))
 
 
 class _Search:
-    def __init__(self, model: nn.Module, examples: Sequence[Tensor]) -> None:
+    def __init__(self, model: nn.Module, examples: Examples) -> None:
         self._model = model
         self._examples = examples
         self.shapes = tuple(tuple(example.shape) for example in examples)
@@ -200,7 +200,7 @@ class _Search:
         try:
             with torch.no_grad(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                self._model(*grown)
+                self._examples.replaced(grown).run(disposable_copy(self._model))
         except Exception:  # any refusal of a size is an answer here, whatever its type
             return False
         return True

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import copy
-import inspect
-import logging
-import warnings
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor, fx, nn
+from torch import nn
 from torch.export import Dim, ExportedProgram
 
 from deploynorm.errors import InputError, ModelError
-from deploynorm.layers.adopt import adopt
+from deploynorm.trace.copies import is_archive, refuse_training
+from deploynorm.trace.examples import ExampleInputs, Examples, Forward
+from deploynorm.trace.outputs import plain_outputs
+from deploynorm.trace.quiet import first_line, quiet
 from deploynorm.trace.sizes import Place, Sizes, axis_kind, find_sizes
 
 DynamicKind = Literal["none", "batch", "spatial", "all"]
@@ -25,81 +23,52 @@ Dynamic = DynamicKind | Mapping[str, Mapping[int, str]]
 """A word, or for each input the axes that may change, with a name for each: {"x": {0: "N", 2: "H", 3: "W"}}."""
 
 
-def inference_copy(model: nn.Module) -> nn.Module:
-    """A copy of the network on the CPU, in evaluation mode, with other projects' FRN layers taken over."""
-    try:
-        with quiet():
-            twin = copy.deepcopy(model).cpu().requires_grad_(False)
-    except Exception as error:
-        problem = f"the network cannot be copied: {first_line(error)}"
-        fix = "remove what does not deep-copy (hooks, open files, non-leaf tensors)"
-        raise ModelError(type(model).__name__, problem, fix=fix) from error
-    if isinstance(twin, fx.GraphModule):
-        _refuse_training_graph(twin)
-    return adopt(twin).eval()
-
-
-def as_inputs(where: str, example_inputs: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Positional inputs of forward as a tuple; a bare tensor is the only one.
-
-    Raises:
-        InputError: There is none, or one of them is not a tensor.
-    """
-    if isinstance(example_inputs, Tensor):
-        return (example_inputs,)
-    fix = "pass the tensors that forward takes, in order: (x,) or x; torch.from_numpy makes one of an array"
-    given: object = example_inputs
-    if isinstance(given, str) or not isinstance(given, Sequence):
-        raise InputError(where, "example_inputs is no tuple of tensors", got=type(given).__name__, fix=fix)
-    for position, example in enumerate(given):
-        if not isinstance(example, Tensor):
-            raise InputError(where, f"example input {position} is not a tensor", got=type(example).__name__, fix=fix)
-    if not given:
-        raise InputError(where, "there are no example inputs", fix=fix)
-    return tuple(given)
-
-
 def trace(
     model: nn.Module,
-    example_inputs: Tensor | Sequence[Tensor],
+    example_inputs: ExampleInputs | Examples,
     dynamic: Dynamic | None = None,
     *,
     fixed: Collection[str] = (),
     sizes: Sizes | None = None,
+    deterministic: bool = True,
 ) -> ExportedProgram:
     """Traces a network in evaluation mode with torch.export.
 
     Args:
         model: The network.
-        example_inputs: Positional inputs of forward. Sizes above 1 on spatial axes that are to be dynamic.
+        example_inputs: See `deploynorm.export`. Sizes above 1 on spatial axes that are to be dynamic.
         dynamic: As in `deploynorm.export`. With None an axis that the network branches on is dynamic in the trace,
             which then holds for some sizes only: see `narrowed_axes`.
         fixed: With None, the kinds of axes ("batch", "spatial") that stay as in the example all the same.
         sizes: What `find_sizes` found, where it was asked already.
+        deterministic: Refuse a network that does not compute the same each time: see `refuse_training`.
 
     Raises:
         InputError: An example input is not a tensor, or `dynamic` names an input or axis that is not there.
-        ModelError: torch.export cannot trace the network, or the network fixes an axis that must be dynamic.
+        ModelError: torch.export cannot trace the network, or the network fixes an axis that must be dynamic, draws
+            random numbers, or normalizes by the statistics of the batch.
     """
-    examples = [example.detach().cpu() for example in as_inputs("trace", example_inputs)]
-    if dynamic == "none":
-        return _export(model, examples, (), Dim.AUTO)
-    if sizes is None:
+    examples = Examples.of("trace", model, example_inputs)
+    examples = examples.replaced(example.detach().cpu() for example in examples)
+    places: Collection[Place] = ()
+    if dynamic != "none" and sizes is None:
         sizes = find_sizes(model, examples)
-    if dynamic is None:
+    if dynamic is None and sizes is not None:
         places = [place for place in sizes.places if axis_kind(place[1]) not in fixed]
-        return _export(model, examples, places, Dim.AUTO)
-    wanted = dynamic_places(model, examples, dynamic)
-    if refused := wanted - sizes.places:
-        kinds = sorted({axis_kind(axis) for _, axis in refused})
-        raise _not_free(model, dynamic, f"it refuses another {' or '.join(kinds)} size")
-    program = _export(model, examples, wanted, Dim.DYNAMIC)
-    if narrowed := narrowed_axes(program):
+    elif dynamic is not None and sizes is not None:
+        places = dynamic_places(examples, dynamic)
+        if refused := places - sizes.places:
+            kinds = sorted({axis_kind(axis) for _, axis in refused})
+            raise _not_free(model, dynamic, f"it refuses another {' or '.join(kinds)} size")
+    program = _export(model, examples, places, Dim.AUTO if dynamic in (None, "none") else Dim.DYNAMIC)
+    if deterministic:
+        refuse_training(program.graph.nodes, f"trace of {type(model).__name__}", archive=is_archive(model))
+    if dynamic not in (None, "none") and (narrowed := narrowed_axes(program)):
         raise _not_free(model, dynamic, f"it branches on {'; '.join(narrowed)}")
     return program
 
 
-def dynamic_places(model: nn.Module, examples: Sequence[Tensor], dynamic: Dynamic) -> set[Place]:
+def dynamic_places(examples: Examples, dynamic: Dynamic) -> set[Place]:
     """The axes that `dynamic` names, by position of the input.
 
     Raises:
@@ -111,7 +80,7 @@ def dynamic_places(model: nn.Module, examples: Sequence[Tensor], dynamic: Dynami
             raise InputError("dynamic", "unknown word", got=repr(dynamic), expected=", ".join(get_args(DynamicKind)))
         kinds = {"all": ("batch", "spatial"), "none": ()}.get(dynamic, (dynamic,))
         return {place for place in axes if place[1] != 1 and axis_kind(place[1]) in kinds}
-    names = argument_names(model, len(examples))
+    names = examples.names
     wanted: set[Place] = set()
     for name, named in dynamic.items():
         given: object = named
@@ -126,17 +95,9 @@ def dynamic_places(model: nn.Module, examples: Sequence[Tensor], dynamic: Dynami
         wanted |= {(position, axis) for axis in named}
     if missing := sorted(wanted - axes):
         position, axis = missing[0]
-        expected = f"0 to {examples[position].dim() - 1}"
+        expected = f"0 to {examples.tensors[position].dim() - 1}"
         raise InputError("dynamic", f"input {names[position]} has no axis {axis}", expected=expected)
     return wanted
-
-
-def argument_names(model: nn.Module, count: int | None = None) -> list[str]:
-    """Names of the positional arguments of forward, or of the first of them; x, x_1 and so on for *args."""
-    parameters = inspect.signature(model.forward).parameters.values()
-    named = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    count = max(1, len(named)) if count is None else count
-    return [*named, "x", *(f"x_{position}" for position in range(1, count))][:count]
 
 
 def narrowed_axes(program: ExportedProgram) -> dict[str, str]:
@@ -159,52 +120,28 @@ def narrowed_axes(program: ExportedProgram) -> dict[str, str]:
     return narrowed
 
 
-def doubled(examples: Sequence[Tensor], places: Collection[Place]) -> list[Tensor]:
+def doubled(examples: Examples, places: Collection[Place]) -> Examples:
     """The examples, those of batch 1 as a batch of 2 where it is to be dynamic: a trace takes a size of 1 for fixed."""
-    return [
+    return examples.replaced(
         torch.cat([example, example]) if (position, 0) in places and len(example) == 1 else example
         for position, example in enumerate(examples)
-    ]
-
-
-@contextmanager
-def quiet(*names: str) -> Iterator[None]:
-    """Keeps warnings and logs of torch, and of further loggers, from the user of export: what matters is raised."""
-    levels = {logger: logger.level for logger in map(logging.getLogger, ("torch", *names))}
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", category=FutureWarning)
-        warnings.filterwarnings("ignore", category=DeprecationWarning)
-        for logger in levels:
-            logger.setLevel(logging.CRITICAL)
-        try:
-            yield
-        finally:
-            for logger, level in levels.items():
-                logger.setLevel(level)
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's text, without its full stop, to stand inside another message."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0].rstrip(".") if lines else type(error).__name__
-
-
-def _export(
-    model: nn.Module, example_inputs: Sequence[Tensor], places: Collection[Place], kind: Any
-) -> ExportedProgram:
-    example_inputs = doubled(example_inputs, places)
-    shapes = tuple(
-        {axis: kind for axis in range(example.dim()) if (position, axis) in places}
-        for position, example in enumerate(example_inputs)
     )
-    code = getattr(type(model).forward, "__code__", None)
-    takes_star_args = code is not None and code.co_flags & 0x04 and code.co_argcount == 1
-    dynamic_shapes: Any = (shapes,) if takes_star_args else shapes
+
+
+def _export(model: nn.Module, examples: Examples, places: Collection[Place], kind: Any) -> ExportedProgram:
+    examples = doubled(examples, places)
+    shapes = [
+        {axis: kind for axis in range(example.dim()) if (position, axis) in places}
+        for position, example in enumerate(examples)
+    ]
+    positional, named = examples.arguments.split(examples.tensors)
+    # Of **kwargs torch takes no shapes, not even fixed ones.
+    dynamic_shapes = Forward(model).bind(examples.arguments, shapes) if places else None
     where = f"trace of {type(model).__name__}"
-    got = "inputs of shape " + ", ".join(str(tuple(example.shape)) for example in example_inputs)
+    got = "inputs of shape " + ", ".join(str(tuple(example.shape)) for example in examples)
     try:
-        with torch.no_grad(), quiet():
-            return torch.export.export(model, tuple(example_inputs), dynamic_shapes=dynamic_shapes)
+        with torch.no_grad(), quiet(), plain_outputs(model):
+            return torch.export.export(model, positional, named, dynamic_shapes=dynamic_shapes)
     except InputError as error:
         raise ModelError(where, f"the network refuses the example input: {error}", got=got) from error
     except Exception as error:
@@ -221,14 +158,3 @@ def _not_free(model: nn.Module, dynamic: Dynamic, reason: str) -> ModelError:
     problem = f"the network fixes a size that dynamic={dynamic!r} requires to be dynamic: {reason}"
     fix = "leave the choice out, or name fewer axes (none, batch, spatial, all)"
     return ModelError(f"trace of {type(model).__name__}", problem, fix=fix)
-
-
-def _refuse_training_graph(model: fx.GraphModule) -> None:
-    """The module of a torch.export archive keeps the mode that it was traced in, whatever eval() says."""
-    aten = torch.ops.aten
-    training_argument = {aten.batch_norm.default: 5, aten.dropout.default: 2}
-    for node in model.graph.nodes:
-        position = training_argument.get(node.target)
-        if position is not None and node.args[position]:
-            problem = f"the archive was traced in training mode (node {node.name})"
-            raise ModelError(type(model).__name__, problem, fix="call model.eval() before torch.export.export")

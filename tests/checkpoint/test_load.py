@@ -246,7 +246,7 @@ def test_an_exported_program_computes_the_same_on_the_cpu(
     assert got.kind == "pt2"
     assert got.exported is not None
     assert got.example_inputs is not None
-    torch.testing.assert_close(got.example_inputs, (torch.ones(2, 3, 16, 20),), **EXACT.kwargs())
+    torch.testing.assert_close(dict(got.example_inputs), {"input": torch.ones(2, 3, 16, 20)}, **EXACT.kwargs())
     assert_same(got.model, traced, channels=3)
     with pytest.raises(AssertionError, match="Guard failed"):
         got.model(torch.randn(1, 3, 4, 20))

@@ -189,7 +189,7 @@ def test_manifests_of_names_with_dots_are_apart(converted: deploynorm.Conversion
 def test_options_of_a_file_are_refused_with_a_network() -> None:
     with pytest.raises(InputError, match="are for a file"):
         deploynorm.convert(unet(), EXAMPLES, factory="a:b")
-    with pytest.raises(InputError, match="example inputs and input shapes together"):
+    with pytest.raises(InputError, match="example inputs, and shapes or types of inputs too"):
         deploynorm.convert(unet(), EXAMPLES, input_shapes={"image": (2, 3, 16, 16)})
     with pytest.raises(InputError, match="the shape of input image, depth is not known"):
         deploynorm.convert(unet())
