@@ -1,6 +1,6 @@
 """One traced network, and all that is asked of it."""
 
-from deploynorm.trace.copies import copied, disposable_copy, inference_copy, is_archive, unwrapped
+from deploynorm.trace.copies import changed_buffers, copied, disposable_copy, inference_copy, is_archive, unwrapped
 from deploynorm.trace.examples import Arguments, ExampleInputs, Examples, Forward
 from deploynorm.trace.outputs import tensors_of
 from deploynorm.trace.quiet import first_line, quiet
@@ -25,6 +25,7 @@ __all__ = [
     "TraceReader",
     "aten_operators",
     "axis_letter",
+    "changed_buffers",
     "copied",
     "disposable_copy",
     "doubled",

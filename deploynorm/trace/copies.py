@@ -12,6 +12,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from deploynorm.errors import ModelError
 from deploynorm.layers.adopt import adopt
+from deploynorm.trace.examples import Examples
 from deploynorm.trace.quiet import first_line, quiet
 from deploynorm.trace.reader import operator_name
 
@@ -55,6 +56,23 @@ def copied(model: nn.Module, *, share_parameters: bool = False) -> nn.Module:
 def disposable_copy(model: nn.Module) -> nn.Module:
     """A copy to be run once: it shares the parameters, and has buffers, which forward may change, of its own."""
     return copied(model, share_parameters=True)
+
+
+def changed_buffers(model: nn.Module, examples: Examples) -> tuple[str, ...]:
+    """Names of the buffers that forward changes, as one run of a copy on the examples shows; none where it fails."""
+    twin = disposable_copy(model)
+    before = {name: buffer.clone() for name, buffer in twin.named_buffers()}
+    try:
+        with torch.no_grad(), quiet():
+            examples.run(twin)
+    except Exception:  # the trace says what is wrong
+        return ()
+    after = dict(twin.named_buffers())
+    return tuple(
+        name
+        for name, buffer in before.items()
+        if name in after and not torch.equal(buffer.nan_to_num(), after[name].nan_to_num())
+    )
 
 
 def inference_copy(model: nn.Module) -> nn.Module:
