@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from checkpoint_files import saved
+from safetensors.torch import save_file
 from tolerances import EXACT
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
@@ -268,9 +269,8 @@ def test_extra_state_reaches_its_layer(nets: Any) -> None:
 
 
 def test_a_safetensors_file_is_a_state_dict(nets: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    safetensors = pytest.importorskip("safetensors.torch")
     network = nets.conv()
-    safetensors.save_file(named(network.state_dict(), "model.{}".format), "w.safetensors", {"format": "pt"})
+    save_file(named(network.state_dict(), "model.{}".format), "w.safetensors", {"format": "pt"})
     got = load("w.safetensors", factory="weights_nets:conv")
     assert (got.kind, len(got.notes)) == ("state_dict", 1)
     assert_same(got.model, network)
