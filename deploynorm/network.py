@@ -26,6 +26,8 @@ class Reading(TypedDict, total=False):
     input_shapes: Mapping[str, Shape] | None
     factory: str | None
     factory_kwargs: Mapping[str, Any] | None
+    key: str | None
+    strip_prefix: str | None
     trust_pickle: bool
 
 
@@ -47,6 +49,8 @@ class Network:
         input_shapes: Mapping[str, Shape] | None = None,
         factory: str | None = None,
         factory_kwargs: Mapping[str, Any] | None = None,
+        key: str | None = None,
+        strip_prefix: str | None = None,
         trust_pickle: bool = False,
     ) -> Network:
         """The network, read from its file where a path is given, and its inputs.
@@ -59,11 +63,18 @@ class Network:
             fix = f"pass {model.__name__}(...)"
             raise InputError("network", "a class, and not a network", got=model.__name__, fix=fix)
         if isinstance(model, nn.Module):
-            if factory is not None or factory_kwargs is not None or trust_pickle:
-                problem = "factory, factory_kwargs and trust_pickle are for a file"
+            if any(option is not None for option in (factory, factory_kwargs, key, strip_prefix)) or trust_pickle:
+                problem = "factory, factory_kwargs, key, strip_prefix and trust_pickle are for a file"
                 raise InputError("network", problem, fix="leave them out")
         else:
-            loaded = checkpoint.load(model, factory=factory, kwargs=factory_kwargs, trust_pickle=trust_pickle)
+            loaded = checkpoint.load(
+                model,
+                factory=factory,
+                kwargs=factory_kwargs,
+                key=key,
+                strip_prefix=strip_prefix,
+                trust_pickle=trust_pickle,
+            )
             model = loaded.model
         if example_inputs is not None:
             if input_shapes:

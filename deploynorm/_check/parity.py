@@ -17,6 +17,7 @@ from deploynorm.dtypes import numpy_dtype
 from deploynorm.errors import BackendError, InputError, ModelError
 from deploynorm.inputs import TensorSpec, with_sizes
 from deploynorm.libraries import find_library
+from deploynorm.manifest import check_unchanged
 from deploynorm.network import Network
 from deploynorm.onnx_file import OnnxFile
 from deploynorm.ort import import_onnxruntime
@@ -79,6 +80,7 @@ def check_file(
     example_inputs: Tensor | Sequence[Tensor] | None = None,
     *,
     backend: str | None = None,
+    accept_changed: bool = False,
     seed: int = 0,
     rtol: float | None = None,
     atol: float | None = None,
@@ -90,11 +92,14 @@ def check_file(
         model: The network or its file. It, `example_inputs` and `reading` are those of `deploynorm.convert`.
         path: The ONNX file.
         backend: See `Checks.add_file`.
+        accept_changed: Check a file that is not the one that its manifest was written for; a warning says so.
         seed: Of the random inputs.
         rtol, atol: See `deploynorm.check`.
     """
+    file = OnnxFile.read(path)
+    check_unchanged(Path(path), accept=accept_changed)
     checks = Checks(Network.of(model, example_inputs, **reading), seed=seed, rtol=rtol, atol=atol)
-    checks.add_file(path, backend)
+    checks.add_file(file, backend)
     return checks.parity()
 
 
@@ -137,7 +142,7 @@ class Checks:
             candidate.name = f"folded, {candidate.name}"
             self._reports.append(self._check(candidate))
 
-    def add_file(self, model: Path | str, backend: str | None = None) -> None:
+    def add_file(self, model: Path | str | OnnxFile, backend: str | None = None) -> None:
         """Checks an ONNX file, on several shapes inside its dynamic range.
 
         A file in half precision is judged by "half", which rounds every tensor. ONNX Runtime then shows that it loads:

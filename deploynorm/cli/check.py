@@ -17,6 +17,7 @@ from deploynorm.cli.terminal import Terminal
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_model(parser)
     parser.add_argument("candidate", metavar="ONNX", type=options.existing_file, help="the file under test")
+    options.add_accept_changed(parser)
     options.add_parity(parser)
 
 
