@@ -15,6 +15,21 @@ _KEYS = ("state_dict_ema", "model_ema", "state_dict", "model", "module", "ema")
 _DEPTH = 2
 
 
+def check_dicts(content: Any, where: str) -> None:
+    """Raises ModelError for an OrderedDict that a pickle gave attributes, which hide its methods: "items": 3."""
+    todo, seen = [content], set[int]()
+    while todo:
+        value = todo.pop()
+        if not isinstance(value, dict | list | tuple) or id(value) in seen:
+            continue
+        seen.add(id(value))
+        attributes = getattr(value, "__dict__", {})
+        if set(attributes) - {"_metadata"}:
+            got = ", ".join(set(attributes) - {"_metadata"})
+            raise ModelError(where, "a dict of the file has attributes that no dict has", got=got)
+        todo += [*attributes.values(), *(value.values() if isinstance(value, dict) else value)]
+
+
 def find_weights(content: Any, where: str, key: str | None = None) -> tuple[Any, tuple[str, ...]] | None:
     """The network or state dict that a file's content is or holds under a key, and where it was found.
 

@@ -15,7 +15,7 @@ from torch.export import ExportedProgram
 
 from deploynorm.checkpoint._detect import ACCEPTED, detect
 from deploynorm.checkpoint._factory import build, current_directory_on_path
-from deploynorm.checkpoint._find import find_weights
+from deploynorm.checkpoint._find import check_dicts, find_weights
 from deploynorm.checkpoint._own import is_own_format, outline, unpacked
 from deploynorm.checkpoint._state import check_finite, load_strictly
 from deploynorm.checkpoint._wrappers import unwrapped
@@ -104,6 +104,8 @@ def load(
         if isinstance(content, ExportedProgram):
             _refuse(where, "a torch.export archive", factory=factory, kwargs=kwargs, key=key, strip_prefix=strip_prefix)
             return found(_module(content, where), "pt2", example_inputs=_examples(content), exported=content)
+    if not trust_pickle:
+        check_dicts(content, where)
     if is_own_format(content):
         _refuse(where, "a deploynorm checkpoint", key=key, strip_prefix=strip_prefix)
         own = unpacked(content, where)

@@ -32,8 +32,9 @@ def whole_members(data: bytes, where: str) -> list[str]:
             members = archive.infolist()
             unpacked = sum(member.file_size for member in members)
             if len(members) > MOST_MEMBERS or unpacked > _MOST_UNPACKED * len(data) + _FREE:
+                one = "write the state_dict() of one network with torch.save, which does not compress"
                 got = f"{len(members):,} members of {unpacked:,} bytes"
-                raise ModelError(where, "an archive of more than any network", got=got, fix="write it with torch.save")
+                raise ModelError(where, "an archive of more than any network", got=got, fix=one)
             for member in members:
                 name = member.filename
                 read_member(archive, member)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -326,3 +327,29 @@ def test_plain_data_that_holds_itself_is_refused(nets: Any, monkeypatch: pytest.
         own = {"format": "deploynorm", "factory": "gone:f", "kwargs": {"a": endless}, "state_dict": state}
         with pytest.raises(ModelError, match=r"its kwargs is not plain data\. Got more than"):
             load(written(own), factory="weights_nets:conv")
+
+
+class Shadowed:
+    """Pickled, it is an OrderedDict with attributes."""
+
+    def __init__(self, items: dict[str, Any], /, **attributes: object) -> None:
+        self.items, self.attributes = items, attributes
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return OrderedDict, (), self.attributes, None, iter(self.items.items())
+
+
+@pytest.mark.parametrize("attribute", ["items", "values", "keys", "get"])
+def test_a_dict_whose_methods_are_hidden_is_refused(nets: Any, attribute: str) -> None:
+    state = dict(nets.conv().state_dict())
+    shadow: dict[str, Any] = {attribute: 3}
+    own = {"format": "deploynorm", "factory": "gone:f", "kwargs": {}, "state_dict": state}
+    for content in (
+        Shadowed(state, **shadow),
+        {"model": [Shadowed(state, **shadow)]},
+        Shadowed(state, _metadata=Shadowed({"": {}}, **shadow)),
+        Shadowed(own, **shadow),
+        {**own, "kwargs": {"a": Shadowed({}, **shadow)}},
+    ):
+        with pytest.raises(ModelError, match=f"attributes that no dict has. Got {attribute}"):
+            load(written(content), factory="weights_nets:conv")
