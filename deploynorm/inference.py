@@ -74,7 +74,7 @@ class Inference:
 
     Attributes:
         runner: Name of the backend.
-        notes: What was converted.
+        notes: How the file was read, and what was converted.
     """
 
     runner: str
@@ -147,10 +147,10 @@ def run_on_files(
             for x in network.inputs
         ]
         runner: Runner = EagerRunner(network.model, free)
-        image, labels = network.image, network.labels
+        image, labels, notes = network.image, network.labels, list(network.notes)
     else:
+        notes = []
         runner, image, labels = _open_file(model, backend, providers, plugins, trust_engine, accept_changed)
-    notes: list[str] = []
     results = []
     with runner:
         for name, given in _feeds(files, runner, image):

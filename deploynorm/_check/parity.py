@@ -40,7 +40,7 @@ class Parity:
 
     Attributes:
         reports: One for each runtime.
-        notes: What was not checked, and why.
+        notes: How the network was read, where `check_file` read it, and what was not checked, and why.
         itself: Where a check is broken: the network in the type of the candidate, with nothing exported.
         advice: What follows from that.
     """
@@ -98,9 +98,11 @@ def check_file(
     """
     file = OnnxFile.read(path)
     check_unchanged(Path(path), accept=accept_changed)
-    checks = Checks(Network.of(model, example_inputs, **reading), seed=seed, rtol=rtol, atol=atol)
+    network = Network.of(model, example_inputs, **reading)
+    checks = Checks(network, seed=seed, rtol=rtol, atol=atol)
     checks.add_file(file, backend)
-    return checks.parity()
+    parity = checks.parity()
+    return replace(parity, notes=(*network.notes, *parity.notes))
 
 
 class Checks:

@@ -26,6 +26,6 @@ def run(terminal: Terminal, model: Path, candidate: Path, **given: Any) -> None:
 
     with terminal.step(f"checking {candidate}"):
         parity = check_file(model, candidate, **given)
-    terminal.show(parity.tables(terminal.verbose))
+    terminal.show("\n\n".join([parity.tables(terminal.verbose), *(f"note: {note}" for note in parity.notes)]))
     terminal.write_json(parity.to_dict())
     parity.raise_if_broken()

@@ -7,6 +7,7 @@ import sys
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -126,6 +127,22 @@ def test_an_average_is_taken_before_the_raw_weights_and_the_others_are_named(net
     assert ("--key" in note) == (len(networks) > 1)
     for key, network in networks.items():
         assert_same(load(path, factory="weights_nets:conv", key=key).model, network)
+
+
+def test_a_training_checkpoint_of_timm_gives_its_average(timm: ModuleType, tmp_path: Path) -> None:
+    from timm.utils import CheckpointSaver, ModelEmaV2
+
+    arguments = {"model_name": "regnety_002", "num_classes": 3}
+    network = timm.create_model(**arguments)
+    average = ModelEmaV2(network)
+    torch.nn.init.normal_(average.module.stem.conv.weight)
+    parsed = argparse.Namespace(model="regnety_002", lr=0.1)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+    saver = CheckpointSaver(network, optimizer, parsed, average, checkpoint_dir=tmp_path, recovery_dir=tmp_path)
+    saver.save_checkpoint(0, metric=80.5)
+    got = load(tmp_path / "last.pth.tar", factory="timm:create_model", kwargs=arguments)
+    assert "the state dict is under 'state_dict_ema'; the one under 'state_dict' is not used" in got.notes[0]
+    assert torch.equal(got.model.stem.conv.weight, average.module.stem.conv.weight)
 
 
 def test_weights_in_a_dict_in_a_dict_are_found(nets: Any) -> None:

@@ -32,7 +32,8 @@ def test_the_weights_of_a_file_are_chosen_and_said(factories: ModuleType, deploy
         assert told.format(*words) in deploynorm("fold", *model, "--input-shape", "1x3x9x8").out
         deploynorm("inspect", *model, "--json", "facts.json")
         assert f"note: {json.loads(Path('facts.json').read_text())['notes'][0]}" == told.format(*words)
-        deploynorm("run", *model, "x.npy", "-o", "y.npz", "--input-shape", "1x3x9x8")
+        shown = deploynorm("run", *model, "x.npy", "-o", "y.npz", "--input-shape", "1x3x9x8").out
+        assert told.format(*words) in shown
         want = network.eval()(torch.from_numpy(x)).detach().numpy()
         (got,) = np.load("y.npz").values()
         np.testing.assert_array_equal(got, want)
@@ -46,7 +47,7 @@ def test_a_part_of_a_larger_network_is_exported_and_checked(factories: ModuleTyp
     assert "pass --strip-prefix backbone. if" in deploynorm("export", *model, code=2).err
     model += ("--strip-prefix", "backbone")
     assert "2 names without it were left out" in deploynorm("export", *model, "--dynamic", "none").out
-    deploynorm("check", *model, "w.onnx")
+    assert "note: the prefix 'backbone.' was removed" in deploynorm("check", *model, "w.onnx").out
 
 
 def test_a_wrong_key_lists_those_that_there_are(factories: ModuleType, refused: Callable) -> None:
