@@ -10,6 +10,7 @@ from typing import Literal, get_args
 from deploynorm.contract import DOMAIN, OP_TYPE
 from deploynorm.errors import BackendError, InputError, ModelError, check_choice
 from deploynorm.inputs import Shape
+from deploynorm.manifest import check_unchanged
 from deploynorm.onnx_file import OnnxSource
 from deploynorm.trt import Flavour, TensorRT, gpu_here, import_tensorrt
 from deploynorm.trt.builder import build_way, load_plugins
@@ -35,6 +36,7 @@ def build(
     version_compatible: bool = False,
     hardware_compatible: str | None = None,
     optimization_level: int | None = None,
+    accept_changed: bool = False,
 ) -> Engine:
     """Builds a TensorRT engine. Its types are those of the ONNX graph, whatever the version of TensorRT.
 
@@ -59,6 +61,7 @@ def build(
         version_compatible: Whether later versions of TensorRT may run it. TensorRT only.
         hardware_compatible: "ampere+" or "same", the GPUs besides its own that it runs on. TensorRT only.
         optimization_level: 0 to 5: how long TensorRT searches.
+        accept_changed: Build a file that is not the one that its manifest was written for; a warning says so.
 
     Raises:
         InputError: An input with dynamic axes has no range, the timing cache cannot be read, or an option does not fit
@@ -69,6 +72,8 @@ def build(
     check_choice("build", "unknown way for FRN", frn, ("auto", *get_args(Way)))
     trt = import_tensorrt(backend)
     read = TensorRTModel.read(model)
+    if read.file.path is not None:
+        check_unchanged(read.file.path, accept=accept_changed)
     opt_shapes = opt_shapes or ({} if min_shapes or max_shapes else read.file.image_shape(batch=1))
     settings = Settings(
         ranges=ranges(read.file.inputs, minimum=min_shapes or {}, optimum=opt_shapes, maximum=max_shapes or {}),

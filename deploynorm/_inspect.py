@@ -50,6 +50,8 @@ def inspect(
     *,
     factory: str | None = None,
     factory_kwargs: Mapping[str, Any] | None = None,
+    key: str | None = None,
+    strip_prefix: str | None = None,
     trust_pickle: bool = False,
 ) -> Inspection:
     """What is in an ONNX file, an engine, or a file that `deploynorm.load` reads (with its options)."""
@@ -60,7 +62,14 @@ def inspect(
         return _engine(path)
     from deploynorm import checkpoint  # an ONNX file is shown where torch is not installed
 
-    loaded = checkpoint.load(path, factory=factory, kwargs=factory_kwargs, trust_pickle=trust_pickle)
+    loaded = checkpoint.load(
+        path,
+        factory=factory,
+        kwargs=factory_kwargs,
+        key=key,
+        strip_prefix=strip_prefix,
+        trust_pickle=trust_pickle,
+    )
     facts = {
         "file": str(loaded.path),
         "sha256": loaded.sha256,

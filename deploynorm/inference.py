@@ -16,6 +16,7 @@ from deploynorm.errors import InputError
 from deploynorm.files import staging
 from deploynorm.image import ImageSpec
 from deploynorm.inputs import TensorSpec
+from deploynorm.manifest import check_unchanged
 from deploynorm.onnx_file import OnnxFile
 from deploynorm.run import BACKENDS, ENGINE_SUFFIXES, open_runner
 from deploynorm.run.base import Runner
@@ -73,7 +74,7 @@ class Inference:
 
     Attributes:
         runner: Name of the backend.
-        notes: What was converted.
+        notes: How the file was read, and what was converted.
     """
 
     runner: str
@@ -110,6 +111,7 @@ def run_on_files(
     providers: Sequence[str] = ("cpu",),
     plugins: Sequence[Path] | None = None,
     trust_engine: bool = False,
+    accept_changed: bool = False,
     top: int = 5,
     **reading: Unpack[Reading],
 ) -> Inference:
@@ -121,6 +123,7 @@ def run_on_files(
         model: An ONNX file, an engine, or a file that `deploynorm.load` reads.
         files: .npy, .npz or image files; NAME=FILE for a named input. Float arrays are cast to a half input's type.
         backend, providers, plugins, trust_engine: See `deploynorm.open_runner`; backend "eager" for a network.
+        accept_changed: Run an ONNX file that is not the one that its manifest was written for; a warning says so.
         top: How many classes are listed for each image.
         reading: For a network, its file and input shapes: see `deploynorm.convert`.
 
@@ -144,10 +147,10 @@ def run_on_files(
             for x in network.inputs
         ]
         runner: Runner = EagerRunner(network.model, free, arguments=network.examples.arguments)
-        image, labels = network.image, network.labels
+        image, labels, notes = network.image, network.labels, list(network.notes)
     else:
-        runner, image, labels = _open_file(model, backend, providers, plugins, trust_engine)
-    notes: list[str] = []
+        notes = []
+        runner, image, labels = _open_file(model, backend, providers, plugins, trust_engine, accept_changed)
     results = []
     with runner:
         for name, given in _feeds(files, runner, image):
@@ -167,7 +170,12 @@ def run_on_files(
 
 
 def _open_file(
-    model: Path, backend: Any, providers: Sequence[str], plugins: Sequence[Path] | None, trust_engine: bool
+    model: Path,
+    backend: Any,
+    providers: Sequence[str],
+    plugins: Sequence[Path] | None,
+    trust_engine: bool,
+    accept_changed: bool,
 ) -> tuple[Runner, ImageSpec | None, tuple[str, ...] | None]:
     """The runner of an ONNX file or engine, how images become its input, and the class names."""
     if model.suffix in ENGINE_SUFFIXES or (backend and BACKENDS[backend].runs == "engine"):
@@ -179,6 +187,7 @@ def _open_file(
         fix = f"deploynorm export {model}"
         raise InputError("--backend", "an ONNX file is needed", got=f"{model} and {backend}", fix=fix)
     file = OnnxFile.read(model)
+    check_unchanged(model, accept=accept_changed)
     return open_runner(file, backend, providers=providers, plugins=plugins), *file.image_and_labels
 
 

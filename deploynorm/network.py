@@ -27,6 +27,8 @@ class Reading(TypedDict, total=False):
     input_dtypes: Mapping[str, str] | None
     factory: str | None
     factory_kwargs: Mapping[str, Any] | None
+    key: str | None
+    strip_prefix: str | None
     trust_pickle: bool
 
 
@@ -48,6 +50,8 @@ class Network:
         input_dtypes: Mapping[str, str] | None = None,
         factory: str | None = None,
         factory_kwargs: Mapping[str, Any] | None = None,
+        key: str | None = None,
+        strip_prefix: str | None = None,
         trust_pickle: bool = False,
     ) -> Network:
         """The network, read from its file where a path is given, and its inputs.
@@ -60,12 +64,19 @@ class Network:
             fix = f"pass {model.__name__}(...)"
             raise InputError("network", "a class, and not a network", got=model.__name__, fix=fix)
         if isinstance(model, nn.Module):
-            if factory is not None or factory_kwargs is not None or trust_pickle:
-                problem = "factory, factory_kwargs and trust_pickle are for a file"
+            if any(option is not None for option in (factory, factory_kwargs, key, strip_prefix)) or trust_pickle:
+                problem = "factory, factory_kwargs, key, strip_prefix and trust_pickle are for a file"
                 raise InputError("network", problem, fix="leave them out")
             model = unwrapped(model)
         else:
-            loaded = checkpoint.load(model, factory=factory, kwargs=factory_kwargs, trust_pickle=trust_pickle)
+            loaded = checkpoint.load(
+                model,
+                factory=factory,
+                kwargs=factory_kwargs,
+                key=key,
+                strip_prefix=strip_prefix,
+                trust_pickle=trust_pickle,
+            )
             model = loaded.model
         if example_inputs is not None:
             if input_shapes or input_dtypes:

@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from deploynorm import checkpoint
-from deploynorm.errors import BackendError, DeployNormError, ModelError
+from deploynorm.errors import BackendError, DeployNormError, InputError, ModelError
 from deploynorm.image import ImageSpec
 from deploynorm.layers import parameter_groups, track_loss_scale
 
@@ -233,13 +233,18 @@ class Training:
 
     def resume(self) -> None:
         """Continues the run that wrote last.pt."""
-        last = load_last(self.options.output / "last.pt", self.recipe(), self.device)
-        self.command, self.history, self.epoch = last["command"], last["history"], EpochSoFar(**last["epoch"])
-        self.model.load_state_dict(last["model"])
-        self.optimizer.load_state_dict(last["optimizer"])
-        self.scaler.load_state_dict(last["scaler"])
-        if self.averaged is not None:
-            self.averaged.load_state_dict(last["averaged"])
+        path = self.options.output / "last.pt"
+        last = load_last(path, self.recipe(), self.device)
+        try:
+            self.command, self.history, self.epoch = last["command"], last["history"], EpochSoFar(**last["epoch"])
+            self.model.load_state_dict(last["model"])
+            self.optimizer.load_state_dict(last["optimizer"])
+            self.scaler.load_state_dict(last["scaler"])
+            if self.averaged is not None:
+                self.averaged.load_state_dict(last["averaged"])
+        except Exception as error:  # torch and the layers have no error of their own for what does not fit
+            problem = f"{path} does not fit the run ({type(error).__name__})"
+            raise InputError("--resume", problem, fix="leave out --resume") from error
 
     def write_results(self) -> None:
         """Writes curve.png and model.pt."""

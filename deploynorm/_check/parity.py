@@ -17,6 +17,7 @@ from deploynorm.dtypes import numpy_dtype
 from deploynorm.errors import BackendError, InputError, ModelError
 from deploynorm.inputs import TensorSpec, with_sizes
 from deploynorm.libraries import find_library
+from deploynorm.manifest import check_unchanged
 from deploynorm.network import Network
 from deploynorm.onnx_file import OnnxFile
 from deploynorm.ort import import_onnxruntime
@@ -40,7 +41,7 @@ class Parity:
 
     Attributes:
         reports: One for each runtime.
-        notes: What was not checked, and why.
+        notes: How the network was read, where `check_file` read it, and what was not checked, and why.
         itself: Where a check is broken: the network in the type of the candidate, with nothing exported.
         advice: What follows from that.
     """
@@ -80,6 +81,7 @@ def check_file(
     example_inputs: ExampleInputs | None = None,
     *,
     backend: str | None = None,
+    accept_changed: bool = False,
     seed: int = 0,
     rtol: float | None = None,
     atol: float | None = None,
@@ -91,12 +93,17 @@ def check_file(
         model: The network or its file. It, `example_inputs` and `reading` are those of `deploynorm.convert`.
         path: The ONNX file.
         backend: See `Checks.add_file`.
+        accept_changed: Check a file that is not the one that its manifest was written for; a warning says so.
         seed: Of the random inputs.
         rtol, atol: See `deploynorm.check`.
     """
-    checks = Checks(Network.of(model, example_inputs, **reading), seed=seed, rtol=rtol, atol=atol)
-    checks.add_file(path, backend)
-    return checks.parity()
+    file = OnnxFile.read(path)
+    check_unchanged(Path(path), accept=accept_changed)
+    network = Network.of(model, example_inputs, **reading)
+    checks = Checks(network, seed=seed, rtol=rtol, atol=atol)
+    checks.add_file(file, backend)
+    parity = checks.parity()
+    return replace(parity, notes=(*network.notes, *parity.notes))
 
 
 class Checks:
@@ -139,7 +146,7 @@ class Checks:
             candidate.name = f"folded, {candidate.name}"
             self._reports.append(self._check(candidate))
 
-    def add_file(self, model: Path | str, backend: str | None = None) -> None:
+    def add_file(self, model: Path | str | OnnxFile, backend: str | None = None) -> None:
         """Checks an ONNX file, on several shapes inside its dynamic range.
 
         A file in half precision is judged by "half", which rounds every tensor. ONNX Runtime then shows that it loads:

@@ -27,6 +27,7 @@ from deploynorm.errors import InputError
 from deploynorm.files import sha256, staging
 from deploynorm.image import ImageSpec
 from deploynorm.inputs import Shape, sizes_to_dict
+from deploynorm.manifest import manifest_path
 from deploynorm.network import Network
 from deploynorm.run.backends import ONNX_BACKENDS
 from deploynorm.trace import Dynamic, ExampleInputs, dynamic_places, find_sizes, inference_copy
@@ -123,7 +124,7 @@ class Conversion:
         """
         self.parity.raise_if_broken()
         path = Path(path)
-        record = path.with_name(f"{path.name.removesuffix('.onnx')}.deploynorm.json")
+        record = manifest_path(path)
         with staging(path) as folder:
             self.exported.save(folder / path.name, external_data=external_data)
             text = json.dumps(self.to_dict(folder / path.name), indent=2) + "\n"
@@ -139,6 +140,8 @@ def convert(
     input_dtypes: Mapping[str, str] | None = None,
     factory: str | None = None,
     factory_kwargs: Mapping[str, Any] | None = None,
+    key: str | None = None,
+    strip_prefix: str | None = None,
     trust_pickle: bool = False,
     fold: bool = True,
     dtype: torch.dtype | str | None = None,
@@ -174,7 +177,7 @@ def convert(
         input_shapes: Shape of an input by name, "" for the only one, in place of `example_inputs`.
         input_dtypes: Type of an input by name ({"label": "int64"}); by default the network's own, or int64 where it
             refuses that.
-        factory, factory_kwargs, trust_pickle: For a file, see `deploynorm.load`.
+        factory, factory_kwargs, key, strip_prefix, trust_pickle: For a file, see `deploynorm.load`.
         fold: False exports the network as it is.
         dtype, keep_float32, keep_io_types, dynamic, opset, lowering, function, input_names, output_names: See
             `deploynorm.export`.
@@ -201,6 +204,8 @@ def convert(
         input_dtypes=input_dtypes,
         factory=factory,
         factory_kwargs=factory_kwargs,
+        key=key,
+        strip_prefix=strip_prefix,
         trust_pickle=trust_pickle,
     )
     keep_float32 = tuple(keep_float32)

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import io
-import zipfile
 from collections.abc import Callable
 from typing import Final, NamedTuple
 
 from deploynorm.checkpoint._pickle import unpickle
 from deploynorm.checkpoint._pt2 import load_program
+from deploynorm.checkpoint._safetensors import is_safetensors, load_tensors
+from deploynorm.checkpoint._zip import whole_members
 from deploynorm.errors import ModelError
 
-ACCEPTED = "a file written by torch.save, by torch.export.save or by deploynorm"
+ACCEPTED = "a file written by torch.save, by torch.export.save, by safetensors or by deploynorm"
 
 
 class Format(NamedTuple):
@@ -29,6 +29,7 @@ _LEGACY_MAGIC = (0x1950A86A20F9469CFC6C).to_bytes(10, "little")
 FORMATS: Final = {
     "torch.export.save": Format(lambda data, members: "archive_format" in members, load_program),
     "torch.save": Format(lambda data, members: "data.pkl" in members, unpickle),
+    "safetensors": Format(lambda data, _: is_safetensors(data), load_tensors),
     "torch.save before 1.6": Format(lambda data, _: data[:1] == b"\x80" and _LEGACY_MAGIC in data[:64], unpickle),
 }
 """The formats that `load` reads; the first that recognises a file has it."""
@@ -48,7 +49,7 @@ def detect(data: bytes, where: str) -> Format:
     """The format of a checkpoint; ModelError if it is empty, damaged, TorchScript, or nothing that torch writes."""
     if not data:
         raise ModelError(where, "the file is empty", expected=ACCEPTED)
-    members = _zip_members(data, where)
+    members = whole_members(data, where)
     inner = {member.partition("/")[2] for member in members}
     if "constants.pkl" in inner:
         fix = "load it with torch.jit.load in Python, write its state_dict() with torch.save, and pass --factory"
@@ -65,18 +66,6 @@ def detect(data: bytes, where: str) -> Format:
     raise ModelError(where, "not a checkpoint", got=_describe(data, members, where), expected=ACCEPTED)
 
 
-def _zip_members(data: bytes, where: str) -> list[str]:
-    """None of a file that is no zip archive. torch too recognises one by these bytes alone: both must decide alike."""
-    if data[:4] != b"PK\x03\x04":
-        return []
-    try:
-        with zipfile.ZipFile(io.BytesIO(data)) as archive:
-            return archive.namelist()
-    except Exception as error:  # zipfile lets struct, unicode and overflow errors through on damaged files
-        fix = "copy, download or write the file again"
-        raise ModelError(where, "a damaged or cut-short zip archive", fix=fix) from error
-
-
 def _describe(data: bytes, members: list[str], where: str) -> str:
     for magic, name in _FOREIGN.items():
         if data.startswith(magic):
@@ -84,8 +73,6 @@ def _describe(data: bytes, members: list[str], where: str) -> str:
     if data[:2] == b"PK":
         is_npz = members and all(member.endswith(".npy") for member in members)
         return "a NumPy .npz" if is_npz else "another zip archive"
-    if data[8:10] == b'{"' and int.from_bytes(data[:8], "little") < len(data):
-        return "a safetensors file; torch.save(safetensors.torch.load_file(path), ...) makes a checkpoint of it"
     if where.endswith(".onnx"):
         return "an ONNX model"
     start = data[:512].lstrip()

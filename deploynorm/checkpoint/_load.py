@@ -15,11 +15,12 @@ from torch.export import ExportedProgram
 
 from deploynorm.checkpoint._detect import ACCEPTED, detect
 from deploynorm.checkpoint._factory import build, current_directory_on_path
+from deploynorm.checkpoint._find import check_dicts, find_weights
 from deploynorm.checkpoint._own import is_own_format, outline, unpacked
-from deploynorm.checkpoint._state import check_finite, find_state_dict, load_strictly
+from deploynorm.checkpoint._state import check_finite, load_strictly
 from deploynorm.errors import ModelError
 from deploynorm.image import ImageSpec
-from deploynorm.trace.examples import Forward
+from deploynorm.trace import Forward, unwrapped
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,7 +54,13 @@ class Checkpoint:
 
 
 def load(
-    path: Path | str, *, factory: str | None = None, kwargs: Mapping[str, Any] | None = None, trust_pickle: bool = False
+    path: Path | str,
+    *,
+    factory: str | None = None,
+    kwargs: Mapping[str, Any] | None = None,
+    key: str | None = None,
+    strip_prefix: str | None = None,
+    trust_pickle: bool = False,
 ) -> Checkpoint:
     """Reads a network from a file.
 
@@ -62,8 +69,9 @@ def load(
         checkpoint = deploynorm.load("weights.pt", factory="nets:unet", kwargs={"width": 16})          # a state dict
         checkpoint.model                                               # the network, on the CPU, in evaluation mode
 
-    It accepts: a checkpoint of `save`; a state dict, bare or under "model", "state_dict" or "ema", with a factory; a
-    pickled network of nn.Module classes of torch.nn, timm and deploynorm; an archive of torch.export.save.
+    It accepts: a checkpoint of `save`; a state dict, bare, under a key or in a .safetensors file, with a factory; a
+    pickled network of nn.Module classes of torch.nn, timm and deploynorm; an archive of torch.export.save. Of several
+    state dicts it takes an average before the raw weights, as timm does, and `notes` says which.
 
     Args:
         path: The file.
@@ -71,6 +79,9 @@ def load(
             the file names, which must be one of deploynorm.models; this one may be any. The module is also looked for
             in the current directory.
         kwargs: Its keyword arguments; those in the file by default.
+        key: Where the weights are in the file, such as "state_dict", or "ema.module" for a dict inside a dict.
+        strip_prefix: What stands before the network's names in a state dict that holds more, such as "encoder."; the
+            prefixes of DataParallel, AveragedModel, torch.compile and Lightning are removed without it.
         trust_pickle: Read the file as any pickle or archive is read. This runs whatever code the file names; nothing
             else does.
 
@@ -78,8 +89,10 @@ def load(
         The network and what the file says about it.
 
     Raises:
-        ModelError: The file cannot be read, is none of these, names other code, does not fit the network, or holds
-            NaN or infinity; or the factory fails.
+        ModelError: The file cannot be read, is none of these or damaged, names other code, does not fit the network, or
+            holds NaN or infinity; or the factory fails.
+        InputError: The file has no such key or prefix.
+        BackendError: It is a .safetensors file, and the package safetensors is not installed.
     """
     path = Path(path)
     where = str(path)
@@ -89,30 +102,32 @@ def load(
     with current_directory_on_path() if trust_pickle else nullcontext():
         content: Any = detect(data, where).read(data, where, trust=trust_pickle)
         if isinstance(content, ExportedProgram):
-            if factory is not None or kwargs is not None:
-                raise _superfluous(where, "a torch.export archive", "no factory and no arguments")
+            _refuse(where, "a torch.export archive", factory=factory, kwargs=kwargs, key=key, strip_prefix=strip_prefix)
             model = _module(content, where)
             return found(model, "pt2", example_inputs=_examples(content, model), exported=content)
-    if isinstance(content, nn.Module):
-        if kwargs is not None and factory is None:
-            raise _superfluous(where, "a pickled network", "no arguments")
-        model, notes = _unpickled(content, where, factory, kwargs or {})
-        return found(model, "module", factory=factory, notes=notes)
+    if not trust_pickle:
+        check_dicts(content, where)
     if is_own_format(content):
+        _refuse(where, "a deploynorm checkpoint", key=key, strip_prefix=strip_prefix)
         own = unpacked(content, where)
         name, arguments = factory or own["factory"], own["kwargs"] if kwargs is None else kwargs
         model, notes = _build(name, arguments, own["state_dict"], where, typed=factory is not None)
         about: dict[str, Any] = {key: own[key] for key in ("image", "labels", "training")}
         return found(model, "deploynorm", factory=name, notes=notes, **about)
-    state = find_state_dict(content)
-    if state is None:
+    weights, notes = find_weights(content, where, key) or (None, ())
+    if weights is None:
         raise ModelError(where, "neither a network nor a state dict", got=outline(content), expected=ACCEPTED)
+    if isinstance(weights, nn.Module):
+        if factory is None:
+            _refuse(where, "a pickled network", kwargs=kwargs, strip_prefix=strip_prefix)
+        model, more = _unpickled(weights, where, factory, kwargs or {}, strip_prefix)
+        return found(model, "module", factory=factory, notes=(*notes, *more))
     if factory is None:
-        problem = f"a state dict of {len(state[0])} tensors does not say which network it belongs to"
+        problem = f"a state dict of {len(weights)} tensors does not say which network it belongs to"
         fix = "pass --factory pkg.mod:function, which makes the network, and --factory-kwargs for its arguments"
         raise ModelError(where, problem, fix=fix)
-    model, notes = _build(factory, kwargs or {}, state[0], where, typed=True)
-    return found(model, "state_dict", factory=factory, notes=(*state[1], *notes))
+    model, more = _build(factory, kwargs or {}, weights, where, typed=True, strip_prefix=strip_prefix)
+    return found(model, "state_dict", factory=factory, notes=(*notes, *more))
 
 
 def _read(path: Path) -> bytes:
@@ -142,13 +157,11 @@ def _examples(program: ExportedProgram, model: nn.Module) -> dict[str, Tensor] |
 
 
 def _unpickled(
-    module: nn.Module, where: str, factory: str | None, kwargs: Mapping[str, Any]
+    module: nn.Module, where: str, factory: str | None, kwargs: Mapping[str, Any], strip_prefix: str | None
 ) -> tuple[nn.Module, tuple[str, ...]]:
     """A pickled network, or that of a factory with its weights; and what was done."""
-    notes: tuple[str, ...] = ()
     try:
-        if isinstance(module, nn.DataParallel):
-            module, notes = module.module, ("DataParallel was removed from the network",)
+        module, notes = _bare(module)
         state = module.state_dict()
         if factory is None:
             return _ready(module, where), notes
@@ -159,16 +172,27 @@ def _unpickled(
         problem = f"the pickled network is damaged, or of another version of its package: {cause}"
         fix = "write its state_dict() with torch.save where it was made, and pass --factory"
         raise ModelError(where, problem, fix=fix) from error
-    model, more = _build(factory, kwargs, state, where, typed=True)
+    model, more = _build(factory, kwargs, state, where, typed=True, strip_prefix=strip_prefix)
     return model, (*notes, "its weights were loaded into the network of the factory", *more)
 
 
 def _build(
-    factory: str, kwargs: Mapping[str, Any], state: Mapping[str, Tensor], where: str, *, typed: bool
+    factory: str,
+    kwargs: Mapping[str, Any],
+    state: Mapping[str, Any],
+    where: str,
+    *,
+    typed: bool,
+    strip_prefix: str | None = None,
 ) -> tuple[nn.Module, tuple[str, ...]]:
-    model = build(factory, kwargs, where, typed=typed)
-    notes = load_strictly(model, state, where)
-    return _ready(model, where), tuple(notes)
+    model, notes = _bare(build(factory, kwargs, where, typed=typed))
+    loaded = load_strictly(model, state, where, strip_prefix)
+    return _ready(model, where), (*notes, *loaded)
+
+
+def _bare(module: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:
+    inner = unwrapped(module)
+    return inner, () if inner is module else (f"{type(module).__name__} was removed from the network",)
 
 
 def _ready(model: nn.Module, where: str) -> nn.Module:
@@ -176,6 +200,16 @@ def _ready(model: nn.Module, where: str) -> nn.Module:
     return model.cpu().eval()
 
 
-def _superfluous(where: str, what: str, given: str) -> ModelError:
-    fix = "leave --factory and --factory-kwargs out"
-    return ModelError(where, f"{what} is a whole network and takes {given}", fix=fix)
+_OPTIONS = {
+    "factory": "--factory",
+    "kwargs": "--factory-kwargs",
+    "key": "--key",
+    "strip_prefix": "--strip-prefix",
+}
+
+
+def _refuse(where: str, what: str, **given: object) -> None:
+    """Raises ModelError for options that such a file does not take."""
+    named = [_OPTIONS[name] for name, value in given.items() if value is not None]
+    if named:
+        raise ModelError(where, f"{what} is whole, and takes no {' and no '.join(named)}", fix="leave it out")

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from deploynorm.checkpoint._factory import check_own, is_own, split_name
-from deploynorm.checkpoint._state import find_state_dict
+from deploynorm.checkpoint._find import is_extra_state, is_state_dict
 from deploynorm.errors import InputError, ModelError
 from deploynorm.files import staging
 from deploynorm.image import ImageSpec
@@ -18,6 +19,9 @@ from deploynorm.image import ImageSpec
 _FORMAT = "deploynorm"
 _REQUIRED = ("format", "factory", "kwargs", "state_dict")
 _OPTIONAL = ("input", "labels", "training")
+_MOST, _DEEPEST = 1_000_000, 50
+"""How many values plain data may have, and how many may be inside each other."""
+
 _PLAIN = "text, numbers, None, and lists and dicts of them"
 
 
@@ -67,7 +71,7 @@ def save(
         "kwargs": dict(kwargs or {}),
         "input": None if image is None else image.to_dict(),
         "labels": None if labels is None else list(labels),
-        "state_dict": {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()},
+        "state_dict": _on_cpu(model.state_dict()),
     }
     if training is not None:
         content["training"] = dict(training)
@@ -98,10 +102,19 @@ def unpacked(content: Mapping[str, Any], where: str) -> dict[str, Any]:
         problem = f"its {error.where} is wrong: {error.problem}"
         raise ModelError(where, problem, got=error.got, expected=error.expected) from error
     tensors, labels = content["state_dict"], content.get("labels")
-    if find_state_dict({"state_dict": tensors}) is None:
+    if not is_state_dict(tensors):
         raise ModelError(where, "its state_dict is none", got=outline(tensors), expected="tensors by their names")
     labels = None if labels is None else tuple(labels)
-    return {"training": None, **content, "image": image, "labels": labels, "state_dict": dict(tensors)}
+    return {"training": None, **content, "image": image, "labels": labels}
+
+
+def _on_cpu(state: Mapping[str, Any]) -> OrderedDict[str, Any]:
+    """A state dict on the CPU, apart from the network, with the versions of the layers (_metadata)."""
+    result = OrderedDict(
+        (name, value.detach().cpu() if isinstance(value, Tensor) else value) for name, value in state.items()
+    )
+    vars(result)["_metadata"] = getattr(state, "_metadata", OrderedDict())
+    return result
 
 
 def is_own_format(content: object) -> bool:
@@ -118,7 +131,10 @@ def outline(content: object) -> str:
 
 
 def _odd(content: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Name and type of each value of kwargs, labels and training that is none of their kinds."""
+    """Name and type of each value of kwargs, labels, training and layers' extra state that is none of their kinds."""
+    state = content["state_dict"]
+    for name in filter(is_extra_state, state) if isinstance(state, Mapping) else ():
+        yield from _odd_inside(state[name], f"state_dict.{name}", Tensor)
     for key, kind in (("kwargs", dict), ("labels", list | tuple), ("training", dict)):
         value = content.get(key)
         if value is None and key != "kwargs":
@@ -132,12 +148,20 @@ def _odd(content: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             yield from _odd_inside(value, key)
 
 
-def _odd_inside(value: object, name: str) -> Iterator[tuple[str, str]]:
-    if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
-        for key, item in value.items():
-            yield from _odd_inside(item, f"{name}.{key}")
-    elif isinstance(value, list | tuple):
-        for index, item in enumerate(value):
-            yield from _odd_inside(item, f"{name}[{index}]")
-    elif not (value is None or isinstance(value, str | int | float)):
-        yield name, type(value).__name__
+def _odd_inside(value: object, name: str, *also: type) -> Iterator[tuple[str, str]]:
+    todo, whole = [(value, name, 0)], name
+    for _ in range(_MOST):  # what is shared counts each time, and what holds itself comes to no end
+        if not todo:
+            return
+        value, name, depth = todo.pop()
+        inside: list[tuple[str, object]] = []
+        if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
+            inside = [(f"{name}.{key}", item) for key, item in value.items()]
+        elif isinstance(value, list | tuple):
+            inside = [(f"{name}[{index}]", item) for index, item in enumerate(value)]
+        elif not (value is None or isinstance(value, (str, int, float, *also))):
+            yield name, type(value).__name__
+        if inside and depth == _DEEPEST:
+            break
+        todo += [(item, inner, depth + 1) for inner, item in reversed(inside)]
+    yield whole, f"more than {_MOST:,} values, or more than {_DEEPEST} inside each other"

@@ -14,12 +14,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from deploynorm.checkpoint._plain import PLAIN
+from deploynorm.checkpoint._zip import read_member
 from deploynorm.errors import ModelError
 
 TRUST = "or pass --trust-pickle if you trust whoever made the file"
 
 _CLASS_MODULES = ("torch.nn.modules.", "timm.layers.", "timm.models.", "deploynorm.layers.", "deploynorm.models.")
-_DATA_PARALLEL = "torch.nn.parallel.data_parallel.DataParallel"
+_WRAPPERS = ("torch.nn.parallel.data_parallel.DataParallel", "torch.optim.swa_utils.AveragedModel")
 
 _DATA = re.compile(
     r"torch\.\w+|torch\._utils\._rebuild_\w+|torch\._tensor\._rebuild_from_type_v2|torch\.storage\.\w+"
@@ -38,7 +40,7 @@ def unpickle(data: bytes, where: str, *, trust: bool, modules: bool = True) -> A
 
     Unless trusted, it is read with weights_only=True, and the only classes beyond torch's own list of tensors and
     plain data are the nn.Module classes of torch.nn, timm and deploynorm that the file names; with modules=False none.
-    Trusted, it is read as any pickle is, which runs whatever code it names.
+    NumPy's numbers come as Python's. Trusted, it is read as any pickle is, which runs whatever code it names.
     """
     if trust:
         return _load(data, where, trust=True)
@@ -47,10 +49,11 @@ def unpickle(data: bytes, where: str, *, trust: bool, modules: bool = True) -> A
     except Exception as error:  # pickletools raises many types on damaged pickles
         raise _damaged(where, error) from error
     classes = {name: cls for name in names if modules and (cls := _module_class(name, where)) is not None}
-    foreign = [name for name in names if name not in classes and not _DATA.fullmatch(name)]
+    foreign = [name for name in names if name not in classes and name not in PLAIN and not _DATA.fullmatch(name)]
     if foreign:
         raise _refused(where, foreign)
-    allowed: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [(cls, name) for name, cls in classes.items()]
+    called: dict[str, Callable[..., Any]] = {**classes, **PLAIN}
+    allowed: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [(each, name) for name, each in called.items()]
     with torch.serialization.safe_globals(allowed):
         return _load(data, where, trust=False)
 
@@ -59,7 +62,8 @@ def named_globals(data: bytes) -> list[str]:
     """Every class and function that the pickles of a torch.save file name, without running them."""
     if data[:4] == b"PK\x03\x04":
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
-            pickles = [archive.read(member) for member in archive.namelist() if member.endswith("/data.pkl")]
+            members = [member for member in archive.infolist() if member.filename.endswith("/data.pkl")]
+            pickles = [read_member(archive, member) for member in members]
         streams = [io.BytesIO(pickle) for pickle in pickles]
     else:
         streams = [io.BytesIO(data)] * _LEGACY_PICKLES
@@ -81,7 +85,7 @@ def _globals_of_one(stream: io.BytesIO) -> Iterator[str]:
 
 def _module_class(name: str, where: str) -> type[nn.Module] | None:
     """The nn.Module class of that name in torch.nn, timm or deploynorm, or None if it is none."""
-    known = name.startswith(_CLASS_MODULES) or name == _DATA_PARALLEL
+    known = name.startswith(_CLASS_MODULES) or name in _WRAPPERS
     if not known or not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", name, re.ASCII):
         return None
     module_name, _, class_name = name.rpartition(".")

@@ -1,4 +1,4 @@
-"""State dicts: finding one in a checkpoint, loading it strictly, and looking for NaN and infinity."""
+"""State dicts: loading one strictly, and looking for NaN and infinity."""
 
 from __future__ import annotations
 
@@ -8,43 +8,50 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
+from deploynorm.checkpoint._wrappers import prefix_that_fits, without_prefix, without_wrappers
 from deploynorm.errors import ModelError
 
-_KEYS = ("model", "state_dict", "ema")
-_WRAPPERS = {"module.": "DataParallel", "_orig_mod.": "torch.compile"}
 _SHOWN = 5
 
 
-def find_state_dict(content: Any) -> tuple[dict[str, Tensor], list[str]] | None:
-    """The state dict that a checkpoint is or holds under "model", "state_dict" or "ema", and where it was found."""
-    if _is_state_dict(content):
-        return dict(content), []
-    found = [key for key in _KEYS if isinstance(content, Mapping) and _is_state_dict(content.get(key))]
-    if not found:
-        return None
-    others = "".join(f"; the one under {other!r} is not used" for other in found[1:])
-    return dict(content[found[0]]), [f"the state dict is under {found[0]!r}{others}"]
-
-
-def load_strictly(model: nn.Module, state: Mapping[str, Tensor], where: str) -> list[str]:
+def load_strictly(model: nn.Module, state: Mapping[str, Any], where: str, strip_prefix: str | None = None) -> list[str]:
     """Loads a state dict into a network that it fits name for name and shape for shape, else raises ModelError.
 
-    Returns what was done to make it fit: prefixes of DataParallel and torch.compile that were removed from every name.
+    The versions of the layers that it was written from (its _metadata) go with it: layers change older entries by them.
+
+    Args:
+        model: The network.
+        state: The state dict, with the extra state of layers that have one.
+        where: The file, for messages.
+        strip_prefix: Of the part to load, where it holds more than this network.
+
+    Returns:
+        What was done to make it fit.
     """
     _check_allocated(chain(model.named_parameters(), model.named_buffers()), where, "build the network on the CPU")
-    _check_allocated(state.items(), where, "write the file again from a network that has its values")
-    expected = {name: tensor.shape for name, tensor in model.state_dict().items() if isinstance(tensor, Tensor)}
-    state, notes = _unwrapped(state, expected)
+    _check_allocated(_tensors(state), where, "write the file again from a network that has its values")
+    _check_versions(state, where)
+    expected = model.state_dict()
+    notes: list[str] = []
+    if strip_prefix is not None:
+        state, notes = without_prefix(state, strip_prefix, where)
+    known = {*expected, *(f"{path}." for path, _ in model.named_modules())}
+    state, removed = without_wrappers(state, known)
+    notes += removed
+    own = dict(_tensors(expected))
     shapes = [
-        f"{name} {tuple(tensor.shape)} in the file, {tuple(expected[name])} in the network"
-        for name, tensor in state.items()
-        if name in expected and tensor.shape != expected[name]
+        f"{name} {tuple(tensor.shape)} in the file, {tuple(own[name].shape)} in the network"
+        for name, tensor in _tensors(state)
+        if name in own and tensor.shape != own[name].shape
     ]
     cause: Exception | None = None
     missing = [name for name in expected if name not in state]
     unexpected = [name for name in state if name not in expected]
     try:
+        if len(state) > 10 * (len(expected) + 1000):
+            raise KeyError(f"{len(unexpected)} names too many")  # torch takes minutes to say so
         # Not strict, so that the layers' own loading rules (older formats, resized buffers) decide what is wrong.
         result = model.load_state_dict(state, strict=False)
         missing, unexpected, shapes = result.missing_keys, result.unexpected_keys, []
@@ -57,6 +64,8 @@ def load_strictly(model: nn.Module, state: Mapping[str, Tensor], where: str) -> 
     problem = f"the state dict does not fit {type(model).__name__}"
     wanted = f"the {len(expected)} tensors of the network, strictly"
     fix = "give the factory (--factory) and its arguments that the file was trained with"
+    if (prefix := prefix_that_fits(state, expected)) is not None:
+        fix = f"pass --strip-prefix {prefix} if the network is that part of the file"
     raise ModelError(where, problem, got=problems or str(cause), expected=wanted, fix=fix) from cause
 
 
@@ -67,8 +76,8 @@ def check_finite(model: nn.Module, where: str) -> None:
     """
     _check_allocated(chain(model.named_parameters(), model.named_buffers()), where, "build the network on the CPU")
     broken = []
-    for name, tensor in model.state_dict().items():
-        if not isinstance(tensor, Tensor) or not (tensor.is_floating_point() or tensor.is_complex()):
+    for name, tensor in _tensors(model.state_dict()):
+        if not (tensor.is_floating_point() or tensor.is_complex()):
             continue
         # isfinite knows no 8-bit floats.
         bad = int((~torch.isfinite(tensor if tensor.element_size() > 1 else tensor.float())).sum())
@@ -81,28 +90,33 @@ def check_finite(model: nn.Module, where: str) -> None:
 
 
 def _check_allocated(tensors: Iterable[tuple[str, Tensor]], where: str, fix: str) -> None:
-    """Raises ModelError for tensors on the meta device: copies from and to them do nothing, silently."""
-    without = [name for name, tensor in tensors if tensor.is_meta]
+    """Raises ModelError for tensors without values: of Lazy layers that have not run, which know no shape yet, and on
+    the meta device, where copies from and to them do nothing, silently."""
+    lazy, without = [], []
+    for name, tensor in tensors:
+        if is_lazy(tensor):
+            lazy.append(name)
+        elif tensor.is_meta:
+            without.append(name)
+    if lazy:
+        lazy_fix = "run it once where it is made: network(torch.zeros(1, 3, 224, 224)) with your sizes"
+        raise ModelError(where, "the network has Lazy layers that have not run", got=_some(lazy), fix=lazy_fix)
     if without:
         raise ModelError(where, "tensors without values (on the meta device)", got=_some(without), fix=fix)
 
 
-def _unwrapped(state: Mapping[str, Tensor], expected: Mapping[str, Any]) -> tuple[Mapping[str, Tensor], list[str]]:
-    notes = []
-    # A network may have a part of that name itself, so names that it knows keep their prefix.
-    while not any(name in expected for name in state):
-        prefix = next((prefix for prefix in _WRAPPERS if all(name.startswith(prefix) for name in state)), None)
-        if prefix is None:
-            break
-        state = {name[len(prefix) :]: tensor for name, tensor in state.items()}
-        notes.append(f"the prefix {prefix!r} of {_WRAPPERS[prefix]} was removed from every name")
-    return state, notes
+def _check_versions(state: Mapping[str, Any], where: str) -> None:
+    versions = getattr(state, "_metadata", {})
+    plain = isinstance(versions, Mapping) and all(
+        isinstance(path, str) and isinstance(of_layer, Mapping) for path, of_layer in versions.items()
+    )
+    if not plain:
+        problem = "the versions of its layers (_metadata) are damaged"
+        raise ModelError(where, problem, fix="write the state_dict() again with torch.save")
 
 
-def _is_state_dict(content: Any) -> bool:
-    if not isinstance(content, Mapping) or not content:
-        return False
-    return all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in content.items())
+def _tensors(state: Mapping[str, Any]) -> Iterable[tuple[str, Tensor]]:
+    return ((name, value) for name, value in state.items() if isinstance(value, Tensor))
 
 
 def _some(names: list[str]) -> str:

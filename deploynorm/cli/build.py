@@ -20,6 +20,7 @@ from deploynorm.trt.settings import HARDWARE_COMPATIBILITY, Way
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_onnx_file(parser)
+    options.add_accept_changed(parser)
     options.add_output(parser, ".engine")
     group = parser.add_argument_group("what the engine is for")
     group.add_argument(

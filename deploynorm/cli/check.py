@@ -17,6 +17,7 @@ from deploynorm.cli.terminal import Terminal
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_model(parser)
     parser.add_argument("candidate", metavar="ONNX", type=options.existing_file, help="the file under test")
+    options.add_accept_changed(parser)
     options.add_parity(parser)
 
 
@@ -25,6 +26,6 @@ def run(terminal: Terminal, model: Path, candidate: Path, **given: Any) -> None:
 
     with terminal.step(f"checking {candidate}"):
         parity = check_file(model, candidate, **given)
-    terminal.show(parity.tables(terminal.verbose))
+    terminal.show("\n\n".join([parity.tables(terminal.verbose), *(f"note: {note}" for note in parity.notes)]))
     terminal.write_json(parity.to_dict())
     parity.raise_if_broken()

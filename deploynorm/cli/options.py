@@ -66,7 +66,7 @@ def add_onnx_file(parser: argparse.ArgumentParser) -> None:
 
 def add_model(
     parser: argparse.ArgumentParser,
-    help: str = "checkpoint, state_dict, pickled module or .pt2",
+    help: str = "checkpoint, state_dict, .safetensors, pickled module or .pt2",
     *,
     shapes: bool = True,
 ) -> None:
@@ -82,10 +82,26 @@ def add_model(
         "--factory-kwargs", metavar="JSON", type=json_object, help="its arguments, as in '{\"num_classes\": 10}'"
     )
     group.add_argument(
+        "--key", help="where the weights are in the file, as state_dict (default: an average, else the raw weights)"
+    )
+    group.add_argument(
+        "--strip-prefix",
+        metavar="PREFIX",
+        help="what stands before the network's names in a state_dict that holds more, as encoder.",
+    )
+    group.add_argument(
         "--trust-pickle", action="store_true", help="let a pickle run code; only for files from a source you trust"
     )
     if shapes:
         add_input_shape(group)
+
+
+def add_accept_changed(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--accept-changed",
+        action="store_true",
+        help="go on with a file that is not the one that its manifest was written for, as after another tool",
+    )
 
 
 def add_input_shape(parser: argparse._ActionsContainer) -> None:

@@ -20,6 +20,7 @@ from deploynorm.rewrite.passes import PASSES
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_onnx_file(parser)
+    options.add_accept_changed(parser)
     options.add_output(parser, next(iter(PASSES.values())).suffix)
     passes = parser.add_argument_group("rewrites, in the order in which they are given")
     for name, row in PASSES.items():

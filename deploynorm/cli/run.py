@@ -23,6 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "files", metavar="INPUT", nargs="+", help=".npy, .npz or image file; NAME=FILE where there are several inputs"
     )
     parser.add_argument("-o", "--output", type=options.output_file, help="write the outputs to this .npz file")
+    options.add_accept_changed(parser)
     parser.add_argument("--top", type=int, default=5, help="classes to print for each image (default 5)")
     group = parser.add_argument_group("backend")
     group.add_argument(

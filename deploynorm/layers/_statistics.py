@@ -27,7 +27,7 @@ def second_moment_sum(x: Tensor, dtype: torch.dtype) -> Tensor:
         pieces = torch.split(positions, max(_CACHED // channels, 1)) if slow else (positions,)
         return torch.stack([piece.to(dtype).square().sum(0) for piece in pieces]).sum(0)
     # The norm adds one square after the other, which in float32 loses digits where there are many: of a plane of
-    # 4096x4096 with mean 100 it is off by 1e-2. So each row of a large plane is added up on its own; `sum` adds in pairs.
+    # 4096x4096 with mean 100 it is off by 1e-2. So each row of a large plane is added up alone; `sum` adds in pairs.
     large = math.prod(x.shape[2:]) > _LONGEST_RUN
     axes = (-1,) if large else tuple(range(2, x.dim()))
     pieces = torch.split(x, _LONGEST_RUN, -1) if x.shape[-1] > _LONGEST_RUN else (x,)

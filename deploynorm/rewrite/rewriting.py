@@ -13,6 +13,7 @@ from deploynorm.contract import METADATA_CPU
 from deploynorm.errors import InputError, ModelError, check_choice
 from deploynorm.files import sha256, staging
 from deploynorm.inputs import Shape
+from deploynorm.manifest import check_unchanged
 from deploynorm.packages import load
 from deploynorm.rewrite.passes import PASSES, sequence
 from deploynorm.run import open_runner
@@ -104,6 +105,7 @@ def rewrite(
     passes: Sequence[str] = ("optimize_for_cpu",),
     *,
     input_shapes: Mapping[str, Shape] | None = None,
+    accept_changed: bool = False,
     seed: int = 0,
     rtol: float | None = None,
     atol: float | None = None,
@@ -114,6 +116,7 @@ def rewrite(
         model: A file that `deploynorm export` has written, or what OnnxFile.read has read.
         passes: Names in `PASSES`, in the order in which they run.
         input_shapes: A shape by input that the network takes, "" for the only one; by default what the metadata says.
+        accept_changed: Take a file that is not the one that its manifest was written for; a warning says so.
         seed: Of the random inputs.
         rtol, atol: See `deploynorm.check`.
 
@@ -129,6 +132,8 @@ def rewrite(
     for name in passes or ["none"]:
         check_choice("rewrite", "unknown pass", name, PASSES)
     source = OnnxFile.read(model)
+    if source.path is not None:
+        check_unchanged(source.path, accept=accept_changed)
     run = sequence(*(load(PASSES[name].function) for name in passes))
     # Opening the source first reports what is wrong with it under its own name.
     with open_runner(source) as truth:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
 
-from deploynorm.errors import InputError
+from deploynorm.checkpoint._zip import whole_members
+from deploynorm.errors import InputError, ModelError
 from deploynorm.files import staging
 
 __all__ = ["load_last", "save_last"]
@@ -33,14 +34,20 @@ def load_last(path: Path, recipe: Mapping[str, Any], device: torch.device) -> di
     if not path.is_file():
         raise InputError("--resume", f"no {path}", fix="give the -o/--output of the run to continue")
     try:
-        parts = torch.load(path, map_location=device, weights_only=True)
-    except (OSError, RuntimeError, EOFError, UnpicklingError) as error:
+        data = path.read_bytes()
+        whole_members(data, str(path))  # torch compares no checksums
+        parts: Any = torch.load(io.BytesIO(data), map_location=device, weights_only=True)
+    except ModelError as error:
+        problem = f"{path} is damaged ({error.problem})"
+        raise InputError("--resume", problem, got=error.got, fix="leave out --resume") from error
+    except Exception as error:  # damaged files make torch raise nearly anything
         raise InputError("--resume", f"{path} is damaged ({type(error).__name__})", fix="leave out --resume") from error
-    if not isinstance(parts, dict) or set(parts) != PARTS or set(parts["recipe"]) != set(recipe):
+    ours = isinstance(parts, dict) and set(parts) == PARTS
+    if not ours or not isinstance(parts["recipe"], dict) or set(parts["recipe"]) != set(recipe):
         raise InputError("--resume", f"{path} was not written by this version of the recipe", fix="leave out --resume")
     for name, value in parts["recipe"].items():
         if value != recipe[name]:
             raise InputError(
                 "--resume", f"the run in {path} had another {name}", got=str(recipe[name]), expected=str(value)
             )
-    return parts
+    return dict(parts)

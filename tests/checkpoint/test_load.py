@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import re
 import shlex
 import sys
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -290,9 +290,10 @@ def test_trust_reads_classes_and_values_that_are_refused_otherwise(nets: Path, m
     assert type(load(nets / "net.pt", trust_pickle=True).model).__name__ == "Wrapped"
     content = {
         "model": {"module.weight": torch.ones(4, 1, 3, 3), "module.bias": torch.ones(4)},
-        "args": argparse.Namespace(lr=1),
-        "accuracy": np.float64(0.5),
+        "accuracy": Fraction(1, 2),
     }
     torch.save(content, nets / "w.pt")
+    with pytest.raises(ModelError, match=r"fractions\.Fraction"):
+        load(nets / "w.pt", factory="user_nets:Wrapped")
     assert load(nets / "w.pt", factory="user_nets:Wrapped", trust_pickle=True).kind == "state_dict"
     assert sys.path == before

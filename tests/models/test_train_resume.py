@@ -161,7 +161,15 @@ def test_resume_refuses_a_damaged_file_and_one_of_another_version(whole_bn, tmp_
     path = tmp_path / "last.pt"
     whole = (whole_bn / "last.pt").read_bytes()
     last = load(whole_bn / "last.pt")
-    faults = {"is damaged": [whole[: len(whole) // 2], b"", b"nothing of ours"], "version": []}
+    faults = {"is damaged": [whole[: len(whole) // 2], b"", b"nothing of ours", b"\x80\x02\x8a\xff"], "version": []}
+    for part in (last["model"]["fc.weight"].numpy().tobytes(), b"train_loss", b"little"):
+        bits = bytearray(whole)
+        bits[whole.find(part)] ^= 64
+        faults["is damaged"].append(bytes(bits))
+    spoiled = {**last, "model": {name: tensor[:1] for name, tensor in last["model"].items() if tensor.ndim}}
+    buffer = io.BytesIO()
+    torch.save(spoiled, buffer)
+    faults["does not fit the run"] = [buffer.getvalue()]
     del last["recipe"]["amp"]
     for content in (last, {"model": last["model"]}, [1]):
         buffer = io.BytesIO()
