@@ -6,6 +6,7 @@ Nothing here imports torch, so that `--help` answers at once: a verb's module im
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 import threading
@@ -68,8 +69,9 @@ def _main(arguments: Sequence[str] | None) -> int:
         return _failed(verb, f"ended by {stop.signal.name}", 128 + stop.signal)
     except KeyboardInterrupt:
         return _failed(verb, "interrupted", 128 + signal.SIGINT)
-    except OSError as error:  # the system's: a file that has gone, a full disk for temporary files
-        return _failed(verb, str(error), 2)
+    except OSError as error:  # a file that has gone meanwhile, a full disk of temporary files
+        of = "" if error.filename is None else f" ({os.fsdecode(error.filename)})"
+        return _failed(verb, f"cannot read or write a file: {error.strerror or error}{of}", 2)
     except Exception:
         traceback.print_exc()
         print("This is a fault of deploynorm: please report it with the lines above.", file=sys.stderr)
