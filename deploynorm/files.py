@@ -39,7 +39,7 @@ def staging(target: Path, *, inputs: Iterable[Path] = (), companions: Collection
 
     Args:
         target: The file to write; the block writes it under the same name.
-        inputs: Files that were read for it, which are not to be overwritten.
+        inputs: Files that were read for it, the model first, which are not to be overwritten.
         companions: Files beside it that belong to it. One that the block does not write was an earlier target's, and
             is removed.
 
@@ -83,7 +83,9 @@ def write_text(target: Path, text: str, *, inputs: Iterable[Path] = ()) -> None:
 
 def check_outputs(outputs: Iterable[Path], inputs: Iterable[Path]) -> None:
     """Raises InputError for a file to be written that is also read, or would be written twice, under whatever name."""
-    taken = {_identity(path): f"{path}, which is read" for path in inputs}
+    taken: dict[object, str] = {}
+    for path in inputs:
+        taken.setdefault(_identity(path), f"{path}, which is read" if taken else "MODEL itself, which is read")
     for path in outputs:
         identity = _identity(path)
         if identity is not None and identity in taken:

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 import deploynorm
-from deploynorm import onnx_file
 from deploynorm._check.parity import Checks, Parity
 from deploynorm._export import Exported, check_options, export
 from deploynorm._export.names import as_names, by_argument
@@ -127,7 +126,7 @@ class Conversion:
         inputs = () if checkpoint is None else (checkpoint.path,)
         _, record = companions = onnx_companions(path)
         with staging(path, inputs=inputs, companions=companions) as folder:
-            onnx_file.save(self.exported.model, folder / path.name, external_data=external_data)
+            self.exported.save(folder / path.name, external_data=external_data)
             if is_stream(path):
                 return (path,)
             text = json.dumps(self.to_dict(folder / path.name), indent=2) + "\n"
@@ -252,7 +251,7 @@ def convert(
         checks.add_folded(working, exported.output_names, dtype_of(working))
     with scratch_folder() as folder:
         path = folder / "model.onnx"
-        onnx_file.save(exported.model, path)
+        exported.save(path)
         checks.add_file(path, backend)
     return Conversion(exported, report, checks.parity(), network, function, seed)
 
