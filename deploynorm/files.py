@@ -211,6 +211,9 @@ def _sweep(parent: Path) -> None:
 @contextmanager
 def _alone_in(folder: Path) -> Iterator[None]:
     """Keeps the other processes out that ask for the same; where folders cannot be locked, none."""
+    if folder.name.startswith(_PREFIX):  # it is this process's alone, and locked already
+        yield
+        return
     try:
         lock = os.open(folder, os.O_RDONLY)
     except PermissionError:  # it can be written to, and not listed

@@ -7,7 +7,6 @@ import multiprocessing
 import os
 import random
 import signal
-import stat
 import subprocess
 import sys
 import time
@@ -99,6 +98,12 @@ def test_what_a_killed_process_left_is_swept_and_what_a_living_one_uses_is_not(t
     assert [path.name for path in tmp_path.iterdir()] == ["b.json"]
 
 
+def test_a_scratch_folder_takes_files_at_once(tmp_path: Path) -> None:
+    with scratch_folder(tmp_path) as folder:
+        write_three(folder / "net.onnx", "text")
+        assert sorted(path.name for path in folder.iterdir()) == sorted(NAMES)
+
+
 def test_a_user_s_folder_is_never_swept(tmp_path: Path) -> None:
     (tmp_path / ".deploynorm").mkdir()
     (tmp_path / f"{files._PREFIX}link").symlink_to(tmp_path / ".deploynorm")
@@ -153,18 +158,17 @@ def test_a_fifo_takes_one_file(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["net.onnx"]
 
 
-def test_a_device_that_is_full(tmp_path: Path) -> None:
-    """A node of our own where that may be made, else a link to the system's, which only gets an open and a write."""
-    full = tmp_path / "full"
+def test_a_device_gets_the_bytes_and_stays_one() -> None:
+    """A terminal of our own is a device that needs no privileges."""
+    ours, theirs = os.openpty()
     try:
-        os.mknod(full, 0o600 | stat.S_IFCHR, os.makedev(1, 7))
-        full.open("wb").close()
-    except OSError:
-        full.unlink(missing_ok=True)
-        full.symlink_to("/dev/full")
-    with pytest.raises(InputError, match="No space left on device"):
-        write_text(full, "text")
-    assert stat.S_ISCHR(full.stat().st_mode)
+        device = Path(os.ttyname(theirs))
+        write_text(device, "text")
+        assert os.read(ours, 100) == b"text"
+        assert device.is_char_device()
+    finally:
+        os.close(ours)
+        os.close(theirs)
 
 
 def fill_up(target: Path) -> None:
