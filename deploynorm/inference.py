@@ -13,9 +13,9 @@ import numpy.typing as npt
 
 from deploynorm.dtypes import HALF, numpy_dtype
 from deploynorm.errors import InputError
-from deploynorm.files import staging
+from deploynorm.files import onnx_companions, staging
 from deploynorm.image import ImageSpec
-from deploynorm.inputs import TensorSpec
+from deploynorm.inputs import TensorSpec, parse_named_file
 from deploynorm.manifest import check_unchanged
 from deploynorm.onnx_file import OnnxFile
 from deploynorm.run import BACKENDS, ENGINE_SUFFIXES, open_runner
@@ -75,11 +75,13 @@ class Inference:
     Attributes:
         runner: Name of the backend.
         notes: How the file was read, and what was converted.
+        inputs: The files that were read, which no output is to overwrite.
     """
 
     runner: str
     results: tuple[Result, ...]
     notes: tuple[str, ...]
+    inputs: tuple[Path, ...] = ()
 
     def __str__(self) -> str:
         return "\n\n".join([*map(str, self.results), *(f"note: {note}" for note in self.notes)])
@@ -91,15 +93,16 @@ class Inference:
     def save(self, path: Path | str) -> Path:
         """Writes the outputs to an .npz file, those of several images one after the other along the batch.
 
-        bfloat16 is written as float32, since NumPy's files do not have it.
+        bfloat16 is written as float32, since NumPy's files do not have it. InputError where the path is that of a file
+        that was read, or cannot be written to.
         """
         path = Path(path)
         whole: dict[str, Any] = {}
         for name in self.results[0].outputs if self.results else ():
             value = np.concatenate([result.outputs[name] for result in self.results])
             whole[name] = value.astype(np.float32) if value.dtype.name == "bfloat16" else value
-        with staging(path) as folder:
-            np.savez(folder / path.name, **whole)
+        with staging(path, inputs=self.inputs) as folder, (folder / path.name).open("wb") as file:
+            np.savez(file, **whole)  # a file, since to a path it would add an ending of its own
         return path
 
 
@@ -166,7 +169,8 @@ def run_on_files(
                 for output, value in got.items()
                 if value.dtype.name == "bfloat16"
             ]
-    return Inference(runner.name, tuple(results), tuple(dict.fromkeys(notes)))
+    read = (model, *onnx_companions(model), *(Path(parse_named_file(text)[1]) for text in files))
+    return Inference(runner.name, tuple(results), tuple(dict.fromkeys(notes)), read)
 
 
 def _open_file(
@@ -194,7 +198,7 @@ def _open_file(
 def _feeds(files: Sequence[str], runner: Runner, image: ImageSpec | None) -> Iterable[tuple[str, Mapping[str, _Array]]]:
     """What to run: each image on its own, or all files together where one is an array or has a name."""
     first = runner.inputs[0].name
-    named = [tuple(text.split("=", 1)) if "=" in text and not Path(text).exists() else ("", text) for text in files]
+    named = [parse_named_file(text) for text in files]
     if not any(name or Path(text).suffix in _ARRAY_ENDINGS for name, text in named):
         return [(text, _read(text, first, image)) for _, text in named]
     feeds: dict[str, _Array] = {}

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from deploynorm.errors import InputError
@@ -83,6 +84,12 @@ def parse_input_shapes(texts: Sequence[str]) -> dict[str, Shape]:
         problem = "one shape has no name, but there are several"
         raise InputError("input shape", problem, got=list(texts), expected=SHAPE_EXAMPLE)
     return shapes
+
+
+def parse_named_file(text: str) -> tuple[str, str]:
+    """Name of an input and its file, from `x=x.npy`; "" for a file without, such as one that is called x=x.npy."""
+    name, equals, path = text.partition("=")
+    return (name, path) if equals and not Path(text).exists() else ("", text)
 
 
 def parse_dynamic_axes(texts: Sequence[str]) -> Any:

@@ -8,11 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from deploynorm.errors import ModelError
-from deploynorm.files import sha256
-
-
-def manifest_path(path: Path) -> Path:
-    return path.with_name(f"{path.name.removesuffix('.onnx')}.deploynorm.json")
+from deploynorm.files import onnx_companions, sha256
 
 
 def check_unchanged(path: Path, *, accept: bool = False) -> None:
@@ -25,7 +21,7 @@ def check_unchanged(path: Path, *, accept: bool = False) -> None:
     Raises:
         ModelError: They differ, or the manifest cannot be read.
     """
-    manifest = manifest_path(path)
+    _, manifest = onnx_companions(path)
     if not manifest.exists():
         return
     try:

@@ -18,6 +18,7 @@ import onnx_ir as ir
 from deploynorm.contract import DOMAIN, METADATA_IMAGE, METADATA_LABELS, METADATA_SIZES, OP_TYPE
 from deploynorm.dtypes import ONNX_HALF
 from deploynorm.errors import InputError, ModelError
+from deploynorm.files import onnx_companions
 from deploynorm.image import ImageSpec
 from deploynorm.inputs import Shape, TensorSpec, read_sizes, with_sizes
 
@@ -91,6 +92,16 @@ class OnnxFile:
         constants = {tensor.name for tensor in self.proto.graph.initializer}
         fed = [_spec(self.where, value) for value in self.proto.graph.input if value.name not in constants]
         return with_sizes(fed, self.sizes)
+
+    @cached_property
+    def files(self) -> tuple[Path, ...]:
+        """The file, and those beside it that its weights are in; none of a model in memory."""
+        if self.path is None:
+            return ()
+        constants = (part.t for node in all_nodes(self.proto.graph.node) for part in node.attribute)
+        tensors = (*self.proto.graph.initializer, *constants)
+        names = {entry.value for tensor in tensors for entry in tensor.external_data if entry.key == "location"}
+        return (self.path, *(self.path.parent / name for name in sorted(names)))
 
     @property
     def output_names(self) -> tuple[str, ...]:
@@ -177,13 +188,20 @@ def size_bytes(model: ir.Model) -> int:
 
 
 def save(model: ir.Model, path: Path | str, *, external_data: bool | None = None) -> None:
-    """Writes the model, with its weights beside it in `<name>.data` where asked for, by default past 2 GB."""
+    """Writes the model, with its weights beside it in `<name>.data` where asked for, by default past 2 GB.
+
+    An error leaves half a file: call it on a folder of `deploynorm.files`.
+    """
     path = Path(path)
     if external_data is None:
         external_data = size_bytes(model) > _PROTOBUF_LIMIT
     if not external_data:
         ir.external_data.load_to_model(model)  # otherwise weights that are still on the disk would stay there
-    ir.save(model, path, external_data=f"{path.name}.data" if external_data else None)
+    data, _ = onnx_companions(path)
+    if external_data and not data.name.isprintable():
+        problem = "its file of weights would have a name that an ONNX file cannot hold"
+        raise InputError(f"output {path.name}", problem, expected="text in UTF-8", fix="choose another output file")
+    ir.save(model, path, external_data=data.name if external_data else None)
 
 
 def _spec(where: str, value: onnx.ValueInfoProto) -> TensorSpec:

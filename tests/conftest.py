@@ -8,6 +8,7 @@ import importlib
 import importlib.util
 import os
 import shutil
+import subprocess
 import sys
 import tempfile
 import warnings
@@ -163,6 +164,21 @@ def build_once(
     parent = tmp_path_factory.mktemp("compiled") if cache is None else cache.mkdir("compiled")
     key = compiled.digest()
     return lambda name, build: compiled.build_once(parent / name, key, build)
+
+
+@pytest.fixture
+def compile_library(require: Callable[[str], None], tmp_path: Path) -> Callable[..., Path]:
+    """compile_library("libname.so.1", source, *options): a shared library of C, in a folder of its own."""
+    require("compiler")
+
+    def compile_library(name: str, source: str, *options: str, folder: Path = tmp_path / "lib") -> Path:
+        folder.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "source.c").write_text(source)
+        words = ["-shared", "-fPIC", "-x", "c", tmp_path / "source.c", "-x", "none", *options, "-o", folder / name]
+        subprocess.run([str(word) for word in (libraries.find_tools().compiler, *words)], check=True)
+        return folder / name
+
+    return compile_library
 
 
 @pytest.fixture(scope="session")

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from fake_tensorrt import fake_tensorrt, with_builder
 
-from deploynorm.doctor.elf import CudaCode
 from deploynorm.doctor.facts import Driver, Examination, Gpu, Library, OnnxRuntime, Provider, TensorRT
 from deploynorm.libraries import ORT_LIBRARY, TENSORRT_LIBRARY, TENSORRT_REGISTER_LIBRARY, TORCH_LIBRARY
+from deploynorm.libraries.elf import CudaCode
 
 FATBIN = tuple(CudaCode("sm", each) for each in [(7, 5), (8, 0), (9, 0), (10, 0), (12, 0)])
 FATBIN += (CudaCode("compute", (9, 0), 13),)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import platform
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
@@ -24,10 +23,9 @@ from deploynorm._fold import FoldReport
 from deploynorm._fold import fold as fold_network
 from deploynorm.contract import METADATA_IMAGE, METADATA_LABELS, Lowering
 from deploynorm.errors import InputError
-from deploynorm.files import sha256, staging
+from deploynorm.files import is_stream, onnx_companions, scratch_folder, sha256, staging
 from deploynorm.image import ImageSpec
 from deploynorm.inputs import Shape, sizes_to_dict
-from deploynorm.manifest import manifest_path
 from deploynorm.network import Network
 from deploynorm.run.backends import ONNX_BACKENDS
 from deploynorm.trace import Dynamic, ExampleInputs, dynamic_places, find_sizes, inference_copy
@@ -111,22 +109,26 @@ class Conversion:
             **self.parity.to_dict(),
         }
 
-    def save(self, path: Path | str, *, external_data: bool | None = None) -> tuple[Path, Path]:
+    def save(self, path: Path | str, *, external_data: bool | None = None) -> tuple[Path, ...]:
         """Writes model.onnx, and model.deploynorm.json with versions, hashes, sizes and checks; returns both paths.
 
         Args:
-            path: The .onnx file. It is written beside and renamed when whole; an earlier one stays if that fails.
+            path: The .onnx file. It is written beside and renamed when whole; an earlier one stays if that fails. A
+                pipe or device gets the model alone.
             external_data: Weights in a file of their own; None does so past 2 GB.
 
         Raises:
             ParityError: A check does not hold; nothing is written.
-            InputError: The folder cannot be written to.
+            InputError: The path is that of the network's own file, or cannot be written to.
         """
         self.parity.raise_if_broken()
-        path = Path(path)
-        record = manifest_path(path)
-        with staging(path) as folder:
+        path, checkpoint = Path(path), self.network.checkpoint
+        inputs = () if checkpoint is None else (checkpoint.path,)
+        _, record = companions = onnx_companions(path)
+        with staging(path, inputs=inputs, companions=companions) as folder:
             self.exported.save(folder / path.name, external_data=external_data)
+            if is_stream(path):
+                return (path,)
             text = json.dumps(self.to_dict(folder / path.name), indent=2) + "\n"
             (folder / record.name).write_text(text, encoding="utf-8")
         return path, record
@@ -255,8 +257,8 @@ def convert(
     checks = Checks(network, keep_float32=keep_float32, seed=seed, rtol=rtol, atol=atol)
     if report is not None and report.modified:
         checks.add_folded(working, exported.output_names, dtype_of(working))
-    with tempfile.TemporaryDirectory(prefix="deploynorm-") as folder:
-        path = Path(folder) / "model.onnx"
+    with scratch_folder() as folder:
+        path = folder / "model.onnx"
         exported.save(path)
         checks.add_file(path, backend)
     return Conversion(exported, report, checks.parity(), network, function, seed)
@@ -297,6 +299,6 @@ def _check_labels(labels: tuple[str, ...] | None, exported: Exported) -> None:
 def _hashes(file: Path | None) -> dict[str, Any]:
     if file is None:
         return {}
-    data = file.with_name(file.name + ".data")
+    data, _ = onnx_companions(file)
     external = {"file": data.name, "sha256": sha256(data)} if data.exists() else None
     return {"file": file.name, "sha256": sha256(file), "external_data": external}

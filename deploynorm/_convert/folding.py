@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -51,12 +52,15 @@ class Folding:
         Raises:
             ParityError: The check does not hold; nothing is written.
             ModelError: torch.export cannot trace the network.
-            InputError: The folder cannot be written to.
+            InputError: The path is that of the network's own file, or cannot be written to.
         """
         self.parity.raise_if_broken()
-        path = Path(path)
-        with staging(path) as folder, quiet():
-            torch.export.save(trace(self.model, self.network.examples, self.dynamic), folder / path.name)
+        path, checkpoint = Path(path), self.network.checkpoint
+        archive = io.BytesIO()  # torch.export.save ends the process where a disk is full
+        with quiet():
+            torch.export.save(trace(self.model, self.network.examples, self.dynamic), archive)
+        with staging(path, inputs=() if checkpoint is None else (checkpoint.path,)) as folder:
+            (folder / path.name).write_bytes(archive.getbuffer())
         return path
 
 

@@ -19,6 +19,7 @@ from deploynorm._export.precision import DTYPES, cast_floats, dtype_name, dtype_
 from deploynorm._export.translation import BFLOAT16_OPSET, to_onnx
 from deploynorm.contract import LOWERINGS, MAX_OPSET, METADATA_SIZES, MIN_OPSET, Lowering
 from deploynorm.errors import InputError, ModelError
+from deploynorm.files import onnx_companions, staging
 from deploynorm.inputs import TensorSpec, sizes_to_dict
 from deploynorm.lowering import lower
 from deploynorm.tables import table
@@ -80,10 +81,16 @@ class Exported:
         """Writes the model, with its weights beside it in `<name>.data` where asked for or needed (2 GB).
 
         Args:
-            path: The .onnx file; an existing one is overwritten.
+            path: The .onnx file; an existing one is replaced when the new one is whole, and its weights and manifest
+                are removed.
             external_data: None decides by size.
+
+        Raises:
+            InputError: The file cannot be written there.
         """
-        onnx_file.save(self.model, path, external_data=external_data)
+        path = Path(path)
+        with staging(path, companions=onnx_companions(path)) as folder:
+            onnx_file.save(self.model, folder / path.name, external_data=external_data)
 
     def __str__(self) -> str:
         nodes = table("Nodes", ("operator", "count"), sorted(self.node_counts().items()))

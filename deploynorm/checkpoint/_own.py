@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -56,8 +57,8 @@ def save(
         training: What is to be known of the training, plain data.
 
     Raises:
-        InputError: kwargs or training is not plain data, labels are not text, or the folder cannot be written to.
-        ModelError: factory is not such a name, deploynorm.models has no such factory, or the file cannot be written.
+        InputError: kwargs or training is not plain data, labels are not text, or the file cannot be written.
+        ModelError: factory is not such a name, or deploynorm.models has no such factory.
     """
     path = Path(path)
     where = f"save {path}"
@@ -77,12 +78,10 @@ def save(
         content["training"] = dict(training)
     for name, kind in _odd(content):
         raise InputError(where, f"{name} is not plain data", got=kind, expected=_PLAIN)
+    archive = io.BytesIO()  # torch.save's own errors do not tell of a full disk
+    torch.save(content, archive)
     with staging(path) as folder:
-        try:
-            with (folder / path.name).open("wb") as file:
-                torch.save(content, file)
-        except OSError as error:
-            raise ModelError(where, f"the file cannot be written: {error}") from error
+        (folder / path.name).write_bytes(archive.getbuffer())
 
 
 def unpacked(content: Mapping[str, Any], where: str) -> dict[str, Any]:

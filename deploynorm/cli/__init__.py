@@ -6,15 +6,19 @@ Nothing here imports torch, so that `--help` answers at once: a verb's module im
 from __future__ import annotations
 
 import argparse
+import os
+import signal
 import sys
+import threading
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Final, NoReturn
 
 import deploynorm
 from deploynorm.cli import build, check, doctor, export, fold, inspect, options, plugins, rewrite, run
-from deploynorm.cli.terminal import Terminal
+from deploynorm.cli.terminal import Terminal, steady_output
 from deploynorm.errors import DeployNormError
 from deploynorm.packages import naming_missing_packages
 
@@ -33,30 +37,76 @@ exit codes: 0 done and parity holds, 1 parity broken, 2 usage or bad model, 3 so
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one verb and returns the exit code."""
-    given = vars(_parser().parse_args(arguments))
-    verb = given.pop("verb")
-    terminal = Terminal(quiet=given.pop("quiet"), verbose=given.pop("verbose"), json=given.pop("json"))
+    """Runs one verb to its end, whatever becomes of what it prints, and returns the exit code."""
+    with steady_output() as lost:
+        code = _main(arguments)
+    if lost and code == 0:
+        print(f"deploynorm: standard output: cannot write there: {lost[0].strerror}", file=sys.stderr)
+        return 2
+    return code
+
+
+def _main(arguments: Sequence[str] | None) -> int:
     try:
-        with warnings.catch_warnings(), naming_missing_packages():
+        given = vars(_parser().parse_args(arguments))
+    except SystemExit as stop:  # after --help, or a wrong argument
+        return int(stop.code or 0)
+    verb, ending = given.pop("verb"), given.pop("ending", None)
+    try:
+        with _terminable(), warnings.catch_warnings(), naming_missing_packages():
             warnings.showwarning = lambda message, *_, **__: print(message, file=sys.stderr)  # without its line of code
+            if ending is not None and given["output"] is None:
+                given["output"] = given["model"].with_suffix(ending)
+            options.check_files(given)
             for name, parse in options.PARSED.items():
                 if name in given:
                     given[name] = parse(given[name] or ())
+            terminal = Terminal(quiet=given.pop("quiet"), verbose=given.pop("verbose"), json=given.pop("json"))
             return _VERBS[verb].run(terminal, **given) or 0
     except DeployNormError as error:
-        print(f"deploynorm {verb}: {str(error).removeprefix(f'{verb}: ')}", file=sys.stderr)
-        return error.exit_code
+        return _failed(verb, str(error).removeprefix(f"{verb}: "), error.exit_code)
+    except _Terminated as stop:
+        return _failed(verb, f"ended by {stop.signal.name}", 128 + stop.signal)
     except KeyboardInterrupt:
-        print(f"deploynorm {verb}: interrupted", file=sys.stderr)
-        return 130
-    except BrokenPipeError:  # the reader of our output, `head` for one, has gone
-        sys.stderr.close()
-        return 0
+        return _failed(verb, "interrupted", 128 + signal.SIGINT)
+    except OSError as error:  # a file that has gone meanwhile, a full disk of temporary files
+        of = "" if error.filename is None else f" ({os.fsdecode(error.filename)})"
+        return _failed(verb, f"cannot read or write a file: {error.strerror or error}{of}", 2)
     except Exception:
         traceback.print_exc()
         print("This is a fault of deploynorm: please report it with the lines above.", file=sys.stderr)
         return 70  # EX_SOFTWARE; 1 would say that parity is broken
+
+
+def _failed(verb: str, problem: str, code: int) -> int:
+    print(f"deploynorm {verb}: {problem}", file=sys.stderr)
+    return code
+
+
+class _Terminated(KeyboardInterrupt):
+    """A signal was sent to end the process; what it has begun is cleaned up as after Ctrl-C."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.signal = signal.Signals(number)
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Raises _Terminated for signals that would end the process at once, with its unfinished files left behind."""
+
+    def stop(number: int, _: object) -> NoReturn:
+        raise _Terminated(number)
+
+    numbers = (signal.SIGTERM, signal.SIGHUP) if threading.current_thread() is threading.main_thread() else ()
+    taken = [number for number in numbers if signal.getsignal(number) is signal.SIG_DFL]
+    for number in taken:
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number in taken:
+            signal.signal(number, signal.SIG_DFL)
 
 
 class _Parser(argparse.ArgumentParser):

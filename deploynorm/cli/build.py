@@ -77,9 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--optimization-level", metavar="0..5", type=int, help="how long to search")
 
 
-def run(terminal: Terminal, model: Path, output: Path | None, timing_cache: Path | None, **given: Any) -> None:
-    output = output or model.with_suffix(".engine")
-
+def run(terminal: Terminal, model: Path, output: Path, timing_cache: Path | None, **given: Any) -> None:
     from deploynorm._build import build
 
     with terminal.step(f"building {output}"):

@@ -69,9 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_parity(parser)
 
 
-def run(terminal: Terminal, model: Path, output: Path | None, external_data: bool, **given: Any) -> None:
-    output = output or model.with_suffix(".onnx")
-
+def run(terminal: Terminal, model: Path, output: Path, external_data: bool, **given: Any) -> None:
     from deploynorm._convert import convert
 
     with terminal.step(f"exporting {model}"):

@@ -21,9 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_parity(parser, backend=False)
 
 
-def run(terminal: Terminal, model: Path, output: Path | None, **given: Any) -> None:
-    output = output or model.with_suffix(".folded.pt2")
-
+def run(terminal: Terminal, model: Path, output: Path, **given: Any) -> None:
     from deploynorm._convert import fold_checked
 
     with terminal.step(f"folding {model}"):

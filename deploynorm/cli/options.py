@@ -8,12 +8,14 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from deploynorm.inputs import parse_dynamic_axes, parse_input_shapes
-from deploynorm.run.backends import ONNX_BACKENDS
+from deploynorm.files import check_outputs, is_stream, onnx_companions
+from deploynorm.inputs import parse_dynamic_axes, parse_input_shapes, parse_named_file
+from deploynorm.run.backends import ENGINE_SUFFIXES, ONNX_BACKENDS
 
 PARSED: Final[Mapping[str, Callable[[Sequence[str]], Any]]] = {
     **dict.fromkeys(("input_shapes", "min_shapes", "opt_shapes", "max_shapes"), parse_input_shapes),
@@ -22,21 +24,47 @@ PARSED: Final[Mapping[str, Callable[[Sequence[str]], Any]]] = {
 """Options that may be given several times, and what reads all their values together."""
 
 
+_READ: Final = ("model", "candidate", "files", "labels", "plugins")
+_WRITTEN: Final = ("output", "json", "timing_cache")
+"""Options of any verb whose values are files."""
+
+
+def check_files(given: Mapping[str, Any]) -> None:
+    """Raises InputError where an output of a call is one of its inputs or is there twice, companions included."""
+    read, written = ([value for name in names if (value := given.get(name))] for names in (_READ, _WRITTEN))
+    texts = [text for value in read for text in (value if isinstance(value, list) else [value])]
+    inputs = [Path(parse_named_file(str(text))[1]) for text in texts]
+    check_outputs(_with_companions(written), _with_companions(inputs))
+
+
+def _with_companions(files: Sequence[Path]) -> list[Path]:
+    """Files, and what belongs to those that are ONNX files or engines."""
+    weights_and_manifests = (each for path in files if path.suffix == ".onnx" for each in onnx_companions(path))
+    manifests = (path.with_name(f"{path.name}.json") for path in files if path.suffix in ENGINE_SUFFIXES)
+    return [*files, *weights_and_manifests, *manifests]
+
+
 def existing_file(text: str) -> Path:
     """A path as an argument, refused where no file is."""
     path = Path(text)
-    if not path.exists():
-        raise argparse.ArgumentTypeError(f"no such file: {text}")
+    if not path.exists() or path.is_dir():
+        reason = "it is a folder, not a file" if path.is_dir() else "no such file"
+        raise argparse.ArgumentTypeError(f"{reason}: {text}")
     return path
 
 
 def output_file(text: str) -> Path:
-    """A path as an argument, refused where its folder is not there or it is a folder itself."""
+    """A path as an argument, refused where its folder cannot be written to or it is a folder itself."""
     path = Path(text)
-    if path.is_dir() or not path.parent.is_dir():
-        reason = "it is a folder" if path.is_dir() else f"there is no folder {path.parent}"
-        raise argparse.ArgumentTypeError(f"cannot write there: {reason}")
-    return path
+    if path.is_dir():
+        reason = "it is a folder"
+    elif not path.parent.is_dir():
+        reason = f"there is no folder {path.parent}"
+    elif not is_stream(path) and not os.access(path.parent, os.W_OK):
+        reason = f"the folder {path.parent} is read-only"
+    else:
+        return path
+    raise argparse.ArgumentTypeError(f"cannot write there: {reason}")
 
 
 def tolerance(text: str) -> float:
@@ -145,7 +173,9 @@ def add_parity(parser: argparse.ArgumentParser, *, backend: bool = True) -> argp
 
 
 def add_output(parser: argparse.ArgumentParser, default: str) -> None:
+    """The output of a verb that writes MODEL in another form."""
     parser.add_argument("-o", "--output", type=output_file, help=f"default: MODEL with the ending {default}")
+    parser.set_defaults(ending=default)
 
 
 def add_output_control(parser: argparse.ArgumentParser) -> None:

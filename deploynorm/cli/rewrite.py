@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_input_shape(options.add_parity(parser, backend=False))
 
 
-def run(terminal: Terminal, model: Path, output: Path | None, passes: list[str] | None, **given: Any) -> None:
+def run(terminal: Terminal, model: Path, output: Path, passes: list[str] | None, **given: Any) -> None:
     if passes is None:
         raise InputError(
             "rewrite", f"name a rewrite: {', '.join(map(_option, PASSES))}", fix="see deploynorm rewrite --help"

@@ -17,10 +17,12 @@ from typing import Any, Final
 
 from deploynorm import libraries
 from deploynorm.doctor import probes
-from deploynorm.doctor.elf import machine_here, read_library, read_needed
 from deploynorm.doctor.facts import Driver, Examination, Gpu, Library, OnnxRuntime, Provider, TensorRT
 from deploynorm.errors import BackendError
+from deploynorm.libraries import find
+from deploynorm.libraries.elf import machine_here, read_library, read_needed
 from deploynorm.libraries.find import cache_of_these_sources
+from deploynorm.libraries.trust import objection
 
 _PACKAGES: Final = re.compile(
     r"deploynorm|torch|torchvision|numpy|onnx|onnx-ir|onnxscript|onnxruntime.*|tensorrt.*|polygraphy|ort-nightly.*"
@@ -54,7 +56,7 @@ def examine() -> Examination:
     with ThreadPoolExecutor() as pool:
         driver = pool.submit(probes.ask, probes.devices)
         missing = pool.submit(probes.ask, probes.open_libraries, all_needed)
-        found = {name: path for name in _OURS if (path := libraries.find_library(name)) is not None}
+        found = {name: path for name in _OURS if (path := _newest(name)) is not None}
         ours = tuple(pool.map(_library, found.keys(), found.values()))
         # A library that cannot even be opened would end the processes of those who are to take it.
         usable = {library.name: library.path for library in ours if library.problem is None}
@@ -182,8 +184,19 @@ def _driver(found: dict[str, Any]) -> Driver:
     return Driver(found.get("version"), tuple(found["cuda"]) if "cuda" in found else None, gpus, found.get("problem"))
 
 
+def _newest(name: str) -> Path | None:
+    """The library that comes first, even one that is not used since something is wrong with it."""
+    return next(iter(find.built_libraries(name)), None) or find.installed_library(name)
+
+
+def _is_built_here(path: Path) -> bool:
+    with suppress(BackendError):  # there is no cache
+        return path.is_relative_to(cache_of_these_sources())
+    return False
+
+
 def _library(name: str, path: Path) -> Library:
-    sources, built_here = libraries.source_folder(), path.is_relative_to(cache_of_these_sources())
+    sources, built_here = libraries.source_folder(), _is_built_here(path)
     file = path.stat()
     # In a clone the sources are a link to those of the repository, and the library is that of the last `pip install`.
     newer = (each for each in sources.rglob("*") if each.is_file() and each.stat().st_mtime > file.st_mtime)
@@ -194,14 +207,19 @@ def _library(name: str, path: Path) -> Library:
         read = read_library(path)
     except (OSError, ValueError) as error:
         return replace(found, problem=str(error))
-    failed = probes.ask(probes.open_libraries, [str(path)])
-    problem = failed.get(str(path)) or failed.get("problem")
+    problem = objection(path) if built_here else None
+    if problem is None:
+        failed = probes.ask(probes.open_libraries, [str(path)])
+        problem = failed.get(str(path)) or failed.get("problem")
     return replace(
         found, machine=read.machine, needed=read.needed, exports=read.exports, code=read.code, problem=problem
     )
 
 
 def _stale() -> tuple[str, ...]:
-    current = cache_of_these_sources()
+    try:
+        current = cache_of_these_sources()
+    except BackendError:  # there is no cache
+        return ()
     others = {path.parents[1] for name in _OURS for path in current.parent.glob(f"*/*/{name}")} - {current}
     return tuple(sorted(map(str, others)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from deploynorm.doctor.elf import CudaCode
+from deploynorm.libraries.elf import CudaCode
 
 
 @dataclass(frozen=True)

@@ -7,16 +7,16 @@ import os
 import platform
 import shutil
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deploynorm.errors import InputError
-from deploynorm.files import staging
-from deploynorm.libraries.find import ORT_LIBRARY, cache_of_these_sources, cache_root, source_folder
+from deploynorm.errors import BackendError, InputError
+from deploynorm.files import scratch_folder, sha256, staging
+from deploynorm.libraries.find import LIBRARIES, ORT_LIBRARY, cache_of_these_sources, cache_root, source_folder
 from deploynorm.libraries.tools import CudaTools, Tools, find_cuda, find_program, find_tools, run, tensorrt_headers
+from deploynorm.libraries.trust import SUMS, damage, make_private
 from deploynorm.tables import table
 
 
@@ -66,8 +66,8 @@ def build(
 
     Raises:
         InputError: An option of a build with CUDA was given without cuda.
-        BackendError: CMake or a compiler is missing, the TensorRT headers cannot be had, or the build failed; the
-            message ends with the compiler's words.
+        BackendError: CMake or a compiler is missing, the TensorRT headers cannot be had, the cache cannot be made or
+            others may write to it, or the build failed or made nothing; the message ends with the compiler's words.
     """
     if not cuda and (architectures or not tensorrt):
         raise InputError("plugins build", "--no-tensorrt and --architectures are for a build with CUDA", fix="--cuda")
@@ -82,19 +82,30 @@ def build(
         options += [f"-DDEPLOYNORM_CUDA_ARCHITECTURES={';'.join(architectures)}"]
     if headers is not None:
         options += [f"-DTENSORRT_INCLUDE_DIR={headers}"]
-    target = (cache_key(tools, cuda_tools, options) if folder is None else folder) / ORT_LIBRARY
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="deploynorm-build-") as work:  # of this process alone
+    if folder is None:
+        folder = cache_key(tools, cuda_tools, options)
+        make_private(folder)
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+    with scratch_folder() as work:
         configure: list[str | Path] = [tools.cmake, "-S", source_folder(), "-B", work, "-DCMAKE_BUILD_TYPE=Release"]
         configure += [f"-DCMAKE_CXX_COMPILER={tools.compiler}", *options]
         if (ninja := find_program("ninja")) is not None:
             configure += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
         run(configure)
         run([tools.cmake, "--build", work])
-        with staging(target) as staged:
-            for library in Path(work).glob("*.so"):
-                shutil.copy2(library, staged / library.name)
-    built = tuple(sorted(target.parent.glob("*.so")))
+        names = [row.file for row in LIBRARIES.values() if headers is not None or not row.needs_cuda]
+        for name in names:
+            if (problem := damage(work / name)) is not None:
+                got = f"{tools.compiler} ({tools.compiler_version})"
+                problem = f"the build ended without an error, but not with {name}: {problem}"
+                raise BackendError("plugins build", problem, got=got, fix="choose another compiler with CXX")
+        with staging(folder / ORT_LIBRARY) as staged:
+            for name in names:
+                shutil.copyfile(work / name, staged / name)
+                (staged / name).chmod(0o755)
+            sums = "".join(f"{sha256(staged / name)}  {name}\n" for name in names)
+            (staged / SUMS).write_text(sums, encoding="utf-8")
     facts: dict[str, str | list[str] | None] = {
         "compiler": str(tools.compiler),
         "compiler_version": tools.compiler_version,
@@ -104,7 +115,7 @@ def build(
         "options": options,
         "cxxflags": os.environ.get("CXXFLAGS", ""),
     }
-    return Build(target, built, facts)
+    return Build(folder / ORT_LIBRARY, tuple(folder / name for name in sorted(names)), facts)
 
 
 def cache_key(tools: Tools, cuda: CudaTools | None, options: Sequence[str]) -> Path:

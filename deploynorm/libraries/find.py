@@ -2,7 +2,7 @@
 
 `pip install` builds the libraries for ONNX Runtime and for training where there is a compiler. What `deploynorm plugins
 build` builds later, with CUDA and the TensorRT plugin if asked for, goes into a cache and is preferred, as long as it
-was built from the sources of this package.
+was built from the sources of this package, is whole, and nobody else could have put it there.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import hashlib
 import importlib.metadata
 import itertools
 import os
+import warnings
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Final, NamedTuple
 
 from deploynorm.errors import BackendError
 from deploynorm.libraries.kernels import open_kernels
+from deploynorm.libraries.trust import objection
 
 ORT_LIBRARY: Final = "libdeploynorm_ort.so"
 TORCH_LIBRARY: Final = "libdeploynorm_torch.so"
@@ -92,8 +94,20 @@ def library_path(name: str = ORT_LIBRARY) -> Path:
 def find_library(name: str = ORT_LIBRARY) -> Path | None:
     """As library_path, but None for a library that is not there."""
     file = LIBRARIES[name].file if name in LIBRARIES else name
-    built = sorted(cache_of_these_sources().glob(f"*/{file}"), key=lambda path: path.stat().st_mtime)
-    return built[-1] if built else installed_library(file)
+    for path in built_libraries(file):
+        if (reason := objection(path)) is None:
+            return path
+        text = f"{path} is not used: {reason}. Fix: deploynorm plugins build"
+        warnings.warn(text, RuntimeWarning, stacklevel=2)
+    return installed_library(file)
+
+
+def built_libraries(file: str) -> list[Path]:
+    """Those of this file name that were built on this machine from these sources, the newest first."""
+    try:
+        return sorted(cache_of_these_sources().glob(f"*/{file}"), key=lambda path: path.stat().st_mtime, reverse=True)
+    except (BackendError, OSError):  # there is no cache, or it cannot be read
+        return []
 
 
 def installed_library(file: str) -> Path | None:
@@ -138,8 +152,16 @@ def source_digest() -> str:
 
 
 def cache_root() -> Path:
-    """The folder of what is built here, under $XDG_CACHE_HOME."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "deploynorm"
+    """The folder of what is built here, in $XDG_CACHE_HOME or ~/.cache; BackendError where there is no home either."""
+    try:
+        named = Path(os.environ.get("XDG_CACHE_HOME", ""))
+        # A relative one is to be ignored, says the XDG Base Directory Specification.
+        return (named if named.is_absolute() else Path.home() / ".cache") / "deploynorm"
+    except RuntimeError as error:
+        problem = "this user has no home folder for a cache"
+        raise BackendError(
+            "deploynorm.libraries", problem, fix="set XDG_CACHE_HOME to a folder of this user"
+        ) from error
 
 
 def cache_of_these_sources() -> Path:

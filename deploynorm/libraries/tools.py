@@ -7,14 +7,14 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Final, NamedTuple
 
 from deploynorm.errors import BackendError
-from deploynorm.files import sha256, staging
+from deploynorm.files import scratch_folder, sha256, staging
+from deploynorm.libraries.trust import make_private
 
 _WHERE: Final = "deploynorm.libraries"
 
@@ -83,14 +83,14 @@ def tensorrt_headers(cache: Path) -> Path:
             raise BackendError(_WHERE, f"TENSORRT_INCLUDE_DIR has no {_HEADER}", got=named, fix=fix)
         return Path(named)
     folder = cache / "tensorrt-headers" / HEADERS_SHA256[:16]
+    make_private(folder)
     if (folder / _HEADER).is_file():
         return folder
-    folder.mkdir(parents=True, exist_ok=True)
     fix = "download TensorRT and name its folder `include` with TENSORRT_INCLUDE_DIR, or leave the plugin out"
-    with tempfile.TemporaryDirectory(prefix="deploynorm-headers-") as work:
-        pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "-d", work]
+    with scratch_folder() as work:
+        pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "-d", str(work)]
         done = subprocess.run([*pip, HEADERS_PACKAGE], capture_output=True, text=True)
-        wheels = list(Path(work).glob("*.whl"))
+        wheels = list(work.glob("*.whl"))
         if done.returncode != 0 or len(wheels) != 1:
             words = (done.stderr or done.stdout).strip().splitlines()[-1:]
             problem = f"pip cannot get TensorRT's headers ({HEADERS_PACKAGE})"

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import platform
-import tempfile
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import deploynorm
 from deploynorm.errors import BackendError, ModelError
+from deploynorm.files import scratch_folder
 from deploynorm.ort.runtime import quiet_options
 
 _FIX = "deploynorm rewrite ORIGINAL.onnx --optimize-for-cpu"
@@ -64,9 +64,9 @@ def block_size(runtime: Any) -> int:
         probe (float[1, 1, 1, 1] x) => (float[1, 1, 1, 1] y)
         <float[1, 1, 1, 1] weight = {1.0}> { y = Conv (x, weight) }
     """)
-    with tempfile.TemporaryDirectory(prefix="deploynorm-probe-") as folder:
+    with scratch_folder() as folder:
         options = quiet_options()  # it would warn that what it writes is for this machine only, as it should be
-        options.optimized_model_filepath = str(Path(folder) / "probe.onnx")
+        options.optimized_model_filepath = str(folder / "probe.onnx")
         runtime.InferenceSession(probe.SerializeToString(), options, providers=["CPUExecutionProvider"])
         optimized = onnx.load(options.optimized_model_filepath)
     for node in optimized.graph.node:

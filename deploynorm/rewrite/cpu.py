@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
@@ -13,6 +11,7 @@ from onnx_ir.passes.common import RemoveUnusedOpsetsPass
 from deploynorm import ort
 from deploynorm.contract import BLOCKED_OP_TYPE, DOMAIN, METADATA_CPU, OP_TYPE
 from deploynorm.errors import ModelError
+from deploynorm.files import scratch_folder
 from deploynorm.lowering import frn_nodes
 from deploynorm.onnx_file import node_counts, save
 from deploynorm.ort import machine
@@ -90,8 +89,7 @@ def _optimized_by_onnxruntime(model: ir.Model, runtime: Any) -> ir.Model:
     options = ort.quiet_options()  # it would warn that what it writes is for this machine only, as it should be
     options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_ENABLE_ALL
     ort.register(options)
-    with tempfile.TemporaryDirectory(prefix="deploynorm-rewrite-") as name:
-        folder = Path(name)
+    with scratch_folder() as folder:
         save(model, folder / "model.onnx", external_data=True)
         options.optimized_model_filepath = str(folder / "optimized.onnx")
         # Weights beside both files: one protobuf holds 2 GB at most.

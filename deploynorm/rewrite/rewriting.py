@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from deploynorm.contract import METADATA_CPU
 from deploynorm.errors import InputError, ModelError, check_choice
-from deploynorm.files import sha256, staging
+from deploynorm.files import onnx_companions, scratch_folder, sha256, staging
 from deploynorm.inputs import Shape
 from deploynorm.manifest import check_unchanged
 from deploynorm.packages import load
@@ -75,7 +74,7 @@ class Rewritten:
         Raises:
             ModelError: Nothing was rewritten.
             ParityError: It does not compute what its source does.
-            InputError: The path is the source itself, or cannot be written to.
+            InputError: The path is the source itself, which other machines need, or cannot be written to.
         """
         from deploynorm.onnx_file import save
 
@@ -89,10 +88,7 @@ class Rewritten:
             problem = "nothing in it can be rewritten, for the reasons above"
             raise ModelError(self.source.where, problem, fix="use it as it is")
         self.parity.raise_if_broken()
-        if source is not None and path.exists() and path.samefile(source):
-            problem = "is MODEL itself, which other machines need"
-            raise InputError(f"output {path}", problem, fix="choose another output file")
-        with staging(path) as folder:
+        with staging(path, inputs=self.source.files, companions=onnx_companions(path)) as folder:
             save(self.result.model, folder / path.name, external_data=external_data)
         text = "wrote {path}"
         if self.machine is not None:
@@ -141,9 +137,9 @@ def rewrite(
         if not result.modified:
             return Rewritten(source, tuple(passes), result, None)
         base = input_shapes or source.image_shape(batch=2)
-        with tempfile.TemporaryDirectory(prefix="deploynorm-rewrite-") as folder:
-            save(result.model, Path(folder) / "rewritten.onnx")
-            with open_runner(Path(folder) / "rewritten.onnx") as candidate:
+        with scratch_folder() as folder:
+            save(result.model, folder / "rewritten.onnx")
+            with open_runner(folder / "rewritten.onnx") as candidate:
                 candidate.name, truth.name = f"{candidate.name}, rewritten", f"{truth.name}, as exported"
                 samples = sample_inputs(source.inputs, seed=seed, base=base)
                 parity = check(candidate, truth, samples, rtol=rtol, atol=atol)

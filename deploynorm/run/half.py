@@ -8,10 +8,8 @@ type is an infinity from there on, wherever in the graph it arises.
 
 from __future__ import annotations
 
-import tempfile
 from dataclasses import replace
 from functools import lru_cache
-from pathlib import Path
 
 import numpy as np
 import onnx.parser
@@ -21,6 +19,7 @@ from onnx_ir.passes.common import InlinePass, RemoveUnusedNodesPass, ShapeInfere
 from deploynorm.contract import MIN_OPSET
 from deploynorm.dtypes import ONNX_HALF, numpy_dtype
 from deploynorm.errors import BackendError, DeployNormError, ModelError
+from deploynorm.files import scratch_folder
 from deploynorm.lowering import frn_nodes, function_proto
 from deploynorm.onnx_file import OnnxFile, OnnxSource, save
 from deploynorm.run.onnxruntime import OnnxRuntimeRunner
@@ -47,8 +46,8 @@ class HalfRunner(OnnxRuntimeRunner):
         for name in file.half_types:
             _assert_rounding(name)
         round_outputs(rounded, where)
-        with tempfile.TemporaryDirectory() as folder:  # a file and not bytes, which end at 2 GB
-            path = Path(folder) / "rounded.onnx"
+        with scratch_folder() as folder:  # a file and not bytes, which end at 2 GB
+            path = folder / "rounded.onnx"
             save(rounded, path)
             try:
                 super().__init__(path, plugins=[], threads=threads, optimize=False)

@@ -83,7 +83,7 @@ def build_way(trt: TensorRT, model: TensorRTModel, way: Way, settings: Settings,
         embedded=tuple(path.name for path in loaded) if settings.embed_plugin else (),
         timing_cache=cache,
         origin=origin(model.file, loaded),
-        source=model.file.path,
+        sources=model.file.files,
     )
 
 

@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import deploynorm
-from deploynorm.errors import InputError
-from deploynorm.files import sha256, staging
+from deploynorm.files import is_stream, sha256, staging
 from deploynorm.inputs import TensorSpec, shape_text
 from deploynorm.tables import table
 from deploynorm.trt.importing import Flavour
@@ -57,7 +56,7 @@ class Engine:
         embedded: Names of the plugin libraries inside the plan.
         timing_cache: To be given to the next build; None for TensorRT-RTX, which times nothing.
         origin: What it was built from; see deploynorm.trt.manifest.origin.
-        source: The ONNX file that it was built from, which no engine is to overwrite.
+        sources: The files that it was built from, which no engine is to overwrite.
     """
 
     plan: bytes = field(repr=False)
@@ -77,7 +76,7 @@ class Engine:
     embedded: tuple[str, ...] = ()
     timing_cache: bytes | None = field(default=None, repr=False)
     origin: Mapping[str, Any] = field(default_factory=dict, repr=False)
-    source: Path | None = None
+    sources: tuple[Path, ...] = ()
 
     @property
     def passes(self) -> int:
@@ -123,16 +122,14 @@ class Engine:
         """Writes the engine and its manifest beside it, both or none; then the timing cache. Returns the manifest.
 
         Args:
-            path: The engine's file; its manifest is `<path>.json`.
+            path: The engine's file; its manifest is `<path>.json`. A pipe or device gets the engine alone.
             timing_cache: The file of the cache. Nothing is written for an engine without one.
 
         Raises:
-            InputError: The path is the ONNX file itself, or cannot be written to.
+            InputError: The path is that of the ONNX file or its weights, or cannot be written to.
         """
         path = Path(path)
-        if self.source is not None and path.exists() and path.samefile(self.source):
-            raise InputError(f"output {path}", "is MODEL itself", fix="choose another output file")
-        with staging(path) as folder:
+        with staging(path, inputs=self.sources, companions=[manifest_path(path)]) as folder:
             written = folder / path.name
             written.write_bytes(self.plan)
             record = {
@@ -142,9 +139,10 @@ class Engine:
                 "engine": {"file": path.name, "sha256": sha256(written), **self.to_dict()},
                 "versions": {**self.origin.get("versions", {}), self.backend: self.version},
             }
-            manifest_path(written).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+            if not is_stream(path):
+                manifest_path(written).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         if timing_cache is not None and self.timing_cache is not None:
-            with staging(Path(timing_cache)) as folder:
+            with staging(Path(timing_cache), inputs=self.sources) as folder:
                 (folder / Path(timing_cache).name).write_bytes(self.timing_cache)
         return record
 

@@ -22,7 +22,7 @@ def origin(source: OnnxFile, plugins: Sequence[Path]) -> dict[str, Any]:
 
     image, labels = source.image_and_labels
     return {
-        "onnx": None if source.path is None else _onnx(source.path),
+        "onnx": _onnx(*source.files) if source.files else None,
         "image": None if image is None else image.to_dict(),
         "labels": None if labels is None else list(labels),
         "plugin_libraries": [{"file": path.name, "sha256": sha256(path)} for path in plugins],
@@ -30,10 +30,9 @@ def origin(source: OnnxFile, plugins: Sequence[Path]) -> dict[str, Any]:
     }
 
 
-def _onnx(path: Path) -> dict[str, Any]:
-    data = path.with_name(path.name + ".data")
-    external = {"file": data.name, "sha256": sha256(data)} if data.exists() else None
-    return {"file": path.name, "sha256": sha256(path), "external_data": external}
+def _onnx(path: Path, *data: Path) -> dict[str, Any]:
+    external = [{"file": part.name, "sha256": sha256(part)} for part in data]
+    return {"file": path.name, "sha256": sha256(path), "external_data": external[0] if external else None}
 
 
 def manifest_path(engine: Path) -> Path:

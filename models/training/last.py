@@ -21,8 +21,10 @@ PARTS = {"recipe", "command", "history", "epoch", "model", "optimizer", "scaler"
 def save_last(path: Path, parts: Mapping[str, Any]) -> None:
     """Writes last.pt whole or not at all."""
     assert set(parts) == PARTS
+    archive = io.BytesIO()  # torch.save's own errors do not tell of a full disk
+    torch.save(dict(parts), archive)
     with staging(path) as folder:
-        torch.save(dict(parts), folder / path.name)
+        (folder / path.name).write_bytes(archive.getbuffer())
 
 
 def load_last(path: Path, recipe: Mapping[str, Any], device: torch.device) -> dict[str, Any]:

@@ -12,8 +12,8 @@ import pytest
 from machines import GPU_MACHINE, ORT, PLUGIN, TRAINING
 
 from deploynorm import doctor, libraries
-from deploynorm.doctor.elf import CudaCode
 from deploynorm.doctor.facts import Driver, Examination, OnnxRuntime, Provider, TensorRT
+from deploynorm.libraries.elf import CudaCode
 
 SM_90 = (CudaCode("sm", (9, 0)),)
 FACTS = replace(

@@ -10,8 +10,8 @@ from machines import CPU_MACHINE, CUDA_NEEDS, GPU_MACHINE, H100, ORT, PLUGIN, RE
 
 from deploynorm.doctor import Examination, diagnose
 from deploynorm.doctor import diagnosis as diagnosis_module
-from deploynorm.doctor.elf import CudaCode
 from deploynorm.doctor.facts import Driver, Gpu, Library, OnnxRuntime, Provider, TensorRT
+from deploynorm.libraries.elf import CudaCode
 
 
 def gpu(**changes: object) -> Examination:

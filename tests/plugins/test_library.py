@@ -19,7 +19,6 @@ from tolerances import OP_FLOAT16, OP_FLOAT32
 
 from deploynorm import libraries, ort, reference
 from deploynorm.contract import INPUTS
-from deploynorm.doctor.elf import CudaCode, read_library
 from deploynorm.libraries import (
     ORT_LIBRARY,
     TENSORRT_LIBRARY,
@@ -28,6 +27,7 @@ from deploynorm.libraries import (
     find_tools,
     library_path,
 )
+from deploynorm.libraries.elf import CudaCode, read_library
 
 SOURCES = Path(__file__).parents[2] / "plugins"
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from deploynorm import libraries
-from deploynorm.doctor.elf import CudaCode, _fat_binaries, machine_here, read_library, read_needed
+from deploynorm.libraries.elf import CudaCode, _fat_binaries, machine_here, read_library, read_needed
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="ELF")
 
