@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from deploynorm.checkpoint._limits import check_archive, time_limit
 from deploynorm.errors import ModelError
 
 TRUST = "or pass --trust-pickle if you trust whoever made the file"
@@ -42,8 +43,15 @@ def unpickle(data: bytes, where: str, *, trust: bool, modules: bool = True) -> A
     """
     if trust:
         return _load(data, where, trust=True)
+    with time_limit(len(data), where):
+        return _unpickle(data, where, modules=modules)
+
+
+def _unpickle(data: bytes, where: str, *, modules: bool) -> Any:
     try:
-        names = named_globals(data)
+        names = named_globals(data, where)
+    except ModelError:
+        raise
     except Exception as error:  # pickletools raises many types on damaged pickles
         raise _damaged(where, error) from error
     classes = {name: cls for name in names if modules and (cls := _module_class(name, where)) is not None}
@@ -55,10 +63,11 @@ def unpickle(data: bytes, where: str, *, trust: bool, modules: bool = True) -> A
         return _load(data, where, trust=False)
 
 
-def named_globals(data: bytes) -> list[str]:
+def named_globals(data: bytes, where: str) -> list[str]:
     """Every class and function that the pickles of a torch.save file name, without running them."""
     if data[:4] == b"PK\x03\x04":
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            check_archive(archive, len(data), where)
             pickles = [archive.read(member) for member in archive.namelist() if member.endswith("/data.pkl")]
         streams = [io.BytesIO(pickle) for pickle in pickles]
     else:
