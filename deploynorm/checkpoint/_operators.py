@@ -42,10 +42,9 @@ ADMITTED: Final = {
         matmul mm mv outer tensordot _trilinear linalg_multi_dot vdot
     """,
     "normalization": """
-        batch_norm group_norm instance_norm layer_norm native_batch_norm native_group_norm
-        native_layer_norm _native_batch_norm_legit _native_batch_norm_legit_no_training _batch_norm_no_update
-        _batch_norm_with_update rms_norm _fused_rms_norm linalg_norm linalg_vector_norm norm renorm
-        _weight_norm _weight_norm_interface
+        batch_norm group_norm instance_norm layer_norm native_group_norm
+        native_layer_norm _native_batch_norm_legit_no_training
+        rms_norm _fused_rms_norm linalg_norm linalg_vector_norm norm renorm
     """,
     "attention": """
         scaled_dot_product_attention _scaled_dot_product_attention_math
@@ -91,7 +90,7 @@ ADMITTED: Final = {
     """,
     "complex numbers": """
         angle conj conj_physical fft_fft fft_fft2 fft_fftn fft_fftshift fft_ifft fft_ifft2 fft_ifftn fft_ifftshift
-        fft_irfft fft_irfft2 fft_irfftn fft_rfft fft_rfft2 fft_rfftn _fft_c2c _fft_c2r _fft_r2c _conj _conj_physical
+        fft_irfft fft_irfft2 fft_irfftn fft_rfft fft_rfft2 fft_rfftn _conj _conj_physical
         polar
     """,
     "assertions about sizes": """
@@ -125,6 +124,10 @@ def find_operator(namespace: str, name: str, overload: str) -> torch._ops.OpOver
     if name not in _NAMES[namespace] and name.removesuffix("_") not in _NAMES[namespace]:
         return None
     operator = getattr(getattr(getattr(torch.ops, namespace), name, None), overload, None)
-    if not isinstance(operator, torch._ops.OpOverload) or any(x.is_out for x in operator._schema.arguments):
+    if not isinstance(operator, torch._ops.OpOverload):
         return None
-    return operator
+    arguments, results = operator._schema.arguments, operator._schema.returns
+    on_tensors = any("Tensor" in str(each.type) for each in (*arguments, *results))  # others are those of TorchScript
+    if overload.startswith("prim_"):
+        return None
+    return operator if on_tensors and not any(argument.is_out for argument in arguments) else None
