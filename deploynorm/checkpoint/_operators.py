@@ -1,12 +1,11 @@
 """The operators that a torch.export archive may call: those of networks in evaluation, each read and judged by hand.
 
 Torch has some three thousand, and a few trust their arguments: a backward pass takes indices that a forward pass has
-made, and writes where they point; `_unsafe` and `unsafe` name others; `set_`, `resize_` and `as_strided` choose the
-memory itself. So an operator is admitted only if it stands here. What it does with wild sizes and indices is tried in
+made, and writes where they point; `_unsafe` and `unsafe` name others; `set_` and `resize_` choose the memory itself
+(`as_strided`, which decomposed archives of ConvNeXt call, stays within what is there: torch compares). So an operator is admitted only if it stands here. What it does with wild sizes and indices is tried in
 child processes (tests/hostile/test_operators.py): it may raise, and may not end the process.
 
-Not here, though networks may hold them: backward passes, `as_strided` and what else takes a stride, sparse, nested and
-quantized tensors, files, and operators that change the size of a tensor that is there.
+Not here, though networks may hold them: backward passes, sparse, nested and quantized tensors, files, and operators that change the size of a tensor that is there.
 """
 
 from __future__ import annotations
@@ -66,7 +65,7 @@ ADMITTED: Final = {
         nanmean nansum prod std std_mean sum var var_mean trace
     """,
     "shape": """
-        adjoint alias atleast_1d atleast_2d atleast_3d block_diag broadcast_tensors broadcast_to cat chunk clone
+        adjoint alias as_strided atleast_1d atleast_2d atleast_3d block_diag broadcast_tensors broadcast_to cat chunk clone
         column_stack concat concatenate contiguous detach diag diag_embed diagonal dsplit dstack expand expand_as
         flatten flip fliplr flipud hsplit hstack lift_fresh_copy matrix_H mH mT meshgrid moveaxis movedim narrow numpy_T
         permute ravel repeat repeat_interleave reshape reshape_as resolve_conj resolve_neg roll rot90 select slice
@@ -79,7 +78,7 @@ ADMITTED: Final = {
     "indexing": """
         embedding gather index index_add index_copy index_fill index_put index_select masked_scatter masked_select
         nonzero nonzero_static one_hot scatter scatter_add scatter_reduce searchsorted bucketize sort argsort topk
-        kthvalue take take_along_dim tril_indices triu_indices unique_consecutive unique_dim _unique2 bincount
+        kthvalue take take_along_dim tril_indices triu_indices unique_consecutive _unique2 bincount
     """,
     "new tensors": """
         arange empty empty_like empty_permuted eye fill full full_like linspace logspace new_empty new_full new_ones
