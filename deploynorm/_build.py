@@ -144,8 +144,8 @@ def _check_options(trt: TensorRT, settings: Settings) -> None:
             raise InputError(option, f"{trt.name} does not have this", fix=fix)
     if settings.hardware_compatible is not None:
         check_choice("--hardware-compatible", "unknown", settings.hardware_compatible, HARDWARE_COMPATIBILITY)
-    if settings.workspace is not None and settings.workspace < 0:
-        raise InputError("--workspace", "must not be negative", got=settings.workspace)
+    if settings.workspace is not None and not 0 <= settings.workspace < 2**63:
+        raise InputError("--workspace", "out of range", got=f"{settings.workspace} bytes", expected="0 to 2^63 - 1")
     if settings.optimization_level is not None and not 0 <= settings.optimization_level <= 5:
         raise InputError("--optimization-level", "out of range", got=settings.optimization_level, expected="0 to 5")
 

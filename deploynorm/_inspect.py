@@ -15,7 +15,7 @@ from deploynorm.errors import ModelError
 from deploynorm.onnx_file import OnnxFile
 from deploynorm.run.backends import ENGINE_SUFFIXES
 from deploynorm.tables import table
-from deploynorm.trt.manifest import manifest_path, read_manifest
+from deploynorm.trt.manifest import facts_of, manifest_path, read_manifest
 
 
 @dataclass(frozen=True)
@@ -91,10 +91,11 @@ def _engine(path: Path) -> Inspection:
     record = read_manifest(path)
     if record is None:
         raise ModelError(str(path), f"has no manifest {manifest_path(path).name} beside it", fix="build it again")
-    facts = {"file": str(path), **record["engine"]}
-    layers = {f"{x['kind']} {x['dtypes']}": int(x["count"]) for x in facts.pop("layers", [])}
+    facts = {"file": "", **facts_of(path, path.read_bytes())} | {"file": str(path)}  # which comes first
+    layers = {f"{x['kind']} {x['dtypes']}": x["count"] for x in facts.pop("layers", [])}
     for key in ("inputs", "outputs"):
         facts[key] = {x["name"]: f"{x['dtype']} ({', '.join(map(str, x['shape']))})" for x in facts.get(key, [])}
+    facts |= {key: value for key, value in record.items() if key != "engine"}
     return Inspection(facts, layers)
 
 

@@ -13,6 +13,11 @@ import numpy.typing as npt
 
 from deploynorm.errors import BackendError, InputError
 
+_LARGEST = 1e30
+"""Of a mean or standard deviation: with it float32 still has the pixels."""
+_MOST_VALUES = 2**28
+"""Of one image: 1 GB in float32."""
+
 
 @dataclass(frozen=True)
 class ImageSpec:
@@ -35,6 +40,8 @@ class ImageSpec:
         shape: object = self.shape
         if not (isinstance(shape, tuple) and len(shape) == 3 and all(type(size) is int and size > 0 for size in shape)):
             raise InputError("input.shape", "not the shape of an image", got=shape, expected="C, H, W, each at least 1")
+        if math.prod(shape) > _MOST_VALUES:
+            raise InputError("input.shape", "is too large", got=shape, expected=f"at most {_MOST_VALUES:,} values")
         fields: dict[str, tuple[Any, str]] = {"mean": (self.mean, "numbers"), "std": (self.std, "positive numbers")}
         for key, (values, kind) in fields.items():
             sound = isinstance(values, tuple) and len(values) == self.shape[0] and all(map(_is_number, values))
@@ -101,5 +108,14 @@ class ImageSpec:
         return normalized
 
 
+def as_labels(data: object) -> tuple[str, ...] | None:
+    """The class names in what JSON or a checkpoint holds; None for none. InputError unless they are a list of text."""
+    if data is None:
+        return None
+    if not isinstance(data, list | tuple) or not all(isinstance(name, str) for name in data):
+        raise InputError("labels", "not the names of classes", got=type(data).__name__, expected="a list of text")
+    return tuple(data)
+
+
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and -_LARGEST < value < _LARGEST

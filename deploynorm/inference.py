@@ -17,6 +17,7 @@ from deploynorm.files import onnx_companions, staging
 from deploynorm.image import ImageSpec
 from deploynorm.inputs import TensorSpec, parse_named_file
 from deploynorm.manifest import check_unchanged
+from deploynorm.memory import check_fits
 from deploynorm.onnx_file import OnnxFile
 from deploynorm.run import BACKENDS, ENGINE_SUFFIXES, open_runner
 from deploynorm.run.base import Runner
@@ -47,7 +48,7 @@ class Result:
                 found[name] = self.classes[name]
                 continue
             found[name] = {"shape": list(value.shape), "dtype": value.dtype.name}
-            if value.size:
+            if value.size and value.dtype.kind != "c":
                 wide = value.astype(np.float64) if value.dtype.name in HALF else value
                 found[name] |= {key: float(getattr(wide, key)()) for key in ("min", "max", "mean")}
         return found
@@ -62,6 +63,17 @@ class Result:
             cells = [[name, *(_cell(value.get(key, "-")) for key in columns[1:])] for name, value in summary.items()]
             tables.append(table(self.input, columns, cells))
         return "\n\n".join(tables)
+
+
+def _joined(name: str, values: Sequence[_Array]) -> _Array:
+    """An output of several images along the batch, or a scalar of each one after the other."""
+    if len(values) == 1:
+        return values[0]
+    try:
+        return np.stack(values) if values[0].ndim == 0 else np.concatenate(values)
+    except ValueError as error:
+        problem, got = f"output {name!r} has another shape for each image", ", ".join(str(x.shape) for x in values[:4])
+        raise InputError("run", problem, got=got, fix="run the images one by one") from error
 
 
 def _cell(value: object) -> str:
@@ -99,7 +111,7 @@ class Inference:
         path = Path(path)
         whole: dict[str, Any] = {}
         for name in self.results[0].outputs if self.results else ():
-            value = np.concatenate([result.outputs[name] for result in self.results])
+            value = _joined(name, [result.outputs[name] for result in self.results])
             whole[name] = value.astype(np.float32) if value.dtype.name == "bfloat16" else value
         with staging(path, inputs=self.inputs) as folder, (folder / path.name).open("wb") as file:
             np.savez(file, **whole)  # a file, since to a path it would add an ending of its own
@@ -197,6 +209,8 @@ def _open_file(
 
 def _feeds(files: Sequence[str], runner: Runner, image: ImageSpec | None) -> Iterable[tuple[str, Mapping[str, _Array]]]:
     """What to run: each image on its own, or all files together where one is an array or has a name."""
+    if not runner.inputs:
+        raise InputError("run", "the model has no inputs, so that no file can be fed", got=", ".join(files))
     first = runner.inputs[0].name
     named = [parse_named_file(text) for text in files]
     if not any(name or Path(text).suffix in _ARRAY_ENDINGS for name, text in named):
@@ -213,6 +227,8 @@ def _feeds(files: Sequence[str], runner: Runner, image: ImageSpec | None) -> Ite
 
 def _read(path: str, name: str, image: ImageSpec | None) -> dict[str, _Array]:
     """The arrays of a file by input: those of an .npz by their own names, any other under the name given."""
+    if Path(path).exists() and not Path(path).is_file():  # a fifo would be waited for
+        raise InputError(f"input {path}", "not a regular file", fix="pass a .npy, .npz or image file")
     if Path(path).suffix not in _ARRAY_ENDINGS:
         if image is None:
             problem = "the model does not say how an image becomes its input"
@@ -220,9 +236,16 @@ def _read(path: str, name: str, image: ImageSpec | None) -> dict[str, _Array]:
         return {name: image.read(path)}
     try:
         content = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise InputError(f"input {path}", f"not an array file: {error}", fix="save it with numpy.save") from error
-    return {name: content} if isinstance(content, np.ndarray) else dict(content)
+        if isinstance(content, np.ndarray):
+            return {name: content}
+        with content:  # whose arrays are read here, and not before
+            check_fits(f"input {path}", sum(member.file_size for member in content.zip.infolist()), "its arrays")
+            return dict(content)
+    except InputError:
+        raise
+    except Exception as error:  # NumPy and zipfile raise nearly anything for a damaged file
+        cause = str(error) or type(error).__name__
+        raise InputError(f"input {path}", f"not an array file: {cause}", fix="save it with numpy.save") from error
 
 
 def _as_declared(runner: Runner, feeds: Mapping[str, _Array], notes: list[str]) -> dict[str, _Array]:

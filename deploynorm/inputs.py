@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from deploynorm.errors import InputError
+from deploynorm.memory import check_fits
 
 Shape = tuple[int, ...]
 
@@ -66,7 +68,8 @@ def parse_input_shapes(texts: Sequence[str]) -> dict[str, Shape]:
     """Shapes by name from `x:2x3x224x224` or `x:[2,3,224,224]`; "" is the only input, written without `x:`.
 
     Raises:
-        InputError: Another form, a size below 1, a name twice, or a shape without a name beside others.
+        InputError: Another form, a size below 1, a name twice, a shape without a name beside others, or one that no
+            machine like this can hold.
     """
     shapes: dict[str, Shape] = {}
     for text in texts:
@@ -80,6 +83,7 @@ def parse_input_shapes(texts: Sequence[str]) -> dict[str, Shape]:
         if name in shapes:
             raise InputError("input shape", f"given twice for {name or 'the only input'}", got=repr(text))
         shapes[name] = tuple(map(int, parts))
+        check_fits("input shape", 8 * math.prod(shapes[name]), shape_text(shapes[name]))  # checks are in float64
     if "" in shapes and len(shapes) > 1:
         problem = "one shape has no name, but there are several"
         raise InputError("input shape", problem, got=list(texts), expected=SHAPE_EXAMPLE)

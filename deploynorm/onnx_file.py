@@ -19,8 +19,10 @@ from deploynorm.contract import DOMAIN, METADATA_IMAGE, METADATA_LABELS, METADAT
 from deploynorm.dtypes import ONNX_HALF
 from deploynorm.errors import InputError, ModelError
 from deploynorm.files import onnx_companions
-from deploynorm.image import ImageSpec
+from deploynorm.image import ImageSpec, as_labels
 from deploynorm.inputs import Shape, TensorSpec, read_sizes, with_sizes
+from deploynorm.onnx_faults import external_files, find_fault
+from deploynorm.run.backends import ENGINE_SUFFIXES
 
 _PROTOBUF_LIMIT = 2**31 - 2**20  # bytes of one file, less room for the graph itself
 _SUBGRAPHS = (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS)
@@ -49,6 +51,11 @@ class OnnxFile:
             return cls("model (in memory)", None, model)
         path = None if isinstance(model, bytes) else Path(model)
         where = "model (in memory)" if path is None else str(path)
+        if path is not None and path.exists() and not path.is_file():  # a fifo would be waited for
+            raise ModelError(where, "not a regular file", fix="check the path")
+        if path is not None and path.suffix in ENGINE_SUFFIXES:
+            problem, fix = "a TensorRT engine, where an ONNX file is needed", "name the file that it was built from"
+            raise ModelError(where, problem, fix=fix)
         try:
             proto = onnx.load_model_from_string(model if isinstance(model, bytes) else Path(model).read_bytes())
             if not proto.HasField("graph"):
@@ -59,6 +66,8 @@ class OnnxFile:
             raise ModelError(where, problem, fix="check the path") from error
         except google.protobuf.message.DecodeError as error:
             raise ModelError(where, "not an ONNX file, or cut short", fix="export it again") from error
+        if (fault := find_fault(proto)) is not None:
+            raise ModelError(where, fault, fix="export it again")
         return cls(where, path, proto)
 
     def to_ir(self) -> ir.Model:
@@ -71,10 +80,20 @@ class OnnxFile:
             ir.external_data.set_base_dir(model.graph, self.path.parent)
         return model
 
+    def check_external_data(self) -> None:
+        """ModelError where a file that weights lie in is not there, or no regular file, such as a fifo."""
+        if self.path is None:
+            return
+        for name in external_files(self.proto):
+            if not (self.path.parent / name).is_file():
+                problem = f"its external data cannot be read: {name} is not a file beside it"
+                raise ModelError(self.where, problem, fix="keep the data file beside the model")
+
     def whole_proto(self) -> onnx.ModelProto:
         """A copy of the model with its external data in it; `proto` itself of a model in memory."""
         if self.path is None:
             return self.proto
+        self.check_external_data()
         whole = onnx.ModelProto()
         whole.CopyFrom(self.proto)
         try:
@@ -130,9 +149,9 @@ class OnnxFile:
         """How an image becomes the input, and the class names; None for what the metadata does not say."""
         image, labels = self.metadata.get(METADATA_IMAGE), self.metadata.get(METADATA_LABELS)
         try:
-            names = None if labels is None else tuple(map(str, json.loads(labels)))
+            names = None if labels is None else as_labels(json.loads(labels))
             return None if image is None else ImageSpec.from_dict(json.loads(image)), names
-        except (InputError, TypeError, ValueError) as error:
+        except (InputError, ValueError, RecursionError) as error:
             problem = f"its deploynorm metadata is damaged: {error}"
             raise ModelError(self.where, problem, fix="export it again") from error
 

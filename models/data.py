@@ -185,7 +185,9 @@ def read_idx(path: Path, axes: int) -> Tensor:
 def _read_pair(folder: Path, part: str) -> tuple[Tensor, Tensor]:
     images = read_idx(_find(folder, f"{part}-images-idx3-ubyte"), axes=3)[:, None]
     classes = read_idx(_find(folder, f"{part}-labels-idx1-ubyte"), axes=1).long()
-    if len(images) != len(classes) or len(images) == 0:
+    if images.numel() == 0:
+        raise InputError(str(folder), f"the {part} images are empty", got=f"sizes {list(images.shape)}")
+    if len(images) != len(classes):
         raise InputError(
             str(folder), f"{part} images and labels do not match", got=f"{len(images)} images, {len(classes)} labels"
         )

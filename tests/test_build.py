@@ -158,7 +158,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "an unknown way": ({"frn": "fast"}, "unknown way for FRN. Got 'fast'"),
     "an unknown backend": ({"backend": "tensorflow"}, "unknown backend. Got 'tensorflow'"),
     "an unknown compatibility": ({"hardware_compatible": "all"}, "--hardware-compatible: unknown"),
-    "less than no workspace": ({"workspace": -1}, "--workspace: must not be negative"),
+    "less than no workspace": ({"workspace": -1}, "--workspace: out of range"),
+    "more workspace than TensorRT can be told": ({"workspace": 2**64}, "--workspace: out of range"),
     "a level out of range": ({"optimization_level": 6}, "--optimization-level: out of range. Got 6; expected 0 to 5"),
     "a shape for no input": ({"opt_shapes": {"z": (1,)}}, "no input is called 'z'"),
 }

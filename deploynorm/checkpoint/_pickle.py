@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from deploynorm.checkpoint._limits import check_archive, time_limit
 from deploynorm.checkpoint._plain import PLAIN
 from deploynorm.checkpoint._zip import read_member
 from deploynorm.errors import ModelError
@@ -44,8 +45,15 @@ def unpickle(data: bytes, where: str, *, trust: bool, modules: bool = True) -> A
     """
     if trust:
         return _load(data, where, trust=True)
+    with time_limit(len(data), where):
+        return _unpickle(data, where, modules=modules)
+
+
+def _unpickle(data: bytes, where: str, *, modules: bool) -> Any:
     try:
-        names = named_globals(data)
+        names = named_globals(data, where)
+    except ModelError:
+        raise
     except Exception as error:  # pickletools raises many types on damaged pickles
         raise _damaged(where, error) from error
     classes = {name: cls for name in names if modules and (cls := _module_class(name, where)) is not None}
@@ -58,10 +66,11 @@ def unpickle(data: bytes, where: str, *, trust: bool, modules: bool = True) -> A
         return _load(data, where, trust=False)
 
 
-def named_globals(data: bytes) -> list[str]:
+def named_globals(data: bytes, where: str) -> list[str]:
     """Every class and function that the pickles of a torch.save file name, without running them."""
     if data[:4] == b"PK\x03\x04":
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            check_archive(archive, len(data), where)
             members = [member for member in archive.infolist() if member.filename.endswith("/data.pkl")]
             pickles = [read_member(archive, member) for member in members]
         streams = [io.BytesIO(pickle) for pickle in pickles]

@@ -1,18 +1,29 @@
-"""The JSON of a torch.export program, and which forms of it are certain to be no code.
+"""The JSON of a torch.export program, and which forms of it are certain to be no code, and to end.
 
 Loading it evaluates size expressions (sympy.sympify), imports modules that tree specs name, looks up any function
-under `torch` that a node names, and compiles guards and node names as Python source.
+under `torch` that a node names, and compiles guards and node names as Python source. Running it calls the operators,
+some of which trust their arguments (see _operators.py), and computes sizes with integers that know no bound.
 """
 
 from __future__ import annotations
 
 import ast
 import json
+import math
 import re
 from collections.abc import Callable
 from typing import Any
 
-import torch
+from deploynorm.checkpoint._operators import find_operator
+
+MOST_NODES = 100_000
+MOST_SYMBOLS = 256
+_MOST_TERMS = 2_000
+"""Of one size or guard."""
+_MOST_CHOICES = 32
+"""How often one size may take Max or Min: sympy compares each of their arguments with each other one."""
+_MOST_DEGREE = 32
+"""How many sizes may be multiplied with one another. A tower of powers would keep Python busy for ever."""
 
 
 class RefusedError(Exception):
@@ -25,7 +36,10 @@ class RefusedError(Exception):
 
 
 def clean(value: Any, field: str = "") -> Any:
-    """A copy of a part of the program's JSON, in which every string has the form that its field asks for."""
+    """A copy of a part of the program's JSON, in which every string has the form that its field asks for.
+
+    RefusedError if one has not, or a number has more than 64 bits.
+    """
     if field in _RULES:
         return _RULES[field](value, field)
     if isinstance(value, dict):
@@ -34,7 +48,40 @@ def clean(value: Any, field: str = "") -> Any:
         return {_matching(key, "key", _KEY): clean(item, "" if named else key) for key, item in value.items()}
     if isinstance(value, list):
         return [clean(item, field) for item in value]
+    if isinstance(value, int) and not -(2**63) <= value < 2**64:
+        raise RefusedError(f"a {field or 'value'} of the program has more than 64 bits", f"{value:.3e}")
     return _matching(value, field, _NAME) if isinstance(value, str) else value
+
+
+def check_extent(program: Any) -> None:
+    """RefusedError for a program, as `clean` returns it, with more nodes, symbols or products of sizes than any has."""
+    nodes = program["graph_module"]["graph"]["nodes"]
+    symbols = set(re.findall(r"Symbol\('(\w+)'", json.dumps(program)))
+    for what, got, most in (("nodes", len(nodes), MOST_NODES), ("symbols", len(symbols), MOST_SYMBOLS)):
+        if got > most:
+            raise RefusedError(f"the program has too many {what}", f"{got:,}, and at most {most:,} are read")
+    degrees: dict[str, float] = {}
+    for node in nodes:
+        operator = node["target"].removeprefix("_operator.")
+        if operator == node["target"]:
+            continue
+        arguments = [_degree(item["arg"], degrees) for item in node["inputs"]]
+        exponent = node["inputs"][-1]["arg"].get("as_int", _MOST_DEGREE + 1) if operator == "pow" else 1
+        degree = sum(arguments) if operator == "mul" else max(arguments, default=1) * max(exponent, 1)
+        if degree > _MOST_DEGREE:
+            raise RefusedError("the program multiplies too many sizes", node["target"])
+        degrees.update((name, degree) for output in node["outputs"] for name in _names(output))
+
+
+def _degree(argument: Any, degrees: dict[str, float]) -> float:
+    return max((degrees.get(name, 1) for name in _names(argument)), default=1)
+
+
+def _names(argument: Any) -> list[str]:
+    """The names in an argument or output of a node: {"as_sym_int": {"as_name": "add"}}."""
+    if isinstance(argument, dict):
+        return [name for item in argument.values() for name in _names(item)]
+    return [argument] if isinstance(argument, str) else []
 
 
 _TABLES = (
@@ -76,6 +123,16 @@ def _refuse(value: Any, field: str) -> Any:
     return value
 
 
+def _strided(value: Any, field: str) -> Any:
+    if value != _STRIDED:
+        raise RefusedError("the program holds tensors that are not dense", f"layout {value}")
+    return value
+
+
+_STRIDED = 7
+"""torch._export.serde.schema.Layout.Strided."""
+
+
 def _operator(value: Any, field: str) -> str:
     name = str(value)
     if _ARITHMETIC.fullmatch(name):
@@ -83,18 +140,14 @@ def _operator(value: Any, field: str) -> str:
     parts = re.fullmatch(r"torch\.ops\.(aten|prims|deploynorm)\.(\w+)\.(\w+)", name, re.ASCII)
     if parts is None:
         raise RefusedError("the program calls a function that is not an ATen or deploynorm operator", name)
-    operator = getattr(torch.ops, parts[1])
-    for part in parts.groups()[1:]:
-        operator = getattr(operator, part, None)
-    if not isinstance(operator, torch._ops.OpOverload):
-        raise RefusedError(f"torch {torch.__version__} has no such operator", name)
-    if any(argument.name == "filename" for argument in operator._schema.arguments):
-        raise RefusedError("the program reads or writes files", name)
+    if find_operator(*parts.groups()) is None:
+        problem = "the program calls an operator that is not among those of networks in evaluation"
+        raise RefusedError(problem, name)
     return name
 
 
 _ARITHMETIC = re.compile(
-    r"_operator\.(eq|ne|le|ge|lt|gt|neg|pos|mul|add|sub|floordiv|mod|pow|truediv|and_|or_|lshift|rshift|getitem)"
+    r"_operator\.(eq|ne|le|ge|lt|gt|neg|pos|mul|add|sub|floordiv|mod|pow|truediv|and_|or_|getitem)"
     r"|math\.(trunc|ceil|floor)|torch\.sym_(not|int|float|ite|max|min|sqrt)"
 )
 
@@ -138,6 +191,7 @@ _RULES: dict[str, Callable[[Any, str], Any]] = {
     **dict.fromkeys(
         ("device", "as_device"), lambda value, field: None if value is None else {"type": "cpu", "index": None}
     ),
+    **dict.fromkeys(("layout", "as_layout"), _strided),
     **dict.fromkeys(("in_spec", "out_spec"), _tree),
     **dict.fromkeys(("as_string", "as_strings"), _strings(_TEXT)),
     **dict.fromkeys(("as_float", "as_floats", "as_float_lists"), _strings(_FLOAT)),
@@ -174,36 +228,64 @@ def plain_guard(text: str) -> str | None:
 
 
 def _checked(text: str, is_plain: Callable[[ast.expr], bool]) -> str | None:
+    if len(text) > 20 * _MOST_TERMS:
+        return None
     try:
         tree = ast.parse(text, mode="eval").body
-    except (SyntaxError, ValueError):
+    except (SyntaxError, ValueError, MemoryError, RecursionError):
+        return None
+    nodes = list(ast.walk(tree))
+    choices = sum(isinstance(node, ast.Call) and _called(node).lower() in ("max", "min") for node in nodes)
+    if len(nodes) > _MOST_TERMS or choices > _MOST_CHOICES or _powers(tree) > _MOST_DEGREE:
         return None
     # Written anew, for torch pastes guards between others: no comments, no line breaks.
     return ast.unparse(tree) if is_plain(tree) else None
 
 
+def _called(call: ast.Call) -> str:
+    """Name of the function: max, Max, torch.sym_max."""
+    return ast.unparse(call.func).rpartition(".")[2].removeprefix("sym_")
+
+
+def _powers(node: ast.AST) -> float:
+    """How many sizes and numbers are multiplied in an expression at most; infinite where an exponent is no number."""
+    below = [_powers(child) for child in ast.iter_child_nodes(node)]
+    if isinstance(node, ast.Constant | ast.Name):
+        return 1
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):
+        return sum(below)
+    if isinstance(node, ast.Call) and _called(node) == "Mul":
+        return sum(below[1:])
+    if isinstance(node, ast.Call) and _called(node) == "Pow":
+        exponent = re.fullmatch(r"Integer\((-?[0-9])\)", ast.unparse(node.args[-1])) if len(node.args) == 2 else None
+        return math.inf if exponent is None else below[1] * max(abs(int(exponent[1])), 1)
+    return max(below, default=1)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, float) or (isinstance(value, int) and abs(value) < 2**64)
+
+
 def _is_sympy(node: ast.expr) -> bool:
     match node:
         case ast.Constant(value=str(text)):  # sympy evaluates text wherever it meets it
-            return re.fullmatch(r"[a-z]+[0-9]+|-?[0-9]+(\.[0-9]+)?(e-?[0-9]+)?", text) is not None
+            return re.fullmatch(r"[a-z]+[0-9]+|-?[0-9]{1,20}(\.[0-9]{1,20})?(e-?[0-9]{1,3})?", text) is not None
         case ast.Constant():
-            return isinstance(node.value, int | float)
+            return _is_number(node.value)
         case ast.Name():
             return re.fullmatch(r"[a-z]+[0-9]+|true|false", node.id) is not None
         case ast.UnaryOp():
             return _is_sympy(node.operand)
         case ast.Call(func=ast.Name(id=name)):
             arguments = [*node.args, *(keyword.value for keyword in node.keywords)]
-            # A tower of powers would keep sympy busy for ever.
-            tame = name != "Pow" or re.fullmatch(r"Integer\(-?[0-9]\)", ast.unparse(node.args[-1])) is not None
-            return _SYMPY.fullmatch(name) is not None and tame and all(map(_is_sympy, arguments))
+            return _SYMPY.fullmatch(name) is not None and all(map(_is_sympy, arguments))
     return False
 
 
 def _is_python(node: ast.expr) -> bool:
     match node:
         case ast.Constant():
-            return isinstance(node.value, int | float)
+            return _is_number(node.value)
         case ast.Subscript():
             return _SIZE.fullmatch(ast.unparse(node)) is not None
         case ast.UnaryOp():

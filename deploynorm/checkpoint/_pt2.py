@@ -13,16 +13,19 @@ import re
 import textwrap
 import warnings
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
+from torch._export.serde.serialize import _SERIALIZE_TO_TORCH_DTYPE
 from torch.export import ExportedProgram
 from torch.export.pt2_archive import PT2ArchiveWriter
 
 import deploynorm.layers.functional  # noqa: F401  registers the operator that archives of our networks name
+from deploynorm.checkpoint._limits import check_archive, time_limit
 from deploynorm.checkpoint._pickle import TRUST, unpickle
-from deploynorm.checkpoint._program import RefusedError, clean
+from deploynorm.checkpoint._program import RefusedError, check_extent, clean
 from deploynorm.errors import ModelError
 
 _MODEL = "models/model.json"
@@ -44,15 +47,17 @@ def load_program(data: bytes, where: str, *, trust: bool) -> ExportedProgram:
     Unless trusted, which loads it as torch does, the program's origin (stack traces, module names) is dropped, and a
     ModelError refuses code and anything that this reader does not know to be none.
     """
-    archive = io.BytesIO(data) if trust else _rewritten(data, where)
     from torch.export.pt2_archive._package import load_pt2
 
-    try:
-        with _silence():
-            programs: dict[str, ExportedProgram] = load_pt2(archive).exported_programs
-    except Exception as error:  # a damaged program makes torch raise nearly anything
-        problem = f"torch.export cannot load the archive: {type(error).__name__}: {textwrap.shorten(str(error), 300)}"
-        raise ModelError(where, problem, fix=f"export the network again with torch {torch.__version__}") from error
+    with nullcontext() if trust else time_limit(len(data), where):
+        archive = io.BytesIO(data) if trust else _rewritten(data, where)
+        try:
+            with _silence():
+                programs: dict[str, ExportedProgram] = load_pt2(archive).exported_programs
+        except Exception as error:  # a damaged program makes torch raise nearly anything
+            cause = f"{type(error).__name__}: {textwrap.shorten(str(error), 300)}"
+            fix = f"export the network again with torch {torch.__version__}"
+            raise ModelError(where, f"torch.export cannot load the archive: {cause}", fix=fix) from error
     if "model" not in programs:
         raise ModelError(where, "no program in the archive", expected=_MODEL)
     return programs["model"]
@@ -91,6 +96,7 @@ def _rewritten(data: bytes, where: str) -> io.BytesIO:
 def _rewrite(data: bytes, where: str) -> io.BytesIO:
     buffer = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(data)) as archive, PT2ArchiveWriter(buffer) as writer:
+        check_archive(archive, len(data), where)
         members = archive.namelist()
         roots = {member.partition("/")[0] for member in members}
         if len(roots) != 1 or len(set(members)) != len(members):
@@ -107,12 +113,38 @@ def _rewrite(data: bytes, where: str) -> io.BytesIO:
             elif name in _PICKLES:
                 writer.write_bytes(name, _repickled(content, f"{where}: {name}") if content else b"")
             elif name == _MODEL or name in _CONFIGS:
-                writer.write_string(name, json.dumps(clean(json.loads(content))))
+                cleaned = clean(json.loads(content))
+                if name == _MODEL:
+                    check_extent(cleaned)
+                else:
+                    _check_payloads(cleaned, {info.filename: info.file_size for info in archive.infolist()}, member)
+                writer.write_string(name, json.dumps(cleaned))
             else:
                 kind = next((kind for prefix, kind in _CODE.items() if name.startswith(prefix)), "an unknown member")
                 raise RefusedError(f"the archive holds {kind}", name)
     buffer.seek(0)
     return buffer
+
+
+def _check_payloads(config: Any, lengths: Mapping[str, int], member: str) -> None:
+    """RefusedError unless each raw tensor has the bytes that its sizes ask for.
+
+    torch makes up the values of a tensor without bytes, and some of its versions take what the memory happens to hold.
+    """
+    folder = member.rpartition("/")[0]
+    for name, entry in config["config"].items():
+        meta, path = entry["tensor_meta"], f"{folder}/{entry['path_name']}"
+        sizes, strides = ([size["as_int"] for size in meta[key]] for key in ("sizes", "strides"))
+        offset = meta["storage_offset"]["as_int"]
+        if len(sizes) != len(strides) or min((*sizes, *strides, offset), default=0) < 0:
+            raise RefusedError(f"the shape of {name} is none", f"sizes {sizes}, strides {strides}, offset {offset}")
+        count = 0 if 0 in sizes else offset + 1 + sum((n - 1) * step for n, step in zip(sizes, strides, strict=True))
+        wanted = count * _SERIALIZE_TO_TORCH_DTYPE[meta["dtype"]].itemsize
+        got = lengths.get(path)
+        if got is None or got < wanted:
+            raise RefusedError(
+                f"the values of {name} are missing", f"{got or 0:,} bytes where its shape takes {wanted:,}"
+            )
 
 
 def _repickled(content: bytes, where: str) -> bytes:

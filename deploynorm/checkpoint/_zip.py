@@ -5,15 +5,8 @@ from __future__ import annotations
 import io
 import zipfile
 
+from deploynorm.checkpoint._limits import check_archive
 from deploynorm.errors import ModelError
-
-MOST_MEMBERS = 100_000
-"""Of an archive: some ten times the tensors of the deepest networks. torch takes a minute for twice as many."""
-
-_MOST_UNPACKED = 10
-_FREE = 2**24
-"""An archive may unpack into so many times its bytes, and so many more. What torch writes is not compressed at all."""
-
 
 def whole_members(data: bytes, where: str) -> list[str]:
     """The names of an archive's members, each of which has the checksum that the archive has for it.
@@ -29,13 +22,8 @@ def whole_members(data: bytes, where: str) -> list[str]:
     name = ""
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
-            members = archive.infolist()
-            unpacked = sum(member.file_size for member in members)
-            if len(members) > MOST_MEMBERS or unpacked > _MOST_UNPACKED * len(data) + _FREE:
-                one = "write the state_dict() of one network with torch.save, which does not compress"
-                got = f"{len(members):,} members of {unpacked:,} bytes"
-                raise ModelError(where, "an archive of more than any network", got=got, fix=one)
-            for member in members:
+            check_archive(archive, len(data), where)
+            for member in archive.infolist():
                 name = member.filename
                 read_member(archive, member)
             return archive.namelist()

@@ -39,6 +39,8 @@ def register(options: onnxruntime.SessionOptions) -> None:
 
 def _register_library(options: onnxruntime.SessionOptions, library: Path) -> None:
     """Registers a library of custom operators; BackendError where it is none, or refuses this onnxruntime."""
+    if not library.is_file():  # a fifo would be waited for
+        raise BackendError(str(library), "no such plugin library", fix="check the path")
     try:
         options.register_custom_ops_library(str(library))
     except Exception as error:

@@ -105,6 +105,7 @@ def open_runner(
         engine: Runner = BACKENDS[backend].load()(model, **given)
         return engine
     file: OnnxFile = load("deploynorm.onnx_file.OnnxFile").read(model)
+    file.check_external_data()
     if backend is None:
         backend = "half" if file.half_type and not {"providers", "plugins"} & set(given) else "onnxruntime"
     runner: Runner = BACKENDS[backend].load()(file, **given)

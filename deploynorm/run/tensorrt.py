@@ -64,6 +64,8 @@ class TensorRTRunner(Runner):
         trt = import_tensorrt(source.backend if backend == "auto" else backend)
         self._trt = trt
         source.check_version(trt)
+        if not trust_engine:
+            source.check_host_code()
         self._gpu = Gpu(device)
         with self._gpu.current(), listen() as heard:
             source.check_gpu(gpu_here())
@@ -75,6 +77,8 @@ class TensorRTRunner(Runner):
                 raise explain(self._where, trt.name, heard)
             self._runtime: Any = runtime  # it must outlive its engines
             self._context = self._new_context()
+        self._waiting: dict[str, WaitingOutput] = {}
+        """Of that context: the outputs whose size is known only in the end."""
         self.name = f"{trt.flavour} ({self._gpu.device})"
         self.precision = source.half_type
         inputs, outputs = _tensors(trt, self._engine)
@@ -119,13 +123,14 @@ class TensorRTRunner(Runner):
                 return self._replay(feeds)
             tensors = {spec.name: self._gpu.dense(feeds[spec.name]) for spec in self.inputs}
             with listen() as heard:
-                outputs, waiting = self._bind(self._context, tensors, heard)
+                outputs, waiting = self._bind(self._context, tensors, heard, self._waiting)
                 with self._gpu.enqueue([*tensors.values(), *outputs.values()]) as stream:
                     self._execute(self._context, stream, heard)
         return {name: waiting[name].take() if name in waiting else outputs[name] for name in self.output_names}
 
     def close(self) -> None:
         self._captured.clear()
+        self._waiting.clear()
         self._context = self._engine = self._runtime = None
 
     def _check(self, feeds: Mapping[str, Tensor]) -> None:
@@ -147,9 +152,12 @@ class TensorRTRunner(Runner):
                 raise InputError(where, problem, got=shape, expected=expected, fix=fix)
 
     def _bind(
-        self, context: Any, tensors: Mapping[str, Tensor], heard: list[Any]
+        self, context: Any, tensors: Mapping[str, Tensor], heard: list[Any], known: dict[str, WaitingOutput]
     ) -> tuple[dict[str, Tensor], dict[str, WaitingOutput]]:
-        """Gives a context its shapes and addresses; outputs whose size is known only in the end wait for it."""
+        """Gives a context its shapes and addresses; outputs whose size is known only in the end wait for it.
+
+        `known` are those of the context that were set before, and gets the others.
+        """
         for name, tensor in tensors.items():
             if not context.set_input_shape(name, tuple(tensor.shape)):
                 raise explain(f"{self._where}, input {name!r}", self._trt.name, heard)
@@ -163,8 +171,10 @@ class TensorRTRunner(Runner):
             dtype = _torch_dtype(self._where, spec.dtype)
             shape = tuple(context.get_tensor_shape(name))
             if min(shape, default=0) < 0:
-                waiting[name] = WaitingOutput(self._gpu, dtype)
-                context.set_output_allocator(name, waiting[name].allocator(self._trt))
+                if name not in known:
+                    known[name] = WaitingOutput(self._trt, self._gpu, dtype)
+                    context.set_output_allocator(name, known[name].allocator)
+                waiting[name] = known[name]
             else:
                 outputs[name] = self._gpu.empty(shape, dtype)
                 context.set_tensor_address(name, self._gpu.address(outputs[name]))
@@ -191,7 +201,7 @@ class TensorRTRunner(Runner):
         context = self._new_context()  # a graph is valid only as long as its context is not used for anything else
         inputs = {spec.name: feeds[spec.name].clone(memory_format=torch.contiguous_format) for spec in self.inputs}
         with listen() as heard:
-            outputs, waiting = self._bind(context, inputs, heard)
+            outputs, waiting = self._bind(context, inputs, heard, {})
             if waiting:
                 problem = "an output's size depends on values, which a CUDA graph cannot hold"
                 raise InputError("TensorRTRunner", problem, got=list(waiting), fix="pass cuda_graphs=False")

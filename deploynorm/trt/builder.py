@@ -159,7 +159,9 @@ def _inspect(trt: TensorRT, plan: bytes) -> tuple[Layer, ...]:
     if gpu_here() is None:
         return ()
     with listen():
-        engine = trt.module.Runtime(logger(trt)).deserialize_cuda_engine(plan)
+        runtime = trt.module.Runtime(logger(trt))
+        runtime.engine_host_code_allowed = True  # this process has just built the plan, with the plugin inside
+        engine = runtime.deserialize_cuda_engine(plan)
         if engine is None:
             return ()
         inspector = engine.create_engine_inspector()

@@ -84,16 +84,19 @@ class Gpu:
 
 
 class WaitingOutput:
-    """An output whose size depends on values: TensorRT reports it while it runs."""
+    """An output whose size depends on values: TensorRT reports it while it runs.
 
-    def __init__(self, gpu: Gpu, dtype: torch.dtype) -> None:
+    One serves all calls of a context: the context keeps every allocator that it is given alive, and with it its memory.
+    """
+
+    def __init__(self, trt: TensorRT, gpu: Gpu, dtype: torch.dtype) -> None:
         self._gpu, self._dtype = gpu, dtype
         self._memory: Tensor | None = None
         self._shape: tuple[int, ...] = ()
-        self._allocator: Any = None
+        self.allocator: Any = self._make(trt)
+        """A tensorrt.IOutputAllocator."""
 
-    def allocator(self, trt: TensorRT) -> Any:
-        """A tensorrt.IOutputAllocator that is alive as long as this object."""
+    def _make(self, trt: TensorRT) -> Any:
         waiting = self
 
         class Allocator(trt.module.IOutputAllocator):  # type: ignore[misc, name-defined]
@@ -110,10 +113,11 @@ class WaitingOutput:
             def notify_shape(self, name: str, shape: Sequence[int]) -> None:
                 waiting._shape = tuple(shape)
 
-        self._allocator = Allocator()
-        return self._allocator
+        return Allocator()
 
     def take(self) -> Tensor:
-        if self._memory is None:
+        """The output of the last call, which is the caller's from now on."""
+        memory, self._memory = self._memory, None
+        if memory is None:
             return self._gpu.empty(self._shape, self._dtype)
-        return self._memory[: prod(self._shape) * self._dtype.itemsize].view(self._dtype).reshape(self._shape)
+        return memory[: prod(self._shape) * self._dtype.itemsize].view(self._dtype).reshape(self._shape)

@@ -59,8 +59,19 @@ def load_library(trt: TensorRT, library: Path) -> None:
         problem = f"{trt.name} does not load this plugin library"
         expected = "a library that exports getCreators and is not loaded already"
         fix = "pass each library once, and none that registers its plugins itself"
-        raise BackendError(str(library), problem, got=words(heard), expected=expected, fix=fix)
+        raise BackendError(str(library), problem, got=words(heard) or _odd(library), expected=expected, fix=fix)
     _LOADED[key] = handle
+
+
+def _odd(library: Path) -> str | None:
+    """What is wrong with a file that TensorRT refused without a word; None where it is a shared library."""
+    from deploynorm.doctor.elf import read_needed  # doctor itself imports this module
+
+    try:
+        read_needed(library)
+    except (OSError, ValueError) as error:
+        return str(error)
+    return None
 
 
 def _make_findable(trt: TensorRT) -> None:

@@ -5,14 +5,28 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from deploynorm.dtypes import HALF
-from deploynorm.errors import BackendError, ModelError
+from deploynorm.errors import BackendError, InputError, ModelError
 from deploynorm.inputs import TensorSpec
 from deploynorm.trt import FLAVOURS, Flavour, TensorRT
 from deploynorm.trt.engine import Engine
-from deploynorm.trt.manifest import read_manifest
+from deploynorm.trt.manifest import facts_of
+
+_PROCESSORS: Final = (3, 40, 62, 183)
+"""e_machine of x86, ARM, x86-64 and AArch64 in an ELF header. Code for the GPU, which every plan holds, has 190."""
+
+
+def holds_library(plan: bytes) -> bool:
+    """Whether an ELF file for a processor lies anywhere in a plan."""
+    at = plan.find(b"\x7fELF")
+    while at >= 0:
+        order: Literal["little", "big"] = "big" if plan[at + 5 : at + 6] == b"\2" else "little"
+        if int.from_bytes(plan[at + 18 : at + 20], order) in _PROCESSORS:
+            return True
+        at = plan.find(b"\x7fELF", at + 1)
+    return False
 
 
 @dataclass(frozen=True)
@@ -34,7 +48,8 @@ class EngineSource:
             raise ModelError(str(path), "no such file", fix="check the path")
         if path.suffix == ".onnx":
             raise ModelError(str(path), "is an ONNX file, and TensorRT runs engines", fix=f"deploynorm build {path}")
-        return cls(str(path), path.read_bytes(), (read_manifest(path) or {}).get("engine", {}))
+        plan = path.read_bytes()
+        return cls(str(path), plan, facts_of(path, plan))
 
     @property
     def backend(self) -> Flavour | Literal["auto"]:
@@ -49,6 +64,13 @@ class EngineSource:
     def half_type(self) -> str | None:
         precision = self.known.get("precision")
         return precision if precision in HALF else None
+
+    def check_host_code(self) -> None:
+        """InputError for a plan with a library inside, which TensorRT may run although it was told not to."""
+        if holds_library(self.plan):
+            problem = "holds code for the processor (a plugin library or a lean runtime), which loading it would run"
+            fix = "pass trust_engine=True (--trust-engine) for a file from a source you trust"
+            raise InputError(self.where, problem, fix=fix)
 
     def check_version(self, trt: TensorRT) -> None:
         flavour, version = self.known.get("backend"), self.known.get("version")

@@ -19,11 +19,11 @@ RECIPE = [
 
 
 def at_least(minimum: int) -> Callable[[str], int]:
-    """An argparse type."""
+    """An argparse type; nothing past 2^31 - 1, which is more than any of the options means."""
 
     def integer(text: str) -> int:
-        if int(text) < minimum:
-            raise argparse.ArgumentTypeError(f"got {text}, expected {minimum} or more")
+        if not minimum <= int(text) < 2**31:
+            raise argparse.ArgumentTypeError(f"got {text[:40]}, expected {minimum} or more, and less than 2^31")
         return int(text)
 
     return integer

@@ -100,7 +100,7 @@ def test_a_missing_file_names_the_package_and_the_variable(folder):
     [
         (6, np.zeros(5, np.uint8), "do not match.*6 images, 5 labels"),
         (6, np.full(6, 10, np.uint8), "label out of range.*10.*0 to 9"),
-        (0, np.zeros(0, np.uint8), "0 images, 0 labels"),
+        (0, np.zeros(0, np.uint8), "the train images are empty"),
     ],
     ids=["too few", "out of range", "empty"],
 )

@@ -218,7 +218,7 @@ def test_the_manifest_brings_the_names_of_free_axes_and_the_type(tmp_path: Path)
     path = _with_manifest(
         tmp_path / "model.engine",
         precision="float16",
-        inputs=[{"name": "x", "shape": ["N", 3, "H", "H"]}],
+        inputs=[{"name": "x", "dtype": "float32", "shape": ["N", 3, "H", "H"]}],
         compute_capabilities=["8.6", "9.0"],
     )
     with TensorRTRunner(path) as runner:
