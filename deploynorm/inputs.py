@@ -96,6 +96,11 @@ def parse_named_file(text: str) -> tuple[str, str]:
     return (name, path) if equals and not Path(text).exists() else ("", text)
 
 
+def parse_input_dtypes(texts: Sequence[str]) -> dict[str, str]:
+    """Types by name from `label:int64`; "" is the only input, written without `label:`."""
+    return {name.strip(): dtype.strip() for name, _, dtype in (text.rpartition(":") for text in texts)}
+
+
 def parse_dynamic_axes(texts: Sequence[str]) -> Any:
     """The word "none", "batch", "spatial" or "all", or from `x:0=N,2=H` {"x": {0: "N", 2: "H"}}; None for no text.
 

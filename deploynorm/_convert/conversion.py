@@ -22,7 +22,7 @@ from deploynorm._export.precision import HALF, cast_floats, dtype_of, kept_layer
 from deploynorm._fold import FoldReport
 from deploynorm._fold import fold as fold_network
 from deploynorm.contract import METADATA_IMAGE, METADATA_LABELS, Lowering
-from deploynorm.errors import InputError
+from deploynorm.errors import InputError, ModelError
 from deploynorm.files import is_stream, onnx_companions, scratch_folder, sha256, staging
 from deploynorm.image import ImageSpec
 from deploynorm.inputs import Shape, sizes_to_dict
@@ -159,6 +159,7 @@ def convert(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     labels: Sequence[str] | Path | None = None,
+    freeze_buffers: bool = False,
     backend: str | None = None,
     seed: int = 0,
     rtol: float | None = None,
@@ -187,6 +188,7 @@ def convert(
             `deploynorm run`.
         mean, std: In place of `image`: of each channel, for images of the size of the first input.
         labels: Name of each class, or a text file with one a line; by default as the file has them.
+        freeze_buffers: Accept that forward changes buffers: in the file each call starts from their values of now.
         backend: What runs the model for the check: see `deploynorm check`.
         seed: Of the random inputs of the check.
         rtol, atol: See `deploynorm.check`.
@@ -196,7 +198,7 @@ def convert(
 
     Raises:
         InputError: An argument does not fit.
-        ModelError: The file or the network cannot be read, traced or translated.
+        ModelError: The file or the network cannot be read, traced or translated, or forward changes buffers.
         BackendError: A backend that was asked for is missing.
     """
     network = Network.of(
@@ -253,6 +255,10 @@ def convert(
         metadata=metadata,
         sizes=sizes,
     )
+    if exported.changed_buffers and not freeze_buffers:
+        problem = "forward changes buffers, and an ONNX file keeps nothing from one call to the next"
+        fix = "pass freeze_buffers=True (--freeze-buffers), so that each call starts from their values of now"
+        raise ModelError(type(network.model).__name__, problem, got=", ".join(exported.changed_buffers), fix=fix)
     _check_labels(labels, exported)
     checks = Checks(network, keep_float32=keep_float32, seed=seed, rtol=rtol, atol=atol)
     if report is not None and report.modified:

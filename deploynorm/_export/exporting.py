@@ -28,6 +28,7 @@ from deploynorm.trace import (
     ExampleInputs,
     Examples,
     Sizes,
+    changed_buffers,
     dynamic_places,
     find_sizes,
     inference_copy,
@@ -51,6 +52,7 @@ class Exported:
         kept_float32: Layers that stayed in float32 because they were named.
         keep_io_types: Whether inputs and outputs kept the network's own type.
         notes: What a user should know: which sizes the network takes, and axes that it fixes.
+        changed_buffers: Buffers that forward changes; in the file each call starts from their values of now.
     """
 
     model: ir.Model
@@ -60,6 +62,7 @@ class Exported:
     kept_float32: tuple[str, ...] = ()
     keep_io_types: bool = False
     notes: tuple[str, ...] = ()
+    changed_buffers: tuple[str, ...] = ()
 
     @property
     def output_names(self) -> tuple[str, ...]:
@@ -188,6 +191,7 @@ def export(
         fix = "where types do not fit, keep the layer that makes tensors of its own type in float32 (--keep-float32)"
         fix = f"{fix}; else {error.fix}"
         raise ModelError(error.where, problem, got=error.got, expected=error.expected, fix=fix) from error
+    changed = changed_buffers(twin, examples)
     onnx_model = to_onnx(program, opset)
     count = len(onnx_model.graph.outputs)  # less than the network returns, where some of that is None
     outputs = as_names("output_names", outputs, count) or tuple(default_output_names(program, count))
@@ -196,6 +200,8 @@ def export(
     lower(onnx_model, lowering, function=function)
     specs = tuple(_spec(value, i, sizes) for i, value in enumerate(onnx_model.graph.inputs))
     notes = [f"fixed, since it holds for some sizes only: {axis}" for axis in narrowed]
+    if changed:
+        notes.append(f"forward changes buffers, which the file keeps as they are now: {', '.join(changed)}")
     if dynamic is None:
         # Where no map may change, a note of the sizes says so.
         notes += _fixed_axes(specs, batch_only=sizes is not None and "spatial" not in sizes.kinds)
@@ -206,7 +212,7 @@ def export(
     onnx_model.metadata_props.update(metadata or {})
     onnx_model.metadata_props[METADATA_SIZES] = json.dumps(sizes_to_dict(specs, notes))
     kept = kept_layers(twin, keep_float32)
-    return Exported(onnx_model, specs, lowering, dtype_name(dtype), kept, keep_io_types, tuple(notes))
+    return Exported(onnx_model, specs, lowering, dtype_name(dtype), kept, keep_io_types, tuple(notes), changed)
 
 
 def check_options(

@@ -8,6 +8,7 @@ import zipfile
 from deploynorm.checkpoint._limits import check_archive
 from deploynorm.errors import ModelError
 
+
 def whole_members(data: bytes, where: str) -> list[str]:
     """The names of an archive's members, each of which has the checksum that the archive has for it.
 

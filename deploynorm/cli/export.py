@@ -61,6 +61,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="leave the node's body out: only our libraries run the file then",
     )
     group.add_argument("--no-fold", dest="fold", action="store_false", help="export the network as it is")
+    group.add_argument(
+        "--freeze-buffers",
+        action="store_true",
+        help="accept that forward changes buffers: in the file each call starts from their values of now",
+    )
     group.add_argument("--external-data", action="store_true", help="weights in a file of their own (always past 2 GB)")
     group = parser.add_argument_group("images and classes, for deploynorm run (default: as the model has them)")
     group.add_argument("--mean", metavar="A,B,C", type=_numbers, help="of each channel, with pixels from 0 to 1")

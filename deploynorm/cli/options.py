@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any, Final
 
 from deploynorm.files import check_outputs, is_stream, onnx_companions
-from deploynorm.inputs import parse_dynamic_axes, parse_input_shapes, parse_named_file
+from deploynorm.inputs import parse_dynamic_axes, parse_input_dtypes, parse_input_shapes, parse_named_file
 from deploynorm.run.backends import ENGINE_SUFFIXES, ONNX_BACKENDS
 
 PARSED: Final[Mapping[str, Callable[[Sequence[str]], Any]]] = {
     **dict.fromkeys(("input_shapes", "min_shapes", "opt_shapes", "max_shapes"), parse_input_shapes),
+    "input_dtypes": parse_input_dtypes,
     "dynamic": parse_dynamic_axes,
 }
 """Options that may be given several times, and what reads all their values together."""
@@ -122,6 +123,7 @@ def add_model(
     )
     if shapes:
         add_input_shape(group)
+        add_input_dtype(group)
 
 
 def add_accept_changed(parser: argparse.ArgumentParser) -> None:
@@ -139,6 +141,16 @@ def add_input_shape(parser: argparse._ActionsContainer) -> None:
         metavar="[NAME:]SHAPE",
         action="append",
         help="x:2x3x224x224 or 2x3x224x224; may be left out where the model names its input",
+    )
+
+
+def add_input_dtype(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "--input-dtype",
+        dest="input_dtypes",
+        metavar="[NAME:]DTYPE",
+        action="append",
+        help="label:int64 (default: the network's own type, or int64 where it refuses that)",
     )
 
 

@@ -65,7 +65,7 @@ def load_library(trt: TensorRT, library: Path) -> None:
 
 def _odd(library: Path) -> str | None:
     """What is wrong with a file that TensorRT refused without a word; None where it is a shared library."""
-    from deploynorm.doctor.elf import read_needed  # doctor itself imports this module
+    from deploynorm.libraries.elf import read_needed  # doctor itself imports this module
 
     try:
         read_needed(library)
