@@ -1,11 +1,12 @@
-"""The operators that a torch.export archive may call: those of networks in evaluation, each read and judged by hand.
+"""The operators that a torch.export archive may call: those of networks in evaluation, chosen by hand.
 
 Torch has some three thousand, and a few trust their arguments: a backward pass takes indices that a forward pass has
 made, and writes where they point; `_unsafe` and `unsafe` name others; `set_` and `resize_` choose the memory itself
-(`as_strided`, which decomposed archives of ConvNeXt call, stays within what is there: torch compares). So an operator is admitted only if it stands here. What it does with wild sizes and indices is tried in
-child processes (tests/hostile/test_operators.py): it may raise, and may not end the process.
+(`as_strided`, which decomposed archives of ConvNeXt call, stays within what is there: torch compares). So an operator
+is admitted only if it stands here. What it does with wild sizes and indices is tried in child processes
+(tests/hostile/test_operators.py): it may raise, and may not end the process. docs/security.md names two exceptions.
 
-Not here, though networks may hold them: backward passes, sparse, nested and quantized tensors, files, and operators that change the size of a tensor that is there.
+Not here, though networks may hold them: backward passes, sparse, nested and quantized tensors, and files.
 """
 
 from __future__ import annotations
@@ -65,7 +66,8 @@ ADMITTED: Final = {
         nanmean nansum prod std std_mean sum var var_mean trace
     """,
     "shape": """
-        adjoint alias as_strided atleast_1d atleast_2d atleast_3d block_diag broadcast_tensors broadcast_to cat chunk clone
+        adjoint alias as_strided atleast_1d atleast_2d atleast_3d
+        block_diag broadcast_tensors broadcast_to cat chunk clone
         column_stack concat concatenate contiguous detach diag diag_embed diagonal dsplit dstack expand expand_as
         flatten flip fliplr flipud hsplit hstack lift_fresh_copy matrix_H mH mT meshgrid moveaxis movedim narrow numpy_T
         permute ravel repeat repeat_interleave reshape reshape_as resolve_conj resolve_neg roll rot90 select slice
