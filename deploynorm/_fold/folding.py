@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
 
 from torch import Tensor, nn
 
 from deploynorm._fold import local, weights
 from deploynorm._fold.producers import Foldable, NotFoldableError, Producers
 from deploynorm._fold.report import FoldReport, FoldResult, Outcome
+from deploynorm._fold.verification import Step, Verifier
 from deploynorm.changes import Change
 from deploynorm.errors import ModelError
 from deploynorm.layers import TLU
@@ -49,6 +53,9 @@ def fold(
     4. A MABN that cannot be folded stays a per-channel affine, in the form of that BatchNorm: the graph is then the
        one that a BatchNorm network gives, for every runtime (benchmarks/affine.py measures the other forms).
 
+    At last the network runs on the examples, in float64, and a fold without which it computes what it did is undone:
+    the network's own code may read a layer's bias, eps or class.
+
     The arithmetic is in float64, and the result is cast back to the weight's type.
 
     Args:
@@ -69,8 +76,10 @@ def fold(
     model = unwrapped(model)
     examples = Examples.of("fold", model, example_inputs)
     folding = _Folding(inference_copy(model))
+    verifier = Verifier(folding.model, examples)
     folding.rewrite_locally()
     folding.fold_norms(examples, dynamic, sizes)
+    verifier.settle(folding.steps, lambda: folding.model, folding.exact)
     return folding.result()
 
 
@@ -78,11 +87,12 @@ class _Folding:
     """One fold under way: the network being changed, and the report so far; cases as in `fold`."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._model = model
+        self.model = model
+        self.steps: list[Step] = []
         self._paths = {module: path for path, module in model.named_modules()}
         self._changes: dict[str, Change] = {}
         # Weights and biases of changed layers in float64, so that a second change is not rounded twice.
-        self._exact: dict[nn.Module, tuple[Tensor, Tensor | None]] = {}
+        self.exact: dict[nn.Module, tuple[Tensor, Tensor | None]] = {}
         # Each normalization: its path, and the class that the user wrote.
         self._norms: dict[nn.Module, tuple[str, str]] = {
             module: (path, type(module).__name__) for module, path in self._paths.items() if isinstance(module, _NORMS)
@@ -98,9 +108,17 @@ class _Folding:
             if has_hooks(module):
                 self._report(path, kind, "not foldable", "", "it has hooks")
                 continue
+            replacement.eval()
             self._put(module, replacement)
+            self.steps.append(
+                Step(
+                    partial(self._put, replacement, module),
+                    partial(self._put, module, replacement),
+                    partial(self._report, path, kind, "not foldable", ""),
+                )
+            )
             if isinstance(replacement, Foldable):  # case 1
-                self._exact[replacement] = (weights.centred_weight(module), replacement.bias)
+                self.exact[replacement] = (weights.centred_weight(module), replacement.bias)
                 self._report(path, kind, "folded", became, f"weight centred, now {became}")
             elif isinstance(replacement, local.FRN):  # case 2
                 self._report(path, kind, "folded", became, "learned epsilon computed")
@@ -129,16 +147,16 @@ class _Folding:
         kinds = (*local.PLAIN, *local.BATCH_NORM, *local.FRN, *_NORMS, TLU)
         found = Counter(type(module).__name__ for module in self._paths if isinstance(module, kinds))
         changes = tuple(self._changes[path] for path in self._paths.values() if path in self._changes)
-        return FoldResult(self._model, FoldReport(found, changes))
+        return FoldResult(self.model, FoldReport(found, changes))
 
     def _traced(self, examples: Examples, dynamic: Dynamic | None, sizes: Sizes | None) -> TraceReader:
         try:
-            program = trace(self._model, examples, dynamic, sizes=sizes)
+            program = trace(self.model, examples, dynamic, sizes=sizes)
         except ModelError as error:
             raise NotFoldableError(f"the network cannot be traced ({error.problem})") from error
         if narrowed := "; ".join(narrowed_axes(program)):
             raise NotFoldableError(f"the network branches on sizes ({narrowed}): leave these axes out of dynamic")
-        return TraceReader(self._model, program)
+        return TraceReader(self.model, program)
 
     def _fold_norm(self, norm: nn.Module, producers: Producers) -> None:
         """Case 3 for one normalization."""
@@ -152,26 +170,41 @@ class _Folding:
         layers = producers.of(norm)
         affine = weights.batch_norm_as_affine(norm)
         exact = {
-            layer: weights.scale_and_shift(layer, *self._exact.get(layer, (layer.weight, layer.bias)), *affine)
+            layer: weights.scale_and_shift(layer, *self.exact.get(layer, (layer.weight, layer.bias)), *affine)
             for layer in layers
         }
         folded = {layer: [tensor.to(layer.weight.dtype) for tensor in pair] for layer, pair in exact.items()}
         if not all(bool(tensor.isfinite().all()) for pair in folded.values() for tensor in pair):
             raise NotFoldableError(f"the folded weight overflows {layers[0].weight.dtype}")
-        for layer, (weight, bias) in folded.items():
-            layer.weight = nn.Parameter(weight, requires_grad=False)
-            layer.bias = nn.Parameter(bias, requires_grad=False)
-            self._exact[layer] = exact[layer]
+        identity = nn.Identity().eval()
+        before = {layer: (layer.weight, layer.bias, self.exact.get(layer)) for layer in layers}
+        after = {
+            layer: (nn.Parameter(weight, False), nn.Parameter(bias, False), exact[layer])
+            for layer, (weight, bias) in folded.items()
+        }
+
+        def put(old: nn.Module, new: nn.Module, values: Mapping[Foldable, tuple[Any, Any, Any]]) -> None:
+            for layer, (weight, bias, rounded_from) in values.items():
+                layer.weight, layer.bias = weight, bias
+                self.exact[layer] = rounded_from or (weight, bias)
+            self._put(old, new)
+
+        put(norm, identity, after)
         producers.mark_folded(norm)
-        self._put(norm, nn.Identity())
-        names = {module: name for name, module in self._model.named_modules()}
+        self.steps.append(
+            Step(
+                partial(put, identity, norm, before),
+                partial(put, norm, identity, after),
+                partial(self._refuse, norm),
+            )
+        )
+        names = {module: name for name, module in self.model.named_modules()}
         self._report(*self._norms[norm], "folded", "Identity", "into " + ", ".join(names[layer] for layer in layers))
 
     def _put(self, old: nn.Module, new: nn.Module) -> None:
-        new.eval()
-        if old is self._model:
-            self._model = new
-        for parent in self._model.modules():
+        if old is self.model:
+            self.model = new
+        for parent in self.model.modules():
             for name, child in parent._modules.items():
                 if child is old:
                     parent._modules[name] = new

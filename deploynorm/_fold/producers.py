@@ -74,6 +74,8 @@ class Producers:
             raise NotFoldableError(f"the {name} before it is a functional call, not a layer")
         if source.args[1] not in trace.stored(layer, "weight"):
             raise NotFoldableError(f"the weight of the {name} before it is computed, not stored")
+        if layer.bias is not None and not trace.stored(layer, "bias"):
+            raise NotFoldableError("the bias of the layer before it is computed, not stored")
         if not _is_stock(layer):
             raise NotFoldableError(f"the layer before it is a {type(layer).__name__} with a forward of its own")
         if has_hooks(layer):

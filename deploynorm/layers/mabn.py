@@ -156,7 +156,8 @@ class _MABN(FullPrecisionBuffers):
     def __deepcopy__(self, memo: dict[int, Any]) -> _MABN:
         twin = type(self).__new__(type(self))
         memo[id(self)] = twin
-        twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        # Not self.__getstate__: that of a parametrized layer refuses, since it cannot be pickled.
+        twin.__setstate__(copy.deepcopy(_MABN.__getstate__(self), memo))
         twin.process_group, twin._loss_scale = self.process_group, self._loss_scale
         return twin
 
