@@ -121,8 +121,13 @@ def scratch_folder(parent: Path | None = None) -> Iterator[Path]:
         lock = _make_locked(folder)
         yield folder
     finally:
-        with _uninterrupted():
+        try:
+            with _uninterrupted():
+                shutil.rmtree(folder, ignore_errors=True)
+        except BaseException:  # a signal came just before they were held back
             shutil.rmtree(folder, ignore_errors=True)
+            raise
+        finally:
             if lock is not None:
                 os.close(lock)
 

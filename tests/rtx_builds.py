@@ -127,8 +127,9 @@ class _Builder:
                 return json.loads(line.removeprefix("ANSWER "))
             said.append(line)
         _builder.cache_clear()
-        self._stderr.seek(0)
-        raise AssertionError(f"exit code {self._process.wait()}\n{''.join(said)}\n{self._stderr.read()}")
+        with self._stderr:
+            self._stderr.seek(0)
+            raise AssertionError(f"exit code {self._process.wait()}\n{''.join(said)}\n{self._stderr.read()}")
 
 
 @cache

@@ -15,6 +15,8 @@ from typing import Final
 
 import torch
 
+from deploynorm.contract import DOMAIN, TORCH_OP
+
 ADMITTED: Final = {
     "arithmetic": """
         abs absolute add addcdiv addcmul ceil clamp clamp_max clamp_min clip copysign div divide exp exp2 expm1 floor
@@ -116,7 +118,7 @@ PRIMS: Final = """
 _NAMES: Final = {
     "aten": {name for names in ADMITTED.values() for name in names.split()},
     "prims": set(PRIMS.split()),
-    "deploynorm": {"filter_response_norm"},
+    DOMAIN: {TORCH_OP},
 }
 
 

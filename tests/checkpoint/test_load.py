@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import re
 import shlex
@@ -71,22 +72,22 @@ def test_a_saved_checkpoint_comes_back_whole_and_silently(
         ({"factory": "deploynorm.models.train:main"}, ModelError),
         ({"factory": "deploynorm.models.frn_resnet:resnet21"}, ModelError),
         ({"factory": "nets.unet"}, ModelError),
-        ({"a disk": "that is full"}, ModelError),
+        ({"a disk": "that is full"}, InputError),
     ],
     ids=lambda value: str(next(iter(value.items()))) if isinstance(value, dict) else value.__name__,
 )
 def test_a_save_that_fails_leaves_the_old_file(
     tmp_path: Path, network: nn.Module, wrong: dict[str, Any], error: type[Exception], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def break_off(content: object, file: Any) -> None:
-        file.write(b"half")
-        raise OSError("disk full")
+    def break_off(file: Path, content: object) -> None:
+        file.write_text("half")
+        raise OSError(errno.ENOSPC, "disk full")
 
     path = tmp_path / "model.pt"
     path.write_text("old")
     if "a disk" in wrong:
         wrong = {}
-        monkeypatch.setattr(torch, "save", break_off)
+        monkeypatch.setattr(Path, "write_bytes", break_off)
     with pytest.raises(error):
         save(path, **{"factory": FACTORY, "kwargs": KWARGS, "model": network, **wrong})
     assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("model.pt", "old")]

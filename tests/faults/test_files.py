@@ -114,8 +114,12 @@ def test_a_user_s_folder_is_never_swept(tmp_path: Path) -> None:
 def test_ctrl_c_while_files_move_waits_for_the_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     replace = os.replace
     monkeypatch.setattr(os, "replace", lambda *paths: (signal.raise_signal(signal.SIGINT), replace(*paths)))
-    with pytest.raises(KeyboardInterrupt):
-        write_three(tmp_path / "net.onnx", "new")
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # the processes of pytest-xdist ignore it
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            write_three(tmp_path / "net.onnx", "new")
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == dict.fromkeys(NAMES, "new")
 
 

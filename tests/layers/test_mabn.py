@@ -180,3 +180,13 @@ def test_resetting_forgets_everything() -> None:
     torch.testing.assert_close(layer.state_dict(), fresh.state_dict(), **EXACT.kwargs())
     torch.testing.assert_close(list(layer.buffers()), list(fresh.buffers()), **EXACT.kwargs())
     layer.eval()  # and warns of nothing
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("mean", [0.0, 100.0])
+def test_a_large_plane_loses_no_digits(memory_format: torch.memory_format, mean: float) -> None:
+    x = (torch.randn(1, 2, 1024, 1024) + mean).to(memory_format=memory_format)
+    norm, exact = MABN2d(2), MABN2d(2).double()
+    norm(x)
+    exact(x.double())
+    torch.testing.assert_close(norm.running_var.double(), exact.running_var, rtol=1e-6, atol=0)

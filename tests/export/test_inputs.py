@@ -1,0 +1,244 @@
+"""How inputs are bound to a network's forward, and what of a network no ONNX file can hold."""
+
+from __future__ import annotations
+
+import re
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from tolerances import FOLD_FLOAT32
+from torch import Tensor, nn
+
+import deploynorm
+from deploynorm import EagerRunner, export, fold
+from deploynorm.errors import InputError, ModelError
+from deploynorm.layers import CenConv2d, MABN2d
+from deploynorm.run import open_runner
+
+X, Y = torch.randn(2, 3, 8, 8), torch.randn(2, 4, 8, 8)
+
+
+class Base(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, padding=1)
+
+
+class Optional(Base):
+    def forward(self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
+        y: Tensor = self.conv(x)
+        y = y if scale is None else y * scale
+        return y if shift is None else y + shift
+
+
+class Named(Base):
+    def forward(self, x: Tensor, *, shift: Tensor) -> Tensor:
+        return self.conv(x) + shift
+
+
+class AnyNames(Base):
+    def forward(self, **given: Tensor) -> Tensor:
+        return self.conv(given["x"]) + given["shift"]
+
+
+@pytest.mark.parametrize("network", [Optional, Named, AnyNames])
+def test_inputs_are_bound_by_name(network: type[Base]) -> None:
+    model = network().eval()
+    result = deploynorm.convert(model, {"shift": Y, "x": X}, dynamic="none")
+    assert result, str(result)
+    feeds = {"x": X.numpy(), "shift": Y.numpy()}
+    with open_runner(result.exported.to_proto().SerializeToString()) as runner:
+        assert {spec.name for spec in runner.inputs} == {"x", "shift"}
+        (got,) = runner.infer(feeds).values()
+    with torch.inference_mode():
+        np.testing.assert_allclose(got, model(x=X, shift=Y).numpy(), **FOLD_FLOAT32.kwargs())
+    with EagerRunner(model, result.exported.inputs) as eager:
+        np.testing.assert_allclose(got, eager.infer(feeds)["output_0"], **FOLD_FLOAT32.kwargs())
+
+
+def test_an_argument_that_is_missing_or_unknown_is_named() -> None:
+    with pytest.raises(InputError, match="no example of input shift"):
+        export(Named(), X)
+    with pytest.raises(InputError, match=r"no input 'z'\. Expected x, scale, shift"):
+        export(Optional(), {"z": X})
+
+
+@dataclass
+class Result:
+    logits: Tensor
+    hidden: Tensor | None = None
+
+
+class Output(OrderedDict[str, Tensor]):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("form", "names"),
+    [
+        (lambda y: Result(y), ["logits"]),
+        (lambda y: Output(logits=y), ["logits"]),
+        (lambda y: (y, 3), ["output_0", "output_1"]),
+        (lambda y: (y, y.shape[0]), ["output_0", "output_1"]),
+        (lambda y: {"a": y, "none": None}, ["a"]),
+    ],
+    ids=["dataclass", "mapping", "number", "size", "None"],
+)
+def test_a_result_of_any_form_is_exported_and_checked(form: Callable[[Tensor], Any], names: list[str]) -> None:
+    class Net(Base):
+        def forward(self, x: Tensor) -> Any:
+            return form(self.conv(x))
+
+    result = deploynorm.convert(Net(), X)
+    assert result, str(result)
+    assert list(result.exported.output_names) == names
+
+
+class Dropping(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.dropout(self.conv(x))  # which drops in evaluation too
+
+
+class Noisy(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x) + torch.rand_like(x[:, :1])
+
+
+class BatchStatistics(Base):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.batch_norm(self.conv(x), self.norm.running_mean, self.norm.running_var, training=True)
+
+
+@pytest.mark.parametrize(
+    ("network", "words"),
+    [(Dropping, "random in evaluation: dropout"), (Noisy, "random .*: rand_like"), (BatchStatistics, "batch_norm .*")],
+)
+def test_a_network_that_is_not_in_evaluation_mode_is_refused(network: type[Base], words: str) -> None:
+    with pytest.raises(ModelError, match=words):
+        export(network().eval(), X)
+
+
+def test_weights_that_batch_normalization_standardizes_are_taken() -> None:
+    class Standardized(Base):
+        def forward(self, x: Tensor) -> Tensor:
+            weight = self.conv.weight.reshape(1, 4, -1)
+            weight = F.batch_norm(weight, None, None, training=True).reshape_as(self.conv.weight)
+            return F.conv2d(x, weight)
+
+    assert deploynorm.convert(Standardized(), X)
+
+
+class Level(Base):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("level", torch.ones(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.conv(x)
+        self.level.mul_(0.5).add_(0.5 * y.abs().mean())
+        return y / self.level
+
+
+def test_a_buffer_that_forward_changes_is_named_and_refused_unless_that_is_accepted() -> None:
+    model = Level().eval()
+    with pytest.raises(ModelError, match=r"forward changes buffers.*Got level\. Fix: .*--freeze-buffers"):
+        deploynorm.convert(model, X)
+    result = deploynorm.convert(model, X, freeze_buffers=True)
+    assert result, str(result)
+    assert result.exported.changed_buffers == ("level",)
+    assert any("level" in note for note in result.notes)
+    assert model.level == 1
+
+
+class Cached(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        if not hasattr(self, "grid"):
+            self.grid = torch.ones(1, 1, *x.shape[2:])
+        return self.conv(x) * self.grid
+
+
+def test_what_a_network_keeps_of_its_first_size_does_not_reach_the_file() -> None:
+    model = Cached().eval()
+    exported = export(model, X, dynamic="none")
+    assert exported.inputs[0].shape == tuple(X.shape)
+    assert not hasattr(model, "grid")
+
+
+class Label(Base):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(10, 4)
+
+    def forward(self, x: Tensor, label: Tensor) -> Tensor:
+        return self.conv(x) + self.table(label)[:, :, None, None]
+
+
+def test_an_input_that_a_network_refuses_as_a_float_is_an_integer() -> None:
+    shapes = {"x": (2, 3, 8, 8), "label": (2,)}
+    for dtypes in (None, {"label": "int64"}):
+        result = deploynorm.convert(Label(), input_shapes=shapes, input_dtypes=dtypes)
+        assert result, str(result)
+        assert [spec.dtype for spec in result.exported.inputs] == ["float32", "int64"]
+    with pytest.raises(InputError, match=re.escape("Got label:word")):
+        deploynorm.convert(Label(), input_shapes=shapes, input_dtypes={"label": "word"})
+
+
+class Wrapper(nn.Module):
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.inner = network
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.inner(x)
+        return y
+
+
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize("wrap", [nn.DataParallel, torch.optim.swa_utils.AveragedModel, torch.compile])
+def test_wrappers_of_training_are_taken_off(wrap: Callable[[nn.Module], nn.Module], inside: bool) -> None:
+    network = wrap(nn.Sequential(CenConv2d(3, 4, 3), MABN2d(4)).eval())
+    if inside:
+        network = Wrapper(network)
+    _, report = fold(network, X)
+    assert {change.outcome for change in report.changes} == {"folded"}
+    assert export(network, X).node_counts()["Conv"] == 1
+
+
+class ReadsFolded(nn.Module):
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.conv, self.norm = nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6)
+        self.last, self.last_norm = nn.Conv2d(6, 6, 1), nn.BatchNorm2d(6)
+        assert self.norm.running_mean is not None
+        self.norm.running_mean.fill_(0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.norm(self.conv(x))
+        if self.how == "eps":
+            y = y + self.norm.eps
+        if self.how == "class":
+            y = y if isinstance(self.norm, nn.BatchNorm2d) else y * 0
+        if self.how == "bias":
+            assert self.conv.bias is not None
+            y = y + self.conv.bias.view(1, -1, 1, 1)
+        return self.last_norm(self.last(y))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("how", ["eps", "class", "bias"])
+def test_a_fold_that_changes_what_the_network_computes_is_undone(how: str) -> None:
+    model = ReadsFolded(how).eval()
+    folded, report = fold(model, X)
+    assert {change.name: change.outcome for change in report.changes} == {"norm": "not foldable", "last_norm": "folded"}
+    with torch.inference_mode():
+        np.testing.assert_allclose(folded(X).numpy(), model(X).numpy(), **FOLD_FLOAT32.kwargs())
