@@ -15,6 +15,7 @@ def quiet(*names: str) -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=FutureWarning)
         warnings.filterwarnings("ignore", category=DeprecationWarning)
+        warnings.filterwarnings("ignore", "The tensor attribute")  # that forward sets, on a copy that is thrown away
         for logger in levels:
             logger.setLevel(logging.CRITICAL)
         try:

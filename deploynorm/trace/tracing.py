@@ -10,7 +10,7 @@ from torch import nn
 from torch.export import Dim, ExportedProgram
 
 from deploynorm.errors import InputError, ModelError
-from deploynorm.trace.copies import is_archive, refuse_training
+from deploynorm.trace.copies import disposable_copy, is_archive, refuse_training
 from deploynorm.trace.examples import ExampleInputs, Examples, Forward
 from deploynorm.trace.outputs import plain_outputs
 from deploynorm.trace.quiet import first_line, quiet
@@ -140,8 +140,9 @@ def _export(model: nn.Module, examples: Examples, places: Collection[Place], kin
     where = f"trace of {type(model).__name__}"
     got = "inputs of shape " + ", ".join(str(tuple(example.shape)) for example in examples)
     try:
-        with torch.no_grad(), quiet(), plain_outputs(model):
-            return torch.export.export(model, positional, named, dynamic_shapes=dynamic_shapes)
+        twin = disposable_copy(model)  # torch leaves its own tensors in attributes that forward sets
+        with torch.no_grad(), quiet(), plain_outputs(twin):
+            return torch.export.export(twin, positional, named, dynamic_shapes=dynamic_shapes)
     except InputError as error:
         raise ModelError(where, f"the network refuses the example input: {error}", got=got) from error
     except Exception as error:

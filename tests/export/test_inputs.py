@@ -203,6 +203,7 @@ class Wrapper(nn.Module):
         return y
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch.compile itself
 @pytest.mark.parametrize("inside", [False, True])
 @pytest.mark.parametrize("wrap", [nn.DataParallel, torch.optim.swa_utils.AveragedModel, torch.compile])
 def test_wrappers_of_training_are_taken_off(wrap: Callable[[nn.Module], nn.Module], inside: bool) -> None:
