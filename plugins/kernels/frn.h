@@ -47,7 +47,8 @@ struct deploynorm_frn {
   const void* beta;
   const void* tau;  // minus infinity for no threshold
   const void* eps;  // effective, greater than 0
-  void* rstd;       // samples * channels: 1 / sqrt(mean(x^2) + eps), for the backward pass; null for none
+  void* rstd;       // samples * channels: 1 / sqrt(mean(x^2) + eps), for the backward pass; null for none. Not written
+                    // where spatial is 0, and not read there by the backward pass
 };
 
 // The gradients of a call without a residual. At a tie y == tau the gradient goes to y. With g = dy where y >= tau (or

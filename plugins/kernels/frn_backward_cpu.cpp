@@ -108,12 +108,11 @@ int DEPLOYNORM_VARIANT(const deploynorm_frn_backward& call, void* workspace, dep
                        void* host) {
   return run_with_type(call.type, [&](auto element) {
     double* sums = static_cast<double*>(workspace);
-    const deploynorm_frn_backward flat = side_by_side_if_flat(call);
+    deploynorm_frn_backward flat = side_by_side_if_flat(call);
+    if (flat.spatial == 0) flat.samples = 0;  // there is nothing to sum, and the forward pass wrote no rstd
     const Backward<decltype(element)> backward(flat, sums);
-    if (flat.samples > 0 && flat.channels > 0 && flat.spatial > 0) {
+    if (flat.samples > 0 && flat.channels > 0) {
       Columns<Backward<decltype(element)>>(backward, flat, {parallel_for, host}).run();
-    } else {
-      for (int64_t i = 0; i < kGradientSums * flat.samples * flat.channels; ++i) sums[i] = 0;
     }
     backward.add_up_samples();
   });

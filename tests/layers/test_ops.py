@@ -77,6 +77,16 @@ def test_gradients_of_every_case(case: NormCase, way: str) -> None:
     check_gradients(got, gradients(*call), sizes(*call), summed, GRADIENT_ROUNDED[case.dtype])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16], ids=str)
+def test_gradients_without_a_position_are_zero_whatever_rstd_holds(
+    dtype: torch.dtype, require: Callable[[str], None]
+) -> None:
+    require("native")
+    x, *parameters = operands(2, 4, 0, 5, dtype=dtype)
+    _, *gradients = BACKWARD(x, x, torch.full((2, 4), torch.nan, dtype=parameters[0].dtype), *parameters[:3])
+    assert all(torch.equal(gradient, torch.zeros_like(gradient)) for gradient in gradients)
+
+
 def as_numpy(tensor: Tensor) -> np.ndarray[Any, Any]:
     if tensor.dtype == torch.bfloat16:
         return tensor.view(torch.int16).numpy().view(NUMPY_DTYPES["bfloat16"])
