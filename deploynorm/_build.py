@@ -10,7 +10,6 @@ from typing import Literal, get_args
 from deploynorm.contract import DOMAIN, OP_TYPE
 from deploynorm.errors import BackendError, InputError, ModelError, check_choice
 from deploynorm.inputs import Shape
-from deploynorm.manifest import check_unchanged
 from deploynorm.onnx_file import OnnxSource
 from deploynorm.trt import Flavour, TensorRT, gpu_here, import_tensorrt
 from deploynorm.trt.builder import build_way, load_plugins
@@ -72,8 +71,7 @@ def build(
     check_choice("build", "unknown way for FRN", frn, ("auto", *get_args(Way)))
     trt = import_tensorrt(backend)
     read = TensorRTModel.read(model)
-    if read.file.path is not None:
-        check_unchanged(read.file.path, accept=accept_changed)
+    read.file.begin(accept_changed=accept_changed)
     opt_shapes = opt_shapes or ({} if min_shapes or max_shapes else read.file.image_shape(batch=1))
     settings = Settings(
         ranges=ranges(read.file.inputs, minimum=min_shapes or {}, optimum=opt_shapes, maximum=max_shapes or {}),

@@ -116,6 +116,7 @@ def _onnx(path: Path) -> Inspection:
         "weights": dict(weights.most_common()),
         "external data": any(tensor.external_data for tensor in model.graph.initializer),
         "metadata": file.metadata,
+        "notes": list(file.notes),
     }
     return Inspection(facts, dict(file.node_counts.most_common()))
 

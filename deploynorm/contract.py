@@ -50,6 +50,9 @@ MIN_OPSET: Final = 18
 MAX_OPSET: Final = 23
 """Opsets of the default ONNX domain that export accepts."""
 
+PRODUCER: Final = "deploynorm"
+"""Name of the producer in the files that we write."""
+
 METADATA_IMAGE: Final = "deploynorm.image"
 METADATA_LABELS: Final = "deploynorm.labels"
 METADATA_SIZES: Final = "deploynorm.sizes"

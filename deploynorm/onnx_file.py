@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -15,12 +16,14 @@ import onnx
 import onnx.external_data_helper
 import onnx_ir as ir
 
-from deploynorm.contract import DOMAIN, METADATA_IMAGE, METADATA_LABELS, METADATA_SIZES, OP_TYPE
+from deploynorm.contract import DOMAIN, METADATA_IMAGE, METADATA_LABELS, METADATA_SIZES, OP_TYPE, PRODUCER
 from deploynorm.dtypes import ONNX_HALF
 from deploynorm.errors import InputError, ModelError
 from deploynorm.files import onnx_companions
+from deploynorm.foreign import frn_note, loose_frn
 from deploynorm.image import ImageSpec, as_labels
 from deploynorm.inputs import Shape, TensorSpec, read_sizes, with_sizes
+from deploynorm.manifest import check_unchanged
 from deploynorm.onnx_faults import external_files, find_fault
 from deploynorm.run.backends import ENGINE_SUFFIXES
 
@@ -79,6 +82,24 @@ class OnnxFile:
         if self.path is not None:
             ir.external_data.set_base_dir(model.graph, self.path.parent)
         return model
+
+    @cached_property
+    def notes(self) -> tuple[str, ...]:
+        """What a user should know of a graph that another tool wrote: which of its layers could be ours."""
+        if self.proto.producer_name == PRODUCER:  # the export has said so
+            return ()
+        try:
+            return tuple(frn_note(loose_frn(self.to_ir().graph)))
+        except ModelError:  # who runs the file learns of it
+            return ()
+
+    def begin(self, *, accept_changed: bool = False) -> None:
+        """What every stage that makes another file of this one does first: ModelError where it is not the file that the
+        manifest beside it was written for, or a warning with `accept_changed`; and a warning for each of its notes."""
+        if self.path is not None:
+            check_unchanged(self.path, accept=accept_changed)
+        for note in self.notes:
+            warnings.warn(f"{self.where}: {note}", RuntimeWarning, stacklevel=3)
 
     def check_external_data(self) -> None:
         """ModelError where a file that weights lie in is not there, or no regular file, such as a fifo."""

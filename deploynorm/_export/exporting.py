@@ -17,9 +17,10 @@ from deploynorm import onnx_file
 from deploynorm._export.names import as_names, by_argument, default_output_names, name_axes, name_inputs_and_outputs
 from deploynorm._export.precision import DTYPES, cast_floats, dtype_name, dtype_of, kept_layers, to_precision
 from deploynorm._export.translation import BFLOAT16_OPSET, to_onnx
-from deploynorm.contract import LOWERINGS, MAX_OPSET, METADATA_SIZES, MIN_OPSET, Lowering
+from deploynorm.contract import LOWERINGS, MAX_OPSET, METADATA_SIZES, MIN_OPSET, PRODUCER, Lowering
 from deploynorm.errors import InputError, ModelError
 from deploynorm.files import onnx_companions, staging
+from deploynorm.foreign import frn_note, loose_frn, loose_mabn, mabn_note
 from deploynorm.inputs import TensorSpec, sizes_to_dict
 from deploynorm.lowering import lower
 from deploynorm.tables import table
@@ -197,9 +198,11 @@ def export(
     outputs = as_names("output_names", outputs, count) or tuple(default_output_names(program, count))
     name_inputs_and_outputs(onnx_model, inputs, outputs)
     name_axes(onnx_model, axis_names)
+    foreign = [*frn_note(loose_frn(onnx_model.graph)), *mabn_note(loose_mabn(program))]
     lower(onnx_model, lowering, function=function)
     specs = tuple(_spec(value, i, sizes) for i, value in enumerate(onnx_model.graph.inputs))
     notes = [f"fixed, since it holds for some sizes only: {axis}" for axis in narrowed]
+    notes += foreign
     if changed:
         notes.append(f"forward changes buffers, which the file keeps as they are now: {', '.join(changed)}")
     if dynamic is None:
@@ -208,7 +211,7 @@ def export(
     if sizes is not None:
         places = {(i, axis) for i, x in enumerate(specs) for axis, size in enumerate(x.shape) if isinstance(size, str)}
         notes += sizes.notes(places, inputs)
-    onnx_model.producer_name = "deploynorm"
+    onnx_model.producer_name = PRODUCER
     onnx_model.metadata_props.update(metadata or {})
     onnx_model.metadata_props[METADATA_SIZES] = json.dumps(sizes_to_dict(specs, notes))
     kept = kept_layers(twin, keep_float32)

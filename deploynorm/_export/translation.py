@@ -18,6 +18,10 @@ BFLOAT16_OPSET = 22
 """The first whose convolutions and pools take bfloat16."""
 
 
+_STACK_TRACE = "pkg.torch.onnx.stack_trace"
+"""Metadata in which torch writes the paths of the user's own source files into each node."""
+
+
 def to_onnx(program: torch.export.ExportedProgram, opset: int) -> ir.Model:
     """Translates a traced network.
 
@@ -48,6 +52,8 @@ def to_onnx(program: torch.export.ExportedProgram, opset: int) -> ir.Model:
         raise ModelError("export", problem, got=got, expected=expected, fix="choose another --opset")
     _round_fused_weights(onnx_program.model)
     _refuse_bfloat16(onnx_program.model)
+    for node in onnx_program.model.graph.all_nodes():
+        node.metadata_props.pop(_STACK_TRACE, None)
     return onnx_program.model
 
 

@@ -8,7 +8,9 @@ from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 
+from deploynorm import foreign
 from deploynorm._fold import local, weights
 from deploynorm._fold.producers import Foldable, NotFoldableError, Producers
 from deploynorm._fold.report import FoldReport, FoldResult, Outcome
@@ -91,6 +93,7 @@ class _Folding:
         self.steps: list[Step] = []
         self._paths = {module: path for path, module in model.named_modules()}
         self._changes: dict[str, Change] = {}
+        self._found: Counter[str] = Counter()  # of other projects
         # Weights and biases of changed layers in float64, so that a second change is not rounded twice.
         self.exact: dict[nn.Module, tuple[Tensor, Tensor | None]] = {}
         # Each normalization: its path, and the class that the user wrote.
@@ -127,14 +130,18 @@ class _Folding:
 
     def fold_norms(self, examples: Examples, dynamic: Dynamic | None, sizes: Sizes | None) -> None:
         """Folds each normalization into the layers before it, or reports why not."""
-        if not self._norms:
+        if not self._norms and not any(True for _ in self.model.buffers()):
             return
         try:
-            reader = self._traced(examples, dynamic, sizes)
+            program = self._traced(examples, dynamic, sizes)
         except NotFoldableError as reason:
             for norm in self._norms:
                 self._refuse(norm, str(reason))
             return
+        for path, kind in foreign.loose_mabn(program):
+            self._found[kind] += 1
+            self._report(path, kind, "not foldable", "", f"MABN of another project: {foreign.replace_by('MABN2d')}")
+        reader = TraceReader(self.model, program)
         producers = Producers(reader)
         called = [module for module in reader.called if module in self._norms]
         for norm in dict.fromkeys((*called, *self._norms)):
@@ -145,18 +152,18 @@ class _Folding:
 
     def result(self) -> FoldResult:
         kinds = (*local.PLAIN, *local.BATCH_NORM, *local.FRN, *_NORMS, TLU)
-        found = Counter(type(module).__name__ for module in self._paths if isinstance(module, kinds))
+        found = self._found + Counter(type(module).__name__ for module in self._paths if isinstance(module, kinds))
         changes = tuple(self._changes[path] for path in self._paths.values() if path in self._changes)
         return FoldResult(self.model, FoldReport(found, changes))
 
-    def _traced(self, examples: Examples, dynamic: Dynamic | None, sizes: Sizes | None) -> TraceReader:
+    def _traced(self, examples: Examples, dynamic: Dynamic | None, sizes: Sizes | None) -> ExportedProgram:
         try:
             program = trace(self.model, examples, dynamic, sizes=sizes)
         except ModelError as error:
             raise NotFoldableError(f"the network cannot be traced ({error.problem})") from error
         if narrowed := "; ".join(narrowed_axes(program)):
             raise NotFoldableError(f"the network branches on sizes ({narrowed}): leave these axes out of dynamic")
-        return TraceReader(self.model, program)
+        return program
 
     def _fold_norm(self, norm: nn.Module, producers: Producers) -> None:
         """Case 3 for one normalization."""

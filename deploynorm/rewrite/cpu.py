@@ -9,7 +9,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedOpsetsPass
 
 from deploynorm import ort
-from deploynorm.contract import BLOCKED_OP_TYPE, DOMAIN, METADATA_CPU, OP_TYPE
+from deploynorm.contract import BLOCKED_OP_TYPE, DOMAIN, METADATA_CPU, OP_TYPE, PRODUCER
 from deploynorm.errors import ModelError
 from deploynorm.files import scratch_folder
 from deploynorm.lowering import frn_nodes
@@ -61,7 +61,7 @@ def optimize_for_cpu(model: ir.Model, *, source_sha256: str | None = None) -> Re
     before = node_counts(optimized.graph.all_nodes())
     changes = move_reorders(optimized, machine.block_size(runtime))
     RemoveUnusedOpsetsPass()(optimized)  # ONNX Runtime writes all that it knows
-    optimized.producer_name = "deploynorm"
+    optimized.producer_name = PRODUCER
     optimized.metadata_props.update(model.metadata_props)  # ONNX Runtime drops them
     optimized.metadata_props[METADATA_CPU] = json.dumps(note)
     return RewriteResult(optimized, changes, before, node_counts(optimized.graph.all_nodes()))

@@ -12,7 +12,6 @@ from deploynorm.contract import METADATA_CPU
 from deploynorm.errors import InputError, ModelError, check_choice
 from deploynorm.files import onnx_companions, scratch_folder, sha256, staging
 from deploynorm.inputs import Shape
-from deploynorm.manifest import check_unchanged
 from deploynorm.packages import load
 from deploynorm.rewrite.passes import PASSES, sequence
 from deploynorm.run import open_runner
@@ -128,8 +127,7 @@ def rewrite(
     for name in passes or ["none"]:
         check_choice("rewrite", "unknown pass", name, PASSES)
     source = OnnxFile.read(model)
-    if source.path is not None:
-        check_unchanged(source.path, accept=accept_changed)
+    source.begin(accept_changed=accept_changed)
     run = sequence(*(load(PASSES[name].function) for name in passes))
     # Opening the source first reports what is wrong with it under its own name.
     with open_runner(source) as truth:

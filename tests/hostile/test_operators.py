@@ -120,7 +120,7 @@ def test_no_operator_is_admitted_that_trusts_its_arguments() -> None:
             assert find_operator("aten", name, overload) is None
 
 
-@pytest.mark.parametrize("each", [2, pytest.param(60, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("each", [2, pytest.param(30, marks=pytest.mark.slow)])
 def test_no_admitted_operator_crashes(each: int) -> None:
     figures, faults = tried(list(calls(each)), call, may_raise=True, seconds=30)
     print(f"operators: {figures}")

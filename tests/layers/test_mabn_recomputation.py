@@ -164,6 +164,7 @@ def checkpoint_of_compile(net: nn.Module, backend: str) -> Map:
     return lambda x: checkpoint(compiled, x, use_reentrant=False)
 
 
+@pytest.mark.slow
 @COMPILED
 @pytest.mark.parametrize("call", [compile_of_checkpoint, checkpoint_of_compile])
 def test_a_compiled_network_with_checkpointing_counts_a_batch_once(call: Callable[[nn.Module, str], Map]) -> None:

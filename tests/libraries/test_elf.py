@@ -64,9 +64,8 @@ def test_the_same_as_readelf_says_of_our_own_library(require: Callable[[str], No
     assert "RegisterCustomOps" in read_library(path).exports
 
 
-@pytest.mark.parametrize(
-    "options", [pytest.param([], marks=pytest.mark.slow), ["-Xfatbin=-compress-all"]], ids=["plain", "compressed"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [[], ["-Xfatbin=-compress-all"]], ids=["plain", "compressed"])
 def test_code_for_gpus_is_that_which_nvcc_was_asked_for(
     options: list[str], require: Callable[[str], None], tmp_path: Path
 ) -> None:

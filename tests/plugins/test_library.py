@@ -139,6 +139,7 @@ def test_what_is_wrong_with_a_library_is_seen(tmp_path: Path, require: Callable[
 # ---- The libraries of nvcc on a machine without a GPU
 
 
+@pytest.mark.slow
 def test_a_build_asks_for_code_for_every_gpu(tmp_path: Path, require: Callable[[str], None]) -> None:
     """A test of `examine` shows that a library holds what was asked for: compiling for all GPUs takes minutes."""
     require("compiler")

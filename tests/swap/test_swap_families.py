@@ -49,6 +49,7 @@ def test_check_of_a_row_sees_one_lost_activation(families: ModuleType) -> None:
     assert families.largest_difference(swapped, truth, x) > 1e-3
 
 
+@pytest.mark.slow
 def test_check_of_a_row_sees_one_weight_that_is_not_centred(families: ModuleType) -> None:
     network, x, _, (swapped, _) = families.swaps("timm resnet18")
     truth = families.with_centred_weights(network, swapped)
