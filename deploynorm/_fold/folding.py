@@ -78,10 +78,9 @@ def fold(
     model = unwrapped(model)
     examples = Examples.of("fold", model, example_inputs)
     folding = _Folding(inference_copy(model))
-    verifier = Verifier(folding.model, examples)
     folding.rewrite_locally()
     folding.fold_norms(examples, dynamic, sizes)
-    verifier.settle(folding.steps, lambda: folding.model, folding.exact)
+    Verifier(model, examples).settle(folding.steps, lambda: folding.model, folding.exact)
     return folding.result()
 
 
@@ -130,7 +129,7 @@ class _Folding:
 
     def fold_norms(self, examples: Examples, dynamic: Dynamic | None, sizes: Sizes | None) -> None:
         """Folds each normalization into the layers before it, or reports why not."""
-        if not self._norms and not any(True for _ in self.model.buffers()):
+        if not self._norms and not any(x.is_floating_point() and x.numel() > 1 for x in self.model.buffers()):
             return
         try:
             program = self._traced(examples, dynamic, sizes)

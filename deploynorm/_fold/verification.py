@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from deploynorm.trace import Examples, copied, first_line, quiet, tensors_of
+from deploynorm.trace import Examples, copied, first_line, inference_copy, quiet, tensors_of
 
 _RTOL = 1e-4
 """Of the largest value of an output. In float64 a right fold is within 1e-10; float32 somewhere inside costs 1e-6."""
@@ -28,14 +30,17 @@ class Verifier:
     """Compares a network with what it computed on the examples before it was changed, in float64 where it runs so."""
 
     def __init__(self, model: nn.Module, examples: Examples) -> None:
+        self._model = model
         self._examples = examples
-        self._truth: list[Any] | None = None
+        self._dtype: torch.dtype | None = torch.float64
+
+    @cached_property
+    def _truth(self) -> list[Any] | None:
+        """Of the network as it was given; it is not run where nothing was changed."""
         for self._dtype in (torch.float64, None):
-            try:
-                self._truth = self._outputs(model, {})
-            except Exception:  # the trace, or a later stage, says what is wrong
-                continue
-            return
+            with suppress(Exception):  # the trace, or a later stage, says what is wrong
+                return self._outputs(inference_copy(self._model), {})
+        return None
 
     def fault(self, model: nn.Module, exact: Mapping[nn.Module, tuple[Tensor, Tensor | None]]) -> str:
         """What is wrong with the changed network; empty where nothing is, or where that cannot be known.
@@ -60,6 +65,8 @@ class Verifier:
         The first that does harm is found by halving, and stays undone; then the others are looked at again.
         """
         left, done = list(steps), len(steps)
+        if not left:
+            return
 
         def faulty(count: int) -> str:
             nonlocal done

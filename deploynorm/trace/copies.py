@@ -62,6 +62,8 @@ def changed_buffers(model: nn.Module, examples: Examples) -> tuple[str, ...]:
     """Names of the buffers that forward changes, as one run of a copy on the examples shows; none where it fails."""
     twin = disposable_copy(model)
     before = {name: buffer.clone() for name, buffer in twin.named_buffers()}
+    if not before:
+        return ()
     try:
         with torch.no_grad(), quiet():
             examples.run(twin)
