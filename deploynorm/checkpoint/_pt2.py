@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import io
 import json
-import logging
 import re
 import textwrap
 import warnings
 import zipfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -27,6 +26,7 @@ from deploynorm.checkpoint._limits import check_archive, time_limit
 from deploynorm.checkpoint._pickle import TRUST, unpickle
 from deploynorm.checkpoint._program import RefusedError, check_extent, clean
 from deploynorm.errors import ModelError
+from deploynorm.trace import quiet
 
 _MODEL = "models/model.json"
 _CONFIGS = ("data/weights/model_weights_config.json", "data/constants/model_constants_config.json")
@@ -52,7 +52,8 @@ def load_program(data: bytes, where: str, *, trust: bool) -> ExportedProgram:
     with nullcontext() if trust else time_limit(len(data), where):
         archive = io.BytesIO(data) if trust else _rewritten(data, where)
         try:
-            with _silence():
+            with quiet("torch.export", "torch._export", "torch.fx"), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # what matters of them comes back as an exception
                 programs: dict[str, ExportedProgram] = load_pt2(archive).exported_programs
         except Exception as error:  # a damaged program makes torch raise nearly anything
             cause = f"{type(error).__name__}: {textwrap.shorten(str(error), 300)}"
@@ -61,22 +62,6 @@ def load_program(data: bytes, where: str, *, trust: bool) -> ExportedProgram:
     if "model" not in programs:
         raise ModelError(where, "no program in the archive", expected=_MODEL)
     return programs["model"]
-
-
-@contextmanager
-def _silence() -> Iterator[None]:
-    """Keeps torch's warnings and log quiet: what matters of them comes back as an exception."""
-    loggers = [logging.getLogger(name) for name in ("torch.export", "torch._export", "torch.fx")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
 
 
 def _rewritten(data: bytes, where: str) -> io.BytesIO:
