@@ -29,6 +29,7 @@ from deploynorm.trace import (
     ExampleInputs,
     Examples,
     Sizes,
+    branches,
     changed_buffers,
     dynamic_places,
     find_sizes,
@@ -182,7 +183,8 @@ def export(
     try:
         program = trace(twin, examples, dynamic, sizes=sizes)
         # At the other sizes the file would compute something else, and say nothing.
-        if narrowed := narrowed_axes(program):
+        narrowed = narrowed_axes(program) | branches(program, twin, examples, sizes)
+        if narrowed:
             program = trace(twin, examples, dynamic, fixed=set(narrowed.values()), sizes=sizes)
     except ModelError as error:
         if dtype == own:

@@ -24,6 +24,7 @@ from deploynorm.trace import (
     Examples,
     Sizes,
     TraceReader,
+    branches,
     has_hooks,
     inference_copy,
     narrowed_axes,
@@ -160,7 +161,7 @@ class _Folding:
             program = trace(self.model, examples, dynamic, sizes=sizes)
         except ModelError as error:
             raise NotFoldableError(f"the network cannot be traced ({error.problem})") from error
-        if narrowed := "; ".join(narrowed_axes(program)):
+        if narrowed := "; ".join(narrowed_axes(program) | branches(program, self.model, examples, sizes)):
             raise NotFoldableError(f"the network branches on sizes ({narrowed}): leave these axes out of dynamic")
         return program
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deploynorm.trace import Examples, copied, first_line, inference_copy, quiet, tensors_of
+from deploynorm.trace import Examples, alike, copied, first_line, inference_copy, quiet, tensors_of
 
 _RTOL = 1e-4
 """Of the largest value of an output. In float64 a right fold is within 1e-10; float32 somewhere inside costs 1e-6."""
@@ -55,7 +55,7 @@ class Verifier:
             outputs = self._outputs(model, exact)
         except Exception as error:
             return f"the network fails without it ({type(error).__name__}: {first_line(error)})"
-        if len(outputs) == len(self._truth) and all(map(_close, outputs, self._truth)):
+        if alike(outputs, self._truth, _RTOL):
             return ""
         return "the network computes something else without it: it is used in a way that no trace shows"
 
@@ -104,15 +104,3 @@ class Verifier:
         with torch.no_grad(), torch.random.fork_rng(devices=[]), quiet():
             torch.manual_seed(0)
             return [x.clone() if isinstance(x, Tensor) else x for x in tensors_of(examples.run(twin))]
-
-
-def _close(got: Any, want: Any) -> bool:
-    if not isinstance(got, Tensor) or not isinstance(want, Tensor):
-        return type(got) is type(want)
-    if got.shape != want.shape or got.dtype != want.dtype:
-        return False
-    if not want.is_floating_point():
-        return torch.equal(got, want)
-    finite = want[want.isfinite()].abs()
-    largest = float(finite.max()) if finite.numel() else 0.0
-    return torch.allclose(got, want, rtol=0, atol=_RTOL * largest, equal_nan=True)

@@ -1,18 +1,13 @@
 """One traced network, and all that is asked of it."""
 
+from deploynorm.trace.branches import branches
 from deploynorm.trace.copies import changed_buffers, copied, disposable_copy, inference_copy, is_archive, unwrapped
 from deploynorm.trace.examples import Arguments, ExampleInputs, Examples, Forward
-from deploynorm.trace.outputs import tensors_of
+from deploynorm.trace.outputs import alike, tensors_of
 from deploynorm.trace.quiet import first_line, quiet
 from deploynorm.trace.reader import LINEAR_OPERATORS, TraceReader, aten_operators, has_hooks, operator_name, walk
 from deploynorm.trace.sizes import Sizes, axis_letter, find_sizes
-from deploynorm.trace.tracing import (
-    Dynamic,
-    doubled,
-    dynamic_places,
-    narrowed_axes,
-    trace,
-)
+from deploynorm.trace.tracing import Dynamic, doubled, dynamic_places, narrowed_axes, trace
 
 __all__ = [
     "LINEAR_OPERATORS",
@@ -23,8 +18,10 @@ __all__ = [
     "Forward",
     "Sizes",
     "TraceReader",
+    "alike",
     "aten_operators",
     "axis_letter",
+    "branches",
     "changed_buffers",
     "copied",
     "disposable_copy",

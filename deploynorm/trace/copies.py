@@ -46,6 +46,12 @@ def copied(model: nn.Module, *, share_parameters: bool = False) -> nn.Module:
         problem = f"the network cannot be copied: {first_line(error)}"
         fix = "remove what does not deep-copy (hooks, open files, non-leaf tensors)"
         raise ModelError(type(model).__name__, problem, fix=fix) from error
+    # torchvision's feature extractors copy themselves in training mode, and have another graph in that.
+    if twin.training != model.training:
+        twin.train(model.training)
+    modes = {name: module.training for name, module in model.named_modules()}
+    for name, module in twin.named_modules():
+        module.training = modes.get(name, twin.training)
     for module in twin.modules():
         for name, child in module.named_children():
             if (inner := unwrapped(child)) is not child:
@@ -108,8 +114,9 @@ def refuse_training(nodes: Iterable[fx.Node], where: str, *, archive: bool = Fal
     for node in nodes:
         if not isinstance(node.target, torch._ops.OpOverload):
             continue
-        names = [argument.name for argument in node.target._schema.arguments]
-        given = dict(zip(names, node.args, strict=False)) | node.kwargs
+        arguments = node.target._schema.arguments
+        given = {argument.name: argument.default_value for argument in arguments if argument.has_default_value()}
+        given |= dict(zip((argument.name for argument in arguments), node.args, strict=False)) | node.kwargs
         mode = [given[name] for name in ("train", "training", "use_input_stats") if name in given]
         off = False in mode or 0 in [given.get(name) for name in ("p", "dropout", "dropout_p")]
         what = ""

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils import _pytree
 
 
@@ -32,6 +32,23 @@ def as_plain(returned: Any) -> Any:
 def tensors_of(returned: Any) -> list[Any]:
     """The tensors of a result in order, and whatever else is in it; None does not count."""
     return [leaf for leaf in _pytree.tree_leaves(as_plain(returned)) if leaf is not None]
+
+
+def alike(got: Sequence[Any], want: Sequence[Any], rtol: float) -> bool:
+    """Whether two lists of `tensors_of` hold the same, but for errors of rtol times the largest value of an output."""
+    return len(got) == len(want) and all(_alike(one, other, rtol) for one, other in zip(got, want, strict=True))
+
+
+def _alike(got: Any, want: Any, rtol: float) -> bool:
+    if not isinstance(got, Tensor) or not isinstance(want, Tensor):
+        return type(got) is type(want)
+    if got.shape != want.shape or got.dtype != want.dtype:
+        return False
+    if not want.is_floating_point():
+        return torch.equal(got, want)
+    finite = want[want.isfinite()].abs()
+    largest = float(finite.max()) if finite.numel() else 0.0
+    return torch.allclose(got, want, rtol=0, atol=rtol * largest, equal_nan=True)
 
 
 @contextmanager

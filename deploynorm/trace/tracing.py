@@ -10,6 +10,7 @@ from torch import nn
 from torch.export import Dim, ExportedProgram
 
 from deploynorm.errors import InputError, ModelError
+from deploynorm.trace.branches import branches
 from deploynorm.trace.copies import disposable_copy, is_archive, refuse_training
 from deploynorm.trace.examples import ExampleInputs, Examples, Forward
 from deploynorm.trace.outputs import plain_outputs
@@ -63,7 +64,9 @@ def trace(
     program = _export(model, examples, places, Dim.AUTO if dynamic in (None, "none") else Dim.DYNAMIC)
     if deterministic:
         refuse_training(program.graph.nodes, f"trace of {type(model).__name__}", archive=is_archive(model))
-    if dynamic not in (None, "none") and (narrowed := narrowed_axes(program)):
+    if dynamic not in (None, "none") and (
+        narrowed := narrowed_axes(program) | branches(program, model, examples, sizes)
+    ):
         raise _not_free(model, dynamic, f"it branches on {'; '.join(narrowed)}")
     return program
 

@@ -1,0 +1,178 @@
+"""Where a network branches on the sizes of its inputs, so that a trace of it holds for some of them only."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import nn
+from torch.export import ExportedProgram
+
+from deploynorm.trace.copies import disposable_copy
+from deploynorm.trace.examples import Examples
+from deploynorm.trace.outputs import alike, tensors_of
+from deploynorm.trace.quiet import quiet
+from deploynorm.trace.sizes import Place, Sizes, axis_kind, axis_letter
+
+_SIZE = re.compile(r"L\['(\w+)'\]\.size\(\)\[(\d+)\]")
+_RUNS = 12
+"""Times that a trace is compared with its network at most. Most networks need two or three, on small inputs."""
+_SHARES = (0.75, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.05, 0.02)
+"""Of the examples' sizes, rounded to what the network takes."""
+_RTOL = 1e-2
+"""Of the largest value: of what another branch computes, and not of the rounding of a network in float16."""
+
+
+def branches(program: ExportedProgram, model: nn.Module, examples: Examples, sizes: Sizes | None) -> dict[str, str]:
+    """Conditions on sizes under which alone a trace computes what the network does -> "batch" or "spatial".
+
+    torch assumes conditions whenever it compares sizes, most of them for no more than the strides of a tensor. So those
+    that other sizes break are tried: the trace and the network run there, and a condition counts where they differ.
+
+    Args:
+        program: A trace of the network on the examples, in which axes are dynamic.
+        model: The network.
+        examples: Those that it was traced with.
+        sizes: The sizes that the network takes, where they are known; else each dynamic axis may change alone.
+    """
+    return _Comparison(program, model, examples).branches(_groups(program) if sizes is None else sizes.groups)
+
+
+@dataclass
+class _Comparison:
+    program: ExportedProgram
+    model: nn.Module
+    examples: Examples
+
+    def branches(self, groups: tuple[Mapping[Place, int], ...]) -> dict[str, str]:
+        names = self.examples.names
+        axes = (place for group in groups for place in group)  # a dynamic one is never 1 for torch, without a condition
+        texts = [
+            *getattr(self.program, "_guards_code", ()),
+            *(f"L['{names[i]}'].size()[{axis}] != 1" for i, axis in axes),
+        ]
+        conditions = {text: compile(text, "condition", "eval") for text in texts}
+        tried = []
+        for shapes in self._other_shapes(groups):
+            sizes = {"L": dict(zip(self.examples.names, map(_Sized, shapes), strict=True)), "max": max, "min": min}
+            tried.append((shapes, {text for text, code in conditions.items() if not _holds(code, sizes)}))
+        found: dict[str, str] = {}
+        settled: set[str] = set()
+        order = _quickest
+        for _ in range(_RUNS):
+            left = [(shapes, broken - settled) for shapes, broken in tried if broken - settled]
+            if not left:
+                break
+            shapes, broken = min(left, key=order)
+            agree = self._agrees(shapes)
+            if agree is False and len(broken) > 1 and order is _quickest:
+                order = _clearest
+                continue
+            tried = [each for each in tried if each[0] is not shapes]
+            if agree is not None:
+                settled |= broken
+            if agree is False:
+                text = min(broken)
+                found[self._readable(text)] = self._kind(text)
+                tried = [each for each in tried if text not in each[1]]  # where it is broken, no other one shows
+        return found
+
+    def _other_shapes(self, groups: tuple[Mapping[Place, int], ...]) -> Iterator[tuple[tuple[int, ...], ...]]:
+        """Shapes with one group of axes smaller or larger, or all of them."""
+        for steps, share in [*((steps, 1.0) for steps in (1, 2, 3, -1, -2, -3)), *((0, share) for share in _SHARES)]:
+            for some in [*((group,) for group in groups), groups]:
+                growth: dict[Place, int] = {}
+                for group in some:
+                    (position, axis), step = next(iter(group.items()))
+                    less = int(self.examples.tensors[position].shape[axis] * (1 - share)) // step
+                    growth |= {place: each * (steps - less) for place, each in group.items()}
+                shapes = tuple(
+                    tuple(size + growth.get((position, axis), 0) for axis, size in enumerate(example.shape))
+                    for position, example in enumerate(self.examples)
+                )
+                if all(size > 0 for shape in shapes for size in shape):
+                    yield shapes
+
+    def _agrees(self, shapes: tuple[tuple[int, ...], ...]) -> bool | None:
+        """Whether the trace computes what the network does there; None where one of them refuses these sizes."""
+        examples = self.examples
+        for axis in range(max(map(len, shapes))):
+            examples = examples.replaced(
+                x.index_select(axis, torch.arange(shape[axis]) % x.shape[axis]) if axis < x.dim() else x
+                for x, shape in zip(examples, shapes, strict=True)
+            )
+        with torch.no_grad(), torch.random.fork_rng(devices=[]), quiet():
+            try:
+                want = tensors_of(examples.run(disposable_copy(self.model)))
+                got = tensors_of(examples.run(self._traced))
+            except Exception:  # whatever its type, it is no wrong number
+                return None
+        return alike(got, want, _RTOL)
+
+    @cached_property
+    def _traced(self) -> nn.Module:
+        traced = self.program.module(check_guards=False)
+        traced._forward_pre_hooks.clear()  # they check the sizes as well
+        return traced
+
+    def _readable(self, condition: str) -> str:
+        ranks = {name: example.dim() for name, example in zip(self.examples.names, self.examples, strict=True)}
+
+        def size(found: re.Match[str]) -> str:
+            name, axis = found[1], int(found[2])
+            return axis_letter(ranks.get(name, 0), axis) + (f" of {name}" if len(ranks) > 1 else "")
+
+        return _SIZE.sub(size, condition)
+
+    @staticmethod
+    def _kind(condition: str) -> str:
+        return axis_kind(max(int(axis) for _, axis in _SIZE.findall(condition)))
+
+
+_Case = tuple[tuple[tuple[int, ...], ...], set[str]]
+"""Shapes, and the conditions that they break."""
+
+
+def _clearest(case: _Case) -> tuple[int, ...]:
+    """What to try first: what breaks the fewest conditions shows best which of them matters; then what is small."""
+    shapes, broken = case
+    return len(broken), sum(map(sum, shapes))
+
+
+def _quickest(case: _Case) -> tuple[int, ...]:
+    """The same, but at last and all at once what torch assumes of strides, that a size is not 1: it rarely matters."""
+    count, size = _clearest(case)
+    of_strides = all(text.endswith(" != 1") for text in case[1])
+    return of_strides, -count if of_strides else count, size
+
+
+class _Sized:
+    """Answers a condition as a tensor of that shape does."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        self._shape = shape
+
+    def size(self) -> tuple[int, ...]:
+        return self._shape
+
+
+def _holds(condition: Any, sizes: Mapping[str, object]) -> bool:
+    try:
+        return bool(eval(condition, {"__builtins__": {}}, sizes))  # of torch, made from the sizes' names and numbers
+    except Exception:  # it asks for what is no size
+        return True
+
+
+def _groups(program: ExportedProgram) -> tuple[Mapping[Place, int], ...]:
+    """Each dynamic axis of a trace alone."""
+    inputs = [node.meta["val"] for node in program.graph.nodes if node.name in program.graph_signature.user_inputs]
+    return tuple(
+        {(position, axis): 1}
+        for position, value in enumerate(inputs)
+        for axis, size in enumerate(getattr(value, "shape", ()))
+        if isinstance(size, torch.SymInt)
+    )
