@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,6 +11,13 @@ import numpy.typing as npt
 
 from deploynorm.errors import InputError
 from deploynorm.inputs import Shape, TensorSpec, base_shapes, shape_text
+
+
+def check_seed(where: str, seed: object) -> None:
+    """Raises InputError for a seed that NumPy's generators do not take."""
+    if isinstance(seed, bool) or not isinstance(seed, Integral) or seed < 0:
+        raise InputError(where, "not a seed", got=repr(seed), expected="a whole number from 0")
+
 
 Array = npt.NDArray[Any]
 
@@ -38,8 +46,10 @@ def sample_inputs(
         A label such as "x 2x3x33x47", and an array for each input: standard normal, or integers 0 to 7.
 
     Raises:
-        InputError: A shape is missing, belongs to no input, or does not fit; or a dtype that numpy does not know.
+        InputError: The seed is none; a shape is missing, belongs to no input, or does not fit; or a dtype that numpy
+            does not know.
     """
+    check_seed("sample_inputs", seed)
     shapes = base_shapes(specs, base or {})
     units = _units(specs, shapes)
     seen: set[tuple[Shape, ...]] = set()
