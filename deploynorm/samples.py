@@ -43,7 +43,8 @@ def sample_inputs(
         base: Shape of an input by name, "" for the only one; by default the shape that it is known to take.
 
     Yields:
-        A label such as "x 2x3x33x47", and an array for each input: standard normal, or integers 0 to 7.
+        A label such as "x 2x3x33x47", or "label 2x5 int64" of what is no float, and an array for each input: standard
+        normal, or integers 0 to 7.
 
     Raises:
         InputError: The seed is none; a shape is missing, belongs to no input, or does not fit; or a dtype that numpy
@@ -62,7 +63,7 @@ def sample_inputs(
         if tuple(varied.values()) in seen:
             continue
         seen.add(tuple(varied.values()))
-        label = ", ".join(f"{name} {shape_text(shape).removeprefix('a ')}" for name, shape in varied.items())
+        label = ", ".join(_label(spec, varied[spec.name]) for spec in specs)
         rng = np.random.default_rng((seed, index))
         yield label, {spec.name: _values(spec, varied[spec.name], rng) for spec in specs}
 
@@ -118,6 +119,12 @@ def _variants(units: Mapping[str, Sequence[_Axis]], rng: np.random.Generator) ->
         yield steps
         # A U-net takes multiples of its total stride only, and refuses the others.
         yield {unit: -(-_TOTAL_STRIDE // stride[unit]) for unit in spatial}
+
+
+def _label(spec: TensorSpec, shape: Shape) -> str:
+    """The input with its shape and, where it is no float, its type, which the user may not have chosen."""
+    dtype = "" if "float" in spec.dtype else f" {spec.dtype}"
+    return f"{spec.name} {shape_text(shape).removeprefix('a ')}{dtype}"
 
 
 def _values(spec: TensorSpec, shape: Shape, rng: np.random.Generator) -> Array:
