@@ -35,11 +35,8 @@ class Inspection:
     def __str__(self) -> str:
         rows = []
         for name, value in self.facts.items():
-            if isinstance(value, dict):
-                value = [f"{key}: {each}" for key, each in value.items()]
-            if isinstance(value, list):
-                value = ", ".join(map(str, value))
-            rows.append((name, "-" if value in (None, "") else value))
+            text = _text(value, whole=True)
+            rows.append((name, text or "-"))
         columns = ("operator" if self._kind == "nodes" else "class", "count")
         counts = table(self._kind.capitalize(), columns, self.counts.items())
         return f"{table(str(self.facts['file']), ('', ''), rows[1:])}\n\n{counts}"
@@ -84,6 +81,17 @@ def inspect(
     }
     leaves = (module for module in loaded.model.modules() if not any(module.children()))
     return Inspection(facts, dict(Counter(type(module).__name__ for module in leaves).most_common()))
+
+
+def _text(value: object, *, whole: bool = False) -> str:
+    """A fact as text, and what is inside another in brackets: "file: net.onnx, external_data: (file: net.data)"."""
+    if isinstance(value, dict):
+        inside = ", ".join(f"{key}: {_text(each)}" for key, each in value.items())
+        return inside if whole else f"({inside})"
+    if isinstance(value, list):
+        inside = ", ".join(map(_text, value))
+        return inside if whole else f"[{inside}]"
+    return ("" if whole else "-") if value is None else str(value)
 
 
 def _engine(path: Path) -> Inspection:

@@ -147,6 +147,7 @@ def run_on_files(
         ModelError: The model cannot be read or run.
         BackendError: The backend is missing.
     """
+    _check_top(top)
     model = Path(model)
     is_file = model.suffix in (".onnx", *ENGINE_SUFFIXES)
     if backend == "eager" and is_file:
@@ -265,6 +266,12 @@ def _as_declared(runner: Runner, feeds: Mapping[str, _Array], notes: list[str]) 
             raise InputError(f"input {name}", f"does not fit into {dtype}", got=got, expected=expected, fix=fix)
         notes.append(f"{name} is cast from {value.dtype.name} to {dtype}")
     return cast
+
+
+def _check_top(top: object) -> None:
+    """Raises InputError for a number of classes that none is."""
+    if type(top) is not int or top < 1:
+        raise InputError("--top", "not a number of classes", got=repr(top), expected="1 or more")
 
 
 def _classes(scores: _Array, labels: tuple[str, ...], top: int) -> list[dict[str, Any]]:

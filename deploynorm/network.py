@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -16,7 +17,8 @@ from deploynorm._export.precision import dtype_of
 from deploynorm.checkpoint import Checkpoint
 from deploynorm.errors import InputError
 from deploynorm.image import ImageSpec
-from deploynorm.inputs import Shape, TensorSpec
+from deploynorm.inputs import Shape, TensorSpec, shape_text
+from deploynorm.memory import check_fits
 from deploynorm.trace import ExampleInputs, Examples, Forward, disposable_copy, unwrapped
 
 
@@ -68,6 +70,8 @@ class Network:
                 problem = "factory, factory_kwargs, key, strip_prefix and trust_pickle are for a file"
                 raise InputError("network", problem, fix="leave them out")
             model = unwrapped(model)
+        elif not isinstance(model, str | Path):
+            raise InputError("network", "neither a network nor the path of a file", got=type(model).__name__)
         else:
             loaded = checkpoint.load(
                 model,
@@ -127,7 +131,8 @@ def _shapes(model: nn.Module, loaded: Checkpoint | None, given: Mapping[str, Sha
         known = {name: tuple(x.shape) for name, x in loaded.example_inputs.items()}
     elif loaded is not None and loaded.image is not None:
         known = {names[0]: (2, *loaded.image.shape)}
-    known |= {name or names[0]: shape for name, shape in given.items()}
+    for name, shape in _mapping("input_shapes", given, "{'x': (2, 3, 224, 224)}").items():
+        known[name or names[0]] = _shape(name or names[0], shape)
     try:
         forward.named(known)
     except KeyError as error:
@@ -135,16 +140,34 @@ def _shapes(model: nn.Module, loaded: Checkpoint | None, given: Mapping[str, Sha
         raise InputError("--input-shape", problem, expected=", ".join(names)) from None
     if missing := [name for name in forward.required or names[:1] if name not in known]:
         problem = f"the shape of input {', '.join(missing)} is not known"
-        fix = f"pass --input-shape {missing[0]}:1x3x224x224 with your sizes"
+        options = " ".join(f"--input-shape {name}:1x3x224x224" for name in missing)
+        fix = f"pass {options} with your sizes"
         raise InputError("--input-shape", problem, fix=fix)
     return known
+
+
+def _shape(name: str, given: object) -> Shape:
+    """A shape as a tuple; InputError unless it is one that this machine can hold."""
+    where = f"shape of input {name}"
+    sizes = given if isinstance(given, list | tuple) else (None,)
+    shape = tuple(size for size in sizes if type(size) is int and size >= 0)
+    if len(shape) != len(sizes):
+        raise InputError(where, "is none", got=repr(given), expected="sizes, such as (2, 3, 224, 224)")
+    check_fits(where, 8 * math.prod(shape), shape_text(shape))  # checks are in float64
+    return shape
+
+
+def _mapping(option: str, given: object, example: str) -> Mapping[Any, Any]:
+    if not isinstance(given, Mapping):
+        raise InputError("network", f"{option} is no dict by names of inputs", got=repr(given), expected=example)
+    return given
 
 
 def _dtypes(loaded: Checkpoint | None, shapes: Mapping[str, Shape], given: Mapping[str, str]) -> dict[str, torch.dtype]:
     """The types of inputs that are known: as given, else as the file has them."""
     known = {name: x.dtype for name, x in ((loaded and loaded.example_inputs) or {}).items() if name in shapes}
-    for name, text in given.items():
-        dtype = getattr(torch, text, None)
+    for name, text in _mapping("input_dtypes", given, "{'label': 'int64'}").items():
+        dtype = getattr(torch, text, None) if isinstance(text, str) else text
         if not isinstance(dtype, torch.dtype) or dtype.is_complex or (name or next(iter(shapes))) not in shapes:
             got, expected = f"{name}:{text}", f"a type such as int64 or bool, of {', '.join(shapes)}"
             raise InputError("--input-dtype", "no such input or type", got=got, expected=expected)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,6 +11,13 @@ import numpy.typing as npt
 
 from deploynorm.errors import InputError
 from deploynorm.inputs import Shape, TensorSpec, base_shapes, shape_text
+
+
+def check_seed(where: str, seed: object) -> None:
+    """Raises InputError for a seed that NumPy's generators do not take."""
+    if isinstance(seed, bool) or not isinstance(seed, Integral) or seed < 0:
+        raise InputError(where, "not a seed", got=repr(seed), expected="a whole number from 0")
+
 
 Array = npt.NDArray[Any]
 
@@ -35,11 +43,14 @@ def sample_inputs(
         base: Shape of an input by name, "" for the only one; by default the shape that it is known to take.
 
     Yields:
-        A label such as "x 2x3x33x47", and an array for each input: standard normal, or integers 0 to 7.
+        A label such as "x 2x3x33x47", or "label 2x5 int64" of what is no float, and an array for each input: standard
+        normal, or integers 0 to 7.
 
     Raises:
-        InputError: A shape is missing, belongs to no input, or does not fit; or a dtype that numpy does not know.
+        InputError: The seed is none; a shape is missing, belongs to no input, or does not fit; or a dtype that numpy
+            does not know.
     """
+    check_seed("sample_inputs", seed)
     shapes = base_shapes(specs, base or {})
     units = _units(specs, shapes)
     seen: set[tuple[Shape, ...]] = set()
@@ -52,7 +63,7 @@ def sample_inputs(
         if tuple(varied.values()) in seen:
             continue
         seen.add(tuple(varied.values()))
-        label = ", ".join(f"{name} {shape_text(shape).removeprefix('a ')}" for name, shape in varied.items())
+        label = ", ".join(_label(spec, varied[spec.name]) for spec in specs)
         rng = np.random.default_rng((seed, index))
         yield label, {spec.name: _values(spec, varied[spec.name], rng) for spec in specs}
 
@@ -108,6 +119,12 @@ def _variants(units: Mapping[str, Sequence[_Axis]], rng: np.random.Generator) ->
         yield steps
         # A U-net takes multiples of its total stride only, and refuses the others.
         yield {unit: -(-_TOTAL_STRIDE // stride[unit]) for unit in spatial}
+
+
+def _label(spec: TensorSpec, shape: Shape) -> str:
+    """The input with its shape and, where it is no float, its type, which the user may not have chosen."""
+    dtype = "" if "float" in spec.dtype else f" {spec.dtype}"
+    return f"{spec.name} {shape_text(shape).removeprefix('a ')}{dtype}"
 
 
 def _values(spec: TensorSpec, shape: Shape, rng: np.random.Generator) -> Array:

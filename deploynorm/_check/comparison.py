@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
+from numbers import Real
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -166,9 +167,7 @@ def check_known(
     atol: float | None = None,
 ) -> Report:
     """`check` against outputs that are known: the samples have them as their third part."""
-    for name, value in (("rtol", rtol), ("atol", atol)):
-        if value is not None and not 0 <= value < math.inf:
-            raise InputError("check", f"{name} must be finite and not negative", got=value)
+    check_tolerances(rtol, atol)
     comparisons: list[Comparison] = []
     for sample, feeds, want in samples:
         got = candidate.infer(feeds)
@@ -178,6 +177,13 @@ def check_known(
     if not comparisons:
         raise InputError("check", "no samples: nothing was compared", fix="give at least one")
     return Report(candidate.name, truth, tuple(comparisons), candidate.precision)
+
+
+def check_tolerances(rtol: float | None, atol: float | None) -> None:
+    """Raises InputError for a tolerance, where one is given, that is no finite number from 0."""
+    for name, value in (("rtol", rtol), ("atol", atol)):
+        if value is not None and not (isinstance(value, Real) and 0 <= float(value) < math.inf):
+            raise InputError("check", f"{name} must be finite and not negative", got=repr(value), expected="a number")
 
 
 def parity_table(reports: Iterable[Report], title: str, verbose: bool = False) -> str:

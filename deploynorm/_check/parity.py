@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from deploynorm._check.comparison import Report, check_known, parity_table
+from deploynorm._check.comparison import Report, check_known, check_tolerances, parity_table
 from deploynorm._export.precision import DTYPES, cast_floats, dtype_of, first_overflow, to_precision
 from deploynorm.dtypes import numpy_dtype
 from deploynorm.errors import BackendError, InputError, ModelError
@@ -24,7 +24,7 @@ from deploynorm.ort import import_onnxruntime
 from deploynorm.run import open_runner
 from deploynorm.run.base import Runner
 from deploynorm.run.eager import EagerRunner
-from deploynorm.samples import sample_inputs
+from deploynorm.samples import check_seed, sample_inputs
 from deploynorm.trace import ExampleInputs
 
 if TYPE_CHECKING:
@@ -114,6 +114,9 @@ class Checks:
         keep_float32: Layers that stayed in float32 in a half file, for the comparison of a broken check.
         seed: Of the random inputs.
         rtol, atol: See `deploynorm.check`.
+
+    Raises:
+        InputError: The seed or a tolerance is none.
     """
 
     def __init__(
@@ -125,6 +128,8 @@ class Checks:
         rtol: float | None = None,
         atol: float | None = None,
     ) -> None:
+        check_seed("check", seed)
+        check_tolerances(rtol, atol)
         self._network, self._keep_float32, self._seed = network, keep_float32, seed
         self._tolerances = {"rtol": rtol, "atol": atol}
         self._reports: list[Report] = []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from importlib.metadata import distributions
@@ -17,7 +17,7 @@ from torch import nn
 import deploynorm
 from deploynorm._check.parity import Checks, Parity
 from deploynorm._export import Exported, check_options, export
-from deploynorm._export.names import as_names, by_argument
+from deploynorm._export.names import as_names, as_patterns, by_argument
 from deploynorm._export.precision import HALF, cast_floats, dtype_of, kept_layers, to_precision
 from deploynorm._fold import FoldReport
 from deploynorm._fold import fold as fold_network
@@ -212,8 +212,9 @@ def convert(
         strip_prefix=strip_prefix,
         trust_pickle=trust_pickle,
     )
-    keep_float32 = tuple(keep_float32)
     # What is wrong in an argument is reported at once.
+    keep_float32 = as_patterns(keep_float32)
+    checks = Checks(network, keep_float32=keep_float32, seed=seed, rtol=rtol, atol=atol)
     dtype, _ = check_options(dtype, opset, lowering)
     if backend is not None and backend not in ONNX_BACKENDS:
         raise InputError("convert", "unknown backend", got=repr(backend), expected=", ".join(ONNX_BACKENDS))
@@ -260,7 +261,6 @@ def convert(
         fix = "pass freeze_buffers=True (--freeze-buffers), so that each call starts from their values of now"
         raise ModelError(type(network.model).__name__, problem, got=", ".join(exported.changed_buffers), fix=fix)
     _check_labels(labels, exported)
-    checks = Checks(network, keep_float32=keep_float32, seed=seed, rtol=rtol, atol=atol)
     if report is not None and report.modified:
         checks.add_folded(working, exported.output_names, dtype_of(working))
     with scratch_folder() as folder:
@@ -271,24 +271,33 @@ def convert(
 
 
 def _image(
-    network: Network, image: ImageSpec | None, mean: Sequence[float] | None, std: Sequence[float] | None
+    network: Network, image: object, mean: Sequence[float] | None, std: Sequence[float] | None
 ) -> ImageSpec | None:
     if mean is None and std is None:
-        return network.image if image is None else image
+        if image is None or isinstance(image, ImageSpec):
+            return network.image if image is None else image
+        fix = "pass a deploynorm.ImageSpec; ImageSpec.from_dict makes one of a dict"
+        raise InputError("convert", "image is no ImageSpec", got=repr(image), fix=fix)
     if image is not None or mean is None or std is None:
         raise InputError("convert", "mean and std belong together, in place of image", got=f"mean={mean}, std={std}")
     size: Any = network.examples.tensors[0].shape[1:]
-    return ImageSpec(tuple(map(int, size)), tuple(mean), tuple(std))  # type: ignore[arg-type]
+    given: tuple[object, ...] = (mean, std)
+    fields: Any = [tuple(values) if isinstance(values, Iterable) else values for values in given]
+    return ImageSpec(tuple(map(int, size)), *fields)  # type: ignore[arg-type]
 
 
 def _labels(labels: Sequence[str] | Path) -> tuple[str, ...]:
     if isinstance(labels, Path):
         try:
-            return tuple(labels.read_text(encoding="utf-8").splitlines())
+            lines = labels.read_text(encoding="utf-8").rstrip().splitlines()
         except (OSError, UnicodeDecodeError) as error:
             problem = f"cannot be read: {error}"
             raise InputError(f"labels {labels}", problem, expected="text, one name a line") from error
-    names = () if isinstance(labels, str) else tuple(labels)
+        if not lines:
+            raise InputError(f"labels {labels}", "the file names no class", expected="text, one name a line")
+        return tuple(lines)
+    given: object = labels
+    names = tuple(given) if isinstance(given, Iterable) and not isinstance(given, str) else ()
     if not names or any(not isinstance(name, str) for name in names):
         raise InputError("convert", "labels are not the names of classes", got=repr(labels), expected="a list of text")
     return names

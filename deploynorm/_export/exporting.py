@@ -14,7 +14,14 @@ import torch
 from torch import nn
 
 from deploynorm import onnx_file
-from deploynorm._export.names import as_names, by_argument, default_output_names, name_axes, name_inputs_and_outputs
+from deploynorm._export.names import (
+    as_names,
+    as_patterns,
+    by_argument,
+    default_output_names,
+    name_axes,
+    name_inputs_and_outputs,
+)
 from deploynorm._export.precision import DTYPES, cast_floats, dtype_name, dtype_of, kept_layers, to_precision
 from deploynorm._export.translation import BFLOAT16_OPSET, to_onnx
 from deploynorm.contract import LOWERINGS, MAX_OPSET, METADATA_SIZES, MIN_OPSET, PRODUCER, Lowering
@@ -160,7 +167,7 @@ def export(
     if dtype == torch.bfloat16 and opset is None:
         opset = BFLOAT16_OPSET
     opset = DEFAULT_OPSET if opset is None else opset
-    keep_float32 = tuple(keep_float32)
+    keep_float32 = as_patterns(keep_float32)
     examples = Examples.of("export", model, example_inputs)
     arguments = examples.names
     inputs = as_names("input_names", input_names, len(examples)) or arguments
@@ -228,7 +235,7 @@ def check_options(
         if dtype not in DTYPES:
             raise InputError("dtype", "not a type for a network", got=repr(dtype), expected=", ".join(DTYPES))
         dtype = DTYPES[dtype]
-    if lowering not in LOWERINGS:
+    if lowering not in tuple(LOWERINGS):  # a list, which has no hash, is none of them
         raise InputError("lowering", "unknown", got=repr(lowering), expected=", ".join(LOWERINGS))
     if opset is None and LOWERINGS[lowering].min_opset > DEFAULT_OPSET:
         opset = LOWERINGS[lowering].min_opset

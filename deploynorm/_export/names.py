@@ -17,10 +17,12 @@ def as_names(option: str, names: str | Sequence[str] | None, count: int | None =
     """The names that a user gave, a bare string being the one name, or None where none were.
 
     Raises:
-        InputError: Another number of names than `count`; one that is empty, no text, or given twice.
+        InputError: No list; another number of names than `count`; one that is empty, no text, or given twice.
     """
     if names is None:
         return None
+    if not isinstance(names, Iterable):
+        raise InputError("export", f"{option} is no list of names", got=repr(names), expected="text, or a list of it")
     names = (names,) if isinstance(names, str) else tuple(names)
     given: tuple[object, ...] = names
     for name in given:
@@ -31,6 +33,15 @@ def as_names(option: str, names: str | Sequence[str] | None, count: int | None =
     if count is not None and len(names) != count:
         got = f"{len(names)}: {', '.join(map(repr, names))}"
         raise InputError("export", f"{option} has another number of names", got=got, expected=f"{count}, as a list")
+    return names
+
+
+def as_patterns(keep_float32: Sequence[str]) -> tuple[str, ...]:
+    """The names or patterns of layers that a user gave; InputError unless they are a list of text."""
+    given: object = keep_float32
+    names = tuple(given) if isinstance(given, Iterable) and not isinstance(given, str) else (None,)
+    if not all(isinstance(name, str) for name in names):
+        raise InputError("keep_float32", "not names of layers", got=repr(given), expected="a list of text")
     return names
 
 

@@ -18,9 +18,9 @@ from deploynorm._swap.observing import Observed, observe
 from deploynorm._swap.plan import Network, Plan, planned
 from deploynorm._swap.report import SwapReport
 from deploynorm._swap.to_frn import plan_frn
-from deploynorm._swap.to_mabn import plan_mabn
+from deploynorm._swap.to_mabn import plan_mabn, why_not_mabn
 from deploynorm.errors import InputError, ModelError
-from deploynorm.trace import ExampleInputs, Examples
+from deploynorm.trace import ExampleInputs, Examples, unwrapped
 
 Norm = Literal["frn", "mabn"]
 Weights = Literal["keep", "reset"]
@@ -82,12 +82,12 @@ def swap(
 
     Raises:
         InputError: An argument is none of those named, or an example input is not a tensor.
-        ModelError: The network has no batch normalization, cannot be copied, is compiled, scripted or lazy, or does
-            not run on the example inputs.
+        ModelError: The network has no batch normalization, cannot be copied, is compiled, scripted, wrapped (as
+            in DataParallel) or lazy, or does not run on the example inputs.
     """
     _check_arguments(norm, thresholds, weights, options)
-    examples = Examples.of("swap", model, example_inputs)
     _check_model(model)
+    examples = Examples.of("swap", model, example_inputs)
     layers = dict(model.named_modules())
     observed = observe(model, examples)
     plans: dict[str, Plan] = {}
@@ -99,6 +99,8 @@ def swap(
                 reason = f"its parameters or statistics are used outside its own forward, by {reader}"
             if not reason and rank is None and (shapes := observed.trace.input_shapes(observed.modules[path])):
                 rank = max(len(shapes[0]) - 2, 1)
+            if not reason and norm == "mabn" and isinstance(layer, BatchNorm):
+                reason = why_not_mabn(layer, options)
             if isinstance(layer, BatchNorm) and rank is not None and not reason:
                 norms[path] = layer, rank
             else:
@@ -145,6 +147,9 @@ def _check_model(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, (torch._dynamo.OptimizedModule, torch.jit.ScriptModule)) or module._compiled_call_impl:
             raise ModelError(where, "the network is compiled or scripted", fix="swap first, compile afterwards")
+        if unwrapped(module) is not module:
+            problem, fix = "the network is wrapped", "swap the network inside (.module), and wrap the result"
+            raise ModelError(where, problem, got=type(module).__name__, fix=fix)
     norms = Counter(type(module).__name__ for module in model.modules() if is_norm(module))
     if not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
         found = ", ".join(f"{count} {kind}" for kind, count in sorted(norms.items()))

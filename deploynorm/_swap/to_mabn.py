@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from functools import partial
+from typing import Any
 
 from torch import nn
 from torch.nn.utils import parametrize
 
 from deploynorm._swap.activations import CARRIES
-from deploynorm._swap.layers import CENTRED, MABN, Memo, carried_over, centred, like
+from deploynorm._swap.layers import CENTRED, MABN, BatchNorm, Memo, carried_over, centred, like
 from deploynorm._swap.plan import Network, Plan, planned
 from deploynorm._swap.report import Outcome
+from deploynorm.errors import InputError
 from deploynorm.trace import LINEAR_OPERATORS, aten_operators, has_hooks, operator_name, walk
 
 _MOVES = "chunk contiguous flatten pad permute reshape slice split split_with_sizes transpose unsqueeze view"
@@ -54,15 +56,29 @@ def plan_mabn(network: Network) -> Iterator[Plan]:
         yield _plan_norm(network, path, plain)
 
 
+def why_not_mabn(norm: BatchNorm, given: Mapping[str, Any]) -> str:
+    """Why MABN does not take the arguments of a normalization, such as an epsilon of 0; empty where it does."""
+    try:
+        MABN[2](1, **_options(norm, given))
+    except InputError as error:
+        return f"MABN does not take its arguments: {error.problem}, got {error.got}"
+    return ""
+
+
+def _options(norm: BatchNorm, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of the MABN that takes a normalization's place: the user's before its own."""
+    own = {"eps": norm.eps, "momentum": norm.momentum}
+    if norm.momentum is None:  # a cumulative average, which MABN has not
+        del own["momentum"]
+    return {**own, **given}
+
+
 def _plan_norm(network: Network, path: str, plain: Collection[nn.Module]) -> Plan:
     (norm, rank), seen = network.norms[path], network.seen(path)
     kind = MABN[rank]
 
     def build(memo: Memo) -> nn.Module:
-        options = {"eps": norm.eps, "affine": norm.affine, **like(norm, network.model)}
-        if norm.momentum is not None:  # a cumulative average, which MABN has not
-            options["momentum"] = norm.momentum
-        options |= network.options
+        options = {"affine": norm.affine, **like(norm, network.model), **_options(norm, network.options)}
         return carried_over(norm, kind(norm.num_features, **options), memo)
 
     sources = {x: x if isinstance(x, str) else network.names([x]) for x in _sources(network, seen)}

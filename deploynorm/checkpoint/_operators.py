@@ -115,6 +115,21 @@ PRIMS: Final = """
     squeeze sub sum tanh transpose var where collapse collapse_view device_put
 """
 
+TRAINING: Final = {
+    "native_batch_norm",
+    "_native_batch_norm_legit",
+    "_native_batch_norm_legit_functional",
+    "_batch_norm_with_update",
+    "_batch_norm_with_update_functional",
+    "_batch_norm_impl_index",
+    "cudnn_batch_norm",
+    "miopen_batch_norm",
+}
+"""Forms of batch normalization that a trace has in training mode alone; not admitted, and told apart in messages."""
+
+WEIGHT_NORM: Final = {"_weight_norm", "_weight_norm_interface"}
+"""What computes a weight from two others in each call: torch.nn.utils.weight_norm. Not admitted either."""
+
 _NAMES: Final = {
     "aten": {name for names in ADMITTED.values() for name in names.split()},
     "prims": set(PRIMS.split()),

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from deploynorm.checkpoint._limits import check_archive, time_limit
+from deploynorm.checkpoint._limits import MOST_TENSORS, check_archive, time_limit
 from deploynorm.checkpoint._plain import PLAIN
 from deploynorm.checkpoint._zip import read_member
 from deploynorm.errors import ModelError
@@ -67,7 +67,10 @@ def _unpickle(data: bytes, where: str, *, modules: bool) -> Any:
 
 
 def named_globals(data: bytes, where: str) -> list[str]:
-    """Every class and function that the pickles of a torch.save file name, without running them."""
+    """Every class and function that the pickles of a torch.save file name, without running them.
+
+    ModelError for a pickle of more tensors than any network has.
+    """
     if data[:4] == b"PK\x03\x04":
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             check_archive(archive, len(data), where)
@@ -76,12 +79,16 @@ def named_globals(data: bytes, where: str) -> list[str]:
         streams = [io.BytesIO(pickle) for pickle in pickles]
     else:
         streams = [io.BytesIO(data)] * _LEGACY_PICKLES
-    return list(dict.fromkeys(name for stream in streams for name in _globals_of_one(stream)))
+    return list(dict.fromkeys(name for stream in streams for name in _globals_of_one(stream, where)))
 
 
-def _globals_of_one(stream: io.BytesIO) -> Iterator[str]:
-    strings = ["", ""]
+def _globals_of_one(stream: io.BytesIO, where: str) -> Iterator[str]:
+    strings, tensors = ["", ""], 0
     for opcode, argument, _ in pickletools.genops(stream):
+        tensors += opcode.name in ("BINPERSID", "PERSID")  # each names its storage
+        if tensors > MOST_TENSORS:
+            fix = "write the weights of one network alone with torch.save"
+            raise ModelError(where, "the file has too many tensors", expected=f"at most {MOST_TENSORS:,}", fix=fix)
         if opcode.name in ("GLOBAL", "INST"):
             module, _, name = str(argument).partition(" ")
             yield f"{_RENAMED.get(module, module)}.{name}"

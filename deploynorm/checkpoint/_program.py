@@ -14,7 +14,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from deploynorm.checkpoint._operators import find_operator
+from deploynorm.checkpoint._operators import TRAINING, WEIGHT_NORM, find_operator
 
 MOST_NODES = 100_000
 MOST_SYMBOLS = 256
@@ -29,10 +29,11 @@ _MOST_DEGREE = 32
 class RefusedError(Exception):
     """A part of an archive, `got`, is not known to be harmless."""
 
-    def __init__(self, problem: str, got: object = None) -> None:
+    def __init__(self, problem: str, got: object = None, *, fix: str | None = None) -> None:
         super().__init__(problem)
         self.problem = problem
         self.got = got
+        self.fix = fix
 
 
 def clean(value: Any, field: str = "") -> Any:
@@ -43,6 +44,8 @@ def clean(value: Any, field: str = "") -> Any:
     if field in _RULES:
         return _RULES[field](value, field)
     if isinstance(value, dict):
+        if isinstance(value.get("target"), str):
+            _refuse_training(value)
         # Fields of the schema and names from the graph are distinguished by the field that holds them.
         named = field in _TABLES
         return {_matching(key, "key", _KEY): clean(item, "" if named else key) for key, item in value.items()}
@@ -79,8 +82,9 @@ def _degree(argument: Any, degrees: dict[str, float]) -> float:
 
 def _names(argument: Any) -> list[str]:
     """The names in an argument or output of a node: {"as_sym_int": {"as_name": "add"}}."""
-    if isinstance(argument, dict):
-        return [name for item in argument.values() for name in _names(item)]
+    if isinstance(argument, dict | list):
+        items = argument.values() if isinstance(argument, dict) else argument
+        return [name for item in items for name in _names(item)]
     return [argument] if isinstance(argument, str) else []
 
 
@@ -144,6 +148,20 @@ def _operator(value: Any, field: str) -> str:
         problem = "the program calls an operator that is not among those of networks in evaluation"
         raise RefusedError(problem, name)
     return name
+
+
+def _refuse_training(node: dict[str, Any]) -> None:
+    """RefusedError for a node whose operator is not admitted, and is one that only training, or weight_norm, calls."""
+    name = node["target"].removeprefix("torch.ops.aten.").partition(".")[0]
+    if name not in TRAINING | WEIGHT_NORM:
+        return
+    outputs = [output for output in _names(node.get("outputs", {})) if _NAME.fullmatch(output)]
+    place = name + (f" (node {outputs[0]})" if outputs else "")
+    if name in TRAINING:
+        problem, fix = "traced in training mode", "call model.eval() before torch.export.export"
+        raise RefusedError(f"{problem}: {place} normalizes by the statistics of the batch", fix=fix)
+    fix = "call torch.nn.utils.remove_weight_norm, or parametrize.remove_parametrizations, before torch.export.export"
+    raise RefusedError(f"a weight is computed anew in each call, as for training: {place}", fix=fix)
 
 
 _ARITHMETIC = re.compile(

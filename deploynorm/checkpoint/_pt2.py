@@ -70,6 +70,8 @@ def _rewritten(data: bytes, where: str) -> io.BytesIO:
     except RefusedError as refusal:
         expected = "a graph of ATen and deploynorm operators, tensors and plain values"
         fix = f"export the network again with torch.export.save, {TRUST}"
+        if refusal.fix is not None:
+            raise ModelError(where, refusal.problem, fix=refusal.fix) from None
         raise ModelError(where, refusal.problem, got=refusal.got, expected=expected, fix=fix) from None
     except ModelError:
         raise

@@ -74,7 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--workspace", metavar="MIB", type=mebibytes, help="scratch memory of a layer, in MiB (default: all)"
     )
-    group.add_argument("--optimization-level", metavar="0..5", type=int, help="how long to search")
+    group.add_argument("--optimization-level", metavar="0..5", type=int, choices=range(6), help="how long to search")
 
 
 def run(terminal: Terminal, model: Path, output: Path, timing_cache: Path | None, **given: Any) -> None:
@@ -88,4 +88,6 @@ def run(terminal: Terminal, model: Path, output: Path, timing_cache: Path | None
 
 
 def mebibytes(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"must be a whole number from 0: {text}")
     return int(text) * 2**20

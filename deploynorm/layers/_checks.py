@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from numbers import Integral, Real
+from typing import TypeGuard
 
+import torch
 from torch import Tensor
 
 from deploynorm.errors import InputError
 
 
-def check_input(layer: str, x: Tensor, num_features: int, ranks: Sequence[int]) -> None:
-    """Raises InputError unless x has one of the ranks and num_features channels on axis 1."""
+def check_input(layer: str, x: Tensor, num_features: int, ranks: Sequence[int] = ()) -> None:
+    """Raises InputError unless x has one of the ranks (by default any) and num_features channels on axis 1."""
+    if not isinstance(x, Tensor):
+        raise InputError(layer, "the input is not a tensor", got=type(x).__name__, fix="torch.from_numpy makes one")
     got = f"a tensor of shape {tuple(x.shape)}"
-    if x.dim() not in ranks:
-        fix = "use the 1d, 2d or 3d layer that matches the data, channels on axis 1"
-        raise InputError(layer, "wrong rank", got=got, expected=" or ".join(f"{rank}-D" for rank in ranks), fix=fix)
+    if x.dim() < 2 or (ranks and x.dim() not in ranks):
+        expected = " or ".join(f"{rank}-D" for rank in ranks) or f"(N, {num_features}, ...)"
+        fix = "use the 1d, 2d or 3d layer that matches the data, channels on axis 1" if ranks else None
+        raise InputError(layer, "wrong rank", got=got, expected=expected, fix=fix)
     if x.shape[1] != num_features:
         fix = "set num_features to the channels of the layer before"
         raise InputError(layer, "wrong number of channels", got=got, expected=f"{num_features} on axis 1", fix=fix)
@@ -22,7 +29,31 @@ def check_input(layer: str, x: Tensor, num_features: int, ranks: Sequence[int]) 
         raise InputError(layer, "the input is not floating point", got=x.dtype, fix="convert it with x.float()")
 
 
-def check_positive(layer: str, name: str, value: float) -> None:
-    """Raises InputError unless value > 0."""
-    if not value > 0:
-        raise InputError(layer, f"{name} must be positive", got=value)
+def check_positive(layer: str, name: str, value: object) -> None:
+    """Raises InputError unless value is a finite number above 0."""
+    if not (_is_number(value) and 0 < value < math.inf):
+        raise InputError(layer, f"{name} must be positive", got=repr(value), expected="a finite number above 0")
+
+
+def check_range(layer: str, name: str, value: object, low: float, high: float, expected: str) -> None:
+    """Raises InputError unless value is a number from low to high."""
+    if not (_is_number(value) and low <= value <= high):
+        raise InputError(layer, f"{name} is out of range", got=repr(value), expected=expected)
+
+
+def check_dtype(layer: str, dtype: object) -> None:
+    """Raises InputError unless dtype is None or a floating point type of torch."""
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise InputError(layer, "dtype is not floating point", got=repr(dtype), expected="such as torch.float32")
+
+
+def check_count(layer: str, name: str, value: object, least: int = 1) -> None:
+    """Raises InputError unless value is a whole number of at least 1, or 0."""
+    if not (_is_number(value) and isinstance(value, Integral) and value >= least):
+        problem = f"{name} must be {'positive' if least else 'a whole number'}"
+        raise InputError(layer, problem, got=repr(value), expected=f"a whole number of at least {least}")
+
+
+def _is_number(value: object) -> TypeGuard[float]:
+    # NumPy's numbers are Real too; True is no size.
+    return isinstance(value, Real) and not isinstance(value, bool)

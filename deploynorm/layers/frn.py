@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from deploynorm.errors import InputError
 from deploynorm.layers import functional
-from deploynorm.layers._checks import check_input, check_positive
+from deploynorm.layers._checks import check_count, check_dtype, check_input, check_positive
 from deploynorm.layers._precision import FullPrecisionBuffers, cast, compute_dtype
 
 _LEARNED_EPS_INIT = 1e-4
@@ -39,7 +39,8 @@ class _FRN(FullPrecisionBuffers):
     ) -> None:
         super().__init__()
         name = type(self).__name__
-        check_positive(name, "num_features", num_features)
+        check_count(name, "num_features", num_features)
+        check_dtype(name, dtype)
         self.num_features = num_features
         self.weight = nn.Parameter(torch.empty(num_features, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(num_features, device=device, dtype=dtype))
@@ -61,7 +62,8 @@ class _FRN(FullPrecisionBuffers):
             check_positive(name, "eps", eps)
             self.eps = float(eps)
             return
-        if eps.shape != (self.num_features,) or not (eps.is_meta or bool((eps > 0).all())):
+        sound = eps.is_meta or bool(((eps > 0) & torch.isfinite(eps)).all())
+        if eps.shape != (self.num_features,) or not sound:
             expected = f"a number, or a tensor ({self.num_features},) of positive numbers"
             raise InputError(name, "wrong eps", got=f"a tensor of shape {tuple(eps.shape)}", expected=expected)
         values = eps.detach().to(device=device, dtype=compute_dtype(self.weight.dtype), copy=True)
@@ -193,7 +195,8 @@ class TLU(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_positive("TLU", "num_features", num_features)
+        check_count("TLU", "num_features", num_features)
+        check_dtype("TLU", dtype)
         self.num_features = num_features
         self.tau = nn.Parameter(torch.empty(num_features, device=device, dtype=dtype))
         self.reset_parameters()
@@ -203,10 +206,7 @@ class TLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """z, as the class says."""
-        if x.dim() < 2:
-            got = f"a tensor of shape {tuple(x.shape)}"
-            raise InputError("TLU", "wrong rank", got=got, expected=f"(N, {self.num_features}, ...)")
-        check_input("TLU", x, self.num_features, (x.dim(),))
+        check_input("TLU", x, self.num_features)
         return functional.tlu(x, self.tau)
 
     def extra_repr(self) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from typing import Any, ClassVar
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from deploynorm.errors import InputError
 from deploynorm.layers import _mabn_checkpoints as checkpoints
 from deploynorm.layers import functional
-from deploynorm.layers._checks import check_input, check_positive
+from deploynorm.layers._checks import check_count, check_dtype, check_input, check_positive, check_range
 from deploynorm.layers._mabn_training import FIX, MABNFunction, step
 from deploynorm.layers._precision import FullPrecisionBuffers, compute_dtype
 from deploynorm.layers._recomputation import may_run_again
@@ -61,13 +62,14 @@ class _MABN(FullPrecisionBuffers):
     ) -> None:
         super().__init__()
         name = type(self).__name__
-        check_positive(name, "num_features", num_features)
+        check_count(name, "num_features", num_features)
         check_positive(name, "eps", eps)
-        check_positive(name, "moving_batch_size", moving_batch_size)
-        if not 0 <= momentum <= 1:
-            raise InputError(name, "momentum is out of range", got=momentum, expected="0 to 1, in torch's sense")
-        if not max_renorm >= 1:
-            raise InputError(name, "max_renorm is out of range", got=max_renorm, expected="at least 1")
+        check_count(name, "moving_batch_size", moving_batch_size)
+        check_count(name, "warmup", warmup, least=0)
+        check_count(name, "renorm_start", renorm_start, least=0)
+        check_range(name, "momentum", momentum, 0, 1, "0 to 1, in torch's sense")
+        check_range(name, "max_renorm", max_renorm, 1, math.inf, "at least 1")
+        check_dtype(name, dtype)
         self.num_features = num_features
         self.eps = eps
         self.momentum = momentum

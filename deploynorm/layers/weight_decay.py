@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from torch import nn
 
-from deploynorm.errors import InputError
+from deploynorm.layers._checks import check_range
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -20,15 +21,14 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
     Args:
         model: Parameters that require no gradient, such as those fixed by `freeze_mabn`, are in neither group.
-        weight_decay: Of the first group; InputError if it is negative.
+        weight_decay: Of the first group; InputError unless it is a finite number from 0.
 
     Returns:
         Those that decay and the others, each {"params": in the order of model.parameters(), "weight_decay": ...}.
 
     Source: timm.optim.param_groups_weight_decay, which gives the two in the other order.
     """
-    if not weight_decay >= 0:
-        raise InputError("parameter_groups", "weight_decay must not be negative", got=weight_decay)
+    check_range("parameter_groups", "weight_decay", weight_decay, 0, sys.float_info.max, "a finite number from 0")
     norms = [module for module in model.modules() if isinstance(module, nn.LayerNorm | nn.RMSNorm)]
     of_norms = {id(parameter) for norm in norms for parameter in norm.parameters(recurse=False)}
     groups: tuple[list[nn.Parameter], list[nn.Parameter]] = ([], [])

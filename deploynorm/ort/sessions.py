@@ -40,9 +40,12 @@ def register(options: onnxruntime.SessionOptions) -> None:
 def _register_library(options: onnxruntime.SessionOptions, library: Path) -> None:
     """Registers a library of custom operators; BackendError where it is none, or refuses this onnxruntime."""
     if not library.is_file():  # a fifo would be waited for
-        raise BackendError(str(library), "no such plugin library", fix="check the path")
+        problem = "no plugin library: not a regular file" if library.exists() else "no such plugin library"
+        raise BackendError(str(library), problem, fix="check the path")
     try:
-        options.register_custom_ops_library(str(library))
+        options.register_custom_ops_library(
+            str(library.absolute())
+        )  # of a bare name the loader looks in its own folders
     except Exception as error:
         problem = f"ONNX Runtime cannot load this plugin library: {plain(error)}"
         fix = "pass each library once, built for this machine and this onnxruntime"

@@ -30,7 +30,8 @@ class EagerRunner(Runner):
         arguments: What each input is bound to; by default the arguments of forward of these names or, where it has not
             all of them, its first ones.
 
-    A buffer that forward changes is set back after each call, so that each computes what the first one would.
+    A buffer that forward changes is set back after each call, also one that fails, so that each computes what the first
+    one would.
 
     Raises BackendError if the device is not there, and ModelError if the network cannot be copied.
     """
@@ -74,11 +75,13 @@ class EagerRunner(Runner):
         by_position, named = self._arguments.split(tensors)
         try:
             with torch.inference_mode(), torch.autocast(self._device.type, enabled=False), _full_float32():
-                result = self._network(*by_position, **named)
-                # Copies, for what is returned may be a buffer.
-                leaves = [x.clone() if isinstance(x, Tensor) else x for x in tensors_of(result)]
-                for module, name, buffer, value in self._buffers:
-                    module._buffers[name] = buffer.copy_(value)
+                try:
+                    result = self._network(*by_position, **named)
+                    # Copies, for what is returned may be a buffer.
+                    leaves = [x.clone() if isinstance(x, Tensor) else x for x in tensors_of(result)]
+                finally:
+                    for module, name, buffer, value in self._buffers:
+                        module._buffers[name] = buffer.copy_(value)
         except DeployNormError:
             raise
         except Exception as error:

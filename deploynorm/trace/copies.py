@@ -87,12 +87,23 @@ def inference_copy(model: nn.Module) -> nn.Module:
     """A copy of the network on the CPU, in evaluation mode, with other projects' FRN layers taken over.
 
     Raises:
-        ModelError: The network cannot be copied, or is an archive that was traced in training mode.
+        ModelError: The network cannot be copied, has parts of TorchScript, or is an archive that was traced in training
+            mode.
     """
+    _refuse_scripted(model)
     twin = copied(model).cpu().requires_grad_(False)
     if is_archive(twin):
         refuse_training(twin.graph.nodes, type(model).__name__, archive=True)
     return adopt(twin).eval()
+
+
+def _refuse_scripted(model: nn.Module) -> None:
+    for path, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            what = f"part {path}" if path else "the network"
+            problem = f"{what} is TorchScript (torch.jit.script or torch.jit.trace), which cannot be traced again"
+            fix = "build it in Python and load its state_dict()"
+            raise ModelError(type(model).__name__, problem, got=type(module).__name__, fix=fix)
 
 
 def is_archive(model: nn.Module) -> TypeGuard[fx.GraphModule]:

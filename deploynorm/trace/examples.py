@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from deploynorm.errors import InputError
+from deploynorm.errors import InputError, ModelError
 
 ExampleInputs = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
 """What users give: the only input, inputs in the order of forward's arguments, or inputs by the names of arguments."""
@@ -34,10 +34,13 @@ class Forward:
     Attributes:
         names: Of all of them, in order; without *args and **kwargs.
         required: Of those that have no default.
+
+    Raises:
+        ModelError: The network has no forward that can be called, or one without a signature.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._signature = inspect.signature(model.forward)
+        self._signature = _signature(model)
         parameters = self._signature.parameters.values()
         kinds = {parameter.name: parameter.kind for parameter in parameters}
         # The module of a torch.export archive wants each argument as the trace had it, whatever its signature says.
@@ -78,8 +81,24 @@ class Forward:
         positional, named = arguments.split(values)
         return self._signature.bind(*positional, **named).arguments
 
+    def loose(self, arguments: Arguments) -> tuple[str, ...]:
+        """The arguments that go into **kwargs."""
+        return tuple(name for name in arguments.names[arguments.by_position :] if name not in self.names)
+
     def _spare(self) -> Iterator[str]:
         return (name for name in chain(["x"], map("x_{}".format, count(1))) if name not in self.names)
+
+
+def _signature(model: nn.Module) -> inspect.Signature:
+    where, forward = type(model).__name__, getattr(model, "forward", None)
+    if not callable(forward) or getattr(forward, "__func__", None) is nn.Module.forward:
+        problem = "the network has no forward that can be called"
+        raise ModelError(where, problem, fix="give it a method forward(self, x)")
+    try:
+        return inspect.signature(forward)
+    except (TypeError, ValueError) as error:  # of torch.jit.trace, or written in C
+        fix = "pass the network in Python, which is neither traced nor scripted"
+        raise ModelError(where, f"its forward says not which arguments it takes: {error}", fix=fix) from error
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,6 +137,10 @@ class Examples:
                 if isinstance(tensor, list | tuple | dict):
                     fix = "let forward take each tensor as an argument of its own, or wrap the network in one that does"
                 raise InputError(where, problem, got=type(tensor).__name__, fix=fix)
+            if tensor.is_meta:
+                problem = f"example input {key} is on the meta device, which holds no values"
+                got = f"a tensor of shape {tuple(tensor.shape)}"
+                raise InputError(where, problem, got=got, expected="a tensor with values", fix="pass one on the CPU")
         if not isinstance(given, Mapping):
             arguments = forward.first(len(given))
             tensors = tuple(given)

@@ -138,9 +138,12 @@ def _export(model: nn.Module, examples: Examples, places: Collection[Place], kin
         for position, example in enumerate(examples)
     ]
     positional, named = examples.arguments.split(examples.tensors)
-    # Of **kwargs torch takes no shapes, not even fixed ones.
-    dynamic_shapes = Forward(model).bind(examples.arguments, shapes) if places else None
-    where = f"trace of {type(model).__name__}"
+    where, forward = f"trace of {type(model).__name__}", Forward(model)
+    if places and (loose := forward.loose(examples.arguments)):
+        problem = "torch.export takes no dynamic axes of a network with inputs in **kwargs"
+        fix = "name them in the signature of forward, or pass dynamic='none' (--dynamic none)"
+        raise ModelError(where, problem, got=", ".join(loose), fix=fix)
+    dynamic_shapes = forward.bind(examples.arguments, shapes) if places else None
     got = "inputs of shape " + ", ".join(str(tuple(example.shape)) for example in examples)
     try:
         twin = disposable_copy(model)  # torch leaves its own tensors in attributes that forward sets

@@ -51,7 +51,8 @@ def load_library(trt: TensorRT, library: Path) -> None:
     if key in _LOADED:
         return
     if not library.is_file():
-        raise BackendError(str(library), "no such plugin library", fix="check the path")
+        problem = "no plugin library: not a regular file" if library.exists() else "no such plugin library"
+        raise BackendError(str(library), problem, fix="check the path")
     logger(trt)
     with listen() as heard:
         handle = trt.module.get_plugin_registry().load_library(str(library.resolve()))

@@ -18,6 +18,7 @@ import pytest
 import torch
 from checkpoint_files import FACTORY, own, rewritten, saved
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations
 
 from deploynorm.checkpoint import load, save
 from deploynorm.errors import InputError, ModelError
@@ -28,6 +29,7 @@ STATE = nn.Conv2d(1, 2, 3).state_dict()
 
 NETS = """
 from torch import nn
+from torch.nn.utils import parametrizations
 NUMBER = 3
 def conv(): return nn.Conv2d(1, 2, 3)
 def on_meta(): return nn.Conv2d(1, 2, 3, device="meta")
@@ -351,3 +353,46 @@ def test_an_archive_that_unpacks_into_far_more_is_refused(tmp_path: Path) -> Non
         archive.writestr("m/data/0", bytes(2**25))
     with pytest.raises(ModelError, match="the archive has too many bytes unpacked"):
         load(tmp_path / "m.pt")
+
+
+def test_a_pickle_of_more_tensors_than_any_network_has_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They may share one storage: torch takes longer for the hundred-thousands than the limits of time allow for."""
+    monkeypatch.setattr("deploynorm.checkpoint._pickle.MOST_TENSORS", 8)
+    path, values = tmp_path / "model.pt", torch.zeros(9)
+    for legacy in (False, True):
+        torch.save({f"w{i}": values[i:] for i in range(9)}, path, _use_new_zipfile_serialization=not legacy)
+        with pytest.raises(ModelError, match="the file has too many tensors"):
+            load(path, factory=FACTORY)
+        torch.save({f"w{i}": values[i:] for i in range(8)}, path, _use_new_zipfile_serialization=not legacy)
+        with pytest.raises(ModelError, match="8 unknown to the network"):
+            load(path, factory=FACTORY)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of torch, as it decomposes
+@pytest.mark.parametrize(
+    ("layer", "decomposed", "message"),
+    [
+        (
+            nn.BatchNorm2d(3),
+            True,
+            r"traced in training mode: _native_batch_norm_legit_functional \(node \w+\) normalizes",
+        ),
+        (nn.InstanceNorm2d(3, track_running_stats=True), True, r"traced in training mode: .*Fix: call model.eval\(\)"),
+        (
+            parametrizations.weight_norm(nn.Conv2d(3, 3, 1)),
+            False,
+            r"_weight_norm(_interface)? \(node \w+\)\. Fix: call .*remove",
+        ),
+    ],
+    ids=["batch norm", "instance norm", "weight norm"],
+)
+def test_an_archive_of_training_says_so_with_the_node(
+    tmp_path: Path, layer: nn.Module, decomposed: bool, message: str
+) -> None:
+    path = tmp_path / "model.pt2"
+    program = torch.export.export(layer.train(), (torch.randn(2, 3, 4, 4),))
+    torch.export.save(program.run_decompositions() if decomposed else program, path)
+    with pytest.raises(ModelError, match=message):
+        load(path)

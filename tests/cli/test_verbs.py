@@ -179,3 +179,33 @@ def test_help_imports_nothing_heavy() -> None:
 @pytest.mark.parametrize("verb", ["fold", "export", "rewrite", "check", "run", "inspect"])
 def test_help_of_each_verb(verb: str, deploynorm: Callable) -> None:
     assert "exit codes: 0 done" in deploynorm(verb, "--help").out
+
+
+def test_a_number_out_of_its_range_is_refused(frn_pt: Path, refused: Callable, export: Callable) -> None:
+    export(frn_pt)
+    np.save("x.npy", np.zeros((1, 3, 32, 32), np.float32))
+    refused(2, "--top: not a number of classes. Got -1; expected 1 or more", "run", "frn.onnx", "x.npy", "--top", "-1")
+    refused(2, "not a seed. Got -1; expected a whole number from 0", "check", frn_pt, "frn.onnx", "--seed", "-1")
+    for text in ("-5", "2.5", "all"):
+        refused(2, f"--workspace: must be a whole number from 0: {text}", "build", "frn.onnx", f"--workspace={text}")
+    refused(2, "--optimization-level: invalid choice: 9", "build", "frn.onnx", "--optimization-level", "9")
+
+
+def test_what_is_no_plugin_library_is_named(frn_pt: Path, refused: Callable, export: Callable) -> None:
+    export(frn_pt)
+    np.save("x.npy", np.zeros((1, 3, 32, 32), np.float32))
+    os.mkfifo("fifo.so")
+    Path("text.so").write_text("no library")
+    for name, message in {
+        "fifo.so": "no plugin library: not a regular file",
+        ".": "no plugin library: not a regular file",
+        "none.so": "no such plugin library",
+        "text.so": "text.so: file too short",
+    }.items():
+        refused(3, message, "run", "frn.onnx", "x.npy", "--plugins", name)
+
+
+def test_an_engine_is_not_checked_but_the_file_it_was_built_from(frn_pt: Path, refused: Callable) -> None:
+    Path("net.engine").write_bytes(b"plan")
+    message = "net.engine: a TensorRT engine, where an ONNX file is needed. Fix: name the file that it was built from"
+    refused(2, message, "check", frn_pt, "net.engine")

@@ -149,6 +149,23 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "no labels": ({"labels": ()}, "labels are not the names of classes"),
     "one text as labels": ({"labels": "cat"}, "not the names of classes"),
     "mean without std": ({"mean": (0.5, 0.5, 0.5)}, "mean and std belong together"),
+    "one mean for all channels": (
+        {"mean": 0.5, "std": 0.5},
+        "input.mean: does not fit the channels. Got 0.5; expected 3",
+    ),
+    "a dict as image": (
+        {"image": {"shape": [3, 8, 8]}},
+        "image is no ImageSpec. Got {'shape': [3, 8, 8]}. Fix: pass a",
+    ),
+    "a number as labels": ({"labels": 5}, "labels are not the names of classes. Got 5; expected a list of text"),
+    "a number as names": ({"input_names": 5}, "input_names is no list of names. Got 5; expected text, or a list"),
+    "a number as output names": ({"output_names": 5}, "output_names is no list of names. Got 5; expected text"),
+    "a number as layers": ({"keep_float32": 5}, "keep_float32: not names of layers. Got 5; expected a list of text"),
+    "a list as lowering": ({"lowering": ["custom"]}, "lowering: unknown. Got ['custom']; expected custom"),
+    "text as seed": ({"seed": "a"}, "not a seed. Got 'a'; expected a whole number from 0"),
+    "a negative seed": ({"seed": -1}, "not a seed. Got -1; expected a whole number from 0"),
+    "half a seed": ({"seed": 1.5}, "not a seed. Got 1.5; expected a whole number from 0"),
+    "text as tolerance": ({"rtol": "a"}, "rtol must be finite and not negative. Got 'a'; expected a number"),
 }
 
 
@@ -166,6 +183,47 @@ def test_a_class_a_factory_and_a_forgotten_input_are_named() -> None:
         deploynorm.convert(unet(), EXAMPLES[0])
     with pytest.raises(deploynorm.ModelError, match=r"factory is no text.*expected its name, as in '[\w.]*:unet'"):
         deploynorm.save("never.pt", factory=unet, model=unet())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"input_shapes": 5}, r"input_shapes is no dict by names of inputs. Got 5; expected {'x': \("),
+        ({"input_shapes": {"input": 5}}, r"shape of input input: is none. Got 5; expected sizes, such as \(2, 3"),
+        ({"input_shapes": {"": "1x3x8x8"}}, "shape of input input: is none. Got '1x3x8x8'"),
+        ({"input_shapes": {"": (1, 3, 8.5, 8)}}, r"shape of input input: is none. Got \(1, 3, 8.5, 8\)"),
+        ({"input_shapes": {"": (-1, 3, 8, 8)}}, r"shape of input input: is none. Got \(-1, 3, 8, 8\)"),
+        ({"input_shapes": {"": (10**9, 3, 10**5, 10**5)}}, "takes .* GiB.*; expected at most .* of this machine"),
+        ({"input_shapes": {"": (1, 3, 8, 8)}, "input_dtypes": 5}, "input_dtypes is no dict by names of inputs. Got 5"),
+        ({"input_shapes": {"": (1, 3, 8, 8)}, "input_dtypes": {"": 5}}, "no such input or type. Got :5; expected a"),
+        ({"example_inputs": torch.zeros(1, 3, 8, 8, device="meta")}, "example input 0 is on the meta device"),
+    ],
+)
+def test_inputs_that_cannot_be_made_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        deploynorm.convert(classifier(), **options)
+
+
+@pytest.mark.parametrize("model", [5, None, [nn.ReLU()]])
+def test_what_is_no_network_is_refused(model: Any) -> None:
+    with pytest.raises(InputError, match=f"neither a network nor the path of a file. Got {type(model).__name__}"):
+        deploynorm.convert(model, EXAMPLES)
+
+
+def test_every_input_without_a_shape_gets_its_option() -> None:
+    fix = "--input-shape image:1x3x224x224 --input-shape depth:1x3x224x224 with your sizes"
+    with pytest.raises(InputError, match=f"the shape of input image, depth is not known. Fix: pass {fix}"):
+        deploynorm.convert(unet())
+
+
+def test_blank_lines_at_the_end_of_a_file_of_labels_are_no_classes(tmp_path: Path) -> None:
+    path = tmp_path / "labels.txt"
+    path.write_text("cat\ndog\nfish\n\n \n")
+    metadata = deploynorm.convert(classifier(), EXAMPLES[0], labels=path).exported.model.metadata_props
+    assert json.loads(metadata["deploynorm.labels"]) == ["cat", "dog", "fish"]
+    path.write_text("\n")
+    with pytest.raises(InputError, match="the file names no class"):
+        deploynorm.convert(classifier(), EXAMPLES[0], labels=path)
 
 
 def test_integers_are_drawn_within_the_range_of_the_example() -> None:

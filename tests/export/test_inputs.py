@@ -6,6 +6,7 @@ import re
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -60,6 +61,48 @@ def test_inputs_are_bound_by_name(network: type[Base]) -> None:
         np.testing.assert_allclose(got, model(x=X, shift=Y).numpy(), **FOLD_FLOAT32.kwargs())
     with EagerRunner(model, result.exported.inputs) as eager:
         np.testing.assert_allclose(got, eager.infer(feeds)["output_0"], **FOLD_FLOAT32.kwargs())
+
+
+@pytest.mark.parametrize("forward", [5, None, nn.Module.forward], ids=["number", "None", "none defined"])
+def test_a_network_without_a_forward_is_refused(forward: Any) -> None:
+    network = type("Odd", (Base,), {"forward": forward})()
+    for verb in (export, fold, deploynorm.convert, partial(deploynorm.swap, norm="frn")):
+        network.norm = nn.BatchNorm2d(4)
+        with pytest.raises(
+            ModelError, match=r"^Odd: the network has no forward that can be called. Fix: give it a meth"
+        ):
+            verb(network, X)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("way", ["script", "trace"])
+def test_parts_of_torchscript_are_refused_with_what_to_do(way: str) -> None:
+    conv = nn.Conv2d(3, 4, 3).eval()
+    scripted = torch.jit.script(conv) if way == "script" else torch.jit.trace(conv, X)
+    for verb in (export, fold, deploynorm.convert):
+        with pytest.raises(
+            ModelError, match=r"part 1\.0 is TorchScript .*Fix: build it in Python and load its state_dict"
+        ):
+            verb(nn.Sequential(nn.ReLU(), nn.Sequential(scripted)), X)
+        with pytest.raises(
+            ModelError, match=r"the network is TorchScript|its forward says not which arguments it takes"
+        ):
+            verb(scripted, X)
+
+
+def test_dynamic_axes_of_inputs_in_kwargs_are_refused_in_a_line() -> None:
+    class Loose(nn.Module):
+        def forward(self, x: Tensor, **more: Tensor) -> Tensor:
+            return x + more["shift"]
+
+    examples = {"x": X, "shift": X}
+    assert deploynorm.convert(Loose(), examples, dynamic="none")
+    for dynamic in (None, "batch"):
+        with pytest.raises(
+            ModelError, match=r"inputs in \*\*kwargs. Got shift. Fix: name them in .*dynamic='none'"
+        ) as caught:
+            export(Loose(), examples, dynamic=dynamic)
+        assert "\n" not in str(caught.value)
 
 
 def test_an_argument_that_is_missing_or_unknown_is_named() -> None:
@@ -189,6 +232,7 @@ def test_an_input_that_a_network_refuses_as_a_float_is_an_integer() -> None:
         result = deploynorm.convert(Label(), input_shapes=shapes, input_dtypes=dtypes)
         assert result, str(result)
         assert [spec.dtype for spec in result.exported.inputs] == ["float32", "int64"]
+        assert re.search(r"x 2x3x\d+x\d+, label \d+ int64 ", str(result)), "the table names the type"
     with pytest.raises(InputError, match=re.escape("Got label:word")):
         deploynorm.convert(Label(), input_shapes=shapes, input_dtypes={"label": "word"})
 

@@ -163,6 +163,29 @@ def low_precision() -> Iterator[None]:
     torch.set_float32_matmul_precision("highest")
 
 
+def test_buffers_are_set_back_when_the_network_raises() -> None:
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("calls", torch.zeros(1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            self.calls = self.calls + 1
+            if x > 5:
+                raise ValueError("too large")
+            return x + self.calls
+
+    with EagerRunner(Counting(), [VECTOR], ["y"]) as runner:
+        for value in (1, 9, 1, 9, 9, 1):
+            feeds = {"x": np.array([value], np.float32)}
+            if value == 9:
+                with pytest.raises(ModelError, match="too large"):
+                    runner.infer(feeds)
+            else:
+                assert runner.infer(feeds)["y"] == 3
+
+
 @pytest.mark.usefixtures("low_precision")
 def test_autocast_and_low_precision_products_outside_do_not_reach_in() -> None:
     rng = np.random.default_rng(0)

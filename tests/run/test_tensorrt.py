@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -244,6 +245,16 @@ MANIFESTS: dict[str, tuple[dict[str, object], type[DeployNormError], str]] = {
         BackendError,
         "another kind of GPU. Got compute capability 8.6, 8.9; expected 9.0, as here.*--compute-capability 9.0",
     ),
+    "a GPU whose number is inside another": (
+        {"compute_capabilities": ["19.0", "9.05"]},
+        BackendError,
+        "another kind of GPU. Got compute capability 19.0, 9.05; expected 9.0",
+    ),
+    "a GPU as bare text": (
+        {"compute_capabilities": "9.0"},
+        ModelError,
+        "is damaged: compute_capabilities of the engine",
+    ),
     "the plugin, which is not built": ({"frn": {"way": "plugin"}}, BackendError, "Fix: .*deploynorm plugins build"),
 }
 
@@ -260,6 +271,13 @@ def test_the_manifest_tells_of_a_misfit_before_tensorrt_does(
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
     with pytest.raises(kind, match=message):
         TensorRTRunner(_with_manifest(tmp_path / "model.engine", **facts))
+
+
+def test_a_pipe_or_a_folder_is_no_plugin_library(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    for library in (tmp_path, tmp_path / "fifo"):
+        with pytest.raises(BackendError, match="no plugin library: not a regular file"):
+            TensorRTRunner(ENGINE, plugins=[library])
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"engine": 3}'])

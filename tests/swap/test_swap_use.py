@@ -18,6 +18,7 @@ from swap_networks import Forward, FrozenBatchNorm2d, Residual, chain, conv, wit
 from tolerances import EXACT
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
+from torch.optim.swa_utils import AveragedModel
 
 import deploynorm
 from deploynorm._fold import FoldResult
@@ -266,6 +267,9 @@ NETWORKS: list[tuple[Callable[[], nn.Module], tuple[Any, ...], type[Exception], 
     (lambda: nn.Sequential(conv(), nn.LazyBatchNorm2d()), (X,), ModelError, "run it once"),
     (scripted, (X,), ModelError, "compiled or scripted"),
     (lambda: torch.compile(chain()(), backend="eager"), (X,), ModelError, "swap first, compile afterwards"),
+    (lambda: nn.DataParallel(chain()()), (X,), ModelError, "the network is wrapped. Got DataParallel. Fix: swap the"),
+    (lambda: AveragedModel(chain()()), (), ModelError, "the network is wrapped. Got AveragedModel"),
+    (lambda: nn.Sequential(nn.DataParallel(chain()())), (X,), ModelError, "the network is wrapped. Got DataParallel."),
     (not_copyable, (X,), ModelError, "cannot be copied"),
     (chain(), ([1, 2],), InputError, "example input 0 is not a tensor"),
     (chain(), (X[:, :2],), ModelError, "does not run on the example inputs"),
@@ -283,6 +287,20 @@ def test_network_that_cannot_be_swapped_is_refused(
 ) -> None:
     with pytest.raises(kind, match=re.escape(message)):
         swap(build(), inputs, norm="frn")
+
+
+@pytest.mark.parametrize(
+    ("argument", "value", "reason"), [("eps", 0.0, "eps must be positive, got 0.0"), ("momentum", 2.0, "out of range")]
+)
+def test_a_normalization_whose_arguments_mabn_does_not_take_stays(argument: str, value: float, reason: str) -> None:
+    network = nn.Sequential(conv(), nn.BatchNorm2d(4, **{argument: value}), conv(4), nn.BatchNorm2d(4))
+    swapped, report = swap(network, (X,), norm="mabn")
+    assert [type(layer).__name__ for layer in swapped] == ["Conv2d", "BatchNorm2d", "CenConv2d", "MABN2d"]
+    change = next(change for change in report.changes if change.name == "1")
+    assert (change.outcome, reason in change.detail) == ("unchanged", True), change
+    swapped, _ = swap(network, (X,), norm="mabn", **{argument: 0.5})
+    assert isinstance(swapped[1], MABN2d)
+    assert getattr(swapped[1], argument) == 0.5
 
 
 def fails_in_training(m: Any, x: Tensor) -> Tensor:
