@@ -41,16 +41,16 @@ NETWORK = f"""--factory {FACTORY} --factory-kwargs {{"num_features":4}} --input-
 
 
 class Kind(NamedTuple):
-    """One kind of file; `read` gives what the file says, and `command` writes it to y.npz or prints it."""
+    """One kind of file."""
 
     changes: str
     """The name of the file that is changed."""
     make: Callable[[], Mapping[str, bytes]]
     """That file, and what lies beside it."""
     read: Callable[[Path], object]
-    """Reads that file."""
+    """Reads that file, and gives what it says."""
     command: str | None
-    """The words after `deploynorm`; None for what no verb reads."""
+    """The words after `deploynorm`; what comes of a file goes to y.npz. None for what no verb reads."""
     guarded: bool = False
     """Whether checksums guard it, so that a changed one must be refused, or say what the whole one says."""
 
@@ -249,14 +249,17 @@ def read_data_set(path: Path) -> object:
 
 
 def weights(**form: Any) -> dict[str, bytes]:
-    return {"w.pt": written(lambda buffer: torch.save(network().state_dict(), buffer, **form)), "x.npz": fed()}
+    return {
+        "w.pt": written(lambda buffer: torch.save(network().state_dict(), buffer, **form)),
+        "x.npz": fed(name="input"),
+    }
 
 
 def with_input(name: str, make: Callable[[], bytes]) -> Callable[[], dict[str, bytes]]:
     return lambda: {name: make(), "x.npz": fed(name="input" if name.endswith((".pt", ".pt2", "tensors")) else "X")}
 
 
-RUN = "-o y.npz --json y.json"
+RUN = "-o y.npz --json y.json -q"
 WEIGHTS = f"run w.pt x.npz {RUN} {NETWORK}"
 MODEL = f"run m.onnx x.npz {RUN}"
 
@@ -309,6 +312,6 @@ KINDS: dict[str, Kind] = {
     "IDX files of labels": Kind("t10k-labels-idx1-ubyte", idx, read_data_set, None),
     "IDX files, gzipped": Kind("train-images-idx3-ubyte.gz", zipped_idx, read_data_set, None),
     "manifests of engines": Kind(
-        "m.engine.json", lambda: {"m.engine.json": manifest(), "m.engine": b"plan"}, read_record, "inspect m.engine"
+        "m.engine.json", lambda: {"m.engine.json": manifest(), "m.engine": b"plan"}, read_record, "inspect m.engine -q"
     ),
 }
