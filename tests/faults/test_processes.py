@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import random
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +23,8 @@ from deploynorm.manifest import check_unchanged
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 RUN, EXPORT = "run {0}.onnx x.npz -o {1}.npz", "export {0}.pt2 -o {1}.onnx --external-data"
 REWRITE, INSPECT = "rewrite {0}.onnx --optimize-for-cpu -o {1}.onnx", "inspect {0}.onnx --json {1}.json"
+LINES = (RUN, REWRITE, INSPECT, REWRITE, RUN, REWRITE, INSPECT, REWRITE, RUN, EXPORT)
+"""What is tried, over and over; what imports torch takes long, and comes last."""
 
 
 @pytest.fixture(scope="module")
@@ -81,71 +82,70 @@ def outputs(line: str, of: str) -> str:
     return (data if data.exists() else Path(f"{of}.onnx")).read_bytes().replace(of.encode(), b"out").hex()
 
 
-def left(here: Path, before: set[Path]) -> list[str]:
-    return sorted(str(path.relative_to(here)) for path in set(here.rglob("*")) - before)
+def alone(line: str, name: str) -> tuple[str, dict[Path, bytes]]:
+    """What the command gives that nothing disturbs, and the files that it writes, which are taken away again."""
+    assert wait(process(line.format(name, "out")), Figures()) == (0, "")
+    return outputs(line, "out"), {path: path.read_bytes() for path in taken_away()}
+
+
+def taken_away() -> Iterator[Path]:
+    """The files of the output, each of which is removed once the caller has seen it."""
+    for path in sorted(Path().glob("out.*")):
+        yield path
+        path.unlink()
+
+
+def left(here: Path, before: set[Path], written: Iterable[Path]) -> list[str]:
+    """What is there beside what was there before and what the command writes."""
+    expected = before | {here / "place" / path for path in written}
+    return sorted(str(path.relative_to(here)) for path in set(here.rglob("*")) - expected)
 
 
 @pytest.mark.parametrize("count", [2, pytest.param(20, marks=pytest.mark.slow)])
 def test_a_signal_at_any_moment_leaves_the_old_file_or_the_new_one(count: int, here: Path) -> None:
     """Each is ended within the time that it takes; before it has begun to work, the signal ends Python itself."""
-    lines = (RUN,) if count == 2 else (RUN, INSPECT, REWRITE, RUN, EXPORT)
-    old, new, seconds, files = {}, {}, {}, {}
+    lines, before = LINES[:count], set(here.rglob("*"))
+    found, seconds = {}, {}
     for line in sorted(set(lines)):
         since = time.monotonic()
-        figures = Figures()
-        for name, found in (("b", new), ("a", old)):
-            assert wait(process(line.format(name, "out")), figures) == (0, "")
-            found[line] = outputs(line, "out")
+        found[line] = [alone(line, name) for name in "ab"]
         seconds[line] = (time.monotonic() - since) / 2
-        files[line] = {path: path.read_bytes() for path in Path().glob("out.*")}
-        assert old[line] != new[line]
-        for path in files[line]:
-            path.unlink()
-    before, figures, faults, ends = set(here.rglob("*")), Figures(tried=count), [], set[int]()
+        assert found[line][0][0] != found[line][1][0]
+    figures, faults, ends = Figures(tried=count), list[str](), set[int]()
     for attempt in range(count):
         line, number, rng = lines[attempt % len(lines)], SIGNALS[attempt % 3], random.Random(attempt)
-        for path, content in files[line].items():
+        (old, files), (new, _) = found[line]
+        for path, content in files.items():
             path.write_bytes(content)
         one = process(line.format("b", "out"))
         time.sleep(rng.uniform(0.2, 1) * seconds[line])
-        with contextlib.suppress(ProcessLookupError):
-            one.send_signal(number)
+        one.send_signal(number)
         code, error = wait(one, figures)
         ends.add(code)
-        if code not in (0, 128 + number, -number):
-            figures["crashed"] += 1
-        if (code > 0 and "Traceback" in error) or outputs(line, "out") not in (old[line], new[line]):
-            figures["wrong"] += 1
-        extra = left(here, before | {here / "place" / path for path in files[line]})
+        extra = left(here, before, files)
+        figures["crashed"] += code not in (0, 128 + number, -number)
+        figures["wrong"] += (code > 0 and "Traceback" in error) or outputs(line, "out") not in (old, new)
         figures["left"] += bool(extra)
-        for path in Path().glob("out.*"):
-            path.unlink()
         faults.append(f"{line} {number.name}: {code} {extra} {error[-300:]}")
+        _ = [*taken_away()]
     print(f"signals: {figures}; exit codes {sorted(ends)}")
     figures.assert_harmless(count, faults)
 
 
 @pytest.mark.parametrize("count", [2, pytest.param(20, marks=pytest.mark.slow)])
 def test_of_two_commands_at_once_one_wins_with_all_its_files(count: int, here: Path) -> None:
-    lines = (REWRITE,) if count == 2 else (RUN, REWRITE, INSPECT, REWRITE, EXPORT)
-    of = {line: [expected(line, name) for name in "ab"] for line in sorted(set(lines))}
-    before, figures, faults = set(here.rglob("*")), Figures(tried=count), list[str]()
+    lines, before = LINES[:count], set(here.rglob("*"))
+    found = {line: [alone(line, name) for name in "ab"] for line in sorted(set(lines))}
+    figures, faults = Figures(tried=count), list[str]()
     for attempt in range(count):
         line = lines[attempt % len(lines)]
         both = [process(line.format(name, "out")) for name in random.Random(attempt).sample("ab", 2)]
         ends = [wait(each, figures) for each in both]
-        if any(end != (0, "") for end in ends):
-            figures["crashed"] += 1
-        if outputs(line, "out") not in of[line]:
-            figures["wrong"] += 1
-        if extra := left(here, before):
-            figures["left"] += 1
+        extra = left(here, before, found[line][0][1])
+        figures["crashed"] += any(end != (0, "") for end in ends)
+        figures["wrong"] += outputs(line, "out") not in [output for output, _ in found[line]]
+        figures["left"] += bool(extra)
         faults.append(f"{line}: {ends} {extra}")
+        _ = [*taken_away()]
     print(f"races: {figures}")
     figures.assert_harmless(count, faults)
-
-
-def expected(line: str, name: str) -> str:
-    """What the command writes alone."""
-    assert wait(process(line.format(name, "out")), Figures()) == (0, "")
-    return outputs(line, "out")
