@@ -104,13 +104,14 @@ def left(here: Path, before: set[Path], written: Iterable[Path]) -> list[str]:
 @pytest.mark.parametrize("count", [2, pytest.param(20, marks=pytest.mark.slow)])
 def test_a_signal_at_any_moment_leaves_the_old_file_or_the_new_one(count: int, here: Path) -> None:
     """Each is ended within the time that it takes; before it has begun to work, the signal ends Python itself."""
-    lines, before = LINES[:count], set(here.rglob("*"))
+    lines = LINES[:count]
     found, seconds = {}, {}
     for line in sorted(set(lines)):
         since = time.monotonic()
         found[line] = [alone(line, name) for name in "ab"]
         seconds[line] = (time.monotonic() - since) / 2
         assert found[line][0][0] != found[line][1][0]
+    before = set(here.rglob("*"))  # with what libraries keep among the temporary files, a file called .ses
     figures, faults, ends = Figures(tried=count), list[str](), set[int]()
     for attempt in range(count):
         line, number, rng = lines[attempt % len(lines)], SIGNALS[attempt % 3], random.Random(attempt)
@@ -134,8 +135,9 @@ def test_a_signal_at_any_moment_leaves_the_old_file_or_the_new_one(count: int, h
 
 @pytest.mark.parametrize("count", [2, pytest.param(20, marks=pytest.mark.slow)])
 def test_of_two_commands_at_once_one_wins_with_all_its_files(count: int, here: Path) -> None:
-    lines, before = LINES[:count], set(here.rglob("*"))
+    lines = LINES[:count]
     found = {line: [alone(line, name) for name in "ab"] for line in sorted(set(lines))}
+    before = set(here.rglob("*"))
     figures, faults = Figures(tried=count), list[str]()
     for attempt in range(count):
         line = lines[attempt % len(lines)]
