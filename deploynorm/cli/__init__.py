@@ -93,20 +93,31 @@ class _Terminated(KeyboardInterrupt):
 
 @contextmanager
 def _terminable() -> Iterator[None]:
-    """Raises _Terminated for signals that would end the process at once, with its unfinished files left behind."""
+    """Raises _Terminated for signals that would end the process at once, with its unfinished files left behind.
+
+    What was running may make another error of it, as a compiled module does that is being imported.
+    """
+    received = list[int]()
 
     def stop(number: int, _: object) -> NoReturn:
-        raise _Terminated(number)
+        received.append(number)
+        raise KeyboardInterrupt if number == signal.SIGINT else _Terminated(number)
 
-    numbers = (signal.SIGTERM, signal.SIGHUP) if threading.current_thread() is threading.main_thread() else ()
-    taken = [number for number in numbers if signal.getsignal(number) is signal.SIG_DFL]
+    in_main = threading.current_thread() is threading.main_thread()
+    numbers = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT) if in_main else ()
+    handlers = {number: signal.getsignal(number) for number in numbers}
+    taken = {n: handler for n, handler in handlers.items() if handler in (signal.SIG_DFL, signal.default_int_handler)}
     for number in taken:
         signal.signal(number, stop)
     try:
         yield
+    except Exception as error:
+        if received:
+            raise _Terminated(received[0]) from error
+        raise
     finally:
-        for number in taken:
-            signal.signal(number, signal.SIG_DFL)
+        for number, handler in taken.items():
+            signal.signal(number, handler)
 
 
 class _Parser(argparse.ArgumentParser):

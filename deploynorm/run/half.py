@@ -45,7 +45,13 @@ class HalfRunner(OnnxRuntimeRunner):
         where, rounded = file.where, replace(file, proto=file.whole_proto()).to_ir()
         for name in file.half_types:
             _assert_rounding(name)
-        round_outputs(rounded, where)
+        try:
+            round_outputs(rounded, where)
+        except DeployNormError:
+            raise
+        except Exception as error:  # the passes of onnx_ir raise nearly anything for what a file may hold
+            problem = f"not a graph whose values can be rounded: {error!s:.200}"
+            raise ModelError(where, problem, fix="export it again") from error
         with scratch_folder() as folder:  # a file and not bytes, which end at 2 GB
             path = folder / "rounded.onnx"
             save(rounded, path)

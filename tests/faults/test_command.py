@@ -176,3 +176,22 @@ def test_a_command_that_is_ended_cleans_up(here: Path, tmp_path_factory: pytest.
     _, error = process.communicate(timeout=60)
     assert (process.returncode, error) == (143, "deploynorm inspect: ended by SIGTERM\n")
     assert not any(temporary.iterdir())
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_signal_of_which_a_library_makes_another_error(
+    number: int, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def imported(*_: object, **__: object) -> None:
+        try:
+            signal.raise_signal(number)
+        except KeyboardInterrupt as error:
+            raise ImportError("the compiled module cannot be imported") from error
+
+    monkeypatch.setattr("deploynorm._inspect.inspect", imported)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # the processes of pytest-xdist ignore it
+    try:
+        assert main(["inspect", "m.pt2"]) == 128 + number
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert capsys.readouterr().err == f"deploynorm inspect: ended by {signal.Signals(number).name}\n"

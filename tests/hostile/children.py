@@ -15,22 +15,28 @@ from typing import Any
 
 from deploynorm.errors import DeployNormError
 
-__all__ = ["Figures", "tried"]
+__all__ = ["Figures", "LeftError", "tried"]
 
 MEMORY = 2**33
 """Bytes that a child may ask for beyond what the parent has."""
 
 
+class LeftError(Exception):
+    """Something was left behind that should not be there."""
+
+
 class Figures(Counter[str]):
-    """How many were tried, crashed, hung, went wrong, were refused and were read; `print` shows them."""
+    """How many were tried, crashed, hung, went wrong, left files, were refused and were read; `print` shows them."""
 
     def __str__(self) -> str:
-        words = ("tried", "crashed", "hung", "wrong", "refused", "read")
+        words = ("tried", "crashed", "hung", "wrong", "left", "refused", "read")
         return ", ".join(f"{word} {self[word]}" for word in words)
 
     def assert_harmless(self, least: int, faults: Sequence[str]) -> None:
         assert self["tried"] >= least
-        assert self["crashed"] + self["hung"] + self["wrong"] == 0, f"{self}\n" + "\n".join(faults[:20])
+        assert not any(self[word] for word in ("crashed", "hung", "wrong", "left")), f"{self}\n" + "\n".join(
+            faults[:20]
+        )
 
 
 def tried(
@@ -46,7 +52,7 @@ def tried(
         done, end = _child(cases[at:], call, seconds, may_raise)
         for word, text in done:
             figures[word] += 1
-            if word == "wrong":
+            if word in ("wrong", "left"):
                 faults.append(text)
         at += len(done)
         if end:
@@ -105,6 +111,8 @@ def _work(cases: Sequence[Any], call: Callable[[Any], object], writer: int, may_
             line = "read"
         except DeployNormError:
             line = "refused"
+        except LeftError as error:
+            line = f"left\t{case!r:.80}: {error!s:.200}"
         except Exception as error:
             where = traceback.extract_tb(error.__traceback__)[-1]
             text = f"{case!r:.80}: {type(error).__name__}: {error!s:.120} ({where.filename}:{where.lineno})"

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from broken import FAULTS, lies_in
 from graphs import frn_model, one_node
 
 from deploynorm.checkpoint._limits import time_limit
@@ -18,34 +19,6 @@ from deploynorm.errors import DeployNormError, InputError, ModelError
 from deploynorm.inference import run_on_files
 from deploynorm.onnx_file import OnnxFile
 from deploynorm.trt.source import holds_library
-
-
-def calls_itself(model: onnx.ModelProto) -> None:
-    function = model.functions[0]
-    function.node.add(domain=function.domain, op_type=function.name, input=list(function.input), output=["z"])
-
-
-def outside(model: onnx.ModelProto) -> None:
-    tensor = model.graph.initializer[0]
-    tensor.ClearField("raw_data")
-    tensor.data_location = onnx.TensorProto.EXTERNAL
-    tensor.external_data.add(key="location", value="../weights")
-
-
-def unknown_type(model: onnx.ModelProto) -> None:
-    model.graph.input[0].type.tensor_type.elem_type = 99
-
-
-def too_few_values(model: onnx.ModelProto) -> None:
-    model.graph.initializer[0].dims[0] = 400
-
-
-FAULTS: dict[str, tuple[Callable[[onnx.ModelProto], None], str]] = {
-    "a function that calls itself": (calls_itself, "deep, or themselves"),
-    "weights outside the folder": (outside, "not beside the model"),
-    "an unknown type": (unknown_type, "does not know"),
-    "too few values": (too_few_values, "has not the values"),
-}
 
 
 @pytest.mark.parametrize("name", FAULTS)
@@ -60,8 +33,7 @@ def test_an_onnx_file_that_no_reader_survives_is_refused(name: str) -> None:
 
 def test_weights_in_a_fifo_are_not_waited_for(tmp_path: Path) -> None:
     model = frn_model(body=True)
-    outside(model)
-    model.graph.initializer[0].external_data[0].value = "weights"
+    lies_in(model, "weights")
     (tmp_path / "m.onnx").write_bytes(model.SerializeToString())
     os.mkfifo(tmp_path / "weights")
     with pytest.raises(ModelError, match="weights is not a file"):

@@ -1,0 +1,153 @@
+"""Real processes of the command that are ended by signals, or write to one place: one file, whole, and nothing else."""
+
+from __future__ import annotations
+
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from children import Figures
+from torch import nn
+
+from deploynorm.cli import main
+from deploynorm.layers import FRN2d
+from deploynorm.manifest import check_unchanged
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+RUN, EXPORT = "run {0}.onnx x.npz -o {1}.npz", "export {0}.pt2 -o {1}.onnx --external-data"
+REWRITE, INSPECT = "rewrite {0}.onnx --optimize-for-cpu -o {1}.onnx", "inspect {0}.onnx --json {1}.json"
+LINES = (RUN, REWRITE, INSPECT, REWRITE, RUN, REWRITE, INSPECT, REWRITE, RUN, EXPORT)
+"""What is tried, over and over; what imports torch takes long, and comes last."""
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory, require: Callable[[str], None]) -> Mapping[str, bytes]:
+    """Two networks, a and b, their ONNX files, and an input; each output, of a, under the name `old`."""
+    require("ort")
+    require("native")
+    folder = tmp_path_factory.mktemp("made")
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 16, 16)
+    for name in "ab":
+        network = nn.Sequential(nn.Conv2d(3, 8, 3), FRN2d(8), nn.Conv2d(8, 8, 3), FRN2d(8)).eval()
+        torch.export.save(torch.export.export(network, (x,)), folder / f"{name}.pt2")
+        assert main(["export", f"{folder}/{name}.pt2", "-q"]) == 0
+    np.savez(folder / "x.npz", input=x.numpy())
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.fixture
+def here(made: Mapping[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with all of it, and beside it one for temporary files."""
+    (tmp_path / "temporary").mkdir()
+    (tmp_path / "place").mkdir()
+    for name, content in made.items():
+        (tmp_path / "place" / name).write_bytes(content)
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))
+    monkeypatch.chdir(tmp_path / "place")
+    return tmp_path
+
+
+def process(line: str) -> subprocess.Popen[bytes]:
+    words = [sys.executable, "-m", "deploynorm", *line.split(), "-q"]
+    return subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+
+
+def wait(each: subprocess.Popen[bytes], figures: Figures) -> tuple[int, str]:
+    """The exit code and standard error of one that should end by itself."""
+    try:
+        _, error = each.communicate(timeout=60)
+    except subprocess.TimeoutExpired:
+        figures["hung"] += 1
+        each.kill()
+        _, error = each.communicate()
+    return each.returncode, error.decode()
+
+
+def outputs(line: str, of: str) -> str:
+    """What that command wrote under that name, as far as it is the same each time; not empty."""
+    if line == RUN:
+        return str({name: value.tobytes() for name, value in np.load(f"{of}.npz").items()})
+    if line == INSPECT:
+        return Path(f"{of}.json").read_text()
+    check_unchanged(Path(f"{of}.onnx"))
+    data = Path(f"{of}.onnx.data")
+    return (data if data.exists() else Path(f"{of}.onnx")).read_bytes().replace(of.encode(), b"out").hex()
+
+
+def alone(line: str, name: str) -> tuple[str, dict[Path, bytes]]:
+    """What the command gives that nothing disturbs, and the files that it writes, which are taken away again."""
+    assert wait(process(line.format(name, "out")), Figures()) == (0, "")
+    return outputs(line, "out"), {path: path.read_bytes() for path in taken_away()}
+
+
+def taken_away() -> Iterator[Path]:
+    """The files of the output, each of which is removed once the caller has seen it."""
+    for path in sorted(Path().glob("out.*")):
+        yield path
+        path.unlink()
+
+
+def left(here: Path, before: set[Path], written: Iterable[Path]) -> list[str]:
+    """What is there beside what was there before and what the command writes."""
+    expected = before | {here / "place" / path for path in written}
+    return sorted(str(path.relative_to(here)) for path in set(here.rglob("*")) - expected)
+
+
+@pytest.mark.parametrize("count", [2, pytest.param(20, marks=pytest.mark.slow)])
+def test_a_signal_at_any_moment_leaves_the_old_file_or_the_new_one(count: int, here: Path) -> None:
+    """Each is ended within the time that it takes; before it has begun to work, the signal ends Python itself."""
+    lines = LINES[:count]
+    found, seconds = {}, {}
+    for line in sorted(set(lines)):
+        since = time.monotonic()
+        found[line] = [alone(line, name) for name in "ab"]
+        seconds[line] = (time.monotonic() - since) / 2
+        assert found[line][0][0] != found[line][1][0]
+    before = set(here.rglob("*"))  # with what libraries keep among the temporary files, a file called .ses
+    figures, faults, ends = Figures(tried=count), list[str](), set[int]()
+    for attempt in range(count):
+        line, number, rng = lines[attempt % len(lines)], SIGNALS[attempt % 3], random.Random(attempt)
+        (old, files), (new, _) = found[line]
+        for path, content in files.items():
+            path.write_bytes(content)
+        one = process(line.format("b", "out"))
+        time.sleep(rng.uniform(0.2, 1) * seconds[line])
+        one.send_signal(number)
+        code, error = wait(one, figures)
+        ends.add(code)
+        extra = left(here, before, files)
+        figures["crashed"] += code not in (0, 128 + number, -number)
+        figures["wrong"] += (code > 0 and "Traceback" in error) or outputs(line, "out") not in (old, new)
+        figures["left"] += bool(extra)
+        faults.append(f"{line} {number.name}: {code} {extra} {error[-300:]}")
+        _ = [*taken_away()]
+    print(f"signals: {figures}; exit codes {sorted(ends)}")
+    figures.assert_harmless(count, faults)
+
+
+@pytest.mark.parametrize("count", [2, pytest.param(20, marks=pytest.mark.slow)])
+def test_of_two_commands_at_once_one_wins_with_all_its_files(count: int, here: Path) -> None:
+    lines = LINES[:count]
+    found = {line: [alone(line, name) for name in "ab"] for line in sorted(set(lines))}
+    before = set(here.rglob("*"))
+    figures, faults = Figures(tried=count), list[str]()
+    for attempt in range(count):
+        line = lines[attempt % len(lines)]
+        both = [process(line.format(name, "out")) for name in random.Random(attempt).sample("ab", 2)]
+        ends = [wait(each, figures) for each in both]
+        extra = left(here, before, found[line][0][1])
+        figures["crashed"] += any(end != (0, "") for end in ends)
+        figures["wrong"] += outputs(line, "out") not in [output for output, _ in found[line]]
+        figures["left"] += bool(extra)
+        faults.append(f"{line}: {ends} {extra}")
+        _ = [*taken_away()]
+    print(f"races: {figures}")
+    figures.assert_harmless(count, faults)
