@@ -108,7 +108,7 @@ class _Comparison:
         with torch.no_grad(), torch.random.fork_rng(devices=[]), quiet():
             try:
                 want = tensors_of(examples.run(disposable_copy(self.model)))
-                got = tensors_of(examples.run(self._traced))
+                got = tensors_of(examples.run(disposable_copy(self._traced)))
             except Exception:  # whatever its type, it is no wrong number
                 return None
         return alike(got, want, _RTOL)
@@ -116,7 +116,7 @@ class _Comparison:
     @cached_property
     def _traced(self) -> nn.Module:
         traced = self.program.module(check_guards=False)
-        traced._forward_pre_hooks.clear()  # they check the sizes as well
+        traced._forward_pre_hooks.clear()  # which check the sizes as well
         return traced
 
     def _readable(self, condition: str) -> str:

@@ -245,7 +245,7 @@ def read_image(path: Path) -> object:
 
 def read_data_set(path: Path) -> object:
     data = load_fashion_mnist(path.parent)
-    return [value.numpy().tobytes() for value in vars(data).values() if isinstance(value, torch.Tensor)]
+    return [value.numpy().tobytes() for value in data if isinstance(value, torch.Tensor)]
 
 
 def weights(**form: Any) -> dict[str, bytes]:
