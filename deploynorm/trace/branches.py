@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -39,7 +39,10 @@ def branches(program: ExportedProgram, model: nn.Module, examples: Examples, siz
         examples: Those that it was traced with.
         sizes: The sizes that the network takes, where they are known; else each dynamic axis may change alone.
     """
-    return _Comparison(program, model, examples).branches(_groups(program) if sizes is None else sizes.groups)
+    dynamic = _dynamic_axes(program)
+    groups = [{place: 1} for place in dynamic] if sizes is None else sizes.groups
+    free = [{place: step for place, step in group.items() if place in dynamic} for group in groups]
+    return _Comparison(program, model, examples).branches([group for group in free if group])
 
 
 @dataclass
@@ -48,7 +51,7 @@ class _Comparison:
     model: nn.Module
     examples: Examples
 
-    def branches(self, groups: tuple[Mapping[Place, int], ...]) -> dict[str, str]:
+    def branches(self, groups: Sequence[Mapping[Place, int]]) -> dict[str, str]:
         names = self.examples.names
         axes = (place for group in groups for place in group)  # a dynamic one is never 1 for torch, without a condition
         texts = [
@@ -81,10 +84,10 @@ class _Comparison:
                 tried = [each for each in tried if text not in each[1]]  # where it is broken, no other one shows
         return found
 
-    def _other_shapes(self, groups: tuple[Mapping[Place, int], ...]) -> Iterator[tuple[tuple[int, ...], ...]]:
+    def _other_shapes(self, groups: Sequence[Mapping[Place, int]]) -> Iterator[tuple[tuple[int, ...], ...]]:
         """Shapes with one group of axes smaller or larger, or all of them."""
         for steps, share in [*((steps, 1.0) for steps in (1, 2, 3, -1, -2, -3)), *((0, share) for share in _SHARES)]:
-            for some in [*((group,) for group in groups), groups]:
+            for some in [*([group] for group in groups), groups]:
                 growth: dict[Place, int] = {}
                 for group in some:
                     (position, axis), step = next(iter(group.items()))
@@ -167,12 +170,11 @@ def _holds(condition: Any, sizes: Mapping[str, object]) -> bool:
         return True
 
 
-def _groups(program: ExportedProgram) -> tuple[Mapping[Place, int], ...]:
-    """Each dynamic axis of a trace alone."""
+def _dynamic_axes(program: ExportedProgram) -> list[Place]:
     inputs = [node.meta["val"] for node in program.graph.nodes if node.name in program.graph_signature.user_inputs]
-    return tuple(
-        {(position, axis): 1}
+    return [
+        (position, axis)
         for position, value in enumerate(inputs)
         for axis, size in enumerate(getattr(value, "shape", ()))
         if isinstance(size, torch.SymInt)
-    )
+    ]

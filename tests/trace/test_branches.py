@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -83,6 +84,21 @@ def test_axes_that_vary_together_and_by_steps_are_tried_so() -> None:
     examples = Examples.of("test", network, tensors)
     sizes = find_sizes(network, examples)
     assert branches(trace(network, examples, sizes=sizes), network, examples, sizes) == {"H of x > 100": "spatial"}
+
+
+class Mean(nn.Module):
+    """At another height and width than that of its trace, a trace with these fixed would divide by a wrong number."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.sum((2, 3)) / (x.shape[2] * x.shape[3])
+
+
+@pytest.mark.parametrize(
+    ("dynamic", "free"), [("batch", {0}), ("spatial", {2, 3}), ("all", {0, 2, 3}), (None, {0, 2, 3})]
+)
+def test_axes_that_are_not_dynamic_stay_as_they_are(dynamic: Any, free: set[int]) -> None:
+    (x,) = export(Mean(), torch.randn(2, 3, 24, 32), dynamic=dynamic).inputs
+    assert {axis for axis, size in enumerate(x.shape) if isinstance(size, str)} == free
 
 
 class Attention(nn.Module):
