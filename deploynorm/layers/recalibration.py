@@ -247,6 +247,10 @@ def _forward(model: nn.Module, batch: Any) -> object:
             return model(batch[0])
     except (TypeError, AttributeError) as error:  # how Python and torch refuse missing inputs, and lists as tensors
         cause = error
+    except InputError as error:  # how our layers refuse lists; what they say of a tensor is the user's to read
+        if isinstance(batch, Tensor | Mapping) or isinstance(batch[0], Tensor):
+            raise
+        cause = error
     reason = f": {type(cause).__name__}: {str(cause).partition(chr(10))[0]}" if cause else ""
     problem = f"the model cannot be called with a batch of the loader{reason}"
     expected = "a tensor, a tuple or list with the only input first, or a dict of arguments"

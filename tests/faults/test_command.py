@@ -189,9 +189,11 @@ def test_a_signal_of_which_a_library_makes_another_error(
             raise ImportError("the compiled module cannot be imported") from error
 
     monkeypatch.setattr("deploynorm._inspect.inspect", imported)
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # the processes of pytest-xdist ignore it
+    # The processes of pytest-xdist ignore SIGINT, and those of nohup SIGHUP.
+    usual = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+    before = signal.signal(number, usual)
     try:
         assert main(["inspect", "m.pt2"]) == 128 + number
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(number, before)
     assert capsys.readouterr().err == f"deploynorm inspect: ended by {signal.Signals(number).name}\n"
