@@ -131,6 +131,7 @@ def test_the_networks_own_half_error_is_shown_beside_a_broken_one(small: Callabl
     assert "it amplifies rounding" in shown
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float16", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_run_takes_float32_arrays_and_images_for_a_half_file(
     dtype: str, frn_pt: Path, deploynorm: Callable, refused: Callable, export: Callable

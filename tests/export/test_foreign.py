@@ -135,10 +135,8 @@ def found(layers: list[Layer]) -> list[str]:
     return [name.removeprefix("forms.") for name, _ in layers]
 
 
-@pytest.mark.parametrize(
-    ("opset", "dynamic"),
-    [(20, "all"), *(pytest.param(opset, "none", marks=pytest.mark.slow) for opset in (18, 23))],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("opset", "dynamic"), [(18, "none"), (20, "all"), (23, "none")])
 def test_every_form_of_frn_is_found_and_nothing_that_looks_like_it(opset: int, dynamic: Any) -> None:
     forms = FRN | OTHERS | MABN | AFFINE
     if dynamic == "all":

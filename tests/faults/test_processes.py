@@ -101,7 +101,8 @@ def left(here: Path, before: set[Path], written: Iterable[Path]) -> list[str]:
     return sorted(str(path.relative_to(here)) for path in set(here.rglob("*")) - expected)
 
 
-@pytest.mark.parametrize("count", [2, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [20])
 def test_a_signal_at_any_moment_leaves_the_old_file_or_the_new_one(count: int, here: Path) -> None:
     """Each is ended within the time that it takes; before it has begun to work, the signal ends Python itself."""
     lines = LINES[:count]
@@ -133,7 +134,8 @@ def test_a_signal_at_any_moment_leaves_the_old_file_or_the_new_one(count: int, h
     figures.assert_harmless(count, faults)
 
 
-@pytest.mark.parametrize("count", [2, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [20])
 def test_of_two_commands_at_once_one_wins_with_all_its_files(count: int, here: Path) -> None:
     lines = LINES[:count]
     found = {line: [alone(line, name) for name in "ab"] for line in sorted(set(lines))}

@@ -208,6 +208,7 @@ def test_float32_sums_keep_their_digits_over_many_batches() -> None:
     assert layer.running_var.dtype == torch.float32
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:<class .torch.autograd.function.Function.> should not be instantiated")  # by dynamo
 def test_a_compiled_network_is_recalibrated_as_if_it_were_not() -> None:
     net, x = trained_net(), images()

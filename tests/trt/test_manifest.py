@@ -89,6 +89,7 @@ def refusal(read: Callable[[], object]) -> ModelError | None:
     return None
 
 
+@pytest.mark.slow
 def test_a_manifest_of_any_other_value_anywhere_is_read_or_refused(engine: Path) -> None:
     record, refused, tried = record_of(engine), 0, 0
     for path in places(record):

@@ -108,6 +108,7 @@ def test_the_shipped_network_in_float32_needs_ampere(shipped: Callable[..., Path
     assert "does not have in this type for GPUs of compute capability 7.5" in built.message
 
 
+@pytest.mark.slow
 def test_a_network_of_two_types_is_called_mixed(shipped: Callable[..., Path]) -> None:
     path = shipped("float16", keep_float32=["fc"], keep_io_types=True)
     built = build_rtx(path, compute_capabilities=["8.9"], frn="native", **SHIPPED_RANGE)
