@@ -246,6 +246,11 @@ def test_a_tolerance_that_would_pass_everything_or_nothing_is_refused(name: str,
         compare(GOT, WANT, **{name: value})
 
 
+def test_a_network_where_a_runner_belongs_is_refused() -> None:
+    with pytest.raises(InputError, match=r"check: not a runner\. Got Identity\. Fix: .*EagerRunner"):
+        check(nn.Identity(), nn.Identity(), [])  # type: ignore[arg-type]
+
+
 def test_a_check_of_nothing_is_refused() -> None:
     with pytest.raises(InputError, match="no samples: nothing was compared"):
         check(Fixed(GOT), Fixed(WANT), [])

@@ -152,8 +152,13 @@ def check(
             for the type of its output.
 
     Raises:
-        InputError: There are no samples, a tolerance is negative or not finite, or feeds do not fit.
+        InputError: There are no samples, a tolerance is negative or not finite, feeds do not fit, or one of the two is
+            no runner.
     """
+    for runner in (candidate, truth):
+        if not hasattr(runner, "infer"):
+            fix = "pass deploynorm.open_runner(file), or deploynorm.EagerRunner for a network"
+            raise InputError("check", "not a runner", got=type(runner).__name__, fix=fix)
     known = ((sample, feeds, truth.infer(feeds)) for sample, feeds in samples)
     return check_known(candidate, truth.name, known, rtol=rtol, atol=atol)
 

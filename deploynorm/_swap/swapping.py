@@ -81,7 +81,7 @@ def swap(
         The new network, and a report of each layer, with the reason where it stayed.
 
     Raises:
-        InputError: An argument is none of those named, or an example input is not a tensor.
+        InputError: An argument is none of those named, the network is none, or an example input is not a tensor.
         ModelError: The network has no batch normalization, cannot be copied, is compiled, scripted, wrapped (as
             in DataParallel) or lazy, or does not run on the example inputs.
     """
@@ -141,6 +141,9 @@ def _check_arguments(norm: str, thresholds: str, weights: str, options: Mapping[
 
 
 def _check_model(model: nn.Module) -> None:
+    given: object = model
+    if not isinstance(given, nn.Module):
+        raise InputError("swap", "not a network", got=type(given).__name__, expected="an nn.Module")
     where = f"swap of {type(model).__name__}"
     if any(is_lazy(parameter) for parameter in model.parameters()):
         raise ModelError(where, "the network has lazy layers", fix="run it once, so that they get their sizes")

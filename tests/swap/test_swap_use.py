@@ -353,3 +353,8 @@ def test_like_layers_share_a_row_of_the_report() -> None:
     text = str(swap(network, (X,), norm="frn").report)
     assert "3 and 2 more" in text
     assert text.count("it reads dropout") == 1
+
+
+def test_what_is_no_network_is_refused() -> None:
+    with pytest.raises(InputError, match=r"swap: not a network\. Got str, expected an nn\.Module"):
+        swap("model.pt", (X,), norm="frn")  # type: ignore[arg-type]
