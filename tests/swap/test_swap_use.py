@@ -356,5 +356,5 @@ def test_like_layers_share_a_row_of_the_report() -> None:
 
 
 def test_what_is_no_network_is_refused() -> None:
-    with pytest.raises(InputError, match=r"swap: not a network\. Got str, expected an nn\.Module"):
+    with pytest.raises(InputError, match=r"swap: not a network\. Got str; expected an nn\.Module"):
         swap("model.pt", (X,), norm="frn")  # type: ignore[arg-type]
