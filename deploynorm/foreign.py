@@ -239,10 +239,10 @@ def loose_mabn(program: ExportedProgram) -> list[Layer]:
     for node in program.graph.nodes:
         if node.op == "call_function" and node.all_input_nodes and fixed.issuperset(node.all_input_nodes):
             fixed.add(node)
-    buffers = [node for node in fixed if node.op == "placeholder" and node.name in signature.inputs_to_buffers]
+    buffers = [node for node in program.graph.nodes if node in fixed and node.name in signature.inputs_to_buffers]
     found = []
-    for buffer in program.graph.nodes:
-        if buffer in buffers and (end := _normalized_by(buffer, fixed)) is not None:
+    for buffer in buffers:
+        if (end := _normalized_by(buffer, fixed)) is not None:
             layer = _called(end)
             same = [each for each in buffers if each.meta["val"].numel() == buffer.meta["val"].numel()]
             if layer is not None and _read(layer, program.graph.nodes, fixed).intersection(same) == {buffer}:
@@ -256,6 +256,8 @@ _SAME = {"add", "clamp", "clamp_min", "expand", "maximum", "reshape", "to", "uns
 
 def _normalized_by(buffer: fx.Node, fixed: set[fx.Node]) -> fx.Node | None:
     """The operator that multiplies an activation by the buffer, shifted by an epsilon, to the power -0.5."""
+    from deploynorm.trace import operator_name  # an ONNX file is searched where torch is not installed
+
     waiting, seen = [(buffer, 1.0)], set()
     while waiting:
         node, power = waiting.pop()
@@ -263,7 +265,7 @@ def _normalized_by(buffer: fx.Node, fixed: set[fx.Node]) -> fx.Node | None:
             continue
         seen.add((node, power))
         for reader in node.users:
-            name = _operator(reader)
+            name = operator_name(reader)
             step: float | None = None
             if name in _SAME:
                 step = power
@@ -292,11 +294,6 @@ def _read(layer: Layer, nodes: Iterable[fx.Node], fixed: set[fx.Node]) -> set[fx
             seen.add(node)
             waiting += node.all_input_nodes
     return seen
-
-
-def _operator(node: fx.Node) -> str:
-    schema = getattr(node.target, "_schema", None)
-    return "" if schema is None else schema.name.split("::")[-1].rstrip("_")
 
 
 def _called(node: fx.Node) -> Layer | None:

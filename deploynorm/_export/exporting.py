@@ -190,7 +190,8 @@ def export(
     try:
         program = trace(twin, examples, dynamic, sizes=sizes)
         # At the other sizes the file would compute something else, and say nothing.
-        narrowed = narrowed_axes(program) | branches(program, twin, examples, sizes)
+        # Of axes that must be dynamic `trace` has asked the same.
+        narrowed = {} if dynamic is not None else narrowed_axes(program) | branches(program, twin, examples, sizes)
         if narrowed:
             program = trace(twin, examples, dynamic, fixed=set(narrowed.values()), sizes=sizes)
     except ModelError as error:

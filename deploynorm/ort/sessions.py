@@ -43,9 +43,8 @@ def _register_library(options: onnxruntime.SessionOptions, library: Path) -> Non
         problem = "no plugin library: not a regular file" if library.exists() else "no such plugin library"
         raise BackendError(str(library), problem, fix="check the path")
     try:
-        options.register_custom_ops_library(
-            str(library.absolute())
-        )  # of a bare name the loader looks in its own folders
+        # Absolute, since for a bare name the loader looks in its own folders.
+        options.register_custom_ops_library(str(library.absolute()))
     except Exception as error:
         problem = f"ONNX Runtime cannot load this plugin library: {plain(error)}"
         fix = "pass each library once, built for this machine and this onnxruntime"
