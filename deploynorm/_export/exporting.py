@@ -191,8 +191,12 @@ def export(
         program = trace(twin, examples, dynamic, sizes=sizes)
         # At the other sizes the file would compute something else, and say nothing.
         # Of axes that must be dynamic `trace` has asked the same.
-        narrowed = {} if dynamic is not None else narrowed_axes(program) | branches(program, twin, examples, sizes)
-        if narrowed:
+        narrowed: dict[str, str] = {}
+        while dynamic is None:
+            more = narrowed_axes(program) or branches(program, twin, examples, sizes)
+            if set(more.values()) <= set(narrowed.values()):
+                break
+            narrowed |= more
             program = trace(twin, examples, dynamic, fixed=set(narrowed.values()), sizes=sizes)
     except ModelError as error:
         if dtype == own:

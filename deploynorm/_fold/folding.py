@@ -163,7 +163,7 @@ class _Folding:
             raise NotFoldableError(f"the network cannot be traced ({error.problem})") from error
         if dynamic is not None:  # `trace` has asked the same
             return program
-        if narrowed := "; ".join(narrowed_axes(program) | branches(program, self.model, examples, sizes)):
+        if narrowed := "; ".join(narrowed_axes(program) or branches(program, self.model, examples, sizes)):
             raise NotFoldableError(f"the network branches on sizes ({narrowed}): leave these axes out of dynamic")
         return program
 

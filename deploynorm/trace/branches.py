@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from math import prod
 from typing import Any
 
 import torch
 from torch import nn
 from torch.export import ExportedProgram
 
+from deploynorm.inputs import Shape
 from deploynorm.trace.copies import disposable_copy
 from deploynorm.trace.examples import Examples
 from deploynorm.trace.outputs import alike, tensors_of
@@ -19,10 +22,17 @@ from deploynorm.trace.quiet import quiet
 from deploynorm.trace.sizes import Place, Sizes, axis_kind, axis_letter
 
 _SIZE = re.compile(r"L\['(\w+)'\]\.size\(\)\[(\d+)\]")
+_ONE_SIZE = re.compile(rf"{_SIZE.pattern} == \d+")
+"""What torch assumes where Python asked for a size as a plain number: what it did with that cannot be known."""
+_NUMBER = re.compile(r"\b\d{1,9}\b")
 _RUNS = 12
 """Times that a trace is compared with its network at most. Most networks need two or three, on small inputs."""
-_SHARES = (0.75, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.05, 0.02)
+_SHARES = (*(1.25**n for n in range(-18, 26)),)
 """Of the examples' sizes, rounded to what the network takes."""
+_STEPS = range(-8, 17)
+"""By which sizes change as well, for conditions on remainders."""
+_ELEMENTS = 2**21
+"""That the inputs of a run have together at most, or twice those of the examples."""
 _RTOL = 1e-2
 """Of the largest value: of what another branch computes, and not of the rounding of a network in float16."""
 
@@ -59,24 +69,28 @@ class _Comparison:
             *(f"L['{names[i]}'].size()[{axis}] != 1" for i, axis in axes),
         ]
         conditions = {text: compile(text, "condition", "eval") for text in texts}
+        numbers = {int(number) for text in texts for number in _NUMBER.findall(_SIZE.sub("", text))}
         tried = []
-        for shapes in self._other_shapes(groups):
+        for shapes in self._other_shapes(groups, numbers):
             sizes = {"L": dict(zip(self.examples.names, map(_Sized, shapes), strict=True)), "max": max, "min": min}
             tried.append((shapes, {text for text, code in conditions.items() if not _holds(code, sizes)}))
-        found: dict[str, str] = {}
+        found = {self._readable(text): self._kind(text) for text in texts if _ONE_SIZE.fullmatch(text)}
         settled: set[str] = set()
+        refused = Counter[frozenset[str]]()
         order = _quickest
-        for _ in range(_RUNS):
+        for _ in range(0 if found else _RUNS):
             left = [(shapes, broken - settled) for shapes, broken in tried if broken - settled]
             if not left:
                 break
-            shapes, broken = min(left, key=order)
+            shapes, broken = min(left, key=lambda case: (refused[frozenset(case[1])], *order(case)))
             agree = self._agrees(shapes)
             if agree is False and len(broken) > 1 and order is _quickest:
                 order = _clearest
                 continue
             tried = [each for each in tried if each[0] is not shapes]
-            if agree is not None:
+            if agree is None:
+                refused[frozenset(broken)] += 1
+            else:
                 settled |= broken
             if agree is False:
                 text = min(broken)
@@ -84,23 +98,27 @@ class _Comparison:
                 tried = [each for each in tried if text not in each[1]]  # where it is broken, no other one shows
         return found
 
-    def _other_shapes(self, groups: Sequence[Mapping[Place, int]]) -> Iterator[tuple[tuple[int, ...], ...]]:
-        """Shapes with one group of axes smaller or larger, or all of them."""
-        for steps, share in [*((steps, 1.0) for steps in (1, 2, 3, -1, -2, -3)), *((0, share) for share in _SHARES)]:
-            for some in [*([group] for group in groups), groups]:
-                growth: dict[Place, int] = {}
-                for group in some:
-                    (position, axis), step = next(iter(group.items()))
-                    less = int(self.examples.tensors[position].shape[axis] * (1 - share)) // step
-                    growth |= {place: each * (steps - less) for place, each in group.items()}
-                shapes = tuple(
-                    tuple(size + growth.get((position, axis), 0) for axis, size in enumerate(example.shape))
-                    for position, example in enumerate(self.examples)
-                )
-                if all(size > 0 for shape in shapes for size in shape):
-                    yield shapes
+    def _other_shapes(self, groups: Sequence[Mapping[Place, int]], numbers: Iterable[int]) -> list[_Shapes]:
+        """Shapes with one group of axes smaller or larger, the spatial ones, or all: few enough elements to run."""
+        spatial = [group for group in groups if any(axis for _, axis in group)]
+        limit = max(_ELEMENTS, 2 * sum(example.numel() for example in self.examples))
+        found: set[_Shapes] = set()
+        for some in [*([group] for group in groups), spatial, groups]:
+            counts = [self._counts(group, numbers) for group in some]
+            for each in zip(*counts, strict=True):
+                growth = {place: n * step for n, group in zip(each, some, strict=True) for place, step in group.items()}
+                found.add(self.examples.grown_shapes(growth))
+        fit = [shapes for shapes in found if sum(map(prod, shapes)) <= limit]
+        return [shapes for shapes in fit if all(size > 0 for shape in shapes for size in shape)]
 
-    def _agrees(self, shapes: tuple[tuple[int, ...], ...]) -> bool | None:
+    def _counts(self, group: Mapping[Place, int], numbers: Iterable[int]) -> list[int]:
+        """By how many steps a group of axes grows: a few, to shares of its size, and to the numbers of conditions."""
+        (position, axis), step = next(iter(group.items()))
+        size = self.examples.tensors[position].shape[axis]
+        near = [(number - size) // step + less for number in numbers for less in (-1, 0, 1)]
+        return [*_STEPS, *((int(size * share) - size) // step for share in _SHARES), *near]
+
+    def _agrees(self, shapes: _Shapes) -> bool | None:
         """Whether the trace computes what the network does there; None where one of them refuses these sizes."""
         examples = self.examples
         for axis in range(max(map(len, shapes))):
@@ -136,14 +154,16 @@ class _Comparison:
         return axis_kind(max(int(axis) for _, axis in _SIZE.findall(condition)))
 
 
-_Case = tuple[tuple[tuple[int, ...], ...], set[str]]
+_Shapes = tuple[Shape, ...]
+"""Of the inputs."""
+_Case = tuple[_Shapes, set[str]]
 """Shapes, and the conditions that they break."""
 
 
 def _clearest(case: _Case) -> tuple[int, ...]:
     """What to try first: what breaks the fewest conditions shows best which of them matters; then what is small."""
     shapes, broken = case
-    return len(broken), sum(map(sum, shapes))
+    return len(broken), sum(map(prod, shapes))
 
 
 def _quickest(case: _Case) -> tuple[int, ...]:

@@ -170,6 +170,13 @@ class Examples:
         """Other tensors for the same arguments."""
         return replace(self, tensors=tuple(tensors))
 
+    def grown_shapes(self, growth: Mapping[tuple[int, int], int]) -> tuple[tuple[int, ...], ...]:
+        """Their shapes, with axes longer by these amounts, each named by the position of its input and its number."""
+        return tuple(
+            tuple(size + growth.get((position, axis), 0) for axis, size in enumerate(example.shape))
+            for position, example in enumerate(self)
+        )
+
     def run(self, model: nn.Module) -> Any:
         """What the network returns for them."""
         positional, named = self.arguments.split(self.tensors)

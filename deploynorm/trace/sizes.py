@@ -193,10 +193,8 @@ class _Search:
 
     def _runs(self, units: Sequence[Mapping[Place, int]], counts: Sequence[int]) -> bool:
         growth = {place: n * step for n, unit in zip(counts, units, strict=True) for place, step in unit.items()}
-        grown = [
-            example.new_zeros([size + growth.get((i, axis), 0) for axis, size in enumerate(example.shape)])
-            for i, example in enumerate(self._examples)
-        ]
+        shapes = self._examples.grown_shapes(growth)
+        grown = [example.new_zeros(shape) for example, shape in zip(self._examples, shapes, strict=True)]
         try:
             with torch.no_grad(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")

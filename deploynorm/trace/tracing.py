@@ -65,7 +65,7 @@ def trace(
     if deterministic:
         refuse_training(program.graph.nodes, f"trace of {type(model).__name__}", archive=is_archive(model))
     if dynamic not in (None, "none") and (
-        narrowed := narrowed_axes(program) | branches(program, model, examples, sizes)
+        narrowed := narrowed_axes(program) or branches(program, model, examples, sizes)
     ):
         raise _not_free(model, dynamic, f"it branches on {'; '.join(narrowed)}")
     return program
