@@ -28,7 +28,7 @@ from deploynorm.image import ImageSpec
 from deploynorm.inputs import Shape, sizes_to_dict
 from deploynorm.network import Network
 from deploynorm.run.backends import ONNX_BACKENDS
-from deploynorm.trace import Dynamic, ExampleInputs, dynamic_places, find_sizes, inference_copy
+from deploynorm.trace import Dynamic, ExampleInputs, dynamic_places, find_sizes, inference_copy, repeats
 
 _PACKAGES = ("torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "onnxruntime-gpu", "numpy")
 
@@ -231,9 +231,8 @@ def convert(
     if labels is not None:
         metadata[METADATA_LABELS] = json.dumps(labels)
     own, working, examples = dtype_of(network.model), network.model, network.examples
-    sizes = None
-    if dynamic != "none":
-        sizes = find_sizes(inference_copy(working), examples.replaced(example.cpu() for example in examples))
+    tried, tensors = inference_copy(working), examples.replaced(example.cpu() for example in examples)
+    sizes = find_sizes(tried, tensors) if dynamic != "none" else None
     if own in HALF and dtype not in (None, own) and (dtype == torch.float32 or not keep_io_types):
         # Folding in the network's own half type would round its weights once more.
         working = to_precision(working, torch.float32, keep_io_types=keep_io_types)
@@ -260,6 +259,12 @@ def convert(
         problem = "forward changes buffers, and an ONNX file keeps nothing from one call to the next"
         fix = "pass freeze_buffers=True (--freeze-buffers), so that each call starts from their values of now"
         raise ModelError(type(network.model).__name__, problem, got=", ".join(exported.changed_buffers), fix=fix)
+    if not repeats(tried, tensors):
+        problem = "the network computes something else from the same input the second time"
+        fix = (
+            "an ONNX file keeps nothing from one call to the next: do not let forward change attributes of the network"
+        )
+        raise ModelError(type(network.model).__name__, problem, fix=fix)
     _check_labels(labels, exported)
     if report is not None and report.modified:
         checks.add_folded(working, exported.output_names, dtype_of(working))

@@ -37,7 +37,6 @@ from deploynorm.trace import (
     Examples,
     Sizes,
     branches,
-    changed_buffers,
     dynamic_places,
     find_sizes,
     inference_copy,
@@ -61,7 +60,8 @@ class Exported:
         kept_float32: Layers that stayed in float32 because they were named.
         keep_io_types: Whether inputs and outputs kept the network's own type.
         notes: What a user should know: which sizes the network takes, and axes that it fixes.
-        changed_buffers: Buffers that forward changes; in the file each call starts from their values of now.
+        changed_buffers: Buffers, and parameters, that forward changes; in the file each call starts from their values
+            of now.
     """
 
     model: ir.Model
@@ -206,8 +206,7 @@ def export(
         fix = "where types do not fit, keep the layer that makes tensors of its own type in float32 (--keep-float32)"
         fix = f"{fix}; else {error.fix}"
         raise ModelError(error.where, problem, got=error.got, expected=error.expected, fix=fix) from error
-    changed = changed_buffers(twin, examples)
-    onnx_model = to_onnx(program, opset)
+    onnx_model, changed = to_onnx(program, opset)
     count = len(onnx_model.graph.outputs)  # less than the network returns, where some of that is None
     outputs = as_names("output_names", outputs, count) or tuple(default_output_names(program, count))
     name_inputs_and_outputs(onnx_model, inputs, outputs)

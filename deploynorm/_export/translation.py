@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import chain
+
 import numpy as np
 import onnx
 import onnx_ir as ir
@@ -22,8 +24,8 @@ _STACK_TRACE = "pkg.torch.onnx.stack_trace"
 """Metadata in which torch writes the paths of the user's own source files into each node."""
 
 
-def to_onnx(program: torch.export.ExportedProgram, opset: int) -> ir.Model:
-    """Translates a traced network.
+def to_onnx(program: torch.export.ExportedProgram, opset: int) -> tuple[ir.Model, tuple[str, ...]]:
+    """Translates a traced network; with the model come the names of the buffers and parameters that forward changes.
 
     Raises:
         ModelError: torch has no translation of an operator, or none in this opset; an operator does not take bfloat16,
@@ -54,7 +56,10 @@ def to_onnx(program: torch.export.ExportedProgram, opset: int) -> ir.Model:
     _refuse_bfloat16(onnx_program.model)
     for node in onnx_program.model.graph.all_nodes():
         node.metadata_props.pop(_STACK_TRACE, None)
-    return onnx_program.model
+    assert onnx_program.exported_program is not None  # without the operators that work in place, unlike `program`
+    signature = onnx_program.exported_program.graph_signature
+    changed = signature.buffers_to_mutate.values(), getattr(signature, "parameters_to_mutate", {}).values()
+    return onnx_program.model, tuple(chain(*changed))
 
 
 def _round_fused_weights(model: ir.Model) -> None:

@@ -1,7 +1,7 @@
 """One traced network, and all that is asked of it."""
 
 from deploynorm.trace.branches import branches
-from deploynorm.trace.copies import changed_buffers, copied, disposable_copy, inference_copy, is_archive, unwrapped
+from deploynorm.trace.copies import copied, disposable_copy, inference_copy, is_archive, repeats, unwrapped
 from deploynorm.trace.examples import Arguments, ExampleInputs, Examples, Forward
 from deploynorm.trace.outputs import alike, tensors_of
 from deploynorm.trace.quiet import first_line, quiet
@@ -22,7 +22,6 @@ __all__ = [
     "aten_operators",
     "axis_letter",
     "branches",
-    "changed_buffers",
     "copied",
     "disposable_copy",
     "doubled",
@@ -37,6 +36,7 @@ __all__ = [
     "quiet",
     "tensors_of",
     "trace",
+    "repeats",
     "unwrapped",
     "walk",
 ]

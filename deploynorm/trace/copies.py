@@ -13,19 +13,24 @@ from torch.optim.swa_utils import AveragedModel
 from deploynorm.errors import ModelError
 from deploynorm.layers.adopt import adopt
 from deploynorm.trace.examples import Examples
+from deploynorm.trace.outputs import alike, tensors_of
 from deploynorm.trace.quiet import first_line, quiet
 from deploynorm.trace.reader import operator_name
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The network inside DataParallel, DistributedDataParallel, AveragedModel and torch.compile."""
-    while True:
-        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel | AveragedModel):
-            model = model.module
+    """The network inside DataParallel, DistributedDataParallel, AveragedModel and torch.compile.
+
+    A wrapper with hooks, or of a class that was derived from these, computes something of its own, and stays.
+    """
+    while not (model._forward_hooks or model._forward_pre_hooks):
+        if type(model) in (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel):
+            model = model.module  # type: ignore[assignment]
         elif type(model).__name__ == "OptimizedModule":  # its class lies in torch._dynamo, which is slow to import
             model = model._orig_mod  # type: ignore[assignment]
         else:
-            return model
+            break
+    return model
 
 
 def copied(model: nn.Module, *, share_parameters: bool = False) -> nn.Module:
@@ -53,8 +58,10 @@ def copied(model: nn.Module, *, share_parameters: bool = False) -> nn.Module:
     for name, module in twin.named_modules():
         module.training = modes.get(name, twin.training)
     for module in twin.modules():
+        if isinstance(module, nn.DataParallel):
+            module.device_ids = []  # it then calls its module, wherever that is; its parent may name `.module`
         for name, child in module.named_children():
-            if (inner := unwrapped(child)) is not child:
+            if not isinstance(child, nn.DataParallel) and (inner := unwrapped(child)) is not child:
                 setattr(module, name, inner)
     return twin
 
@@ -64,23 +71,19 @@ def disposable_copy(model: nn.Module) -> nn.Module:
     return copied(model, share_parameters=True)
 
 
-def changed_buffers(model: nn.Module, examples: Examples) -> tuple[str, ...]:
-    """Names of the buffers that forward changes, as one run of a copy on the examples shows; none where it fails."""
+def repeats(model: nn.Module, examples: Examples) -> bool:
+    """Whether a network computes the same a second time, its buffers being as they were; True where it fails."""
     twin = disposable_copy(model)
-    before = {name: buffer.clone() for name, buffer in twin.named_buffers()}
-    if not before:
-        return ()
-    try:
-        with torch.no_grad(), quiet():
-            examples.run(twin)
-    except Exception:  # the trace says what is wrong
-        return ()
-    after = dict(twin.named_buffers())
-    return tuple(
-        name
-        for name, buffer in before.items()
-        if name in after and not torch.equal(buffer.nan_to_num(), after[name].nan_to_num())
-    )
+    buffers = {name: buffer.clone() for name, buffer in twin.named_buffers()}
+    with torch.no_grad(), quiet():
+        try:
+            first = [x.clone() if isinstance(x, Tensor) else x for x in tensors_of(examples.run(twin))]
+            for name, buffer in twin.named_buffers():
+                if name in buffers:
+                    buffer.copy_(buffers[name])
+            return alike(tensors_of(examples.run(twin)), first, rtol=1e-3)
+        except Exception:  # whoever runs it next says what is wrong
+            return True
 
 
 def inference_copy(model: nn.Module) -> nn.Module:

@@ -178,6 +178,6 @@ class Examples:
         )
 
     def run(self, model: nn.Module) -> Any:
-        """What the network returns for them."""
-        positional, named = self.arguments.split(self.tensors)
+        """What the network returns for them, or for copies, since it may work in place."""
+        positional, named = self.arguments.split([tensor.clone() for tensor in self.tensors])
         return model(*positional, **named)

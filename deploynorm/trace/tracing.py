@@ -158,6 +158,8 @@ def _export(model: nn.Module, examples: Examples, places: Collection[Place], kin
         else:
             problem = f"torch.export cannot trace the network: {type(error).__name__}: {first_line(error)}"
             fix = "check the input shape first; control flow that depends on values has to go (torch.cond, torch.where)"
+            if places:
+                fix += "; what depends on sizes may pass with dynamic='none' (--dynamic none), which fixes them all"
         raise ModelError(where, problem, got=got, fix=fix) from error
 
 

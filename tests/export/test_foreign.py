@@ -142,7 +142,7 @@ def test_every_form_of_frn_is_found_and_nothing_that_looks_like_it(opset: int, d
     if dynamic == "all":
         forms = {name: form for name, form in forms.items() if name != "rms_norm"}
     net = Network(forms).eval()
-    graph = to_onnx(trace(net, EXAMPLE, dynamic), opset).graph
+    graph = to_onnx(trace(net, EXAMPLE, dynamic), opset)[0].graph
     assert sorted(set(found(loose_frn(graph)))) == sorted(set(FRN) & set(forms))
 
 

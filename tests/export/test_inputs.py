@@ -7,6 +7,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from deploynorm import EagerRunner, export, fold
 from deploynorm.errors import InputError, ModelError
 from deploynorm.layers import CenConv2d, MABN2d
 from deploynorm.run import open_runner
+from deploynorm.trace import Dynamic
 
 X, Y = torch.randn(2, 3, 8, 8), torch.randn(2, 4, 8, 8)
 
@@ -203,6 +205,55 @@ def test_a_buffer_that_forward_changes_is_named_and_refused_unless_that_is_accep
     assert model.level == 1
 
 
+class Largest(Base):
+    """Its buffer and its parameter change, though not on every input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("largest", torch.tensor(100.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.largest.copy_(torch.maximum(self.largest, x.abs().amax((0, 1, 2, 3))))
+        with torch.no_grad():
+            self.conv.weight.clamp_(-10, 10)
+        y: Tensor = self.conv(x) / self.largest
+        return y
+
+
+def test_what_forward_changes_is_found_where_the_example_leaves_it_as_it_is() -> None:
+    assert set(export(Largest().eval(), X).changed_buffers) == {"largest", "conv.weight"}
+
+
+class Counting(Base):
+    calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        y: Tensor = self.conv(x) * self.calls
+        return y
+
+
+@pytest.mark.parametrize("dynamic", [None, "none"])
+def test_a_network_that_keeps_state_outside_its_buffers_is_refused(dynamic: Dynamic | None) -> None:
+    with pytest.raises(ModelError, match="something else from the same input the second time"):
+        deploynorm.convert(Counting().eval(), X, dynamic=dynamic)
+
+
+class InPlace(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        x.mul_(2)
+        y: Tensor = self.conv(x)
+        return y
+
+
+def test_a_network_that_works_in_place_leaves_the_example_as_it_is() -> None:
+    x = X.clone()
+    result = deploynorm.convert(InPlace().eval(), x)
+    assert result, str(result)
+    assert torch.equal(x, X)
+    assert result.exported.inputs[0].shape == ("N", 3, "H", "W")
+
+
 class Cached(Base):
     def forward(self, x: Tensor) -> Tensor:
         if not hasattr(self, "grid"):
@@ -257,6 +308,41 @@ def test_wrappers_of_training_are_taken_off(wrap: Callable[[nn.Module], nn.Modul
     _, report = fold(network, X)
     assert {change.outcome for change in report.changes} == {"folded"}
     assert export(network, X).node_counts()["Conv"] == 1
+
+
+class Doubled(nn.DataParallel):
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = 2 * super().forward(x)
+        return y
+
+
+def hooked(network: nn.Module) -> nn.Module:
+    wrapper = nn.DataParallel(network)
+    wrapper.register_forward_hook(lambda module, inputs, y: 2 * y)
+    return wrapper
+
+
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize("wrap", [Doubled, hooked])
+def test_what_a_wrapper_computes_itself_is_in_the_file(
+    wrap: Callable[[nn.Module], nn.Module], inside: bool, tmp_path: Path
+) -> None:
+    network = nn.Conv2d(3, 4, 3)
+    wrapped = Wrapper(wrap(network)) if inside else wrap(network)
+    export(wrapped, X).save(tmp_path / "model.onnx")
+    with open_runner(tmp_path / "model.onnx") as runner:
+        (y,) = runner.infer(dict.fromkeys((spec.name for spec in runner.inputs), X.numpy())).values()
+    np.testing.assert_allclose(y, 2 * network(X).detach(), rtol=1e-4, atol=1e-4)
+
+
+def test_a_parent_that_names_the_module_of_its_data_parallel_part_finds_it() -> None:
+    class Parent(Wrapper):
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.inner.module[0](x)
+            return y
+
+    network = Parent(nn.DataParallel(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())))
+    assert export(network, X).node_counts() == {"Conv": 1}
 
 
 class ReadsFolded(nn.Module):
