@@ -12,6 +12,7 @@ from typing import Any
 import onnx
 
 from deploynorm.errors import ModelError
+from deploynorm.files import as_path
 from deploynorm.onnx_file import OnnxFile
 from deploynorm.run.backends import ENGINE_SUFFIXES
 from deploynorm.tables import table
@@ -52,7 +53,7 @@ def inspect(
     trust_pickle: bool = False,
 ) -> Inspection:
     """What is in an ONNX file, an engine, or a file that `deploynorm.load` reads (with its options)."""
-    path = Path(path)
+    path = as_path("inspect", path)
     if path.suffix == ".onnx":
         return _onnx(path)
     if path.suffix in ENGINE_SUFFIXES:

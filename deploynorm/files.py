@@ -25,6 +25,8 @@ from typing import IO, Final
 
 from deploynorm.errors import InputError
 
+_NAME_BYTES = 255
+
 _PREFIX: Final = ".deploynorm-scratch-"
 _PATIENCE: Final = 60
 """Seconds to wait for a writer that is moving its files, which takes it milliseconds."""
@@ -75,6 +77,18 @@ def staging(target: Path, *, inputs: Iterable[Path] = (), companions: Collection
                         path.unlink(missing_ok=True)
 
 
+def as_path(where: str, given: object) -> Path:
+    """The path of a file that a user gave; raises InputError for what can be none."""
+    text = os.fspath(given) if isinstance(given, str | os.PathLike) else None
+    if not isinstance(text, str) or "\0" in text or not Path(text).name:
+        expected = "a path, such as 'model.onnx'"
+        raise InputError(where, "that is no path of a file", got=repr(given)[:80], expected=expected)
+    if len(os.fsencode(Path(text).name)) > _NAME_BYTES:
+        problem = f"the name of the file is longer than the {_NAME_BYTES} bytes that a disk takes"
+        raise InputError(where, problem, got=f"{Path(text).name[:40]}...")
+    return Path(text)
+
+
 def write_text(target: Path, text: str, *, inputs: Iterable[Path] = ()) -> None:
     """Writes a text file whole or not at all; see `staging`."""
     with staging(target, inputs=inputs) as folder:
@@ -103,7 +117,7 @@ def is_stream(path: Path) -> bool:
     """Whether it is a pipe, a device or this process's own output: bytes are written into it, and nothing beside it."""
     try:
         status = path.stat()
-    except FileNotFoundError:
+    except OSError:  # there is none, or its name is none
         return False
     return not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)) or _own_output(status) is not None
 

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from deploynorm.dtypes import HALF, numpy_dtype
 from deploynorm.errors import InputError
-from deploynorm.files import onnx_companions, staging
+from deploynorm.files import as_path, onnx_companions, staging
 from deploynorm.image import ImageSpec
 from deploynorm.inputs import TensorSpec, parse_named_file
 from deploynorm.manifest import check_unchanged
@@ -148,7 +148,7 @@ def run_on_files(
         BackendError: The backend is missing.
     """
     _check_top(top)
-    model = Path(model)
+    model = as_path("run", model)
     is_file = model.suffix in (".onnx", *ENGINE_SUFFIXES)
     if backend == "eager" and is_file:
         raise InputError("--backend", f"eager runs a network, not an ONNX file or engine ({model.suffix})", got=model)

@@ -63,8 +63,7 @@ class Network:
         """
         loaded = None
         if isinstance(model, type):
-            fix = f"pass {model.__name__}(...)"
-            raise InputError("network", "a class, and not a network", got=model.__name__, fix=fix)
+            Forward(model)  # says what is wrong
         if isinstance(model, nn.Module):
             if any(option is not None for option in (factory, factory_kwargs, key, strip_prefix)) or trust_pickle:
                 problem = "factory, factory_kwargs, key, strip_prefix and trust_pickle are for a file"
@@ -131,8 +130,9 @@ def _shapes(model: nn.Module, loaded: Checkpoint | None, given: Mapping[str, Sha
         known = {name: tuple(x.shape) for name, x in loaded.example_inputs.items()}
     elif loaded is not None and loaded.image is not None:
         known = {names[0]: (2, *loaded.image.shape)}
-    for name, shape in _mapping("input_shapes", given, "{'x': (2, 3, 224, 224)}").items():
-        known[name or names[0]] = _shape(name or names[0], shape)
+    shapes = _mapping("input_shapes", given, "{'x': (2, 3, 224, 224)}").items()
+    typed = {name or names[0]: _shape(name or names[0], shape) for name, shape in shapes}
+    known = typed | {name: shape for name, shape in known.items() if name not in typed}
     try:
         forward.named(known)
     except KeyError as error:
@@ -188,7 +188,7 @@ def _random(model: nn.Module, shapes: Mapping[str, Shape], known: Mapping[str, t
         dtypes = {name: torch.int64 if name in integers else dtype_of(model) for name in arguments.names} | dict(known)
         generator = torch.Generator().manual_seed(0)
         examples = Examples(
-            tuple(_values(shapes[name], dtypes[name], generator) for name in arguments.names), arguments
+            tuple(_values(shapes[name], dtypes[name], generator) for name in arguments.names), arguments, tuple(shapes)
         )
         if not open_names or _runs(model, examples):
             return examples

@@ -19,7 +19,7 @@ import onnx_ir as ir
 from deploynorm.contract import DOMAIN, METADATA_IMAGE, METADATA_LABELS, METADATA_SIZES, OP_TYPE, PRODUCER
 from deploynorm.dtypes import ONNX_HALF
 from deploynorm.errors import InputError, ModelError
-from deploynorm.files import onnx_companions
+from deploynorm.files import as_path, onnx_companions
 from deploynorm.foreign import frn_note, loose_frn
 from deploynorm.image import ImageSpec, as_labels
 from deploynorm.inputs import Shape, TensorSpec, read_sizes, with_sizes
@@ -52,7 +52,7 @@ class OnnxFile:
             return model
         if isinstance(model, onnx.ModelProto):
             return cls("model (in memory)", None, model)
-        path = None if isinstance(model, bytes) else Path(model)
+        path = None if isinstance(model, bytes) else as_path("ONNX file", model)
         where = "model (in memory)" if path is None else str(path)
         if path is not None and path.exists() and not path.is_file():  # a fifo would be waited for
             raise ModelError(where, "not a regular file", fix="check the path")

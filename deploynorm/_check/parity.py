@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -254,15 +256,20 @@ class Checks:
         base = {spec.name: shape for spec, shape in zip(inputs, self._network.base.values(), strict=True)}
         self._samples, self._made_for = [], (candidate.inputs, candidate.precision)
         arguments = self._network.examples.arguments
-        with EagerRunner(self._network.model, inputs, dtype=torch.float64, arguments=arguments) as truth:
+        with ExitStack() as runners:
+            run = partial(EagerRunner, self._network.model, inputs, arguments=arguments)
+            truth = runners.enter_context(run(dtype=torch.float64))
             for label, feeds in sample_inputs(inputs, seed=self._seed, base=base):
                 feeds = self._fitted(feeds, candidate.precision)
                 try:
                     self._samples.append((label, feeds, truth.infer(feeds)))
-                except ModelError:
-                    if not self._samples:
-                        raise
-                    self._notes.append(f"not checked on {label}, which the network itself refuses")
+                except ModelError as error:
+                    if self._samples:
+                        self._notes.append(f"not checked on {label}, which the network itself refuses")
+                        continue
+                    truth = runners.enter_context(run())
+                    self._samples.append((label, feeds, truth.infer(feeds)))
+                    self._notes.append(f"compared with the network in its own types, since in float64 {error.problem}")
 
     def _fitted(self, feeds: Mapping[str, _Array], precision: str | None) -> dict[str, _Array]:
         """Floats that the half type holds exactly; integers, which may index a table, within the example's range."""

@@ -23,7 +23,7 @@ from deploynorm._fold import FoldReport
 from deploynorm._fold import fold as fold_network
 from deploynorm.contract import METADATA_IMAGE, METADATA_LABELS, Lowering
 from deploynorm.errors import InputError, ModelError
-from deploynorm.files import is_stream, onnx_companions, scratch_folder, sha256, staging
+from deploynorm.files import as_path, is_stream, onnx_companions, scratch_folder, sha256, staging
 from deploynorm.image import ImageSpec
 from deploynorm.inputs import Shape, sizes_to_dict
 from deploynorm.network import Network
@@ -122,7 +122,7 @@ class Conversion:
             InputError: The path is that of the network's own file, or cannot be written to.
         """
         self.parity.raise_if_broken()
-        path, checkpoint = Path(path), self.network.checkpoint
+        path, checkpoint = as_path("Conversion.save", path), self.network.checkpoint
         inputs = () if checkpoint is None else (checkpoint.path,)
         _, record = companions = onnx_companions(path)
         with staging(path, inputs=inputs, companions=companions) as folder:
@@ -219,7 +219,8 @@ def convert(
     if backend is not None and backend not in ONNX_BACKENDS:
         raise InputError("convert", "unknown backend", got=repr(backend), expected=", ".join(ONNX_BACKENDS))
     kept_layers(network.model, keep_float32)
-    names = as_names("input_names", input_names, len(network.names)) or network.names
+    input_names = as_names("input_names", input_names, len(network.names))
+    names = network.names if input_names is None else network.examples.by_argument(input_names)
     dynamic = by_argument(dynamic, names, network.names)
     if dynamic is not None:
         dynamic_places(network.examples, dynamic)
@@ -250,7 +251,7 @@ def convert(
         opset=opset,
         lowering=lowering,
         function=function,
-        input_names=names,
+        input_names=input_names,
         output_names=output_names,
         metadata=metadata,
         sizes=sizes,

@@ -12,7 +12,7 @@ from torch import nn
 
 from deploynorm._check.parity import Checks, Parity
 from deploynorm._fold import FoldReport, fold
-from deploynorm.files import staging
+from deploynorm.files import as_path, staging
 from deploynorm.network import Network
 from deploynorm.trace import Dynamic, ExampleInputs, quiet, trace
 
@@ -55,7 +55,7 @@ class Folding:
             InputError: The path is that of the network's own file, or cannot be written to.
         """
         self.parity.raise_if_broken()
-        path, checkpoint = Path(path), self.network.checkpoint
+        path, checkpoint = as_path("save", path), self.network.checkpoint
         archive = io.BytesIO()  # torch.export.save ends the process where a disk is full
         with quiet():
             torch.export.save(trace(self.model, self.network.examples, self.dynamic), archive)

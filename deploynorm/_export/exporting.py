@@ -26,7 +26,7 @@ from deploynorm._export.precision import DTYPES, cast_floats, dtype_name, dtype_
 from deploynorm._export.translation import BFLOAT16_OPSET, to_onnx
 from deploynorm.contract import LOWERINGS, MAX_OPSET, METADATA_SIZES, MIN_OPSET, PRODUCER, Lowering
 from deploynorm.errors import InputError, ModelError
-from deploynorm.files import onnx_companions, staging
+from deploynorm.files import as_path, onnx_companions, staging
 from deploynorm.foreign import frn_note, loose_frn, loose_mabn, mabn_note
 from deploynorm.inputs import TensorSpec, sizes_to_dict
 from deploynorm.lowering import lower
@@ -100,7 +100,7 @@ class Exported:
         Raises:
             InputError: The file cannot be written there.
         """
-        path = Path(path)
+        path = as_path("Exported.save", path)
         with staging(path, companions=onnx_companions(path)) as folder:
             onnx_file.save(self.model, folder / path.name, external_data=external_data)
 
@@ -146,7 +146,7 @@ def export(
         opset: 18 to 23; 20 by default, 22 for bfloat16, 23 for the lowering "rmsnorm".
         lowering: "custom" (one node a layer), "primitives" or "rmsnorm" (standard operators alone).
         function: Whether the custom node's body goes with the model, so that any runtime can run it.
-        input_names: Names of the graph's inputs; by default those of forward's arguments.
+        input_names: Names of the graph's inputs, in the order of the examples; by default those of forward's arguments.
         output_names: By default the keys of a dict that the network returns, else "output", or "output_0", ...
         metadata: Entries for the model's metadata_props.
         sizes: What `deploynorm.trace.find_sizes` found, where it was asked already.
@@ -170,7 +170,8 @@ def export(
     keep_float32 = as_patterns(keep_float32)
     examples = Examples.of("export", model, example_inputs)
     arguments = examples.names
-    inputs = as_names("input_names", input_names, len(examples)) or arguments
+    given_names = as_names("input_names", input_names, len(examples))
+    inputs = arguments if given_names is None else examples.by_argument(given_names)
     outputs = as_names("output_names", output_names)
     if both := set(inputs) & set(outputs or ()):
         raise InputError("export", "an input and an output of one name", got=", ".join(sorted(both)))

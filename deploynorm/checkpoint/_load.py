@@ -19,6 +19,7 @@ from deploynorm.checkpoint._find import check_dicts, find_weights
 from deploynorm.checkpoint._own import is_own_format, outline, unpacked
 from deploynorm.checkpoint._state import check_finite, load_strictly
 from deploynorm.errors import ModelError
+from deploynorm.files import as_path
 from deploynorm.image import ImageSpec
 from deploynorm.trace import Forward, unwrapped
 
@@ -94,7 +95,7 @@ def load(
         InputError: The file has no such key or prefix.
         BackendError: It is a .safetensors file, and the package safetensors is not installed.
     """
-    path = Path(path)
+    path = as_path("load", path)
     where = str(path)
     data = _read(path)
     found = partial(Checkpoint, path=path, sha256=hashlib.sha256(data).hexdigest())

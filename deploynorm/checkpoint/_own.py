@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from deploynorm.checkpoint._factory import check_own, is_own, split_name
 from deploynorm.checkpoint._find import is_extra_state, is_state_dict
 from deploynorm.errors import InputError, ModelError
-from deploynorm.files import staging
+from deploynorm.files import as_path, staging
 from deploynorm.image import ImageSpec
 
 _FORMAT = "deploynorm"
@@ -60,7 +60,7 @@ def save(
         InputError: kwargs or training is not plain data, labels are not text, or the file cannot be written.
         ModelError: factory is not such a name, or deploynorm.models has no such factory.
     """
-    path = Path(path)
+    path = as_path("save", path)
     where = f"save {path}"
     if is_own(factory):
         check_own(factory, where)

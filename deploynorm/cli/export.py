@@ -36,7 +36,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a layer that stays in float32 in half precision, as in named_modules; * stands for anything",
     )
     options.add_dynamic(group)
-    group.add_argument("--input-names", metavar="A,B", type=_names, help="default: those of forward's arguments")
+    group.add_argument(
+        "--input-names",
+        metavar="A,B",
+        type=_names,
+        help="in the order of --input-shape, where that is given, else of forward (default: those of its arguments)",
+    )
     group.add_argument(
         "--output-names",
         metavar="A,B",

@@ -48,8 +48,8 @@ def _with_companions(files: Sequence[Path]) -> list[Path]:
 def existing_file(text: str) -> Path:
     """A path as an argument, refused where no file is."""
     path = Path(text)
-    if not path.exists() or path.is_dir():
-        reason = "it is a folder, not a file" if path.is_dir() else "no such file"
+    if not os.path.exists(path) or path.is_dir():  # unlike path.exists(), for names that are none too
+        reason = "it is a folder, not a file" if os.path.isdir(path) else "no such file"
         raise argparse.ArgumentTypeError(f"{reason}: {text}")
     return path
 
@@ -57,8 +57,10 @@ def existing_file(text: str) -> Path:
 def output_file(text: str) -> Path:
     """A path as an argument, refused where its folder cannot be written to or it is a folder itself."""
     path = Path(text)
-    if path.is_dir():
+    if os.path.isdir(path):  # unlike path.is_dir(), for names that are none too
         reason = "it is a folder"
+    elif len(os.fsencode(path.name)) > 255:
+        reason = "the name is longer than the 255 bytes that a disk takes"
     elif not path.parent.is_dir():
         reason = f"there is no folder {path.parent}"
     elif not is_stream(path) and not os.access(path.parent, os.W_OK):

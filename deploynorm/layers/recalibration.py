@@ -75,6 +75,9 @@ def recalibrate(
         statistics is taken in one pass, which suits layers that train normalised by them.
     """
     model = model.module if isinstance(model, DistributedDataParallel) else model
+    if not isinstance(model, nn.Module) or not isinstance(loader, Iterable):
+        got = f"{type(model).__name__} and {type(loader).__name__}"
+        raise InputError(WHERE, "no network, or no batches to iterate over", got=got)
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, _MABN) and not layer.frozen}
     if not layers:
         raise InputError(WHERE, "the model has no MABN that is not frozen", got=type(model).__name__)

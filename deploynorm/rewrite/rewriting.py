@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from deploynorm.contract import METADATA_CPU
 from deploynorm.errors import InputError, ModelError, check_choice
-from deploynorm.files import onnx_companions, scratch_folder, sha256, staging
+from deploynorm.files import as_path, onnx_companions, scratch_folder, sha256, staging
 from deploynorm.inputs import Shape
 from deploynorm.packages import load
 from deploynorm.rewrite.passes import PASSES, sequence
@@ -82,7 +82,7 @@ class Rewritten:
             if source is None:
                 raise InputError("rewrite", "a model in memory gives no name to its file", fix="pass a path to save")
             path = source.with_suffix(PASSES[self.passes[-1]].suffix)
-        path = Path(path)
+        path = as_path("save", path)
         if self.parity is None:
             problem = "nothing in it can be rewritten, for the reasons above"
             raise ModelError(self.source.where, problem, fix="use it as it is")

@@ -74,7 +74,12 @@ class EagerRunner(Runner):
         tensors = [x.to(self._device, self._dtype if x.is_floating_point() else None) for x in copies]
         by_position, named = self._arguments.split(tensors)
         try:
-            with torch.inference_mode(), torch.autocast(self._device.type, enabled=False), _full_float32():
+            with (
+                torch.inference_mode(),
+                torch.autocast(self._device.type, enabled=False),
+                _full_float32(),
+                _made_in(self._dtype),
+            ):
                 try:
                     result = self._network(*by_position, **named)
                     # Copies, for what is returned may be a buffer.
@@ -115,6 +120,18 @@ def _to_array(value: object) -> npt.NDArray[Any]:
         expected = "tensors in tuples, lists or dicts"
         raise ModelError("EagerRunner.infer", problem, got=type(value).__name__, expected=expected)
     return to_array(value)
+
+
+@contextmanager
+def _made_in(dtype: torch.dtype | None) -> Iterator[None]:
+    """In float64, tensors that forward makes have that type as well: some operators take no two types."""
+    before = torch.get_default_dtype()
+    if dtype == torch.float64 and before == torch.float32:
+        torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 @contextmanager

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import redirect_stderr
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -126,7 +128,8 @@ class _Comparison:
                 x.index_select(axis, torch.arange(shape[axis]) % x.shape[axis]) if axis < x.dim() else x
                 for x, shape in zip(examples, shapes, strict=True)
             )
-        with torch.no_grad(), torch.random.fork_rng(devices=[]), quiet():
+        # torch.fx prints the traceback of what fails in a trace.
+        with torch.no_grad(), torch.random.fork_rng(devices=[]), quiet(), redirect_stderr(io.StringIO()):
             try:
                 want = tensors_of(examples.run(disposable_copy(self.model)))
                 got = tensors_of(examples.run(disposable_copy(self._traced)))

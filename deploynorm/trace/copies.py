@@ -23,7 +23,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
     A wrapper with hooks, or of a class that was derived from these, computes something of its own, and stays.
     """
-    while not (model._forward_hooks or model._forward_pre_hooks):
+    while isinstance(model, nn.Module) and not (model._forward_hooks or model._forward_pre_hooks):
         if type(model) in (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel):
             model = model.module  # type: ignore[assignment]
         elif type(model).__name__ == "OptimizedModule":  # its class lies in torch._dynamo, which is slow to import
@@ -51,6 +51,9 @@ def copied(model: nn.Module, *, share_parameters: bool = False) -> nn.Module:
         problem = f"the network cannot be copied: {first_line(error)}"
         fix = "remove what does not deep-copy (hooks, open files, non-leaf tensors)"
         raise ModelError(type(model).__name__, problem, fix=fix) from error
+    if twin is model:
+        problem = "the network cannot be copied: its __deepcopy__ returns the network itself"
+        raise ModelError(type(model).__name__, problem, fix="let it return a copy")
     # torchvision's feature extractors copy themselves in training mode, and have another graph in that.
     if twin.training != model.training:
         twin.train(model.training)

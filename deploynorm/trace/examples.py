@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from itertools import chain, count, islice
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from deploynorm.errors import InputError, ModelError
@@ -36,10 +37,16 @@ class Forward:
         required: Of those that have no default.
 
     Raises:
+        InputError: It is no network.
         ModelError: The network has no forward that can be called, or one without a signature.
     """
 
     def __init__(self, model: nn.Module) -> None:
+        if not isinstance(model, nn.Module):
+            if isinstance(model, type):
+                fix = f"pass {model.__name__}(...)"
+                raise InputError("network", "a class, and not a network", got=model.__name__, fix=fix)
+            raise InputError("network", "not a network", got=type(model).__name__, expected="an nn.Module")
         self._signature = _signature(model)
         parameters = self._signature.parameters.values()
         kinds = {parameter.name: parameter.kind for parameter in parameters}
@@ -110,6 +117,7 @@ class Examples:
 
     tensors: tuple[Tensor, ...]
     arguments: Arguments
+    given: tuple[str, ...] = ()  # the names of the arguments, where the user named them, in the user's order
 
     @classmethod
     def of(cls, where: str, model: nn.Module, given: ExampleInputs | Examples) -> Examples:
@@ -141,6 +149,10 @@ class Examples:
                 problem = f"example input {key} is on the meta device, which holds no values"
                 got = f"a tensor of shape {tuple(tensor.shape)}"
                 raise InputError(where, problem, got=got, expected="a tensor with values", fix="pass one on the CPU")
+            if tensor.is_nested or tensor.is_quantized or tensor.layout != torch.strided:
+                what = "nested" if tensor.is_nested else "quantized" if tensor.is_quantized else str(tensor.layout)
+                problem, expected = f"example input {key} is no plain tensor", "a dense one of floats or integers"
+                raise InputError(where, problem, got=what, expected=expected)
         if not isinstance(given, Mapping):
             arguments = forward.first(len(given))
             tensors = tuple(given)
@@ -151,9 +163,10 @@ class Examples:
                 problem = f"the network has no input {error.args[0]!r}"
                 raise InputError(where, problem, expected=", ".join(forward.names)) from None
             tensors = tuple(given[name] for name in arguments.names)
+        order = tuple(given) if isinstance(given, Mapping) else ()
         if missing := [name for name in forward.required if name not in arguments.names]:
             raise InputError(where, f"no example of input {', '.join(missing)}", got=f"{len(tensors)} inputs")
-        return cls(tensors, arguments)
+        return cls(tensors, arguments, order)
 
     def __iter__(self) -> Iterator[Tensor]:
         return iter(self.tensors)
@@ -165,6 +178,11 @@ class Examples:
     def names(self) -> tuple[str, ...]:
         """Of the arguments."""
         return self.arguments.names
+
+    def by_argument(self, names: Sequence[str]) -> tuple[str, ...]:
+        """Names for the inputs, which come in the order in which the user gave these, in the order of the arguments."""
+        of = dict(zip(self.given or self.names, names, strict=True))
+        return tuple(of[name] for name in self.names)
 
     def replaced(self, tensors: Iterable[Tensor]) -> Examples:
         """Other tensors for the same arguments."""

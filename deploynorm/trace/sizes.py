@@ -194,8 +194,8 @@ class _Search:
     def _runs(self, units: Sequence[Mapping[Place, int]], counts: Sequence[int]) -> bool:
         growth = {place: n * step for n, unit in zip(counts, units, strict=True) for place, step in unit.items()}
         shapes = self._examples.grown_shapes(growth)
-        grown = [example.new_zeros(shape) for example, shape in zip(self._examples, shapes, strict=True)]
         try:
+            grown = [example.new_zeros(shape) for example, shape in zip(self._examples, shapes, strict=True)]
             with torch.no_grad(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 self._examples.replaced(grown).run(disposable_copy(self._model))

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import sys
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any, Literal, get_args
 
 import torch
@@ -22,6 +25,9 @@ DynamicKind = Literal["none", "batch", "spatial", "all"]
 
 Dynamic = DynamicKind | Mapping[str, Mapping[int, str]]
 """A word, or for each input the axes that may change, with a name for each: {"x": {0: "N", 2: "H", 3: "W"}}."""
+
+
+_LruCache = type(lru_cache(len))
 
 
 def trace(
@@ -147,7 +153,7 @@ def _export(model: nn.Module, examples: Examples, places: Collection[Place], kin
     got = "inputs of shape " + ", ".join(str(tuple(example.shape)) for example in examples)
     try:
         twin = disposable_copy(model)  # torch leaves its own tensors in attributes that forward sets
-        with torch.no_grad(), quiet(), plain_outputs(twin):
+        with torch.no_grad(), quiet(), plain_outputs(twin), _functions_forget(twin):
             return torch.export.export(twin, positional, named, dynamic_shapes=dynamic_shapes)
     except InputError as error:
         raise ModelError(where, f"the network refuses the example input: {error}", got=got) from error
@@ -161,6 +167,21 @@ def _export(model: nn.Module, examples: Examples, places: Collection[Place], kin
             if places:
                 fix += "; what depends on sizes may pass with dynamic='none' (--dynamic none), which fixes them all"
         raise ModelError(where, problem, got=got, fix=fix) from error
+
+
+@contextmanager
+def _functions_forget(model: nn.Module) -> Iterator[None]:
+    """Empties the lru_caches beside the classes of a network that a trace has filled, with tensors without values."""
+    classes = {type(module) for module in model.modules()}
+    places = classes | {sys.modules.get(each.__module__, each) for each in classes}
+    caches = [each for place in places for each in vars(place).values() if isinstance(each, _LruCache)]
+    before = [cache.cache_info().currsize for cache in caches]
+    try:
+        yield
+    finally:
+        for cache, size in zip(caches, before, strict=True):
+            if cache.cache_info().currsize != size:
+                cache.cache_clear()
 
 
 def _not_free(model: nn.Module, dynamic: Dynamic, reason: str) -> ModelError:

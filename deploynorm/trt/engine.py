@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import deploynorm
-from deploynorm.files import is_stream, sha256, staging
+from deploynorm.files import as_path, is_stream, sha256, staging
 from deploynorm.inputs import TensorSpec, shape_text
 from deploynorm.tables import table
 from deploynorm.trt.importing import Flavour
@@ -128,7 +128,7 @@ class Engine:
         Raises:
             InputError: The path is that of the ONNX file or its weights, or cannot be written to.
         """
-        path = Path(path)
+        path = as_path("save", path)
         with staging(path, inputs=self.sources, companions=[manifest_path(path)]) as folder:
             written = folder / path.name
             written.write_bytes(self.plan)

@@ -6,7 +6,7 @@ import re
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -162,6 +162,83 @@ class BatchStatistics(Base):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.batch_norm(self.conv(x), self.norm.running_mean, self.norm.running_var, training=True)
+
+
+def test_names_of_inputs_go_by_the_order_in_which_the_user_names_these() -> None:
+    named = export(Named(), {"shift": Y, "x": X}, input_names=["offset", "image"], dynamic="none")
+    assert {spec.name: spec.shape for spec in named.inputs} == {"image": X.shape, "offset": Y.shape}
+    shapes = {"shift": tuple(Y.shape), "x": tuple(X.shape)}
+    result = deploynorm.convert(Named(), input_shapes=shapes, input_names=["offset", "image"], dynamic="none")
+    assert {spec.name: spec.shape for spec in result.exported.inputs} == {"image": X.shape, "offset": Y.shape}
+
+
+class HalfInside(Base):
+    def __init__(self) -> None:
+        super().__init__()
+        self.half_conv = nn.Conv2d(4, 4, 1).half()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.half_conv(self.conv(x).half()).float()
+
+
+def test_a_network_that_float64_breaks_is_compared_with_itself() -> None:
+    result = deploynorm.convert(HalfInside(), X, rtol=1e-2)
+    assert result, str(result)
+    assert any("compared with the network in its own types" in note for note in result.parity.notes)
+
+
+class Warped(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        turn = torch.tensor([[[0.0, 1.0, 0.0], [-1.0, 0.0, 0.0]]]).repeat(2, 1, 1)  # of the default type
+        return F.grid_sample(x, F.affine_grid(turn, [2, 3, 8, 8], align_corners=False), align_corners=False)
+
+
+def test_what_forward_makes_is_in_float64_too_where_the_truth_is() -> None:
+    result = deploynorm.convert(Warped(), X, dynamic="none")
+    assert result, str(result)
+    assert not any("own types" in note for note in result.parity.notes)
+    assert torch.get_default_dtype() == torch.float32
+
+
+@lru_cache
+def ramp(width: int) -> Tensor:
+    return torch.linspace(0, 1, width)
+
+
+class Remembered(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.conv(x) * ramp(int(x.shape[3]))
+        return y
+
+
+def test_a_cached_function_gives_values_after_an_export() -> None:
+    assert deploynorm.convert(Remembered(), X)
+    assert ramp(8).tolist()[0] == 0
+
+
+class Halves(Base):
+    """A trace of an even batch fails for an odd one."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = x.chunk(2)
+        return first + second
+
+
+def test_torch_prints_nothing_of_sizes_that_are_tried(capfd: pytest.CaptureFixture[str]) -> None:
+    export(Halves(), X)
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # torch's quantized and nested tensors are not finished, it says
+def test_what_is_no_network_and_no_plain_tensor_is_refused() -> None:
+    quantized = torch.quantize_per_tensor(X, 0.1, 0, torch.quint8)
+    nested = torch.nested.as_nested_tensor([X[0], X[1, :, 1:]], layout=torch.strided)
+    for verb in (export, fold, deploynorm.convert):
+        with pytest.raises(InputError, match=r"a class, and not a network. Got Conv2d. Fix: pass Conv2d\("):
+            verb(nn.Conv2d, X)  # type: ignore[operator]
+        for inputs in (quantized, X.to_sparse(), nested):
+            with pytest.raises(InputError, match="example input 0 is no plain tensor"):
+                verb(Base(), inputs)  # type: ignore[operator]
 
 
 @pytest.mark.parametrize(

@@ -9,13 +9,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
+import deploynorm
 from deploynorm.cli import main
+from deploynorm.errors import InputError
 from deploynorm.layers import FRN2d
 
 
@@ -197,3 +200,30 @@ def test_a_signal_of_which_a_library_makes_another_error(
     finally:
         signal.signal(number, before)
     assert capsys.readouterr().err == f"deploynorm inspect: ended by {signal.Signals(number).name}\n"
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["inspect LONG.onnx", "export LONG.pt2", "export m.pt2 -o LONG.onnx", "run m.onnx x.npz --json LONG", "fold LOOP"],
+)
+def test_names_that_no_file_can_have_are_refused(line: str, here: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (here / "LOOP").symlink_to("LOOP")
+    before = contents(here)
+    assert main(line.replace("LONG", "x" * 300).split()) == 2
+    assert "Traceback" not in capfd.readouterr().err
+    assert contents(here) == before
+
+
+def test_a_link_to_itself_can_be_written(here: Path) -> None:
+    (here / "loop.json").symlink_to("loop.json")
+    assert main(["inspect", "m.onnx", "--json", "loop.json", "-q"]) == 0
+    assert (here / "loop.json").is_file()
+
+
+def test_what_is_no_path_is_refused_in_python() -> None:
+    exported = deploynorm.export(nn.Conv2d(3, 4, 3), torch.zeros(2, 3, 8, 8), dynamic="none")
+    paths: list[Any] = [None, 5, b"model.onnx", "", ".", "a\0b", "x" * 300, ["model.pt"]]
+    for path in paths:
+        for call in (deploynorm.load, exported.save, *([] if isinstance(path, bytes) else [deploynorm.open_runner])):
+            with pytest.raises(InputError, match=r"(that is no path of a file|the name of the file is longer)"):
+                call(path)
