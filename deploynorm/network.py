@@ -19,7 +19,7 @@ from deploynorm.errors import InputError
 from deploynorm.image import ImageSpec
 from deploynorm.inputs import Shape, TensorSpec, shape_text
 from deploynorm.memory import check_fits
-from deploynorm.trace import ExampleInputs, Examples, Forward, disposable_copy, unwrapped
+from deploynorm.trace import ExampleInputs, Examples, Forward, check_network, disposable_copy, unwrapped
 
 
 class Reading(TypedDict, total=False):
@@ -63,7 +63,7 @@ class Network:
         """
         loaded = None
         if isinstance(model, type):
-            Forward(model)  # says what is wrong
+            check_network(model)
         if isinstance(model, nn.Module):
             if any(option is not None for option in (factory, factory_kwargs, key, strip_prefix)) or trust_pickle:
                 problem = "factory, factory_kwargs, key, strip_prefix and trust_pickle are for a file"

@@ -2,7 +2,7 @@
 
 from deploynorm.trace.branches import branches
 from deploynorm.trace.copies import copied, disposable_copy, inference_copy, is_archive, repeats, unwrapped
-from deploynorm.trace.examples import Arguments, ExampleInputs, Examples, Forward
+from deploynorm.trace.examples import Arguments, ExampleInputs, Examples, Forward, check_network
 from deploynorm.trace.outputs import alike, tensors_of
 from deploynorm.trace.quiet import first_line, quiet
 from deploynorm.trace.reader import LINEAR_OPERATORS, TraceReader, aten_operators, has_hooks, operator_name, walk
@@ -22,6 +22,7 @@ __all__ = [
     "aten_operators",
     "axis_letter",
     "branches",
+    "check_network",
     "copied",
     "disposable_copy",
     "doubled",

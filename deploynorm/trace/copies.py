@@ -12,7 +12,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from deploynorm.errors import ModelError
 from deploynorm.layers.adopt import adopt
-from deploynorm.trace.examples import Examples
+from deploynorm.trace.examples import Examples, check_network
 from deploynorm.trace.outputs import alike, tensors_of
 from deploynorm.trace.quiet import first_line, quiet
 from deploynorm.trace.reader import operator_name
@@ -22,8 +22,12 @@ def unwrapped(model: nn.Module) -> nn.Module:
     """The network inside DataParallel, DistributedDataParallel, AveragedModel and torch.compile.
 
     A wrapper with hooks, or of a class that was derived from these, computes something of its own, and stays.
+
+    Raises:
+        InputError: It is no network.
     """
-    while isinstance(model, nn.Module) and not (model._forward_hooks or model._forward_pre_hooks):
+    check_network(model)
+    while not (model._forward_hooks or model._forward_pre_hooks):
         if type(model) in (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel):
             model = model.module  # type: ignore[assignment]
         elif type(model).__name__ == "OptimizedModule":  # its class lies in torch._dynamo, which is slow to import

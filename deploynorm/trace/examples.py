@@ -29,6 +29,14 @@ class Arguments(NamedTuple):
         return tuple(values[: self.by_position]), dict(named)
 
 
+def check_network(given: object) -> None:
+    """Raises InputError for what is no network."""
+    if isinstance(given, type):
+        raise InputError("network", "a class, and not a network", got=given.__name__, fix=f"pass {given.__name__}(...)")
+    if not isinstance(given, nn.Module):
+        raise InputError("network", "not a network", got=type(given).__name__, expected="an nn.Module")
+
+
 class Forward:
     """The arguments that a network's forward takes.
 
@@ -42,11 +50,7 @@ class Forward:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        if not isinstance(model, nn.Module):
-            if isinstance(model, type):
-                fix = f"pass {model.__name__}(...)"
-                raise InputError("network", "a class, and not a network", got=model.__name__, fix=fix)
-            raise InputError("network", "not a network", got=type(model).__name__, expected="an nn.Module")
+        check_network(model)
         self._signature = _signature(model)
         parameters = self._signature.parameters.values()
         kinds = {parameter.name: parameter.kind for parameter in parameters}

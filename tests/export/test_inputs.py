@@ -238,7 +238,7 @@ def test_what_is_no_network_and_no_plain_tensor_is_refused() -> None:
             verb(nn.Conv2d, X)  # type: ignore[operator]
         for inputs in (quantized, X.to_sparse(), nested):
             with pytest.raises(InputError, match="example input 0 is no plain tensor"):
-                verb(Base(), inputs)  # type: ignore[operator]
+                verb(nn.Conv2d(3, 4, 3), inputs)  # type: ignore[operator]
 
 
 @pytest.mark.parametrize(
