@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from deploynorm import checkpoint
 from deploynorm._export.precision import dtype_of
 from deploynorm.checkpoint import Checkpoint
-from deploynorm.errors import InputError
+from deploynorm.errors import InputError, ModelError
 from deploynorm.image import ImageSpec
 from deploynorm.inputs import Shape, TensorSpec, shape_text
 from deploynorm.memory import check_fits
@@ -139,11 +139,23 @@ def _shapes(model: nn.Module, loaded: Checkpoint | None, given: Mapping[str, Sha
         problem = f"the network has no input {error.args[0]!r}"
         raise InputError("--input-shape", problem, expected=", ".join(names)) from None
     if missing := [name for name in forward.required or names[:1] if name not in known]:
+        _refuse_nested(loaded)
         problem = f"the shape of input {', '.join(missing)} is not known"
         options = " ".join(f"--input-shape {name}:1x3x224x224" for name in missing)
         fix = f"pass {options} with your sizes"
         raise InputError("--input-shape", problem, fix=fix)
     return known
+
+
+def _refuse_nested(loaded: Checkpoint | None) -> None:
+    """ModelError for an archive with inputs that are no tensors."""
+    program = None if loaded is None else loaded.exported
+    positional, named = (program and program.example_inputs) or ((), {})
+    others = [type(value).__name__ for value in (*positional, *named.values()) if not isinstance(value, Tensor)]
+    if others and loaded is not None:
+        problem = "the program takes inputs that are no tensors"
+        fix = "wrap the network in one whose forward takes each tensor as an argument of its own, and export that again"
+        raise ModelError(str(loaded.path), problem, got=", ".join(others), fix=fix)
 
 
 def _shape(name: str, given: object) -> Shape:

@@ -9,6 +9,7 @@ import onnx
 import onnx_ir as ir
 import torch
 from onnx_ir.passes.common import RemoveUnusedNodesPass
+from torch.export.graph_signature import ConstantArgument
 
 from deploynorm.contract import DOMAIN, TORCH_OP
 from deploynorm.dtypes import ONNX_HALF
@@ -31,6 +32,10 @@ def to_onnx(program: torch.export.ExportedProgram, opset: int) -> tuple[ir.Model
         ModelError: torch has no translation of an operator, or none in this opset; an operator does not take bfloat16,
             or a weight does not fit into the half type.
     """
+    for output in program.graph_signature.output_specs:
+        if isinstance(output.arg, ConstantArgument) and output.arg.value is not None:
+            problem = "the network returns what is no tensor"
+            raise ModelError("export", problem, got=repr(output.arg.value), fix="let forward return tensors alone")
     register_schema()
     table = {getattr(getattr(torch.ops, DOMAIN), TORCH_OP).default: translate}
     with quiet("torch.onnx", "onnxscript", "onnx_ir"):

@@ -48,6 +48,8 @@ def clean(value: Any, field: str = "") -> Any:
             _refuse_training(value)
         # Fields of the schema and names from the graph are distinguished by the field that holds them.
         named = field in _TABLES
+        if field == "range_constraints":  # torch also lists sizes that follow from others, as 2*s81
+            value = {key: item for key, item in value.items() if _KEY.fullmatch(key)}
         return {_matching(key, "key", _KEY): clean(item, "" if named else key) for key, item in value.items()}
     if isinstance(value, list):
         return [clean(item, field) for item in value]
