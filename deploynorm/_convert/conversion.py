@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from importlib.metadata import distributions
@@ -28,7 +29,7 @@ from deploynorm.image import ImageSpec
 from deploynorm.inputs import Shape, sizes_to_dict
 from deploynorm.network import Network
 from deploynorm.run.backends import ONNX_BACKENDS
-from deploynorm.trace import Dynamic, ExampleInputs, dynamic_places, find_sizes, inference_copy, repeats
+from deploynorm.trace import Dynamic, ExampleInputs, Sizes, dynamic_places, find_sizes, inference_copy, repeats
 
 _PACKAGES = ("torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "onnxruntime-gpu", "numpy")
 
@@ -214,7 +215,7 @@ def convert(
     )
     # What is wrong in an argument is reported at once.
     keep_float32 = as_patterns(keep_float32)
-    checks = Checks(network, keep_float32=keep_float32, seed=seed, rtol=rtol, atol=atol)
+    Checks(network, keep_float32=keep_float32, seed=seed, rtol=rtol, atol=atol)
     dtype, _ = check_options(dtype, opset, lowering)
     if backend is not None and backend not in ONNX_BACKENDS:
         raise InputError("convert", "unknown backend", got=repr(backend), expected=", ".join(ONNX_BACKENDS))
@@ -238,42 +239,67 @@ def convert(
         # Folding in the network's own half type would round its weights once more.
         working = to_precision(working, torch.float32, keep_io_types=keep_io_types)
         examples = examples if keep_io_types else examples.replaced(cast_floats(examples, torch.float32))
-    report = None
-    if fold:
-        working, report = fold_network(working, examples, dynamic=dynamic, sizes=sizes)
-    exported = export(
-        working,
-        examples,
-        dtype=dtype,
-        keep_float32=keep_float32,
-        keep_io_types=keep_io_types,
-        dynamic=dynamic,
-        opset=opset,
-        lowering=lowering,
-        function=function,
-        input_names=input_names,
-        output_names=output_names,
-        metadata=metadata,
-        sizes=sizes,
-    )
-    if exported.changed_buffers and not freeze_buffers:
+
+    def attempt(sizes: Sizes | None) -> Conversion:
+        checks = Checks(network, keep_float32=keep_float32, seed=seed, rtol=rtol, atol=atol)
+        folded, report = fold_network(working, examples, dynamic=dynamic, sizes=sizes) if fold else (working, None)
+        exported = export(
+            folded,
+            examples,
+            dtype=dtype,
+            keep_float32=keep_float32,
+            keep_io_types=keep_io_types,
+            dynamic=dynamic,
+            opset=opset,
+            lowering=lowering,
+            function=function,
+            input_names=input_names,
+            output_names=output_names,
+            metadata=metadata,
+            sizes=sizes,
+        )
+        _check_labels(labels, exported)
+        if report is not None and report.modified:
+            checks.add_folded(folded, exported.output_names, dtype_of(folded))
+        with scratch_folder() as folder:
+            path = folder / "model.onnx"
+            exported.save(path)
+            checks.add_file(path, backend)
+        return Conversion(exported, report, checks.parity(), network, function, seed)
+
+    result = _first_that_holds(attempt, sizes, narrow=dynamic is None)
+    changed = result.exported.changed_buffers
+    if changed and not freeze_buffers:
         problem = "forward changes buffers, and an ONNX file keeps nothing from one call to the next"
         fix = "pass freeze_buffers=True (--freeze-buffers), so that each call starts from their values of now"
-        raise ModelError(type(network.model).__name__, problem, got=", ".join(exported.changed_buffers), fix=fix)
+        raise ModelError(type(network.model).__name__, problem, got=", ".join(changed), fix=fix)
     if not repeats(tried, tensors):
         problem = "the network computes something else from the same input the second time"
-        fix = (
-            "an ONNX file keeps nothing from one call to the next: do not let forward change attributes of the network"
-        )
+        fix = "do not let forward change attributes of the network: an ONNX file keeps nothing from call to call"
         raise ModelError(type(network.model).__name__, problem, fix=fix)
-    _check_labels(labels, exported)
-    if report is not None and report.modified:
-        checks.add_folded(working, exported.output_names, dtype_of(working))
-    with scratch_folder() as folder:
-        path = folder / "model.onnx"
-        exported.save(path)
-        checks.add_file(path, backend)
-    return Conversion(exported, report, checks.parity(), network, function, seed)
+    return result
+
+
+def _first_that_holds(attempt: Callable[[Sizes | None], Conversion], sizes: Sizes | None, narrow: bool) -> Conversion:
+    """The conversion whose axes are dynamic; where its check breaks or it fails, one with fewer of them, if that holds.
+
+    Some operators are translated for the size of the example alone, or take no size that is not a plain number.
+    """
+    first: Conversion | ModelError
+    try:
+        first = attempt(sizes)
+        problem = "the file is wrong"
+    except ModelError as error:
+        first, problem = error, error.problem
+    if isinstance(first, ModelError) or not first:
+        for kinds in (("spatial",), ("batch", "spatial")):
+            if narrow and sizes is not None and sizes.kinds & set(kinds):
+                with suppress(ModelError):
+                    if result := attempt(sizes.fixed(kinds, f"at others {problem}")):
+                        return result
+    if isinstance(first, ModelError):
+        raise first
+    return first
 
 
 def _image(

@@ -84,6 +84,7 @@ class EagerRunner(Runner):
                     result = self._network(*by_position, **named)
                     # Copies, for what is returned may be a buffer.
                     leaves = [x.clone() if isinstance(x, Tensor) else x for x in tensors_of(result)]
+                    arrays = [_to_array(leaf) for leaf in leaves]
                 finally:
                     for module, name, buffer, value in self._buffers:
                         module._buffers[name] = buffer.copy_(value)
@@ -93,7 +94,6 @@ class EagerRunner(Runner):
             problem, fix = f"the network raised {type(error).__name__}: {error}", "feed shapes that the network accepts"
             shapes = {name: value.shape for name, value in feeds.items()}
             raise ModelError("EagerRunner.infer", problem, got=shapes, fix=fix) from error
-        arrays = [_to_array(leaf) for leaf in leaves]
         if not self._named:
             self.output_names = tuple(f"output_{i}" for i in range(len(arrays)))
         elif len(arrays) != len(self.output_names):

@@ -121,7 +121,7 @@ class _Comparison:
         return [*_STEPS, *((int(size * share) - size) // step for share in _SHARES), *near]
 
     def _agrees(self, shapes: _Shapes) -> bool | None:
-        """Whether the trace computes what the network does there; None where one of them refuses these sizes."""
+        """Whether the trace computes what the network does there; None where the network refuses these sizes."""
         examples = self.examples
         for axis in range(max(map(len, shapes))):
             examples = examples.replaced(
@@ -132,10 +132,12 @@ class _Comparison:
         with torch.no_grad(), torch.random.fork_rng(devices=[]), quiet(), redirect_stderr(io.StringIO()):
             try:
                 want = tensors_of(examples.run(disposable_copy(self.model)))
-                got = tensors_of(examples.run(disposable_copy(self._traced)))
-            except Exception:  # whatever its type, it is no wrong number
+            except Exception:  # of any type
                 return None
-        return alike(got, want, _RTOL)
+            try:
+                return alike(tensors_of(examples.run(disposable_copy(self._traced))), want, _RTOL)
+            except Exception:
+                return False
 
     @cached_property
     def _traced(self) -> nn.Module:

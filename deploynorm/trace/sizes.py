@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -27,6 +27,7 @@ class Sizes:
 
     shapes: tuple[Shape, ...]  # of the examples
     groups: tuple[Mapping[Place, int], ...]  # axes that vary together, each with its growth by one step
+    reason: str = ""  # why axes were left out that the network itself would change
 
     @property
     def places(self) -> frozenset[Place]:
@@ -48,6 +49,11 @@ class Sizes:
             if i == position
         }
         return tuple(map(known.get, range(len(shape))))
+
+    def fixed(self, kinds: Collection[str], reason: str) -> Sizes:
+        """The same without axes of these kinds."""
+        groups = [{place: n for place, n in group.items() if axis_kind(place[1]) not in kinds} for group in self.groups]
+        return replace(self, groups=tuple(group for group in groups if group), reason=reason)
 
     def notes(self, dynamic: Collection[Place], names: Sequence[str]) -> list[str]:
         """What limits the sizes of a file in which these axes are dynamic, and whose inputs have these names."""
@@ -76,8 +82,8 @@ class Sizes:
         spatial = [(i, axis) for i, shape in enumerate(self.shapes) for axis in range(2, len(shape))]
         if spatial and self.places.isdisjoint(spatial):
             varied = "only the batch was varied" if "batch" in self.kinds else "no size was varied"
-            letters = self._letters(spatial)
-            notes.append(f"{varied}, since the network refuses every other {_joined(letters)} that was tried")
+            refused = f"the network refuses every other {_joined(self._letters(spatial))} that was tried"
+            notes.append(f"{varied}, since {self.reason or refused}")
         return notes
 
     def _letters(self, places: Iterable[Place]) -> list[str]:
