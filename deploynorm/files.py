@@ -62,6 +62,9 @@ def staging(target: Path, *, inputs: Iterable[Path] = (), companions: Collection
             _write_into(target, staged)
             return
         moves = [(path, Path(os.path.realpath(parent / path.name))) for path in staged]
+        for _, final in moves:
+            if is_stream(final):
+                raise OSError(f"{final} is a pipe or device, and belongs to {target.name}")
         for index, (path, final) in enumerate(moves):
             if final.parent != Path(os.path.realpath(parent)):  # a link leads there, perhaps to another disk
                 near = folders.enter_context(scratch_folder(final.parent)) / final.name

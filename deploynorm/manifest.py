@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ def check_unchanged(path: Path, *, accept: bool = False) -> None:
         ModelError: They differ, or the manifest cannot be read.
     """
     _, manifest = onnx_companions(path)
-    if not manifest.exists():
+    if not os.path.lexists(manifest):
         return
     try:
         for file, expected in _hashes(manifest, path).items():
@@ -41,9 +42,14 @@ def check_unchanged(path: Path, *, accept: bool = False) -> None:
 def _hashes(manifest: Path, path: Path) -> dict[Path, str]:
     """The files that the manifest has hashes of; the ONNX file may have another name now."""
     try:
-        content: Any = json.loads(manifest.read_text(encoding="utf-8")) if manifest.is_file() else None
+        if not manifest.is_file():
+            raise OSError("it is no file")
+        content: Any = json.loads(manifest.read_text(encoding="utf-8"))
         onnx = content["onnx"]
         hashes, data = {path: onnx["sha256"]}, onnx["external_data"]
+        weights, _ = onnx_companions(path)
+        if data is None and weights.exists():
+            raise ValueError(f"it has no hash of {weights.name}")
         if data is not None:
             hashes[path.with_name(data["file"])] = data["sha256"]  # with_name refuses what is not beside it
         if all(isinstance(value, str) for value in hashes.values()):

@@ -12,7 +12,7 @@ from deploynorm.errors import InputError, ModelError
 _KEYS = ("state_dict_ema", "model_ema", "state_dict", "model", "module", "ema")
 """Where weights are, in the order in which timm takes them: an average before the weights that it is of."""
 
-_DEPTH = 2
+_DEPTH = 3
 
 
 def check_dicts(content: Any, where: str) -> None:

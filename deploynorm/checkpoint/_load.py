@@ -18,7 +18,7 @@ from deploynorm.checkpoint._factory import build, current_directory_on_path
 from deploynorm.checkpoint._find import check_dicts, find_weights
 from deploynorm.checkpoint._own import is_own_format, outline, unpacked
 from deploynorm.checkpoint._state import check_finite, load_strictly
-from deploynorm.errors import ModelError
+from deploynorm.errors import InputError, ModelError
 from deploynorm.files import as_path
 from deploynorm.image import ImageSpec
 from deploynorm.trace import Forward, unwrapped
@@ -96,6 +96,11 @@ def load(
         BackendError: It is a .safetensors file, and the package safetensors is not installed.
     """
     path = as_path("load", path)
+    texts: dict[str, object] = {"factory": factory, "key": key, "strip_prefix": strip_prefix}
+    if wrong := [name for name, value in texts.items() if not (value is None or isinstance(value, str))]:
+        raise InputError("load", f"{wrong[0]} is no text", got=repr(texts[wrong[0]]))
+    if not (kwargs is None or isinstance(kwargs, Mapping)):
+        raise InputError("load", "kwargs are no dict by names of arguments", got=repr(kwargs))
     where = str(path)
     data = _read(path)
     found = partial(Checkpoint, path=path, sha256=hashlib.sha256(data).hexdigest())

@@ -16,6 +16,7 @@ from deploynorm.checkpoint._find import is_extra_state, is_state_dict
 from deploynorm.errors import InputError, ModelError
 from deploynorm.files import as_path, staging
 from deploynorm.image import ImageSpec
+from deploynorm.trace import check_network
 
 _FORMAT = "deploynorm"
 _REQUIRED = ("format", "factory", "kwargs", "state_dict")
@@ -62,6 +63,12 @@ def save(
     """
     path = as_path("save", path)
     where = f"save {path}"
+    check_network(model)
+    given = {"kwargs": (kwargs, Mapping), "image": (image, ImageSpec), "training": (training, Mapping)}
+    for option, (value, expected) in given.items():
+        if not (value is None or isinstance(value, expected)):
+            problem = f"{option} is of another type"
+            raise InputError(where, problem, got=type(value).__name__, expected=expected.__name__)
     if is_own(factory):
         check_own(factory, where)
     else:

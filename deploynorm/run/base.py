@@ -75,6 +75,8 @@ def check_feeds(where: str, specs: Sequence[TensorSpec], feeds: Mapping[str, npt
     Two dimensions of one symbolic name must be equal.
     """
     names = [spec.name for spec in specs]
+    if not isinstance(feeds, Mapping):
+        raise InputError(where, "no dict of arrays by names of inputs", got=type(feeds).__name__, expected=names)
     missing = [name for name in names if name not in feeds]
     unknown = [name for name in feeds if name not in names]
     if missing or unknown:

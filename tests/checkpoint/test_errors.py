@@ -396,3 +396,23 @@ def test_an_archive_of_training_says_so_with_the_node(
     torch.export.save(program.run_decompositions() if decomposed else program, path)
     with pytest.raises(ModelError, match=message):
         load(path)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"kwargs": 5}, "kwargs are no dict"),
+        ({"key": ["a"]}, "key is no text"),
+        ({"strip_prefix": 5}, "strip_prefix is"),
+    ],
+)
+def test_options_of_other_types_are_refused(options: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=f"load: {message}"):
+        load(tmp_path / "model.pt", **options)
+
+
+@pytest.mark.parametrize("options", [{"model": None}, {"image": 5}, {"training": 5}, {"kwargs": 5}])
+def test_what_cannot_be_saved_is_refused(options: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(InputError):
+        save(tmp_path / "model.pt", **{"factory": "nets:net", "model": nn.ReLU(), "kwargs": {}} | options)
+    assert not [*tmp_path.iterdir()]

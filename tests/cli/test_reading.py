@@ -106,6 +106,17 @@ def test_weights_in_a_file_of_their_own_are_compared(small: Callable, refused: C
     np.save("x.npy", np.zeros((1, 3, 12, 12), np.float32))
     deploynorm("run", "weights.onnx", "x.npy")
     (weights,) = Path().glob("weights.onnx*data")
+    manifest = Path("weights.deploynorm.json")
+    record = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps(record | {"onnx": record["onnx"] | {"external_data": None}}))
+    refused(
+        2,
+        "cannot be read as a manifest: ValueError: it has no hash of weights.onnx.data",
+        "run",
+        "weights.onnx",
+        "x.npy",
+    )
+    manifest.write_text(json.dumps(record))
     data = bytearray(weights.read_bytes())
     data[8] ^= 1
     weights.write_bytes(data)

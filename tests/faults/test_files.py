@@ -154,6 +154,13 @@ def test_a_fifo_gets_the_bytes_and_stays_one(tmp_path: Path) -> None:
     assert [path.is_fifo() for path in tmp_path.iterdir()] == [True]
 
 
+def test_a_fifo_in_the_place_of_a_companion_is_not_replaced(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "net.onnx.data")
+    with pytest.raises(InputError, match=r"net\.onnx\.data is a pipe or device"):
+        write_three(tmp_path / "net.onnx", "text")
+    assert [path.name for path in tmp_path.iterdir()] == ["net.onnx.data"]
+
+
 def test_a_fifo_takes_one_file(tmp_path: Path) -> None:
     fifo = tmp_path / "net.onnx"
     os.mkfifo(fifo)
