@@ -23,7 +23,7 @@ import pytest
 import torch
 from cuda_kernels import CudaKernel
 from emulated import build_kernels
-from unoptimized import unoptimized_kernels
+from unoptimized import unoptimized, unoptimized_kernels
 
 from deploynorm import libraries
 from deploynorm.errors import BackendError
@@ -179,6 +179,13 @@ def compile_library(require: Callable[[str], None], tmp_path: Path) -> Callable[
         return folder / name
 
     return compile_library
+
+
+@pytest.fixture(scope="session")
+def unoptimized_compiler(require: Callable[[str], None], build_once: Callable[..., Path]) -> str:
+    """For CXX, where the speed of what is built does not matter."""
+    require("compiler")
+    return str(build_once("unoptimized", unoptimized) / "compiler")
 
 
 @pytest.fixture(scope="session")

@@ -10,13 +10,24 @@ import pytest
 
 from deploynorm import libraries
 
+_COMPILER = """#!/bin/sh
+case "$*" in
+*" -c {sources}/"*)
+    for word; do test "$before" != -o || object=$word; before=$word; done
+    kept=$0-$(echo "$*" | md5sum | cut -c1-32).o
+    exec 9> "$kept.lock" && flock 9 || exit
+    if test -e "$kept"; then cp "$kept" "$object"; exit; fi
+    {compiler} "$@" -O0 && cp "$object" "$kept.new" && mv "$kept.new" "$kept" ;;
+*) exec {compiler} "$@" -O0 ;;
+esac
+"""
 
-def unoptimized(folder: Path) -> str:
-    """A C++ compiler, as $CXX takes it, that does not optimize."""
-    script = folder / "unoptimized"
-    script.write_text(f'#!/bin/sh\nexec {libraries.find_tools().compiler} "$@" -O0\n')
+
+def unoptimized(folder: Path) -> None:
+    """Puts `compiler` there, a C++ compiler that does not optimize, and compiles each of our sources once."""
+    script = folder / "compiler"
+    script.write_text(_COMPILER.format(compiler=libraries.find_tools().compiler, sources=libraries.source_folder()))
     script.chmod(0o755)
-    return str(script)
 
 
 @contextmanager

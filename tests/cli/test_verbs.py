@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 from tolerances import FOLD_FLOAT32, OP_FLOAT32
-from unoptimized import unoptimized
 
 from deploynorm import checkpoint, libraries
 
@@ -133,10 +132,9 @@ def test_plugins_path_prints_the_path_alone(deploynorm: Callable) -> None:
 @pytest.mark.slow
 @pytest.mark.usefixtures("without_library")
 def test_plugins_build_makes_what_path_prints(
-    deploynorm: Callable, require: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    deploynorm: Callable, unoptimized_compiler: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    require("compiler")
-    monkeypatch.setenv("CXX", unoptimized(tmp_path))
+    monkeypatch.setenv("CXX", unoptimized_compiler)
     deploynorm("plugins", "path", code=3)
     deploynorm("plugins", "build", "--json", "build.json")
     library = Path(json.loads(Path("build.json").read_text())["library"])

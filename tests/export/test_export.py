@@ -419,10 +419,11 @@ def test_opset_that_torch_did_not_reach_is_refused(net: Net, monkeypatch: pytest
 
 @pytest.mark.slow
 def test_exported_mabn_net_has_exactly_the_nodes_of_the_folded_bn_net() -> None:
+    """Of one block of each width; tests/parity has the shipped ResNet-20."""
     x = (_image(2, 1, 28, 28),)
     sequences = {}
     for norm in ("mabn", "bn"):
-        network = mabn_resnet.resnet20(in_channels=1, norm=norm).eval()
+        network = mabn_resnet.ResNet(mabn_resnet.BasicBlock, (1, 1, 1), 16, "small", 10, 1, norm).eval()
         folded, report = fold(network, x)
         assert not report.with_outcome("not foldable")
         assert not report.with_outcome("affine")

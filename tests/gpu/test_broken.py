@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -65,11 +65,9 @@ def check(library):
 """
 
 
-@pytest.fixture(scope="module")
-def found(
+def test_the_emulation_finds_every_fault_and_nothing_without_one(
     emulated_library: Path, require: Callable[[str], None], build_once: Callable[..., Path]
-) -> Mapping[str, bool]:
-    """In which of BROKEN something is found, and in the kernels as they are: "none"."""
+) -> None:
     require("compiler")
 
     def build(folder: Path) -> None:
@@ -79,13 +77,5 @@ def found(
     folder = build_once("broken", build)
     libraries = {fault: folder / str(number) / "libemulated.so" for number, fault in enumerate(BROKEN)}
     libraries["none"] = emulated_library
-    return dict(zip(libraries, find_faults(list(libraries.values()), _CHECK), strict=True))
-
-
-@pytest.mark.parametrize("fault", BROKEN)
-def test_the_emulation_finds(fault: str, found: Mapping[str, bool]) -> None:
-    assert found[fault]
-
-
-def test_without_a_fault_nothing_is_found(found: Mapping[str, bool]) -> None:
-    assert not found["none"]
+    found = dict(zip(libraries, find_faults(list(libraries.values()), _CHECK), strict=True))
+    assert found == dict.fromkeys(BROKEN, True) | {"none": False}

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from unoptimized import unoptimized
 
 from deploynorm import libraries
 from deploynorm.errors import BackendError
@@ -29,11 +28,10 @@ def empty_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def compiler(require: Callable[[str], None], build_once: Callable[..., Path]) -> Iterator[None]:
-    """CMake and a C++ compiler, without which nothing can be built, for this module the one of `unoptimized`."""
-    require("compiler")
+def compiler(unoptimized_compiler: str) -> Iterator[None]:
+    """CMake and a C++ compiler, without which nothing can be built."""
     with pytest.MonkeyPatch.context() as patched:
-        patched.setenv("CXX", str(build_once("unoptimized", unoptimized) / "unoptimized"))
+        patched.setenv("CXX", unoptimized_compiler)
         yield
 
 

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from unoptimized import unoptimized
 
 from deploynorm import libraries
 from deploynorm.errors import BackendError
@@ -147,10 +146,9 @@ def test_a_compiler_that_makes_nothing_is_found_out(
 
 @pytest.mark.slow
 def test_a_build_leaves_the_hashes_of_what_it_made(
-    require: Callable[[str], None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    unoptimized_compiler: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    require("compiler")
-    monkeypatch.setenv("CXX", unoptimized(tmp_path))
+    monkeypatch.setenv("CXX", unoptimized_compiler)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     built = libraries.build()
     sums = dict(reversed(line.split()) for line in (built.library.parent / SUMS).read_text().splitlines())
