@@ -13,6 +13,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from fractions import Fraction
+from functools import cached_property
 from math import prod
 from pathlib import Path
 from typing import Literal
@@ -71,16 +72,16 @@ def from_layout(y: Array, layout: Layout, shape: tuple[int, ...]) -> Array:
 
 
 class CudaKernel:
-    """The library's kernels.
-
-    Attributes:
-        variants: Names of all that there are.
-    """
+    """The library's kernels."""
 
     def __init__(self, library: Path, device: Literal["cpu", "cuda"]) -> None:
         self.device = device
         self.functions = open_kernels(library)
-        self.variants = variant_names(self.functions.deploynorm_cuda_variants())
+
+    @cached_property
+    def variants(self) -> Sequence[str]:
+        """Names of all that there are; the forward kernels have the list."""
+        return variant_names(self.functions.deploynorm_cuda_variants())
 
     def workspace_bytes(self, call: Forward | Backward) -> int:
         forward = isinstance(call, Forward)
