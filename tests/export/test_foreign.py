@@ -146,8 +146,9 @@ def test_every_form_of_frn_is_found_and_nothing_that_looks_like_it(opset: int, d
     assert sorted(set(found(loose_frn(graph)))) == sorted(set(FRN) & set(forms))
 
 
-def test_every_form_of_mabn_is_found_and_nothing_that_looks_like_it() -> None:
-    net = Network(FRN | OTHERS | MABN | AFFINE).eval()
+@pytest.mark.parametrize("others", [pytest.param(FRN | OTHERS | AFFINE, marks=pytest.mark.slow, id="all"), {}])
+def test_every_form_of_mabn_is_found_and_nothing_that_looks_like_it(others: dict[str, Any]) -> None:
+    net = Network(others | MABN).eval()
     assert found(loose_mabn(trace(net, EXAMPLE, "none"))) == list(MABN)
     folded, report = fold(net, EXAMPLE)
     assert [(change.name, change.outcome) for change in report.changes] == [

@@ -135,6 +135,7 @@ def test_checkpointing_finds_the_right_step_again_beside_zeros_and_nan() -> None
 
 
 @COMPILED
+@pytest.mark.slow
 def test_a_compiled_network_trains_as_an_eager_one_on_any_sizes_without_being_compiled_again() -> None:
     net = small_net()
     torch.compiler.reset()

@@ -415,8 +415,13 @@ def _exported(name: str, **options: object) -> ir.Model:
     return export(network, [torch.randn(2, 3, 20, 26)], **options).model
 
 
+LONG = ("ResNet", "MobileNetV2")
+
+
 @pytest.mark.parametrize("dynamic", [pytest.param("none", marks=pytest.mark.slow), "all"])
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in LONG else name for name in NETWORKS]
+)
 def test_network_keeps_one_reorder(name: str, dynamic: str) -> None:
     model = _exported(name, dynamic=dynamic)
     result = optimize_for_cpu(model)
