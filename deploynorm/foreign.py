@@ -9,7 +9,7 @@ Only a line for the user comes of it. It asks what is normalised by what, whatev
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import onnx_ir as ir
@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 _NAMED = 3  # layers that a note names
 
-_RESHAPED = {"Cast", "Expand", "Flatten", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"}
+_VIEWS = {"Cast", "Expand", "Flatten", "Identity", "Reshape", "Squeeze", "Unsqueeze"}
+_RESHAPED = {*_VIEWS, "Transpose"}
 _EXPONENTS = {"Sqrt": 0.5, "Reciprocal": -1.0}
 _SHIFTED = {"Add", "Clip", "Max"}  # an epsilon, however it is put
 _OF_SQUARES = {"ReduceSumSquare": 1.0, "ReduceL2": 0.5}  # mean(x^2) to which power, of x itself
@@ -77,6 +78,9 @@ def _is_frn(node: ir.Node) -> bool:
         square = _behind(x).producer()
         if square is None or not _is_square(square) or (x := _input(square, 0)) is None:
             return False
+        size = x.producer()
+        if size is not None and size.op_type == "Abs" and (of := _input(size, 0)) is not None:
+            x = of
     x = _scaled(x)
     return not _is_centred(x) and _divides(x, node, axes)
 
@@ -126,7 +130,11 @@ def _reduced(node: ir.Node, value: ir.Value) -> frozenset[int] | None:
         return frozenset(range(2, rank)) if shape is not None and all(size == 1 for size in shape[2:]) else None
     attribute, given = _attribute(node, "axes"), _input(node, 1)
     axes = attribute if isinstance(attribute, Sequence) else [] if given is None else _numbers(given)
-    map_rank = _rank(_behind(value))
+    before = _behind(value, _VIEWS)
+    square = before.producer()
+    if square is not None and _is_square(square) and (x := _input(square, 0)) is not None:
+        before = _behind(x, _VIEWS)
+    map_rank = _rank(before)
     if rank == 3 and map_rank >= 4 and set(axes) in ({2}, {-1}):  # of a view (N, C, H * W)
         return frozenset(range(2, map_rank))
     return frozenset(int(axis) + rank if axis < 0 else int(axis) for axis in axes) or None
@@ -154,9 +162,9 @@ def _is_centred(x: ir.Value) -> bool:
     return mean_of is not None and mean_of.op_type in _REDUCTIONS
 
 
-def _behind(value: ir.Value) -> ir.Value:
+def _behind(value: ir.Value, through: Collection[str] = _RESHAPED) -> ir.Value:
     """The value that this one is a view or a cast of."""
-    while (node := value.producer()) is not None and node.op_type in _RESHAPED and (x := _input(node, 0)) is not None:
+    while (node := value.producer()) is not None and node.op_type in through and (x := _input(node, 0)) is not None:
         value = x
     return value
 

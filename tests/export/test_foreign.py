@@ -48,6 +48,11 @@ def by_view(layer: Layer, x: Tensor) -> Tensor:
     return tlu(layer, x / (mean + layer.eps.abs()).sqrt())
 
 
+def squared_in_a_view(layer: Layer, x: Tensor) -> Tensor:
+    mean = x.view(x.shape[0], x.shape[1], -1).pow(2).mean(-1).view(x.shape[0], x.shape[1], 1, 1)
+    return tlu(layer, x / (mean + layer.eps.abs()) ** 0.5)
+
+
 def channels_last(layer: Layer, x: Tensor) -> Tensor:
     x = x.permute(0, 2, 3, 1)
     return (x * torch.rsqrt(x.square().mean((1, 2), keepdim=True) + 1e-6)).permute(0, 3, 1, 2)
@@ -66,6 +71,8 @@ FRN: Mapping[str, Map] = {
     "channels last": channels_last,
     "in float32": lambda _, x: (x.double() / (x.double().pow(2).mean((2, 3), True) + 1e-6).sqrt()).float(),
     "clamped": lambda _, x: x / x.pow(2).mean((2, 3), True).clamp_min(1e-6).sqrt(),
+    "squared in a view": squared_in_a_view,
+    "an absolute value": lambda _, x: x * torch.rsqrt((x.abs() ** 2).mean((2, 3), True) + 1e-6),
     "rms_norm": lambda _, x: nn.functional.rms_norm(x, (8, 8)),
 }
 
@@ -87,6 +94,9 @@ OTHERS: Mapping[str, Map] = {
     "of channels": lambda _, x: x * torch.rsqrt(x.pow(2).mean(1, keepdim=True) + 1e-6),
     "of channels too": lambda _, x: x * torch.rsqrt(x.pow(2).mean((1, 2, 3), keepdim=True) + 1e-6),
     "of rows": lambda _, x: x * torch.rsqrt(x.pow(2).mean(3, keepdim=True) + 1e-6),
+    "of tokens by hand": lambda _, x: (
+        (t := x.flatten(2).transpose(1, 2)) * torch.rsqrt(t.pow(2).mean(-1, keepdim=True) + 1e-6)
+    ),
     "of tokens": lambda _, x: nn.functional.rms_norm(x.flatten(2).transpose(1, 2), (8,)),
     "a unit vector": lambda _, x: nn.functional.normalize(x.flatten(2), dim=2).view_as(x),
     "the square is another's": lambda self, x: x * torch.rsqrt((x + self.tau).pow(2).mean((2, 3), True) + 1e-6),
