@@ -270,7 +270,7 @@ def convert(
     result = _first_that_holds(attempt, sizes, narrow=dynamic is None)
     changed = result.exported.changed_buffers
     if changed and not freeze_buffers:
-        problem = "forward changes buffers, and an ONNX file keeps nothing from one call to the next"
+        problem = "forward changes buffers or parameters, and an ONNX file keeps nothing from one call to the next"
         fix = "pass freeze_buffers=True (--freeze-buffers), so that each call starts from their values of now"
         raise ModelError(type(network.model).__name__, problem, got=", ".join(changed), fix=fix)
     if not repeats(tried, tensors):

@@ -35,6 +35,8 @@ def check_files(given: Mapping[str, Any]) -> None:
     read, written = ([value for name in names if (value := given.get(name))] for names in (_READ, _WRITTEN))
     texts = [text for value in read for text in (value if isinstance(value, list) else [value])]
     inputs = [Path(parse_named_file(str(text))[1]) for text in texts]
+    if factory := given.get("factory"):
+        inputs.append(Path(f"{factory.partition(':')[0].replace('.', '/')}.py"))  # looked for in this folder first
     check_outputs(_with_companions(written), _with_companions(inputs))
 
 

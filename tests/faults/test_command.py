@@ -51,6 +51,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 OVERWRITING = [
     "export m.pt2 -o m.pt2",
+    "export m.pt2 --factory nets:build -o nets.py",
     "fold m.pt2 -o ./m.pt2",
     "export m.pt2 -o new.onnx --json m.pt2",
     "export m.pt2 -o new.onnx --json new.onnx",
