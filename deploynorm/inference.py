@@ -212,13 +212,16 @@ def _feeds(files: Sequence[str], runner: Runner, image: ImageSpec | None) -> Ite
     """What to run: each image on its own, or all files together where one is an array or has a name."""
     if not runner.inputs:
         raise InputError("run", "the model has no inputs, so that no file can be fed", got=", ".join(files))
-    first = runner.inputs[0].name
     named = [parse_named_file(text) for text in files]
+    inputs = [spec.name for spec in runner.inputs]
+    if unknown := [name for name, _ in named if name and name not in inputs]:
+        problem, expected = f"the model has no input {unknown[0]!r}", ", ".join(inputs)
+        raise InputError("run", problem, got=", ".join(files), expected=expected)
     if not any(name or Path(text).suffix in _ARRAY_ENDINGS for name, text in named):
-        return [(text, _read(text, first, image)) for _, text in named]
+        return [(text, _read(text, inputs[0], image)) for _, text in named]
     feeds: dict[str, _Array] = {}
     for name, text in named:
-        found = _read(text, name or first, image)
+        found = _read(text, name or inputs[0], image)
         if twice := sorted(set(found) & set(feeds)):
             problem = f"two files for input {twice[0]!r}"
             raise InputError("run", problem, got=", ".join(files), fix="name them: NAME=FILE")
@@ -228,7 +231,9 @@ def _feeds(files: Sequence[str], runner: Runner, image: ImageSpec | None) -> Ite
 
 def _read(path: str, name: str, image: ImageSpec | None) -> dict[str, _Array]:
     """The arrays of a file by input: those of an .npz by their own names, any other under the name given."""
-    if Path(path).exists() and not Path(path).is_file():  # a fifo would be waited for
+    if not Path(path).exists():
+        raise InputError(f"input {path}", "no such file", fix="check the path")
+    if not Path(path).is_file():  # a fifo would be waited for
         raise InputError(f"input {path}", "not a regular file", fix="pass a .npy, .npz or image file")
     if Path(path).suffix not in _ARRAY_ENDINGS:
         if image is None:

@@ -6,6 +6,7 @@ import copy
 import functools
 import importlib
 import importlib.util
+import logging
 import os
 import shutil
 import subprocess
@@ -16,7 +17,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import compiled
 import pytest
@@ -65,6 +66,10 @@ def pytest_configure(config: pytest.Config) -> None:
         "MPLCONFIGDIR", str(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "matplotlib")
     )
     os.environ["XDG_CACHE_HOME"] = folder
+    # pytest listens to every logger that passes nothing on; for a listener torch writes out each graph that it traces.
+    graphs: Any = logging.getLogger("torch.__trace")
+    graphs.handlers.clear()
+    graphs.addHandler = lambda handler: None
     if "PYTEST_XDIST_WORKER" in os.environ:
         os.environ.setdefault("OMP_NUM_THREADS", "1")
         torch.set_num_threads(1)

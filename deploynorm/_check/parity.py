@@ -99,6 +99,8 @@ def check_file(
         seed: Of the random inputs.
         rtol, atol: See `deploynorm.check`.
     """
+    if str(model).endswith(".onnx") and not str(path).endswith(".onnx"):
+        raise InputError("check", "the network comes first, and the ONNX file second", got=f"{model} and {path}")
     file = OnnxFile.read(path)
     check_unchanged(Path(path), accept=accept_changed)
     network = Network.of(model, example_inputs, **reading)

@@ -34,7 +34,7 @@ class FoldReport(LayerReport):
             counts = (*(outcomes[outcome] for outcome in get_args(Outcome)), found - outcomes.total())
             rows.append((kind, found, *(count or "-" for count in counts)))
         if not rows:
-            return "Layers: none that can be folded"
+            return "Layers: none that can be folded; an archive (.pt2) has none, and its operators fold in the export"
         columns = ("layer", "found", "folded", "kept as affine", "not foldable", "unchanged")
         parts = [table("Layers", columns, rows)]
         shown = self.changes if verbose else [change for change in self.changes if change.outcome != "folded"]

@@ -143,6 +143,9 @@ def _operator(value: Any, field: str) -> str:
     name = str(value)
     if _ARITHMETIC.fullmatch(name):
         return name
+    if name == "torch.ops.higher_order.wrap_with_set_grad_enabled":
+        fix = "call model.eval() before torch.export.export; where forward has torch.no_grad() itself, leave it out"
+        raise RefusedError("the program switches gradients off inside, as layers in training mode do", fix=fix)
     parts = re.fullmatch(r"torch\.ops\.(aten|prims|deploynorm)\.(\w+)\.(\w+)", name, re.ASCII)
     if parts is None:
         raise RefusedError("the program calls a function that is not an ATen or deploynorm operator", name)

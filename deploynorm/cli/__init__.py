@@ -19,7 +19,7 @@ from typing import Any, Final, NoReturn
 import deploynorm
 from deploynorm.cli import build, check, doctor, export, fold, inspect, options, plugins, rewrite, run
 from deploynorm.cli.terminal import Terminal, steady_output
-from deploynorm.errors import DeployNormError
+from deploynorm.errors import DeployNormError, InputError
 from deploynorm.packages import naming_missing_packages
 
 __all__ = ["main"]
@@ -57,6 +57,8 @@ def _main(arguments: Sequence[str] | None) -> int:
             warnings.showwarning = lambda message, *_, **__: print(message, file=sys.stderr)  # without its line of code
             if ending is not None and given["output"] is None:
                 given["output"] = given["model"].with_suffix(ending)
+                if given["output"] == given["model"]:
+                    raise InputError(str(given["model"]), f"ends in {ending} already, as what {verb} writes does")
             options.check_files(given)
             for name, parse in options.PARSED.items():
                 if name in given:

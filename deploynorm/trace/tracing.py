@@ -163,6 +163,10 @@ def _export(model: nn.Module, examples: Examples, places: Collection[Place], kin
             fix = "name the axes of the same size in the other inputs too, or leave the choice out"
         else:
             problem = f"torch.export cannot trace the network: {type(error).__name__}: {first_line(error)}"
+            types = {x.dtype for x in (*model.parameters(), *examples) if x.is_floating_point()}
+            if len(types) > 1:
+                problem += "; the network and its inputs are of several types: "
+                problem += ", ".join(sorted(str(each).removeprefix("torch.") for each in types))
             fix = "check the input shape first; control flow that depends on values has to go (torch.cond, torch.where)"
             if places:
                 fix += "; what depends on sizes may pass with dynamic='none' (--dynamic none), which fixes them all"

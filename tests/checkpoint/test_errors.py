@@ -22,6 +22,7 @@ from torch.nn.utils import parametrizations
 
 from deploynorm.checkpoint import load, save
 from deploynorm.errors import InputError, ModelError
+from deploynorm.layers import MABN2d
 from deploynorm.models import frn_resnet
 from deploynorm.models.frn_resnet import resnet20
 
@@ -385,8 +386,9 @@ def test_a_pickle_of_more_tensors_than_any_network_has_is_refused(
             False,
             r"_weight_norm(_interface)? \(node \w+\)\. Fix: call .*remove",
         ),
+        (MABN2d(3), False, r"switches gradients off inside, as layers in training mode do. Fix: call model.eval\(\)"),
     ],
-    ids=["batch norm", "instance norm", "weight norm"],
+    ids=["batch norm", "instance norm", "weight norm", "MABN"],
 )
 def test_an_archive_of_training_says_so_with_the_node(
     tmp_path: Path, layer: nn.Module, decomposed: bool, message: str

@@ -150,3 +150,11 @@ def test_a_file_that_was_renamed_with_its_manifest_is_the_same(
     shutil.move("frn.onnx", "net.onnx")
     shutil.move("frn.deploynorm.json", "net.deploynorm.json")
     deploynorm("run", "net.onnx", "x.npy")
+
+
+def test_files_in_the_place_of_others_are_named(
+    frn_pt: Path, export: Callable, refused: Callable, deploynorm: Callable
+) -> None:
+    export(frn_pt)
+    refused(2, "the network comes first, and the ONNX file second", "check", "frn.onnx", str(frn_pt))
+    refused(2, "frn.onnx: ends in .onnx already", "export", "frn.onnx")

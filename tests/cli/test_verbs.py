@@ -84,7 +84,8 @@ def test_run_takes_arrays_and_writes_outputs(frn_pt: Path, deploynorm: Callable,
 
 RUN_REFUSED = {
     "array of the wrong rank": (["wrong.npy"], "wrong rank"),
-    "array file that is not there": (["none.npy"], "not an array file"),
+    "array file that is not there": (["none.npy"], "no such file"),
+    "input of another name": (["other=none.npy"], "the model has no input 'other'"),
     "file that is no image": (["frn.deploynorm.json"], "not an image"),
     "two files for one input": (["wrong.npy", "shoe.png"], "two files for input 'x'"),
     "eager on an ONNX file": (["shoe.png", "--backend", "eager"], "not an ONNX file"),

@@ -373,7 +373,7 @@ def test_report_reads_and_serialises() -> None:
     assert json.loads(json.dumps(report.to_dict()))["changes"][1] == {
         "name": "1", "kind": "MABN2d", "outcome": "folded", "became": "Identity", "detail": "into 0",
     }  # fmt: skip
-    assert str(fold(nn.ReLU(), torch.randn(2, 3)).report) == "Layers: none that can be folded"
+    assert str(fold(nn.ReLU(), torch.randn(2, 3)).report).startswith("Layers: none that can be folded")
 
 
 @pytest.mark.parametrize(("inputs", "problem"), [((), "no example inputs"), (([1, 2],), "input 0 is not a tensor")])
