@@ -333,7 +333,7 @@ def test_a_network_that_works_in_place_leaves_the_example_as_it_is() -> None:
 
 def test_inputs_of_another_type_than_the_network_are_named() -> None:
     with pytest.raises(ModelError, match="the network and its inputs are of several types: float16, float32"):
-        export(Base().half(), X)
+        export(nn.Conv2d(3, 4, 3).half(), X)
 
 
 class Cached(Base):
