@@ -25,7 +25,8 @@ from typing import IO, Final
 
 from deploynorm.errors import InputError
 
-_NAME_BYTES = 255
+NAME_BYTES: Final = 255
+"""What disks take in the name of a file."""
 
 _PREFIX: Final = ".deploynorm-scratch-"
 _PATIENCE: Final = 60
@@ -86,8 +87,8 @@ def as_path(where: str, given: object) -> Path:
     if not isinstance(text, str) or "\0" in text or not Path(text).name:
         expected = "a path, such as 'model.onnx'"
         raise InputError(where, "that is no path of a file", got=repr(given)[:80], expected=expected)
-    if len(os.fsencode(Path(text).name)) > _NAME_BYTES:
-        problem = f"the name of the file is longer than the {_NAME_BYTES} bytes that a disk takes"
+    if len(os.fsencode(Path(text).name)) > NAME_BYTES:
+        problem = f"the name of the file is longer than the {NAME_BYTES} bytes that a disk takes"
         raise InputError(where, problem, got=f"{Path(text).name[:40]}...")
     return Path(text)
 

@@ -56,6 +56,16 @@ class Parity:
     def __bool__(self) -> bool:
         return bool(self.reports) and all(self.reports)
 
+    @property
+    def holds_first(self) -> bool:
+        """Whether each check holds on its first sample, which has the sizes of the example."""
+        return all(
+            each.ok
+            for report in self.reports
+            for each in report.comparisons
+            if each.sample == report.comparisons[0].sample
+        )
+
     def tables(self, verbose: bool = False) -> str:
         """The table of errors, of the worst sample or with `verbose` of all, and what explains a broken check."""
         parts = [parity_table(self.reports, "Parity with the network in float64", verbose)]

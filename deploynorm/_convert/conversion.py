@@ -281,22 +281,23 @@ def convert(
 
 
 def _first_that_holds(attempt: Callable[[Sizes | None], Conversion], sizes: Sizes | None, narrow: bool) -> Conversion:
-    """The conversion whose axes are dynamic; where its check breaks or it fails, one with fewer of them, if that holds.
+    """The conversion with all dynamic axes; where it fails at other sizes than the example's, one with fewer of them.
 
     Some operators are translated for the size of the example alone, or take no size that is not a plain number.
     """
     first: Conversion | ModelError
     try:
         first = attempt(sizes)
+        if first or not first.parity.holds_first:
+            return first
         problem = "the file is wrong"
     except ModelError as error:
         first, problem = error, error.problem
-    if isinstance(first, ModelError) or not first:
-        for kinds in (("spatial",), ("batch", "spatial")):
-            if narrow and sizes is not None and sizes.kinds & set(kinds):
-                with suppress(ModelError):
-                    if result := attempt(sizes.fixed(kinds, f"at others {problem}")):
-                        return result
+    for kinds in (("spatial",), ("batch", "spatial")):
+        if narrow and sizes is not None and sizes.kinds & set(kinds):
+            with suppress(ModelError):
+                if result := attempt(sizes.fixed(kinds, f"at others {problem}")):
+                    return result
     if isinstance(first, ModelError):
         raise first
     return first

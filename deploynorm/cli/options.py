@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from deploynorm.files import check_outputs, is_stream, onnx_companions
+from deploynorm.files import NAME_BYTES, check_outputs, is_stream, onnx_companions
 from deploynorm.inputs import parse_dynamic_axes, parse_input_dtypes, parse_input_shapes, parse_named_file
 from deploynorm.run.backends import ENGINE_SUFFIXES, ONNX_BACKENDS
 
@@ -61,8 +61,8 @@ def output_file(text: str) -> Path:
     path = Path(text)
     if os.path.isdir(path):  # unlike path.is_dir(), for names that are none too
         reason = "it is a folder"
-    elif len(os.fsencode(path.name)) > 255:
-        reason = "the name is longer than the 255 bytes that a disk takes"
+    elif len(os.fsencode(path.name)) > NAME_BYTES:
+        reason = f"the name is longer than the {NAME_BYTES} bytes that a disk takes"
     elif not path.parent.is_dir():
         reason = f"there is no folder {path.parent}"
     elif not is_stream(path) and not os.access(path.parent, os.W_OK):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import deploynorm
@@ -120,6 +122,34 @@ def test_a_check_that_does_not_hold_writes_nothing(tmp_path: Path) -> None:
     with pytest.raises(ParityError, match="off by"):
         result.save(tmp_path / "net.onnx")
     assert not list(tmp_path.iterdir())
+
+
+class Resized(nn.Module):
+    """In each way torch.onnx translates it for the sizes of the example alone."""
+
+    def __init__(self, resize: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.conv, self.resize = nn.Conv2d(3, 4, 3), resize
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.resize(self.conv(x))
+
+
+@pytest.mark.parametrize(
+    ("resize", "reason"),
+    [
+        (lambda x: F.interpolate(x, size=(5, 7), mode="area"), "since at others the file is wrong"),
+        pytest.param(
+            lambda x: F.adaptive_avg_pool2d(x, 3), "since at others .*cannot run the model", marks=pytest.mark.slow
+        ),
+    ],
+    ids=["wrong", "fails"],
+)
+def test_axes_are_fixed_where_the_file_fails_at_other_sizes(resize: Callable[[Tensor], Tensor], reason: str) -> None:
+    result = deploynorm.convert(Resized(resize), torch.randn(2, 3, 16, 16))
+    assert result, str(result)
+    assert result.exported.inputs[0].shape == ("N", 3, 16, 16)
+    assert any(re.match(f"only the batch was varied, {reason}", note) for note in result.notes)
 
 
 def test_images_and_classes_go_into_the_file(tmp_path: Path) -> None:
