@@ -129,7 +129,7 @@ class Resized(nn.Module):
 
     def __init__(self, resize: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
-        self.conv, self.resize = nn.Conv2d(3, 4, 3), resize
+        self.conv, self.resize = nn.Conv2d(3, 4, 3, padding=1), resize
 
     def forward(self, x: Tensor) -> Tensor:
         return self.resize(self.conv(x))
