@@ -22,6 +22,7 @@ from torch.export import ExportedProgram
 from torch.export.pt2_archive import PT2ArchiveWriter
 
 import deploynorm.layers.functional  # noqa: F401  registers the operator that archives of our networks name
+from deploynorm.checkpoint._kernels import guard_kernels
 from deploynorm.checkpoint._limits import check_archive, time_limit
 from deploynorm.checkpoint._pickle import TRUST, unpickle
 from deploynorm.checkpoint._program import RefusedError, check_extent, clean
@@ -61,7 +62,10 @@ def load_program(data: bytes, where: str, *, trust: bool) -> ExportedProgram:
             raise ModelError(where, f"torch.export cannot load the archive: {cause}", fix=fix) from error
     if "model" not in programs:
         raise ModelError(where, "no program in the archive", expected=_MODEL)
-    return programs["model"]
+    program = programs["model"]
+    if not trust:
+        guard_kernels(program.graph_module, where)
+    return program
 
 
 def _rewritten(data: bytes, where: str) -> io.BytesIO:

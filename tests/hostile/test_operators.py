@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from operator import getitem
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from children import tried
+from torch import fx, nn
 
 import deploynorm.layers.functional  # noqa: F401  registers our operator
+from deploynorm.checkpoint import load
+from deploynorm.checkpoint._kernels import guard_kernels
 from deploynorm.checkpoint._operators import _NAMES, ADMITTED, PRIMS, find_operator
 
 TENSORS = {
@@ -45,8 +50,8 @@ DTYPES = (torch.float32, torch.float64, torch.int64, torch.bool, torch.uint8, to
 MANY = ("unbind", "split", "chunk", "tensor_split")
 """These make as many tensors as there are rows, which takes long and is no fault."""
 
-LEFT = ("_native_batch_norm_legit_no_training", "div", "divide")
-"""Needed, and not safe in torch itself: see docs/security.md."""
+GUARDED = ("_native_batch_norm_legit_no_training", "div", "divide")
+"""Not safe in torch itself, so that an archive's calls of them are changed."""
 
 CASES = [
     (namespace, name + suffix, overload)
@@ -54,7 +59,7 @@ CASES = [
     for name in sorted(names)
     for suffix in ("", "_")
     for overload in getattr(getattr(getattr(torch.ops, namespace), name + suffix, None), "overloads", list)()
-    if find_operator(namespace, name + suffix, overload) and name not in LEFT
+    if find_operator(namespace, name + suffix, overload)
     if not name.startswith(MANY)
 ]
 """Each admitted operator in each of its forms."""
@@ -100,10 +105,31 @@ def call(case: tuple[str, str, str, int]) -> None:
             named[argument.name] = given
         else:
             positional.append(given)
-    results = operator(*positional, **named)
+    in_archive = name.rstrip("_") in GUARDED
+    results = guarded(operator, positional, named) if in_archive else operator(*positional, **named)
     for result in results if isinstance(results, list | tuple) else [results]:
         if isinstance(result, torch.Tensor) and 0 < result.numel() < 10**6:
             result.clone()  # reads all of it
+
+
+def guarded(operator: Any, positional: list[Any], named: dict[str, Any]) -> Any:
+    """What an archive computes that calls the operator."""
+    graph, feeds = fx.Graph(), list[torch.Tensor]()
+
+    def put(given: Any) -> Any:
+        if not isinstance(given, torch.Tensor):
+            return given
+        feeds.append(given)
+        node = graph.placeholder(f"x{len(feeds)}")
+        node.meta["val"] = given
+        return node
+
+    node = graph.call_function(operator, tuple(map(put, positional)), {name: put(each) for name, each in named.items()})
+    several = len(operator._schema.returns) > 1
+    graph.output(graph.call_function(getitem, (node, 0)) if several else node)
+    module = fx.GraphModule(nn.Module(), graph)
+    guard_kernels(module, "archive")
+    return module.forward(*feeds)
 
 
 def calls(each: int) -> Iterator[tuple[str, str, str, int]]:
@@ -125,3 +151,37 @@ def test_no_admitted_operator_crashes(each: int) -> None:
     figures, faults = tried(list(calls(each)), call, may_raise=True, seconds=30)
     print(f"operators: {figures}")
     figures.assert_harmless(each * 800, faults)
+
+
+def loaded(network: nn.Module, *inputs: torch.Tensor, path: Path) -> nn.Module:
+    program = torch.export.export(network.eval(), inputs).run_decompositions()
+    torch.export.save(program, path)
+    return load(path).model
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of torch, as it decomposes
+def test_a_batch_normalization_of_an_archive_is_the_same_and_compares_its_parameters(tmp_path: Path) -> None:
+    network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+    network[1].running_mean.fill_(0.5)
+    x = torch.randn(2, 3, 5, 5)
+    module = loaded(network, x, path=tmp_path / "model.pt2")
+    torch.testing.assert_close(module(x), network(x))
+    module.get_submodule("1").running_var = torch.ones(2)
+    with pytest.raises(RuntimeError, match="should contain 4 elements not 2"):
+        module(x)
+
+
+class Divided(nn.Module):
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> list[torch.Tensor]:
+        return [torch.div(x, each, rounding_mode="trunc") for each in (y, -1, 2)]
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float32])
+def test_a_division_of_an_archive_is_the_same_and_wraps(dtype: torch.dtype, tmp_path: Path) -> None:
+    x, y = (torch.arange(-10, 10).reshape(4, 5) * 7 / 3).to(dtype), torch.tensor([-1, 2, -3, 4, -1]).to(dtype)
+    module = loaded(Divided(), x, y, path=tmp_path / "model.pt2")
+    assert all(map(torch.equal, module(x, y), Divided()(x, y)))
+    if dtype == torch.int64:
+        least = torch.full((4, 5), -(2**63))
+        assert module(least, y)[0][0, 0] == module(least, y)[1][0, 0] == -(2**63)
