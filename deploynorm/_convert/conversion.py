@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
+from functools import partial
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
@@ -215,7 +216,8 @@ def convert(
     )
     # What is wrong in an argument is reported at once.
     keep_float32 = as_patterns(keep_float32)
-    Checks(network, keep_float32=keep_float32, seed=seed, rtol=rtol, atol=atol)
+    new_checks = partial(Checks, network, keep_float32=keep_float32, seed=seed, rtol=rtol, atol=atol)
+    new_checks()
     dtype, _ = check_options(dtype, opset, lowering)
     if backend is not None and backend not in ONNX_BACKENDS:
         raise InputError("convert", "unknown backend", got=repr(backend), expected=", ".join(ONNX_BACKENDS))
@@ -241,7 +243,7 @@ def convert(
         examples = examples if keep_io_types else examples.replaced(cast_floats(examples, torch.float32))
 
     def attempt(sizes: Sizes | None) -> Conversion:
-        checks = Checks(network, keep_float32=keep_float32, seed=seed, rtol=rtol, atol=atol)
+        checks = new_checks()
         folded, report = fold_network(working, examples, dynamic=dynamic, sizes=sizes) if fold else (working, None)
         exported = export(
             folded,

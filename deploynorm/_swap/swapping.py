@@ -20,7 +20,7 @@ from deploynorm._swap.report import SwapReport
 from deploynorm._swap.to_frn import plan_frn
 from deploynorm._swap.to_mabn import plan_mabn, why_not_mabn
 from deploynorm.errors import InputError, ModelError
-from deploynorm.trace import ExampleInputs, Examples, unwrapped
+from deploynorm.trace import ExampleInputs, Examples, check_network, unwrapped
 
 Norm = Literal["frn", "mabn"]
 Weights = Literal["keep", "reset"]
@@ -141,9 +141,7 @@ def _check_arguments(norm: str, thresholds: str, weights: str, options: Mapping[
 
 
 def _check_model(model: nn.Module) -> None:
-    given: object = model
-    if not isinstance(given, nn.Module):
-        raise InputError("swap", "not a network", got=type(given).__name__, expected="an nn.Module")
+    check_network(model, "swap")
     where = f"swap of {type(model).__name__}"
     if any(is_lazy(parameter) for parameter in model.parameters()):
         raise ModelError(where, "the network has lazy layers", fix="run it once, so that they get their sizes")

@@ -56,16 +56,18 @@ def load_program(data: bytes, where: str, *, trust: bool) -> ExportedProgram:
             with quiet("torch.export", "torch._export", "torch.fx"), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # what matters of them comes back as an exception
                 programs: dict[str, ExportedProgram] = load_pt2(archive).exported_programs
+                if not trust:
+                    for program in programs.values():
+                        guard_kernels(program.graph_module, where)
+        except ModelError:
+            raise
         except Exception as error:  # a damaged program makes torch raise nearly anything
             cause = f"{type(error).__name__}: {textwrap.shorten(str(error), 300)}"
             fix = f"export the network again with torch {torch.__version__}"
             raise ModelError(where, f"torch.export cannot load the archive: {cause}", fix=fix) from error
     if "model" not in programs:
         raise ModelError(where, "no program in the archive", expected=_MODEL)
-    program = programs["model"]
-    if not trust:
-        guard_kernels(program.graph_module, where)
-    return program
+    return programs["model"]
 
 
 def _rewritten(data: bytes, where: str) -> io.BytesIO:

@@ -29,12 +29,12 @@ class Arguments(NamedTuple):
         return tuple(values[: self.by_position]), dict(named)
 
 
-def check_network(given: object) -> None:
+def check_network(given: object, where: str = "network") -> None:
     """Raises InputError for what is no network."""
     if isinstance(given, type):
-        raise InputError("network", "a class, and not a network", got=given.__name__, fix=f"pass {given.__name__}(...)")
+        raise InputError(where, "a class, and not a network", got=given.__name__, fix=f"pass {given.__name__}(...)")
     if not isinstance(given, nn.Module):
-        raise InputError("network", "not a network", got=type(given).__name__, expected="an nn.Module")
+        raise InputError(where, "not a network", got=type(given).__name__, expected="an nn.Module")
 
 
 class Forward:
