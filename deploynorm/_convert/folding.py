@@ -14,7 +14,8 @@ from deploynorm._check.parity import Checks, Parity
 from deploynorm._fold import FoldReport, fold
 from deploynorm.files import as_path, staging
 from deploynorm.network import Network
-from deploynorm.trace import Dynamic, ExampleInputs, quiet, trace
+from deploynorm.quiet import quiet
+from deploynorm.trace import Dynamic, ExampleInputs, trace
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

@@ -15,7 +15,7 @@ from deploynorm.contract import DOMAIN, TORCH_OP
 from deploynorm.dtypes import ONNX_HALF
 from deploynorm.errors import ModelError
 from deploynorm.lowering import register_schema, translate
-from deploynorm.trace import first_line, quiet
+from deploynorm.quiet import first_line, quiet
 
 BFLOAT16_OPSET = 22
 """The first whose convolutions and pools take bfloat16."""

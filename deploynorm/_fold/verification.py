@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deploynorm.trace import Examples, alike, copied, first_line, inference_copy, quiet, tensors_of
+from deploynorm.quiet import first_line, quiet
+from deploynorm.trace import Examples, alike, copied, inference_copy, tensors_of
 
 _RTOL = 1e-4
 """Of the largest value of an output. In float64 a right fold is within 1e-10; float32 somewhere inside costs 1e-6."""

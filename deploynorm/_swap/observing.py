@@ -14,16 +14,8 @@ from torch import fx, nn
 from torch.export import ExportedProgram
 
 from deploynorm.errors import ModelError
-from deploynorm.trace import (
-    Examples,
-    TraceReader,
-    doubled,
-    find_sizes,
-    first_line,
-    inference_copy,
-    narrowed_axes,
-    trace,
-)
+from deploynorm.quiet import first_line
+from deploynorm.trace import Examples, TraceReader, doubled, find_sizes, inference_copy, narrowed_axes, trace
 
 
 @dataclass(frozen=True)

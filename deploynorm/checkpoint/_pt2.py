@@ -27,7 +27,7 @@ from deploynorm.checkpoint._limits import check_archive, time_limit
 from deploynorm.checkpoint._pickle import TRUST, unpickle
 from deploynorm.checkpoint._program import RefusedError, check_extent, clean
 from deploynorm.errors import ModelError
-from deploynorm.trace import quiet
+from deploynorm.quiet import quiet
 
 _MODEL = "models/model.json"
 _CONFIGS = ("data/weights/model_weights_config.json", "data/constants/model_constants_config.json")

@@ -10,10 +10,13 @@ import os
 import signal
 import sys
 import threading
+import time
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from traceback import walk_stack
+from types import FrameType
 from typing import Any, Final, NoReturn
 
 import deploynorm
@@ -85,6 +88,10 @@ def _failed(verb: str, problem: str, code: int) -> int:
     return code
 
 
+_IMPORT_SECONDS: Final = 5
+"""How long a signal waits for an import, which may be of the user's own module and may never end."""
+
+
 class _Terminated(KeyboardInterrupt):
     """A signal was sent to end the process; what it has begun is cleaned up as after Ctrl-C."""
 
@@ -97,13 +104,18 @@ class _Terminated(KeyboardInterrupt):
 def _terminable() -> Iterator[None]:
     """Raises _Terminated for signals that would end the process at once, with its unfinished files left behind.
 
-    What was running may make another error of it, as a compiled module does that is being imported.
+    An import is waited for, some seconds: a compiled module prints the exception, or makes another error of it.
     """
-    received = list[int]()
+    received = dict[int, float]()
 
-    def stop(number: int, _: object) -> NoReturn:
-        received.append(number)
-        raise KeyboardInterrupt if number == signal.SIGINT else _Terminated(number)
+    def stop(number: int, frame: FrameType | None) -> None:
+        since = received.setdefault(number, time.monotonic())
+        importing = any(each.f_code.co_filename.startswith("<frozen importlib") for each, _ in walk_stack(frame))
+        if not importing or time.monotonic() - since > _IMPORT_SECONDS:
+            raise KeyboardInterrupt if number == signal.SIGINT else _Terminated(number)
+        again = threading.Timer(0.05, os.kill, (os.getpid(), number))
+        again.daemon = True
+        again.start()
 
     in_main = threading.current_thread() is threading.main_thread()
     numbers = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT) if in_main else ()
@@ -115,7 +127,7 @@ def _terminable() -> Iterator[None]:
         yield
     except Exception as error:
         if received:
-            raise _Terminated(received[0]) from error
+            raise _Terminated(next(iter(received))) from error
         raise
     finally:
         for number, handler in taken.items():

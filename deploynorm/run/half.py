@@ -22,6 +22,7 @@ from deploynorm.errors import BackendError, DeployNormError, ModelError
 from deploynorm.files import scratch_folder
 from deploynorm.lowering import frn_nodes, function_proto
 from deploynorm.onnx_file import OnnxFile, OnnxSource, save
+from deploynorm.quiet import quiet
 from deploynorm.run.onnxruntime import OnnxRuntimeRunner
 
 _CONVERTERS = ("Cast", "CastLike", "Constant")
@@ -77,7 +78,8 @@ def round_outputs(model: ir.Model, where: str = "round_outputs") -> None:
     if frn_nodes(model):
         body = ir.serde.deserialize_function(function_proto(model.opset_imports[""]))
         model.functions[body.identifier()] = body
-    ShapeInferencePass(check_type=False, strict_mode=False, data_prop=False)(model)
+    with quiet("onnx_ir"):  # which prints the traceback of what it cannot infer
+        ShapeInferencePass(check_type=False, strict_mode=False, data_prop=False)(model)
     widened: dict[tuple[ir.Graph, ir.Value], ir.Value] = {}
     for node in list(model.graph.all_nodes()):
         if node.op_type in _CONVERTERS or any(each.type in _GRAPHS for each in node.attributes.values()):

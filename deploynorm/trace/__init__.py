@@ -4,7 +4,6 @@ from deploynorm.trace.branches import branches
 from deploynorm.trace.copies import copied, disposable_copy, inference_copy, is_archive, repeats, unwrapped
 from deploynorm.trace.examples import Arguments, ExampleInputs, Examples, Forward, check_network
 from deploynorm.trace.outputs import alike, tensors_of
-from deploynorm.trace.quiet import first_line, quiet
 from deploynorm.trace.reader import LINEAR_OPERATORS, TraceReader, aten_operators, has_hooks, operator_name, walk
 from deploynorm.trace.sizes import Sizes, axis_letter, find_sizes
 from deploynorm.trace.tracing import Dynamic, doubled, dynamic_places, narrowed_axes, trace
@@ -28,13 +27,11 @@ __all__ = [
     "doubled",
     "dynamic_places",
     "find_sizes",
-    "first_line",
     "has_hooks",
     "inference_copy",
     "is_archive",
     "narrowed_axes",
     "operator_name",
-    "quiet",
     "tensors_of",
     "trace",
     "repeats",

@@ -17,10 +17,10 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from deploynorm.inputs import Shape
+from deploynorm.quiet import quiet
 from deploynorm.trace.copies import disposable_copy
 from deploynorm.trace.examples import Examples
 from deploynorm.trace.outputs import alike, tensors_of
-from deploynorm.trace.quiet import quiet
 from deploynorm.trace.sizes import Place, Sizes, axis_kind, axis_letter
 
 _SIZE = re.compile(r"L\['(\w+)'\]\.size\(\)\[(\d+)\]")

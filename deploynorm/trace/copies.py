@@ -12,9 +12,9 @@ from torch.optim.swa_utils import AveragedModel
 
 from deploynorm.errors import ModelError
 from deploynorm.layers.adopt import adopt
+from deploynorm.quiet import first_line, quiet
 from deploynorm.trace.examples import Examples, check_network
 from deploynorm.trace.outputs import alike, tensors_of
-from deploynorm.trace.quiet import first_line, quiet
 from deploynorm.trace.reader import operator_name
 
 

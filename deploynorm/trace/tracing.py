@@ -13,11 +13,11 @@ from torch import nn
 from torch.export import Dim, ExportedProgram
 
 from deploynorm.errors import InputError, ModelError
+from deploynorm.quiet import first_line, quiet
 from deploynorm.trace.branches import branches
 from deploynorm.trace.copies import disposable_copy, is_archive, refuse_training
 from deploynorm.trace.examples import ExampleInputs, Examples, Forward
 from deploynorm.trace.outputs import plain_outputs
-from deploynorm.trace.quiet import first_line, quiet
 from deploynorm.trace.sizes import Place, Sizes, axis_kind, find_sizes
 
 DynamicKind = Literal["none", "batch", "spatial", "all"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import resource
 import signal
@@ -249,3 +250,23 @@ def test_what_is_no_path_is_refused_in_python() -> None:
         for call in (deploynorm.load, exported.save, *([] if isinstance(path, bytes) else [deploynorm.open_runner])):
             with pytest.raises(InputError, match=r"(that is no path of a file|the name of the file is longer)"):
                 call(path)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+@pytest.mark.parametrize("endless", [False, True])
+def test_a_signal_waits_for_an_import_that_ends(
+    number: int, endless: bool, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = f"slow_to_import_{endless}_{number}"
+    module = "import os, signal, time\nos.kill(os.getpid(), {})\ntime.sleep({})\nopen('done', 'w').close()\n"
+    (here / f"{name}.py").write_text(module.format(number, 60 if endless else 0.01))
+    monkeypatch.syspath_prepend(here)
+    monkeypatch.setattr("deploynorm.cli._IMPORT_SECONDS", 0.1 if endless else 60)
+    monkeypatch.setattr("deploynorm._inspect.inspect", lambda *_, **__: (importlib.import_module(name), time.sleep(60)))
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # the processes of pytest-xdist ignore it
+    try:
+        assert main(["inspect", "m.pt2"]) == 128 + number
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert (here / "done").exists() is not endless
+    assert "Traceback" not in capsys.readouterr().err

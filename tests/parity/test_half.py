@@ -22,9 +22,9 @@ from deploynorm._export.precision import to_precision
 from deploynorm._fold import fold
 from deploynorm.inputs import TensorSpec
 from deploynorm.layers import FRN2d
+from deploynorm.quiet import quiet
 from deploynorm.run.eager import EagerRunner
 from deploynorm.run.half import HalfRunner
-from deploynorm.trace import quiet
 
 MODELS = Path(__file__).parents[2] / "models"
 SHIPPED = sorted(MODELS.glob("*.pt"))

@@ -1,4 +1,4 @@
-"""What torch says on its own is kept from users; of its errors the first line is passed on."""
+"""What torch and onnx_ir say on their own is kept from users; of their errors the first line is passed on."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def quiet(*names: str) -> Iterator[None]:
-    """Keeps warnings and logs of torch, and of further loggers, from the user of export: what matters is raised."""
+    """Keeps warnings and logs of torch, and of further loggers, from the user: what matters is raised."""
     levels = {logger: logger.level for logger in map(logging.getLogger, ("torch", *names))}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=FutureWarning)
