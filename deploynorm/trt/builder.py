@@ -11,7 +11,7 @@ from deploynorm.trt import TensorRT, gpu_here, has_plugin, listen, load_library,
 from deploynorm.trt.engine import Engine, FrnRecord
 from deploynorm.trt.errors import explain
 from deploynorm.trt.importing import tensor_spec
-from deploynorm.trt.layers import Layer, layers_of_inspector, layers_of_log, products_in_other_types
+from deploynorm.trt.layers import Layer, layers_of_inspector, layers_of_log, types_of_products
 from deploynorm.trt.manifest import origin
 from deploynorm.trt.model import TensorRTModel
 from deploynorm.trt.settings import HARDWARE_COMPATIBILITY, Settings, Way
@@ -53,7 +53,7 @@ def build_way(trt: TensorRT, model: TensorRTModel, way: Way, settings: Settings,
         content = bytes(plan)
         layers = layers_of_log(heard) or _inspect(trt, content)
         cache = None if settings.timing_cache is None else bytes(config.get_timing_cache().serialize())
-    verified, wrong = products_in_other_types(layers, model.products)
+    types, wrong = types_of_products(layers, model.products)
     if wrong:
         problem = f"{trt.name} built {len(wrong)} of {len(model.products)} products in another type than the graph has"
         fix = "please report it, with the file and the version of TensorRT"
@@ -64,7 +64,8 @@ def build_way(trt: TensorRT, model: TensorRTModel, way: Way, settings: Settings,
         raise ModelError(model.file.where, problem, got=len(taken), expected=expected, fix="build with --frn native")
     ours = [layer for layer in taken if set(layer.nodes) & set(model.frn)]
     plugin_layers = len(ours or taken) if way == "plugin" else 0
-    types = set(model.products.values())
+    # Of a product that the layers do not tell of, what the graph says; TensorRT gives no layers, no type at all.
+    precisions = {types.get(node, product.dtype) for node, product in model.products.items()}
     return Engine(
         plan=content,
         backend=trt.flavour,
@@ -75,8 +76,8 @@ def build_way(trt: TensorRT, model: TensorRTModel, way: Way, settings: Settings,
         outputs=outputs,
         frn=FrnRecord(len(model.frn), way if model.frn else None, plugin_layers, reason),
         layers=layers,
-        precision=None if not verified else next(iter(types)) if len(types) == 1 else "mixed",
-        verified_products=verified,
+        precision=None if not types else precisions.pop() if len(precisions) == 1 else "mixed",
+        verified_products=len(types),
         products=len(model.products),
         tf32=settings.tf32,
         hardware_compatible=settings.hardware_compatible,

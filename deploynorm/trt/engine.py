@@ -47,8 +47,8 @@ class Engine:
         outputs: As inputs; TensorRT has no names for dynamic axes.
         frn: See FrnRecord.
         layers: As TensorRT lists them.
-        precision: Type of the convolutions and matrix products, as the engine's own layers say; "mixed" where it is
-            not one; None where TensorRT did not say.
+        precision: Type of the convolutions and matrix products, as the engine's own layers say: int8 or float8 of
+            quantized ones; "mixed" where it is not one; None where TensorRT did not say.
         verified_products: How many of them were found in the layers.
         products: How many the graph has.
         tf32: Whether float32 products may be rounded to TF32.
