@@ -89,11 +89,19 @@ def test_the_types_of_an_engine_are_those_that_its_layers_tell(full: Callable[..
     assert (engine.precision, engine.verified_products) == ("float16", 2)
 
 
+def test_an_engine_with_the_plugin_inside_is_inspected(full: Callable[..., Any], library: Path) -> None:
+    """For which the library in it must be permitted to run."""
+    full(in_log=False)
+    engine = build(NET, frn="plugin", plugins=[library])
+    assert (engine.precision, engine.verified_products, engine.frn.plugin_layers) == ("float16", 2, 1)
+
+
+@pytest.mark.parametrize("in_log", [True, False])
 @pytest.mark.parametrize(("where", "verb"), [("parser", "take"), ("builder", "keep")])
 def test_a_plugin_that_was_not_taken_is_an_error(
-    where: str, verb: str, full: Callable[..., Any], library: Path
+    where: str, verb: str, in_log: bool, full: Callable[..., Any], library: Path
 ) -> None:
-    full(loses_plugin_in=where)
+    full(loses_plugin_in=where, in_log=in_log)
     with pytest.raises(ModelError, match=rf"did not {verb} the plugin for every FRN layer. Got 0; expected 1"):
         build(NET, frn="plugin", plugins=[library])
 

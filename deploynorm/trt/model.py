@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Final
 
 import onnx
 import onnx.shape_inference
@@ -25,7 +26,7 @@ BODY = f"{OP_TYPE}Body"
 """Name of the function body on the native way: TensorRT finds plugins and functions by name."""
 
 _PRODUCTS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
-_QUANTIZED = {onnx.TensorProto.INT8: "int8", onnx.TensorProto.FLOAT8E4M3FN: "float8"}
+_QUANTIZED: Final[Mapping[int, str]] = {onnx.TensorProto.INT8: "int8", onnx.TensorProto.FLOAT8E4M3FN: "float8"}
 _MOVES = ("Cast", "Concat", "Flatten", "Gather", "Identity", "MaxPool", "Reshape", "Slice", "Squeeze", "Transpose")
 _MOVES += ("Unsqueeze",)
 """Past these TensorRT takes a DequantizeLinear to the product behind them."""

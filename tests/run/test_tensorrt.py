@@ -119,6 +119,8 @@ def test_an_output_whose_size_depends_on_values_is_allocated_when_it_is_known() 
         for rows in (2, 4, 0):
             x = images(rows, 3)
             np.testing.assert_array_equal(runner.infer({"x": x})["y"], 2 * x)
+        assert len(runner._context.kept) == 1  # or every output ever made would stay in memory
+        assert [output._memory for output in runner._waiting.values()] == [None]
     with TensorRTRunner(engine, cuda_graphs=True) as runner, pytest.raises(InputError, match="cuda_graphs=False"):
         runner.infer({"x": images(2, 3)})
 
@@ -175,6 +177,11 @@ REFUSED: dict[str, tuple[bytes, type[DeployNormError], str]] = {
     ),
     "code for the processor": (
         plan({"x": IMAGES}, {"y": "x"}, host_code=True),
+        InputError,
+        "holds code for the processor.*Fix: pass trust_engine=True",
+    ),
+    "a library that TensorRT runs in any case": (
+        plan({"x": IMAGES}, {"y": "x"}, library=True),
         InputError,
         "holds code for the processor.*Fix: pass trust_engine=True",
     ),
