@@ -32,6 +32,9 @@ ALIGNMENT = 64
 OURS = (OP_TYPE, str(VERSION), DOMAIN)
 """Name, version and namespace of our plugin."""
 
+STOCK = ("ROIAlign_TRT", "2", "")
+"""One of NVIDIA's."""
+
 LIBRARY = b"\x7fELF\2\1\1" + bytes(11) + b"\x3e\0"
 """The head of a shared library for x86-64."""
 
@@ -45,6 +48,7 @@ def plan(
     dtype: str = "FLOAT",
     version: str = "11.4.0",
     plugin: bool = False,
+    stock_plugin: bool = False,
     host_code: bool = False,
     compute: str = "9.0",
     values_decide: bool = False,
@@ -55,7 +59,8 @@ def plan(
     With values_decide, the outputs' shapes are known only when they are computed. With host_code, TensorRT knows that
     it holds code for the processor; with library, a hostile one does that TensorRT runs whatever it was told.
     """
-    facts = {"dtype": dtype, "version": version, "plugin": plugin, "host_code": host_code, "compute": compute}
+    facts = {"dtype": dtype, "version": version, "plugin": plugin, "stock_plugin": stock_plugin}
+    facts |= {"host_code": host_code, "compute": compute}
     shapes = {name: [list(shape) for shape in shapes] for name, shapes in inputs.items()}
     content = json.dumps(facts | {"inputs": shapes, "outputs": outputs, "values_decide": values_decide}).encode()
     return content + (LIBRARY if library else b"")
@@ -259,6 +264,8 @@ def fake_tensorrt(version: str = "11.4.0", *, name: str = "tensorrt", compute: s
                              f"{compute} got compute {here}, please rebuild.")  # fmt: skip
             elif facts["plugin"] and OURS not in registry.creators:
                 say("ERROR", f"Cannot find plugin: {OP_TYPE}, version: {VERSION}, namespace:{DOMAIN}.")
+            elif facts["stock_plugin"] and STOCK not in registry.creators:
+                say("ERROR", f"Cannot find plugin: {STOCK[0]}, version: {STOCK[1]}, namespace:.")
             elif facts["host_code"] and not self.engine_host_code_allowed:
                 say("ERROR", "Cannot deserialize an engine with host code: it is not allowed by the runtime")
             else:
@@ -269,6 +276,7 @@ def fake_tensorrt(version: str = "11.4.0", *, name: str = "tensorrt", compute: s
         "say": say,
         "registry": registry,
         "get_plugin_registry": lambda: registry,
+        "init_libnvinfer_plugins": lambda logger, namespace: registry.creators.add((*STOCK[:2], namespace)),
         "ILogger": _Base,
         "IOutputAllocator": _Base,
         "DataType": DataType,
@@ -304,7 +312,7 @@ def with_builder(
             self.flags = {"TF32"}
             self.pools: dict[str, int] = {}
             self.profiles: list[dict[str, Any]] = []
-            self.cache = b""
+            self.cache: Any = None
             self.plugins_to_serialize: list[str] = []
 
         def set_flag(self, flag: Any) -> None:
@@ -316,16 +324,17 @@ def with_builder(
         def set_memory_pool_limit(self, pool: Any, size: int) -> None:
             self.pools[pool.name] = size
 
-        def create_timing_cache(self, content: bytes) -> bytes:
-            return content
+        def create_timing_cache(self, content: bytes) -> bytes | None:
+            return None if content == b"damaged" else content
 
         def set_timing_cache(self, cache: bytes, ignore_mismatch: bool) -> bool:
             assert not ignore_mismatch
-            self.cache = cache
-            return True
+            if cache != b"of another GPU":
+                self.cache = cache
+            return self.cache is not None
 
         def get_timing_cache(self) -> Any:
-            return SimpleNamespace(serialize=lambda: self.cache + b"and new")
+            return None if self.cache is None else SimpleNamespace(serialize=lambda: self.cache + b"and new")
 
         def add_optimization_profile(self, profile: Any) -> int:
             self.profiles.append(profile.shapes)
@@ -429,6 +438,7 @@ def with_builder(
     module.NetworkDefinitionCreationFlag = enum.IntEnum("NetworkDefinitionCreationFlag", typed)
     module.MemoryPoolType = enum.Enum("MemoryPoolType", ["WORKSPACE"])
     module.ProfilingVerbosity = SimpleNamespace(DETAILED="DETAILED")
-    module.HardwareCompatibilityLevel = SimpleNamespace(AMPERE_PLUS="AMPERE_PLUS")
+    levels = ["AMPERE_PLUS", *(["SAME_COMPUTE_CAPABILITY"] if module.__version__ not in ("10.3.0", "10.8.0") else [])]
+    module.HardwareCompatibilityLevel = SimpleNamespace(**{level: level for level in levels})
     module.LayerInformationFormat = SimpleNamespace(JSON="JSON")
     return module

@@ -216,6 +216,16 @@ def test_the_plugin_is_loaded_once_for_engines_that_hold_it(
     assert fake.registry.libraries == [str(library)]
 
 
+def test_an_engine_with_a_plugin_of_nvidias_runs(fake: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    content = plan({"x": IMAGES}, {"y": "x"}, stock_plugin=True)
+    TensorRTRunner(content).close()
+    fake.registry.creators.clear()
+    monkeypatch.delattr(fake, "init_libnvinfer_plugins")  # as in the lean runtime
+    TensorRTRunner(ENGINE).close()
+    with pytest.raises(BackendError, match=r"holds a plugin that TensorRT 11\.4\.0 has not loaded"):
+        TensorRTRunner(content)
+
+
 def _with_manifest(path: Path, **facts: object) -> Path:
     path.write_bytes(ENGINE)
     manifest_path(path).write_text(json.dumps({"engine": {"backend": "tensorrt", "version": "11.4.0", **facts}}))
