@@ -27,8 +27,7 @@ BODY = f"{OP_TYPE}Body"
 
 _PRODUCTS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 _QUANTIZED: Final[Mapping[int, str]] = {onnx.TensorProto.INT8: "int8", onnx.TensorProto.FLOAT8E4M3FN: "float8"}
-_MOVES = ("Cast", "Concat", "Flatten", "Gather", "Identity", "MaxPool", "Reshape", "Slice", "Squeeze", "Transpose")
-_MOVES += ("Unsqueeze",)
+_MOVES = ("Cast", "Concat", "Flatten", "Identity", "MaxPool", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze")
 """Past these TensorRT takes a DequantizeLinear to the product behind them."""
 
 

@@ -173,6 +173,13 @@ def test_a_quantized_network_is_built_and_its_type_told(
     assert (built.facts["precision"], built.facts["verified_products"]) == (precision, count)
 
 
+def test_a_network_of_volumes_is_built_without_a_copy_at_the_plugin(tmp_path: Path, plugin: list[Path]) -> None:
+    path = saved(conv_frn_conv("float32", (2, 32, 8, 8, 8)), tmp_path)
+    built = build_rtx(path, compute_capabilities=["8.9"], frn="plugin", plugins=plugin)
+    assert built.error == "", built.message
+    assert [layer["plugin"] for layer in built.between_products()] == [True]
+
+
 @pytest.mark.parametrize("size", [7, 28, 224])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_no_square_is_kept_in_half_precision(dtype: str, size: int, tmp_path: Path) -> None:
