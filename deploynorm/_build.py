@@ -142,6 +142,9 @@ def _check_options(trt: TensorRT, settings: Settings) -> None:
             raise InputError(option, f"{trt.name} does not have this", fix=fix)
     if settings.hardware_compatible is not None:
         check_choice("--hardware-compatible", "unknown", settings.hardware_compatible, HARDWARE_COMPATIBILITY)
+        if not hasattr(trt.module.HardwareCompatibilityLevel, HARDWARE_COMPATIBILITY[settings.hardware_compatible]):
+            option, fix = f"--hardware-compatible {settings.hardware_compatible}", "leave it out, or use TensorRT 10.9"
+            raise InputError(option, f"{trt.name} does not have this", fix=f"{fix} or later")
     if settings.workspace is not None and not 0 <= settings.workspace < 2**63:
         raise InputError("--workspace", "out of range", got=f"{settings.workspace} bytes", expected="0 to 2^63 - 1")
     if settings.optimization_level is not None and not 0 <= settings.optimization_level <= 5:

@@ -32,6 +32,12 @@ ALIGNMENT = 64
 OURS = (OP_TYPE, str(VERSION), DOMAIN)
 """Name, version and namespace of our plugin."""
 
+STOCK = ("ROIAlign_TRT", "2", "")
+"""One of NVIDIA's."""
+
+LIBRARY = b"\x7fELF\2\1\1" + bytes(11) + b"\x3e\0"
+"""The head of a shared library for x86-64."""
+
 NUMPY = {"FLOAT": np.float32, "HALF": np.float16, "BF16": ml_dtypes.bfloat16, "INT32": np.int32, "INT64": np.int64}
 
 
@@ -42,17 +48,22 @@ def plan(
     dtype: str = "FLOAT",
     version: str = "11.4.0",
     plugin: bool = False,
+    stock_plugin: bool = False,
     host_code: bool = False,
     compute: str = "9.0",
     values_decide: bool = False,
+    library: bool = False,
 ) -> bytes:
     """An engine. `inputs` are min, opt and max shapes by name, `outputs` say which input each is twice of.
 
-    With values_decide, the outputs' shapes are known only when they are computed.
+    With values_decide, the outputs' shapes are known only when they are computed. With host_code, TensorRT knows that
+    it holds code for the processor; with library, a hostile one does that TensorRT runs whatever it was told.
     """
-    facts = {"dtype": dtype, "version": version, "plugin": plugin, "host_code": host_code, "compute": compute}
+    facts = {"dtype": dtype, "version": version, "plugin": plugin, "stock_plugin": stock_plugin}
+    facts |= {"host_code": host_code, "compute": compute}
     shapes = {name: [list(shape) for shape in shapes] for name, shapes in inputs.items()}
-    return json.dumps(facts | {"inputs": shapes, "outputs": outputs, "values_decide": values_decide}).encode()
+    content = json.dumps(facts | {"inputs": shapes, "outputs": outputs, "values_decide": values_decide}).encode()
+    return content + (LIBRARY if library else b"")
 
 
 class FakeGpu(Gpu):
@@ -128,6 +139,7 @@ class Context:
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.addresses: dict[str, int] = {}
         self.allocators: dict[str, Any] = {}
+        self.kept: list[Any] = []  # for TensorRT's bindings keep every allocator that a context was ever given
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
         low, _, high = self.engine.facts["inputs"][name]
@@ -155,6 +167,7 @@ class Context:
 
     def set_output_allocator(self, name: str, allocator: Any) -> bool:
         self.allocators[name] = allocator
+        self.kept.append(allocator)
         return True
 
     def execute_async_v3(self, stream: int) -> bool:
@@ -235,8 +248,10 @@ def fake_tensorrt(version: str = "11.4.0", *, name: str = "tensorrt", compute: s
             heard.append(logger)
 
         def deserialize_cuda_engine(self, content: bytes) -> Engine | None:
+            described, library, _ = content.partition(LIBRARY)
+            assert self.engine_host_code_allowed or not library, "the library inside has run"
             try:
-                facts = json.loads(content)
+                facts = json.loads(described)
             except ValueError:
                 say("ERROR", "Serialization assertion header.magicTag == kEXPECTED_MAGIC_TAG failed.")
                 return None
@@ -249,6 +264,8 @@ def fake_tensorrt(version: str = "11.4.0", *, name: str = "tensorrt", compute: s
                              f"{compute} got compute {here}, please rebuild.")  # fmt: skip
             elif facts["plugin"] and OURS not in registry.creators:
                 say("ERROR", f"Cannot find plugin: {OP_TYPE}, version: {VERSION}, namespace:{DOMAIN}.")
+            elif facts["stock_plugin"] and STOCK not in registry.creators:
+                say("ERROR", f"Cannot find plugin: {STOCK[0]}, version: {STOCK[1]}, namespace:.")
             elif facts["host_code"] and not self.engine_host_code_allowed:
                 say("ERROR", "Cannot deserialize an engine with host code: it is not allowed by the runtime")
             else:
@@ -259,6 +276,7 @@ def fake_tensorrt(version: str = "11.4.0", *, name: str = "tensorrt", compute: s
         "say": say,
         "registry": registry,
         "get_plugin_registry": lambda: registry,
+        "init_libnvinfer_plugins": lambda logger, namespace: registry.creators.add((*STOCK[:2], namespace)),
         "ILogger": _Base,
         "IOutputAllocator": _Base,
         "DataType": DataType,
@@ -294,7 +312,8 @@ def with_builder(
             self.flags = {"TF32"}
             self.pools: dict[str, int] = {}
             self.profiles: list[dict[str, Any]] = []
-            self.cache = b""
+            self.cache: Any = None
+            self.plugins_to_serialize: list[str] = []
 
         def set_flag(self, flag: Any) -> None:
             self.flags.add(flag.name)
@@ -305,16 +324,17 @@ def with_builder(
         def set_memory_pool_limit(self, pool: Any, size: int) -> None:
             self.pools[pool.name] = size
 
-        def create_timing_cache(self, content: bytes) -> bytes:
-            return content
+        def create_timing_cache(self, content: bytes) -> bytes | None:
+            return None if content == b"damaged" else content
 
         def set_timing_cache(self, cache: bytes, ignore_mismatch: bool) -> bool:
             assert not ignore_mismatch
-            self.cache = cache
-            return True
+            if cache != b"of another GPU":
+                self.cache = cache
+            return self.cache is not None
 
         def get_timing_cache(self) -> Any:
-            return SimpleNamespace(serialize=lambda: self.cache + b"and new")
+            return None if self.cache is None else SimpleNamespace(serialize=lambda: self.cache + b"and new")
 
         def add_optimization_profile(self, profile: Any) -> int:
             self.profiles.append(profile.shapes)
@@ -403,7 +423,8 @@ def with_builder(
             seen["layers"] = [
                 {"Name": name, "LayerType": kind, **sides, "Metadata": f"[ONNX Layer: {name}]"} for name, kind in listed
             ]
-            return plan({"x": ((2,),) * 3}, {"y": "x"}, version=module.__version__)
+            shapes, embeds = {"x": ((2,),) * 3}, bool(config.plugins_to_serialize)
+            return plan(shapes, {"y": "x"}, version=module.__version__, host_code=embeds)
 
     Runtime = module.Runtime
     Engine.create_engine_inspector = lambda self: SimpleNamespace(  # type: ignore[attr-defined]
@@ -417,6 +438,7 @@ def with_builder(
     module.NetworkDefinitionCreationFlag = enum.IntEnum("NetworkDefinitionCreationFlag", typed)
     module.MemoryPoolType = enum.Enum("MemoryPoolType", ["WORKSPACE"])
     module.ProfilingVerbosity = SimpleNamespace(DETAILED="DETAILED")
-    module.HardwareCompatibilityLevel = SimpleNamespace(AMPERE_PLUS="AMPERE_PLUS")
+    levels = ["AMPERE_PLUS", *(["SAME_COMPUTE_CAPABILITY"] if module.__version__ not in ("10.3.0", "10.8.0") else [])]
+    module.HardwareCompatibilityLevel = SimpleNamespace(**{level: level for level in levels})
     module.LayerInformationFormat = SimpleNamespace(JSON="JSON")
     return module

@@ -27,7 +27,7 @@ from deploynorm import libraries
 from deploynorm.contract import DOMAIN, INPUTS, OP_TYPE, PARAMETERS, VERSION
 from deploynorm.lowering import function_proto
 
-__all__ = ["OPSET", "Built", "Outcome", "build_rtx", "call", "conv_frn_conv", "plugin_library"]
+__all__ = ["OPSET", "Built", "Outcome", "build_rtx", "call", "conv_frn_conv", "plugin_library", "quantized"]
 
 OPSET = 20
 
@@ -182,6 +182,37 @@ def conv_frn_conv(
     imports = [onnx.helper.make_opsetid("", OPSET), onnx.helper.make_opsetid(DOMAIN, VERSION)]
     functions = [function_proto(OPSET, half=dtype != "float32")] if body is None else [body]
     return onnx.helper.make_model(graph, opset_imports=imports, functions=functions, ir_version=10)
+
+
+def quantized(model: onnx.ModelProto, kind: int, *, weights: bool = True, bias: bool = False) -> onnx.ModelProto:
+    """A copy of conv_frn_conv with Q/DQ nodes before the inputs of its convolutions: int8 or float8.
+
+    With bias they get one that is dequantized from int32, as onnxruntime.quantization makes them.
+    """
+    copied = onnx.ModelProto.FromString(model.SerializeToString())
+    graph, make = copied.graph, onnx.helper
+    element = graph.input[0].type.tensor_type.elem_type
+    graph.initializer.append(make.make_tensor("scale", element, [], [0.05]))
+    graph.initializer.append(make.make_tensor("zero", kind, [], [0]))
+    nodes = []
+    for node in list(graph.node):
+        names = node.input[: 1 + weights] if node.op_type == "Conv" else ()
+        for index, name in enumerate(names):
+            q, dq = f"{node.name}_q{index}", f"{node.name}_dq{index}"
+            nodes.append(make.make_node("QuantizeLinear", [name, "scale", "zero"], [q], q))
+            nodes.append(make.make_node("DequantizeLinear", [q, "scale", "zero"], [dq], dq))
+            node.input[index] = dq
+        if names and bias:
+            channels = graph.input[0].type.tensor_type.shape.dim[1].dim_value
+            graph.initializer.append(
+                make.make_tensor(f"{node.name}_b", onnx.TensorProto.INT32, [channels], [1] * channels)
+            )
+            nodes.append(make.make_node("DequantizeLinear", [f"{node.name}_b", "scale"], [f"{node.name}_bias"]))
+            node.input.append(f"{node.name}_bias")
+        nodes.append(onnx.NodeProto.FromString(node.SerializeToString()))
+    del graph.node[:]
+    graph.node.extend(nodes)
+    return copied
 
 
 def plugin_library(request: pytest.FixtureRequest) -> Path:

@@ -41,7 +41,13 @@ NAMES = ("LINEAR", "CHW2", "HWC8", "CHW4", "CHW16", "CHW32", "DHWC8", "CDHW32", 
 Format = IntEnum("Format", NAMES, start=0)
 """nvinfer1::TensorFormat, as far as the tests ask for it."""
 
-LAYOUTS: dict[Format, Layout] = {Format.LINEAR: "nchw", Format.HWC: "nhwc", Format.HWC8: "nhwc8"}
+LAYOUTS: dict[Format, Layout] = {
+    Format.LINEAR: "nchw",
+    Format.HWC: "nhwc",
+    Format.HWC8: "nhwc8",
+    Format.DHWC: "nhwc",
+    Format.DHWC8: "nhwc8",
+}
 
 
 class FieldType(IntEnum):
@@ -302,13 +308,15 @@ class Context:
 
 def formats_of(dtype: str, rank: int) -> list[Format]:
     """What the plugin takes outside TensorRT-RTX."""
-    if rank != 4:
-        return [Format.LINEAR]
-    return {
-        "float32": [Format.LINEAR, Format.HWC],
-        "float16": [Format.LINEAR, Format.HWC8, Format.HWC],
-        "bfloat16": [Format.LINEAR, Format.HWC8],
-    }[dtype]
+    rows: dict[tuple[str, int], list[Format]] = {
+        ("float32", 4): [Format.HWC],
+        ("float16", 4): [Format.HWC8, Format.HWC],
+        ("bfloat16", 4): [Format.HWC8],
+        ("float32", 5): [Format.DHWC],
+        ("float16", 5): [Format.DHWC8],
+        ("bfloat16", 5): [Format.DHWC8],
+    }
+    return [Format.LINEAR, *rows.get((dtype, rank), ())]
 
 
 def run(host: Host, case: NormCase, format: Format) -> Array:

@@ -9,6 +9,7 @@ from typing import Any
 
 import onnx
 import pytest
+from fake_tensorrt import STOCK
 from machines import install_builder
 from rtx_builds import conv_frn_conv
 
@@ -68,6 +69,32 @@ def test_options_reach_tensorrt(full: Callable[..., Any], library: Path) -> None
     assert config.profiling_verbosity == "DETAILED"
 
 
+def test_a_timing_cache_that_tensorrt_does_not_take_is_begun_anew(full: Callable[..., Any]) -> None:
+    full()
+    for given in (b"of another GPU", b"damaged"):
+        engine = build(NET, frn="native", timing_cache=given)
+        assert engine.timing_cache == b"and new"
+        assert "the timing cache was begun anew" in str(engine)
+        assert list(engine.notes) == engine.to_dict()["notes"]
+    assert build(NET, frn="native", timing_cache=b"").notes == ()
+
+
+def test_gpus_of_one_kind_are_a_choice_of_tensorrt_10_9_and_later(full: Callable[..., Any]) -> None:
+    full("10.8.0")
+    with pytest.raises(InputError, match=r"--hardware-compatible same: TensorRT 10\.8\.0 does not have this.*10\.9"):
+        build(NET, frn="native", hardware_compatible="same")
+    module = full("10.9.0")
+    build(NET, frn="native", hardware_compatible="same")
+    assert module.seen["config"].hardware_compatibility_level == "SAME_COMPUTE_CAPABILITY"
+
+
+@pytest.mark.parametrize("way", ["native", "plugin"])
+def test_stock_plugins_are_there_for_the_parser(way: Any, full: Callable[..., Any], library: Path) -> None:
+    module = full()
+    build(NET, frn=way, plugins=[library])
+    assert STOCK in module.registry.creators
+
+
 def test_tf32_is_for_those_who_ask_and_free_axes_get_their_range(full: Callable[..., Any]) -> None:
     module = full()
     assert build(NET, frn="native", tf32=True).tf32
@@ -89,11 +116,19 @@ def test_the_types_of_an_engine_are_those_that_its_layers_tell(full: Callable[..
     assert (engine.precision, engine.verified_products) == ("float16", 2)
 
 
+def test_an_engine_with_the_plugin_inside_is_inspected(full: Callable[..., Any], library: Path) -> None:
+    """For which the library in it must be permitted to run."""
+    full(in_log=False)
+    engine = build(NET, frn="plugin", plugins=[library])
+    assert (engine.precision, engine.verified_products, engine.frn.plugin_layers) == ("float16", 2, 1)
+
+
+@pytest.mark.parametrize("in_log", [True, False])
 @pytest.mark.parametrize(("where", "verb"), [("parser", "take"), ("builder", "keep")])
 def test_a_plugin_that_was_not_taken_is_an_error(
-    where: str, verb: str, full: Callable[..., Any], library: Path
+    where: str, verb: str, in_log: bool, full: Callable[..., Any], library: Path
 ) -> None:
-    full(loses_plugin_in=where)
+    full(loses_plugin_in=where, in_log=in_log)
     with pytest.raises(ModelError, match=rf"did not {verb} the plugin for every FRN layer. Got 0; expected 1"):
         build(NET, frn="plugin", plugins=[library])
 

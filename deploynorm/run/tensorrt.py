@@ -22,7 +22,7 @@ from deploynorm.trt.engine import Engine
 from deploynorm.trt.errors import explain
 from deploynorm.trt.gpu import Gpu, WaitingOutput
 from deploynorm.trt.importing import tensor_spec
-from deploynorm.trt.plugins import load_library, load_plugin
+from deploynorm.trt.plugins import load_library, load_plugin, load_stock_plugins
 from deploynorm.trt.settings import Range
 from deploynorm.trt.source import EngineSource
 
@@ -227,6 +227,7 @@ class _Captured:
 
 
 def _load_plugins(trt: TensorRT, libraries: Sequence[Path] | None, *, needed: bool) -> None:
+    load_stock_plugins(trt)
     if libraries is not None:
         for library in libraries:
             load_library(trt, Path(library))

@@ -6,7 +6,7 @@ For people with their own TensorRT code:
 """
 
 from deploynorm.trt.importing import FLAVOURS, Flavour, TensorRT, gpu_here, import_tensorrt, listen, logger
-from deploynorm.trt.plugins import has_plugin, load_library, load_plugin
+from deploynorm.trt.plugins import has_plugin, load_library, load_plugin, load_stock_plugins
 
 __all__ = [
     "FLAVOURS",
@@ -18,5 +18,6 @@ __all__ = [
     "listen",
     "load_library",
     "load_plugin",
+    "load_stock_plugins",
     "logger",
 ]

@@ -7,18 +7,28 @@ from typing import Any
 
 from deploynorm import libraries
 from deploynorm.errors import BackendError, ModelError
-from deploynorm.trt import TensorRT, gpu_here, has_plugin, listen, load_library, load_plugin, logger
+from deploynorm.trt import (
+    TensorRT,
+    gpu_here,
+    has_plugin,
+    listen,
+    load_library,
+    load_plugin,
+    load_stock_plugins,
+    logger,
+)
 from deploynorm.trt.engine import Engine, FrnRecord
 from deploynorm.trt.errors import explain
 from deploynorm.trt.importing import tensor_spec
-from deploynorm.trt.layers import Layer, layers_of_inspector, layers_of_log, products_in_other_types
+from deploynorm.trt.layers import Layer, layers_of_inspector, layers_of_log, types_of_products
 from deploynorm.trt.manifest import origin
 from deploynorm.trt.model import TensorRTModel
 from deploynorm.trt.settings import HARDWARE_COMPATIBILITY, Settings, Way
 
 
 def load_plugins(trt: TensorRT, settings: Settings, way: Way) -> tuple[Path, ...]:
-    """The libraries, now in TensorRT's registry."""
+    """The libraries, now in TensorRT's registry beside NVIDIA's own plugins."""
+    load_stock_plugins(trt)
     if settings.plugins is None:
         if way == "native":
             return ()
@@ -45,6 +55,7 @@ def build_way(trt: TensorRT, model: TensorRTModel, way: Way, settings: Settings,
         built = [network.get_output(index) for index in range(network.num_outputs)]
         outputs = tuple(tensor_spec(tensor.name, tensor.shape, tensor.dtype) for tensor in built)
         config = _config(trt, builder, model, settings)
+        notes = () if settings.timing_cache is None else _attach_timing_cache(config, settings.timing_cache)
         if settings.embed_plugin and loaded:
             config.plugins_to_serialize = [str(path) for path in loaded]
         plan = builder.build_serialized_network(network, config)
@@ -52,8 +63,8 @@ def build_way(trt: TensorRT, model: TensorRTModel, way: Way, settings: Settings,
             raise explain(model.file.where, trt.name, heard)
         content = bytes(plan)
         layers = layers_of_log(heard) or _inspect(trt, content)
-        cache = None if settings.timing_cache is None else bytes(config.get_timing_cache().serialize())
-    verified, wrong = products_in_other_types(layers, model.products)
+        cache = None if settings.timing_cache is None else config.get_timing_cache()
+    types, wrong = types_of_products(layers, model.products)
     if wrong:
         problem = f"{trt.name} built {len(wrong)} of {len(model.products)} products in another type than the graph has"
         fix = "please report it, with the file and the version of TensorRT"
@@ -64,7 +75,8 @@ def build_way(trt: TensorRT, model: TensorRTModel, way: Way, settings: Settings,
         raise ModelError(model.file.where, problem, got=len(taken), expected=expected, fix="build with --frn native")
     ours = [layer for layer in taken if set(layer.nodes) & set(model.frn)]
     plugin_layers = len(ours or taken) if way == "plugin" else 0
-    types = set(model.products.values())
+    # Of a product that the layers do not tell of, what the graph says; TensorRT gives no layers, no type at all.
+    precisions = {types.get(node, product.dtype) for node, product in model.products.items()}
     return Engine(
         plan=content,
         backend=trt.flavour,
@@ -75,13 +87,14 @@ def build_way(trt: TensorRT, model: TensorRTModel, way: Way, settings: Settings,
         outputs=outputs,
         frn=FrnRecord(len(model.frn), way if model.frn else None, plugin_layers, reason),
         layers=layers,
-        precision=None if not verified else next(iter(types)) if len(types) == 1 else "mixed",
-        verified_products=verified,
+        precision=None if not types else precisions.pop() if len(precisions) == 1 else "mixed",
+        verified_products=len(types),
         products=len(model.products),
         tf32=settings.tf32,
         hardware_compatible=settings.hardware_compatible,
         embedded=tuple(path.name for path in loaded) if settings.embed_plugin else (),
-        timing_cache=cache,
+        timing_cache=None if cache is None else bytes(cache.serialize()),
+        notes=notes,
         origin=origin(model.file, loaded),
         sources=model.file.files,
     )
@@ -137,9 +150,6 @@ def _config(trt: TensorRT, builder: Any, model: TensorRTModel, settings: Setting
         config.set_memory_pool_limit(module.MemoryPoolType.WORKSPACE, settings.workspace)
     if settings.optimization_level is not None:
         config.builder_optimization_level = settings.optimization_level
-    if settings.timing_cache is not None:
-        # A cache of another GPU or version is of no use, and no fault: TensorRT then begins a new one.
-        config.set_timing_cache(config.create_timing_cache(settings.timing_cache), False)
     if trt.rtx:
         names = [f"SM{text.replace('.', '')}" for text in settings.targets] if settings.named_targets else ["CURRENT"]
         config.num_compute_capabilities = len(names)
@@ -152,6 +162,15 @@ def _config(trt: TensorRT, builder: Any, model: TensorRTModel, settings: Setting
             profile.set_shape(name, *settings.ranges[name])
         config.add_optimization_profile(profile)
     return config
+
+
+def _attach_timing_cache(config: Any, content: bytes) -> tuple[str, ...]:
+    """Gives the build a timing cache, and returns what there is to say of that: a refused one is no fault."""
+    cache = config.create_timing_cache(content)
+    if cache is not None and config.set_timing_cache(cache, False):
+        return ()
+    config.set_timing_cache(config.create_timing_cache(b""), False)
+    return ("the timing cache was begun anew: the one given is of another GPU or another TensorRT",)
 
 
 def _inspect(trt: TensorRT, plan: bytes) -> tuple[Layer, ...]:

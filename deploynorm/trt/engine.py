@@ -47,14 +47,15 @@ class Engine:
         outputs: As inputs; TensorRT has no names for dynamic axes.
         frn: See FrnRecord.
         layers: As TensorRT lists them.
-        precision: Type of the convolutions and matrix products, as the engine's own layers say; "mixed" where it is
-            not one; None where TensorRT did not say.
+        precision: Type of the convolutions and matrix products, as the engine's own layers say: int8 or float8 of
+            quantized ones; "mixed" where it is not one; None where TensorRT did not say.
         verified_products: How many of them were found in the layers.
         products: How many the graph has.
         tf32: Whether float32 products may be rounded to TF32.
         hardware_compatible: The GPUs besides those that it runs on; see `build`.
         embedded: Names of the plugin libraries inside the plan.
         timing_cache: To be given to the next build; None for TensorRT-RTX, which times nothing.
+        notes: What the build had to say.
         origin: What it was built from; see deploynorm.trt.manifest.origin.
         sources: The files that it was built from, which no engine is to overwrite.
     """
@@ -75,6 +76,7 @@ class Engine:
     hardware_compatible: str | None = None
     embedded: tuple[str, ...] = ()
     timing_cache: bytes | None = field(default=None, repr=False)
+    notes: tuple[str, ...] = ()
     origin: Mapping[str, Any] = field(default_factory=dict, repr=False)
     sources: tuple[Path, ...] = ()
 
@@ -116,7 +118,9 @@ class Engine:
         ]
         if self.frn.way is not None:
             rows += [("FRN", f"{self.frn.nodes} layers, {self.frn.way}"), ("why", self.frn.reason)]
-        return rows + ([("plugins inside", ", ".join(self.embedded))] if self.embedded else [])
+        if self.embedded:
+            rows.append(("plugins inside", ", ".join(self.embedded)))
+        return [*rows, *(("note", note) for note in self.notes)]
 
     def save(self, path: Path | str, *, timing_cache: Path | str | None = None) -> dict[str, Any]:
         """Writes the engine and its manifest beside it, both or none; then the timing cache. Returns the manifest.
@@ -158,6 +162,7 @@ class Engine:
             "products": self.products,
             "tf32": self.tf32,
             "embedded_plugins": list(self.embedded),
+            "notes": list(self.notes),
             "inputs": [
                 {"name": x.name, "dtype": x.dtype, "shape": list(x.shape)}
                 | {key: list(shape) for key, shape in self.ranges[x.name]._asdict().items()}

@@ -78,10 +78,22 @@ _KNOWN: Final[tuple[tuple[str, type[DeployNormError], str, str], ...]] = (
         "leave 7.5 out, or export with --dtype float16",
     ),
     (
+        r"HW-specific datatypes: fp8",
+        InputError,
+        "holds float8, which GPUs have from compute capability 8.9 on",
+        "leave the earlier ones out, or quantize to int8",
+    ),
+    (
         r"Cannot compile operation .* for Turing",
         InputError,
         "holds an operator that {name} does not have in this type for GPUs of compute capability 7.5",
         "leave 7.5 out, or export with --dtype float16",
+    ),
+    (
+        r"input has type Int32 but must have type",
+        ModelError,
+        "dequantizes an int32 tensor, as a quantized bias is, and {name} dequantizes 8 bits and less alone",
+        "quantize it without biases; in onnxruntime.quantization extra_options={'QuantizeBias': False}",
     ),
     (
         "[Ff]ailed to import initializer|Failed to (open|read) (external )?(weights )?file",
@@ -110,13 +122,18 @@ _KNOWN: Final[tuple[tuple[str, type[DeployNormError], str, str], ...]] = (
     ),
 )
 """Texts of TensorRT that we foresee, with our error, problem (`{name}` is filled in) and fix. In order: the first that
-matches counts. A missing driver comes last, because without one TensorRT-RTX reports it
-beside every other error."""
+matches counts. A missing driver comes last, as it is told of beside other errors too."""
+
+_NO_DRIVER_BESIDE: Final = re.compile(
+    r"(; |\s)*(\[?\w+\.cpp::\w+::\d+\]? )?Error Code 1: Cuda Runtime \([^()]*\(cudaError 35: [^()]*\)\)"
+)
+"""What TensorRT-RTX says beside every other error where there is no driver."""
 
 
 def explain(where: str, name: str, said: Sequence[Message] | str) -> DeployNormError:
     """What TensorRT (`name`, with its version) said of a file or function when it failed, as one of our errors."""
-    text = said if isinstance(said, str) else words(said)
+    text = _plain(said) if isinstance(said, str) else words(said)
+    text = _NO_DRIVER_BESIDE.sub("", text).lstrip("; ") or text
     for pattern, kind, problem, fix in _KNOWN:
         if re.search(pattern, text):
             return kind(where, problem.format(name=name), got=text or None, fix=fix)

@@ -96,30 +96,44 @@ def _layer(entry: Mapping[str, Any]) -> Layer:
     return Layer(str(entry.get("Name", "")), str(entry.get("LayerType", "")), inputs, outputs, tuple(nodes))
 
 
-def products_in_other_types(layers: Sequence[Layer], products: Mapping[str, str]) -> tuple[int, list[str]]:
-    """How many convolutions and matrix products have the type that the graph gives them, and a line for each other one.
+@dataclass(frozen=True)
+class Product:
+    """A convolution or matrix product of the graph."""
 
-    products are the element types of the graph by node; of a node without layers nothing is known.
+    dtype: str  # of its inputs
+    sources: frozenset[str]
+    """The types that its inputs come from: int8 or float8 of one that is dequantized, and else dtype."""
+
+
+def types_of_products(layers: Sequence[Layer], products: Mapping[str, Product]) -> tuple[dict[str, str], list[str]]:
+    """The type that each product was built in, by node, and a line for each that the graph has in another type.
+
+    One whose inputs are all dequantized may be built in their type or in that of the graph. Of a node without layers
+    nothing is known, nor of one that dequantizes an input itself and multiplies after that.
     """
     computing: dict[str, list[Layer]] = {}
     for layer in layers:
         for node in layer.nodes:
-            if node in products and not layer.moves_only and _float_inputs(layer):
+            if node in products and not layer.moves_only and _number_types(layer):
                 computing.setdefault(node, []).append(layer)
-    verified, wrong = 0, []
+    built: dict[str, str] = {}
+    wrong: list[str] = []
     for node, found in computing.items():
+        dtype, sources = products[node].dtype, products[node].sources
         # What TensorRT generates around a product (casts, padding, sums of its parts) bears the product's name too.
-        own = [layer for layer in found if layer.kind != "kgen"] or found
-        others = {
-            dtype for layer in own if products[node] not in _float_inputs(layer) for dtype in _float_inputs(layer)
-        }
-        verified += not others
-        wrong += [f"{node} in {', '.join(sorted(others))} instead of {products[node]}"] if others else []
-    return verified, wrong
+        own = [_number_types(layer) for layer in found if layer.kind != "kgen"] or [*map(_number_types, found)]
+        others = {other for types in own if not types & {dtype, *sources} for other in types}
+        if others:
+            wrong.append(f"{node} in {', '.join(sorted(others))} instead of {' or '.join(sorted({dtype, *sources}))}")
+        elif len(sources) == 1 and all(types & sources for types in own):
+            [built[node]] = sources
+        elif all(dtype in types for types in own):
+            built[node] = dtype
+    return built, wrong
 
 
-def _float_inputs(layer: Layer) -> set[str]:
-    return {tensor.dtype for tensor in layer.inputs} & {"float32", "float16", "bfloat16"}
+def _number_types(layer: Layer) -> set[str]:
+    return {tensor.dtype for tensor in layer.inputs} & {"float32", "float16", "bfloat16", "float8", "int8"}
 
 
 def layer_counts(layers: Iterable[Layer]) -> list[tuple[str, str, int]]:

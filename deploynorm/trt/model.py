@@ -7,8 +7,9 @@ any exported file serves any TensorRT.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Final
 
 import onnx
 import onnx.shape_inference
@@ -18,12 +19,16 @@ from deploynorm.dtypes import ONNX_HALF
 from deploynorm.errors import ModelError
 from deploynorm.lowering import function_proto, register_schema
 from deploynorm.onnx_file import OnnxFile, OnnxSource, all_nodes
+from deploynorm.trt.layers import Product
 from deploynorm.trt.settings import Way
 
 BODY = f"{OP_TYPE}Body"
 """Name of the function body on the native way: TensorRT finds plugins and functions by name."""
 
 _PRODUCTS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+_QUANTIZED: Final[Mapping[int, str]] = {onnx.TensorProto.INT8: "int8", onnx.TensorProto.FLOAT8E4M3FN: "float8"}
+_MOVES = ("Cast", "Concat", "Flatten", "Identity", "MaxPool", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze")
+"""Past these TensorRT takes a DequantizeLinear to the product behind them."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +37,7 @@ class TensorRTModel:
 
     file: OnnxFile  # TensorRT looks for external data beside its path
     frn: tuple[str, ...]  # names of the nodes of our operator, as TensorRT calls them
-    products: Mapping[str, str]  # element type of each convolution and matrix product, by the name of its node
+    products: Mapping[str, Product]  # the convolutions and matrix products, by the names of their nodes
     half: bool  # whether one of our nodes works on float16 or bfloat16
 
     @classmethod
@@ -184,10 +189,31 @@ def _check_types(file: OnnxFile, nodes: list[onnx.NodeProto], types: Mapping[str
                 raise ModelError(f"{where}, node {_name(node)}", problem, got=sizes, expected=[channels])
 
 
-def _products(proto: onnx.ModelProto, types: Mapping[str, onnx.TypeProto.Tensor]) -> dict[str, str]:
+def _products(proto: onnx.ModelProto, types: Mapping[str, onnx.TypeProto.Tensor]) -> dict[str, Product]:
+    makers = {name: node for node in proto.graph.node for name in node.output}
     found = {}
     for node in proto.graph.node:
         known = [types[name].elem_type for name in node.input[:2] if name in types and types[name].elem_type]
         if node.domain in ("", "ai.onnx") and node.op_type in _PRODUCTS and known:
-            found[_name(node)] = str(onnx.helper.tensor_dtype_to_np_dtype(known[0]).name)
+            dtype = str(onnx.helper.tensor_dtype_to_np_dtype(known[0]).name)
+            quantized = {_QUANTIZED.get(kind, dtype) for kind in _dequantized(node.input[:2], makers, types)}
+            found[_name(node)] = Product(dtype, frozenset(quantized))
+    return found
+
+
+def _dequantized(
+    names: Sequence[str], makers: Mapping[str, onnx.NodeProto], types: Mapping[str, onnx.TypeProto.Tensor]
+) -> set[int]:
+    """The element types that values are dequantized from; 0 stands for one that is not."""
+    found, open_names, seen = set(), list(names), set(names)
+    while open_names:
+        node = makers.get(open_names.pop())
+        if node is not None and node.op_type in _MOVES:
+            sources = node.input if node.op_type == "Concat" else node.input[:1]
+            open_names += [name for name in sources if name not in seen]
+            seen.update(sources)
+        elif node is not None and node.op_type == "DequantizeLinear" and node.input[0] in types:
+            found.add(types[node.input[0]].elem_type)
+        else:
+            found.add(0)
     return found

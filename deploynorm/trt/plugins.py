@@ -36,6 +36,16 @@ def load_plugin(trt: TensorRT) -> None:
         raise BackendError(str(library), problem, fix="deploynorm plugins build --cuda")
 
 
+def load_stock_plugins(trt: TensorRT) -> None:
+    """Puts NVIDIA's own plugins into the registry: the parser makes them of RoiAlign, ScatterElements and others.
+
+    A second call does nothing, nor does the first with a TensorRT that has none, as the lean runtime.
+    """
+    initialize = getattr(trt.module, "init_libnvinfer_plugins", None)
+    if initialize is not None:
+        initialize(logger(trt), "")
+
+
 _LOADED: dict[tuple[Flavour, Path], Any] = {}
 """The handles that TensorRT gave for libraries. A library that is loaded again is refused."""
 

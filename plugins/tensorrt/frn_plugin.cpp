@@ -1,11 +1,10 @@
 // The FRN operator as a TensorRT plugin of the third generation, and the creator that TensorRT finds it by: checks what
 // TensorRT hands over and passes pointers to the kernel. Nothing throws.
 //
-// Only interfaces are implemented that are the same in TensorRT 10, TensorRT 11 and TensorRT-RTX; none of the host's
-// is called: the registry's and the logger's changed, so that one binary could not serve them all.
+// Only interfaces are implemented that are the same in TensorRT 10, TensorRT 11 and TensorRT-RTX. Of the host's the
+// logger alone is called, which changed: see host.h.
 
 #include <NvInferRuntime.h>
-#include <dlfcn.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <string.h>
@@ -14,22 +13,27 @@
 
 #include "../contract.h"
 #include "../kernels/frn.h"
+#include "host.h"
 
 namespace deploynorm {
 namespace {
 
 using namespace nvinfer1;
 
-// ---- What it takes. What it refuses is written to stderr: TensorRT's own error names no more than the method that did
-// not return 0.
+// ---- What it takes. What it refuses goes to the logger of the TensorRT that asked, and where there is none to stderr:
+// TensorRT's own error names no more than the method that did not return 0.
+
+// The code that called last in this thread; set by every method that may refuse.
+__thread const void* caller = nullptr;
 
 __attribute__((format(printf, 1, 2))) int32_t refuse(const char* format, ...) noexcept {
-  char message[320];
+  char message[384];
+  const int named = snprintf(message, sizeof message, "%s::%s: ", kDomain, kOpType);
   va_list values;
   va_start(values, format);
-  vsnprintf(message, sizeof message, format, values);
+  vsnprintf(message + named, sizeof message - named, format, values);
   va_end(values);
-  fprintf(stderr, "%s::%s: %s\n", kDomain, kOpType, message);
+  if (!log_error(caller, message)) fprintf(stderr, "%s\n", message);
   return -1;
 }
 
@@ -56,7 +60,11 @@ bool takes_type(DataType type) {
   return type == DataType::kFLOAT || type == DataType::kHALF || type == DataType::kBF16;
 }
 
-// TensorRT's channels-last formats count the channels' axis from the last, and so are ours for (N, C, H, W) alone.
+// Channels last, not filled up to eights.
+constexpr TensorFormat kRows[] = {TensorFormat::kHWC, TensorFormat::kDHWC};
+
+// TensorRT's channels-last formats count the channels' axis from the last: ours are two of (N, C, H, W), and two of
+// (N, C, D, H, W).
 bool takes_format(DataType type, TensorFormat format, int32_t rank) {
   switch (format) {
     case TensorFormat::kLINEAR:
@@ -65,6 +73,10 @@ bool takes_format(DataType type, TensorFormat format, int32_t rank) {
       return rank == 4 && type != DataType::kBF16;
     case TensorFormat::kHWC8:
       return rank == 4 && type != DataType::kFLOAT;
+    case TensorFormat::kDHWC:
+      return rank == 5 && type == DataType::kFLOAT;
+    case TensorFormat::kDHWC8:
+      return rank == 5 && type != DataType::kFLOAT;
     default:
       return false;
   }
@@ -138,8 +150,6 @@ int32_t check(const PluginTensorDesc* in, const PluginTensorDesc& y) {
 
 static_assert(kVersion == 1, "the string below is the contract's version");
 constexpr const char* kPluginVersion = "1";
-// Raised when the kernels change, as timings of others count for nothing then.
-constexpr const char* kTimings = "1";
 // A plan holds this number alone, so that a library to whom it means nothing can refuse the plan.
 constexpr const char* kPlanField = "plan_version";
 constexpr int32_t kPlanVersion = 1;
@@ -175,9 +185,8 @@ deploynorm_frn call_of(const Dims& x, DataType type, TensorFormat format) {
   call.channels = x.d[1];
   call.spatial = 1;
   for (int32_t axis = 2; axis < x.nbDims; ++axis) call.spatial *= x.d[axis];
-  call.channel_block = format == TensorFormat::kHWC    ? call.channels
-                       : format == TensorFormat::kHWC8 ? (call.channels + 7) / 8 * 8
-                                                       : 1;
+  const bool rows = format == kRows[0] || format == kRows[1];
+  call.channel_block = format == TensorFormat::kLINEAR ? 1 : rows ? call.channels : (call.channels + 7) / 8 * 8;
   call.type = type == DataType::kHALF   ? DEPLOYNORM_FLOAT16
               : type == DataType::kBF16 ? DEPLOYNORM_BFLOAT16
                                         : DEPLOYNORM_FLOAT32;
@@ -185,19 +194,13 @@ deploynorm_frn call_of(const Dims& x, DataType type, TensorFormat format) {
 }
 
 // TensorRT-RTX compiles without a device, so that it times nothing: it takes the first format that it is offered, and
-// that would be kLINEAR, between two transpositions of its own channels-last tensors. It has no kHWC of bfloat16.
+// that would be kLINEAR, between two transpositions of its own channels-last tensors. It has no kHWC of bfloat16 and no
+// kDHWC of 16 bits, and into rows of eights it moves tensors twice.
 TensorFormat format_for_rtx(DataType type, int32_t rank) {
-  return takes_format(type, TensorFormat::kHWC, rank) ? TensorFormat::kHWC : TensorFormat::kLINEAR;
-}
-
-// Whether code at this address is TensorRT-RTX's. The caller's own address is asked, as a process may have loaded
-// TensorRT and TensorRT-RTX both.
-bool is_rtx(const void* address) {
-  Dl_info library;
-  if (dladdr(address, &library) == 0 || library.dli_fname == nullptr) return false;
-  const char* slash = strrchr(library.dli_fname, '/');
-  const char* name = slash == nullptr ? library.dli_fname : slash + 1;
-  return strncmp(name, "libtensorrt_rtx.", strlen("libtensorrt_rtx.")) == 0;
+  for (const TensorFormat rows : kRows) {
+    if (takes_format(type, rows, rank)) return rows;
+  }
+  return TensorFormat::kLINEAR;
 }
 
 // Has no state: what a call needs is in the descriptions that come with it, so that shapes may change at any time.
@@ -229,10 +232,11 @@ class FrnPlugin final : public IPluginV3,
   // ---- IPluginV3OneBuild
 
   int32_t getNbOutputs() const noexcept override { return 1; }
-  const char* getTimingCacheID() noexcept override { return kTimings; }
+  const char* getTimingCacheID() noexcept override { return DEPLOYNORM_KERNELS; }  // a digest, of the build
 
   int32_t getOutputDataTypes(DataType* out, int32_t outputs, const DataType* in,
                              int32_t inputs) const noexcept override {
+    caller = __builtin_return_address(0);
     if (!has_arity(inputs, outputs)) return refuse_arity(inputs, outputs);
     if (check_types(in) != 0) return -1;
     out[0] = in[0];
@@ -241,6 +245,7 @@ class FrnPlugin final : public IPluginV3,
 
   int32_t getOutputShapes(const DimsExprs* in, int32_t inputs, const DimsExprs*, int32_t, DimsExprs* out,
                           int32_t outputs, IExprBuilder&) noexcept override {
+    caller = __builtin_return_address(0);
     if (!has_arity(inputs, outputs)) return refuse_arity(inputs, outputs);
     int32_t ranks[kInputs];
     for (int32_t input = 0; input < kInputs; ++input) ranks[input] = in[input].nbDims;
@@ -251,13 +256,15 @@ class FrnPlugin final : public IPluginV3,
 
   bool supportsFormatCombination(int32_t position, const DynamicPluginTensorDesc* tensors, int32_t inputs,
                                  int32_t outputs) noexcept override {
-    const void* caller = __builtin_return_address(0);
+    const void* asking = __builtin_return_address(0);
     if (!has_arity(inputs, outputs)) return false;
     const PluginTensorDesc& x = tensors[0].desc;
     const PluginTensorDesc& asked = tensors[position].desc;
     if (position == 0) {
       if (!takes_type(x.type) || !takes_format(x.type, x.format, x.dims.nbDims)) return false;
-      return !is_rtx(caller) || x.format == format_for_rtx(x.type, x.dims.nbDims);
+      const char* path = nullptr;
+      const Host* host = host_at(asking, &path);  // a process may have loaded TensorRT and TensorRT-RTX both
+      return host == nullptr || !host->rtx || x.format == format_for_rtx(x.type, x.dims.nbDims);
     }
     if (position < kInputs) return asked.type == DataType::kFLOAT && asked.format == TensorFormat::kLINEAR;
     return asked.type == x.type && asked.format == x.format;
@@ -265,6 +272,7 @@ class FrnPlugin final : public IPluginV3,
 
   int32_t configurePlugin(const DynamicPluginTensorDesc* in, int32_t inputs, const DynamicPluginTensorDesc* out,
                           int32_t outputs) noexcept override {
+    caller = __builtin_return_address(0);
     if (!has_arity(inputs, outputs)) return refuse_arity(inputs, outputs);
     PluginTensorDesc tensors[kInputs];
     for (int32_t input = 0; input < kInputs; ++input) tensors[input] = in[input].desc;
@@ -282,11 +290,13 @@ class FrnPlugin final : public IPluginV3,
 
   int32_t onShapeChange(const PluginTensorDesc* in, int32_t inputs, const PluginTensorDesc* out,
                         int32_t outputs) noexcept override {
+    caller = __builtin_return_address(0);
     return has_arity(inputs, outputs) ? check(in, out[0]) : refuse_arity(inputs, outputs);
   }
 
   int32_t enqueue(const PluginTensorDesc* in, const PluginTensorDesc* out, const void* const* inputs,
                   void* const* outputs, void* workspace, cudaStream_t stream) noexcept override {
+    caller = __builtin_return_address(0);
     if (check(in, out[0]) != 0) return -1;
     deploynorm_frn call = call_of(in[0].dims, in[0].type, in[0].format);
     call.x = inputs[0];
@@ -312,6 +322,7 @@ class FrnCreator final : public IPluginCreatorV3One {
   const PluginFieldCollection* getFieldNames() noexcept override { return &kNoFields; }
 
   IPluginV3* createPlugin(const char*, const PluginFieldCollection* fields, TensorRTPhase phase) noexcept override {
+    caller = __builtin_return_address(0);
     if (phase == TensorRTPhase::kRUNTIME) {
       const int32_t version = plan_version(fields);
       if (version != kPlanVersion) {
@@ -345,5 +356,5 @@ extern "C" DEPLOYNORM_API nvinfer1::IPluginCreatorInterface* const* getCreators(
   return deploynorm::kCreators;
 }
 
-// The finder's interface changed with TensorRT 11, and so is not used.
+// The logger is found without it, and in every host; see host.h.
 extern "C" DEPLOYNORM_API void setLoggerFinder(nvinfer1::ILoggerFinder*) noexcept {}

@@ -12,6 +12,7 @@
 #include <string.h>
 
 #include "../contract.h"
+#include "host.h"
 
 namespace deploynorm {
 namespace {
@@ -23,67 +24,13 @@ constexpr const char* kOtherWay =
     "Fix: instead of this library load libdeploynorm_trt.so, through TensorRT's plugin registry "
     "(load_library in Python, trtexec --dynamicPlugins)";
 
-// A TensorRT as its file is named.
-struct Host {
-  const char* file;  // how its name begins
-  const char* name;
-  bool rtx;
-};
-constexpr Host kHosts[] = {
-    {"libnvinfer.so", "TensorRT", false},
-    {"libnvinfer_lean.so", "TensorRT's lean runtime", false},
-    {"libtensorrt_rtx.so", "TensorRT-RTX", true},
-};
-constexpr int kHostCount = sizeof kHosts / sizeof kHosts[0];
-
-// Where its registry's methods are in the virtual table. What is called by a wrong slot ends the process.
-struct Slots {
-  int register_creator;
-  int get_creator;
-};
-constexpr Slots kSlots10 = {12, 14};
-constexpr Slots kSlots11 = {8, 10};
-
-struct Version {
-  int32_t major, minor;
-};
-
-// Of what getInferLibVersion() returns, which had one digit less for the minor version before TensorRT 10.
-Version version_of(int32_t number) {
-  if (number < 10000) return {number / 1000, number / 100 % 10};
-  return {number / 10000, number / 100 % 100};
-}
-
-// TensorRT-RTX changed as TensorRT 11 did, within a major version; before 1.4 its registry is not known.
-const Slots* slots_of(const Host& host, Version version) {
-  if (host.rtx) return version.major != 1 || version.minor < 4 ? nullptr : version.minor == 4 ? &kSlots10 : &kSlots11;
-  return version.major == 10 ? &kSlots10 : version.major == 11 ? &kSlots11 : nullptr;
-}
-
-const char* base_name(const char* path) {
-  const char* slash = strrchr(path, '/');
-  return slash == nullptr ? path : slash + 1;
-}
-
-template <typename Function>
-Function* find(void* library, const char* name) {
-  return reinterpret_cast<Function*>(dlsym(library, name));
-}
-
-template <typename Function>
-Function* method(void* object, int slot) {
-  return reinterpret_cast<Function*>((*static_cast<void***>(object))[slot]);
-}
-
 using Paths = char[kHostCount][PATH_MAX];
 
 // dl_iterate_phdr's callback, which may not open a library itself: notes where each host's file lies.
 int note_path(dl_phdr_info* info, size_t, void* data) {
   Paths& paths = *static_cast<Paths*>(data);
-  const char* name = base_name(info->dlpi_name);
   for (int host = 0; host < kHostCount; ++host) {
-    const size_t length = strlen(kHosts[host].file);
-    const bool same = strncmp(name, kHosts[host].file, length) == 0 && (name[length] == '\0' || name[length] == '.');
+    const bool same = is_file_of(kHosts[host], base_name(info->dlpi_name));
     if (same && strlen(info->dlpi_name) < PATH_MAX) strcpy(paths[host], info->dlpi_name);
   }
   return 0;
@@ -114,8 +61,7 @@ void register_with(const Host& host, const char* path, GetCreators* get_creators
   void* library = dlopen(path, RTLD_LAZY | RTLD_NOLOAD);
   if (library == nullptr) return;  // it was closed meanwhile
   auto* get_registry = find<void*()>(library, "getPluginRegistry");
-  auto* get_version = find<int32_t()>(library, "getInferLibVersion");
-  const Version version = version_of(get_version == nullptr ? 0 : get_version());
+  const Version version = version_of(library);
   const Slots* slots = slots_of(host, version);
   void* registry = slots == nullptr || get_registry == nullptr ? nullptr : get_registry();
   if (registry == nullptr) {

@@ -2,6 +2,7 @@
 
 #include <NvInferRuntime.h>
 #include <dlfcn.h>
+#include <stdio.h>
 #include <string.h>
 
 #include <vector>
@@ -79,6 +80,33 @@ IPluginV3OneRuntime* runtime(IPluginV3* plugin) {
 class Builder final : public IExprBuilder {};
 
 }  // namespace
+
+// ---- Its logger, which TensorRT 11 changed
+
+namespace {
+
+int32_t version = 0;
+char logged[512];
+
+void log(void*, int32_t severity, const char* message) { snprintf(logged, sizeof logged, "%d %s", severity, message); }
+
+void* const kTable10[] = {reinterpret_cast<void*>(log), nullptr, nullptr};
+void* const kTable11[] = {nullptr, nullptr, nullptr, nullptr, reinterpret_cast<void*>(log)};
+void* const* const kLogger10 = kTable10;
+void* const* const kLogger11 = kTable11;
+
+}  // namespace
+
+// The host is of this version from now on, and has a logger; 0: it has none.
+EXPORTED void host_be(int32_t now) { version = now; }
+EXPORTED const char* host_logged() { return logged; }
+
+EXPORTED int32_t getInferLibVersion() noexcept { return version; }
+EXPORTED ILogger* getLogger() noexcept {
+  const bool old = version / 10000 == 10 || version == 10400;
+  const void* found = version == 0 ? nullptr : old ? &kLogger10 : &kLogger11;
+  return static_cast<ILogger*>(const_cast<void*>(found));
+}
 
 // ---- The library and its creator
 

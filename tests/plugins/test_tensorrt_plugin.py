@@ -3,6 +3,8 @@ refuses. tests/gpu/test_plugin.py has its numbers."""
 
 from __future__ import annotations
 
+import ctypes
+import hashlib
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import product
@@ -28,7 +30,7 @@ from tensorrt_host import (
 )
 
 from deploynorm.contract import DOMAIN, INPUTS, NODE_ATTRIBUTES, OP_TYPE, PARAMETERS, VERSION
-from deploynorm.libraries import TENSORRT_LIBRARY
+from deploynorm.libraries import TENSORRT_LIBRARY, source_folder
 
 DTYPES = ("float32", "float16", "bfloat16")
 
@@ -111,13 +113,14 @@ def test_the_formats_that_it_takes(rank: int, plugin: Plugin) -> None:
 
 @pytest.mark.parametrize("rank", range(2, 9))
 def test_tensorrt_rtx_is_offered_one_format_of_each_type(rank: int, rtx: Host) -> None:
-    """It takes the first that is offered. HWC is what its convolutions have; it has none of bfloat16."""
+    """It takes the first that is offered. HWC is what its convolutions have; it has none of bfloat16, nor DHWC."""
+    rows = {("float32", 4): Format.HWC, ("float16", 4): Format.HWC, ("float32", 5): Format.DHWC}
     made = rtx.create()
     assert made is not None
     with made as plugin:
         for dtype in DTYPES:
             taken = [f for f in Format if plugin.supports(0, inputs_and_output(Tensor(SHAPES[rank], dtype, f)))]
-            assert taken == [Format.HWC if rank == 4 and dtype != "bfloat16" else Format.LINEAR], dtype
+            assert taken == [rows.get((dtype, rank), Format.LINEAR)], dtype
 
 
 def test_what_tensorrt_rtx_takes_is_computed_as_elsewhere(host: Host, rtx: Host) -> None:
@@ -159,8 +162,14 @@ def test_creator_and_plugin_have_the_names_of_the_contract(host: Host, plugin: P
     assert host.attribute_count() == 0, "TensorRT warns of each attribute that a node does not have"
 
 
-def test_timings_are_cached(plugin: Plugin) -> None:
-    assert plugin.timing_id()
+def test_timings_are_those_of_these_kernels(built: Path, cuda_libraries: Path) -> None:
+    """In a cache of timings of others, what is found for the plugin would be wrong."""
+    made = Host(built / HOSTS[0], cuda_libraries / TENSORRT_LIBRARY).create()
+    assert made is not None
+    kernels = [source_folder() / "kernels" / "frn.cu", *(source_folder() / "kernels").glob("*.cuh")]
+    digests = "".join(hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(kernels))
+    with made:
+        assert made.timing_id() == hashlib.sha256(digests.encode()).hexdigest()
 
 
 def test_a_clone_outlives_what_it_was_made_of(plugin: Plugin) -> None:
@@ -211,6 +220,35 @@ def test_a_plan_that_is_not_ours_is_refused(
 
 
 # ---- What it refuses while an engine is built
+
+
+@pytest.mark.parametrize(
+    ("name", "version"), [(HOSTS[0], 101601), (HOSTS[0], 110400), (HOSTS[1], 10400), (HOSTS[1], 10701)]
+)
+def test_what_it_refuses_goes_to_the_logger_of_who_asked(
+    name: str, version: int, built: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    host = Host(built / name, built / TENSORRT_LIBRARY)
+    made = host.create()
+    assert made is not None
+    calls: list[tuple[Callable[[], object], str]] = [
+        (lambda: host.create([Field("epsilon", FieldType.FLOAT32, 1, bytes(4))]), "there is no attribute epsilon"),
+        (lambda: host.create([], RUNTIME), "the engine was built with another version"),
+        (lambda: made.enqueue(with_input(1, shape=(13,)), [0] * 5, 0, 0), "input gamma has the wrong size"),
+        *(
+            (lambda m=method: m(made, with_input(0, type="int8", shape=()), 1), "input X ")
+            for method in METHODS.values()
+        ),
+    ]
+    host.call("be", ctypes.c_int32(version), returns=None)
+    for call, words in calls:
+        call()
+        assert host.call("logged", returns=ctypes.c_char_p).decode().startswith(f"1 {DOMAIN}::{OP_TYPE}: {words}")
+    host.call("be", ctypes.c_int32(90300), returns=None)  # one whose logger is not known
+    calls[0][0]()
+    assert words not in (said := capfd.readouterr().err)
+    assert said.startswith(f"{DOMAIN}::{OP_TYPE}: there is no attribute epsilon")
+    host.call("be", ctypes.c_int32(0), returns=None)
 
 
 @pytest.mark.parametrize(

@@ -119,6 +119,8 @@ def test_an_output_whose_size_depends_on_values_is_allocated_when_it_is_known() 
         for rows in (2, 4, 0):
             x = images(rows, 3)
             np.testing.assert_array_equal(runner.infer({"x": x})["y"], 2 * x)
+        assert len(runner._context.kept) == 1  # or every output ever made would stay in memory
+        assert [output._memory for output in runner._waiting.values()] == [None]
     with TensorRTRunner(engine, cuda_graphs=True) as runner, pytest.raises(InputError, match="cuda_graphs=False"):
         runner.infer({"x": images(2, 3)})
 
@@ -178,6 +180,11 @@ REFUSED: dict[str, tuple[bytes, type[DeployNormError], str]] = {
         InputError,
         "holds code for the processor.*Fix: pass trust_engine=True",
     ),
+    "a library that TensorRT runs in any case": (
+        plan({"x": IMAGES}, {"y": "x"}, library=True),
+        InputError,
+        "holds code for the processor.*Fix: pass trust_engine=True",
+    ),
     "input in the processor's memory": (
         plan({"host_sizes": ((2,),) * 3}, {"y": "host_sizes"}, dtype="INT64"),
         ModelError,
@@ -207,6 +214,16 @@ def test_the_plugin_is_loaded_once_for_engines_that_hold_it(
     for _ in range(2):
         TensorRTRunner(content, plugins=[library]).close()
     assert fake.registry.libraries == [str(library)]
+
+
+def test_an_engine_with_a_plugin_of_nvidias_runs(fake: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    content = plan({"x": IMAGES}, {"y": "x"}, stock_plugin=True)
+    TensorRTRunner(content).close()
+    fake.registry.creators.clear()
+    monkeypatch.delattr(fake, "init_libnvinfer_plugins")  # as in the lean runtime
+    TensorRTRunner(ENGINE).close()
+    with pytest.raises(BackendError, match=r"holds a plugin that TensorRT 11\.4\.0 has not loaded"):
+        TensorRTRunner(content)
 
 
 def _with_manifest(path: Path, **facts: object) -> Path:

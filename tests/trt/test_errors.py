@@ -67,11 +67,24 @@ KNOWN: dict[str, tuple[str, type[DeployNormError], str]] = {
         InputError,
         "holds bfloat16, which GPUs of compute capability 7.5 do not have",
     ),
+    "float8 before Ada": (
+        "Error Code 1: Myelin ([pass.cpp:1500: run_passes] Cannot compile for target(s) sm86, because the model "
+        "contains HW-specific datatypes: fp8_e4m3.)",
+        InputError,
+        "holds float8, which GPUs have from compute capability 8.9 on",
+    ),
     "a float32 product on Turing": (
         "Error Code 1: Myelin ([pass.cpp:337: check_turing_op_compatibility] Cannot compile operation 'node_linear' "
         "for Turing (SM75): FP32 GEMM is not supported.)",
         InputError,
         "does not have in this type for GPUs of compute capability 7.5",
+    ),
+    "a quantized bias": (
+        "DequantizeLinear b: Invalid Node - b ITensor::getDimensions: Error Code 4: API Usage Error (b: input has type "
+        "Int32 but must have type FP8, FP4, Int4, Int8, or UInt8. In checkType at /_src/optimizer/common/nodeBase.cpp:"
+        "456)",
+        ModelError,
+        "dequantizes an int32 tensor, as a quantized bias is",
     ),
     "external data": (
         "Failed to import initializer: In node -1 with name: and operator: (importInitializers): UNSUPPORTED_NODE",
@@ -106,8 +119,11 @@ def test_words_of_tensorrt_are_reported_in_ours(text: str, kind: type[DeployNorm
 
 def test_a_missing_driver_is_not_reported_where_something_else_failed() -> None:
     """Without a driver TensorRT-RTX tells of it beside every other error."""
-    driver, shape = (Message("ERROR", KNOWN[name][0]) for name in ("no driver", "bfloat16 on Turing"))
-    assert "bfloat16" in explain("x", "TensorRT", [driver, shape]).problem
+    driver, shape, other = (KNOWN[name][0] for name in ("no driver", "bfloat16 on Turing", "anything else"))
+    assert "bfloat16" in explain("x", "TensorRT", [Message("ERROR", driver), Message("ERROR", shape)]).problem
+    for said in ([Message("ERROR", other), Message("ERROR", driver)], f"{other} {driver}"):
+        error = explain("x", "TensorRT", said)
+        assert (type(error), error.problem, error.got) == (ModelError, "TensorRT cannot take it", other)
 
 
 def test_errors_come_before_warnings_and_each_once() -> None:

@@ -9,11 +9,12 @@ import pytest
 from deploynorm.trt.errors import Message
 from deploynorm.trt.layers import (
     Layer,
+    Product,
     Tensor,
     layer_counts,
     layers_of_inspector,
     layers_of_log,
-    products_in_other_types,
+    types_of_products,
 )
 
 # As TensorRT-RTX 1.7 writes them at the end of a build.
@@ -86,34 +87,57 @@ def test_an_engine_without_details_tells_nothing(text: str) -> None:
     assert layers_of_inspector(text) == ()
 
 
-def layer(node: str, dtype: str, name: str = "", kind: str = "correlation") -> Layer:
-    return Layer(name or node, kind, (Tensor("x", dtype, ""),), (Tensor("y", dtype, ""),), (node,))
+def layer(node: str, dtype: str, name: str = "", kind: str = "correlation", more: tuple[str, ...] = ()) -> Layer:
+    inputs = tuple(Tensor("x", each, "") for each in (dtype, *more))
+    return Layer(name or node, kind, inputs, (Tensor("y", dtype, ""),), (node,))
 
 
-PRODUCTS = {"conv0": "float16", "conv1": "float16"}
+FLOAT = Product("float16", frozenset({"float16"}))
+INT8 = Product("float16", frozenset({"int8"}))
+HALF_INT8 = Product("float16", frozenset({"int8", "float16"}))  # its weights are not quantized
 
-COMPARED: dict[str, tuple[list[Layer], tuple[int, list[str]]]] = {
-    "as the graph": ([layer("conv0", "float16"), layer("conv1", "float16")], (2, [])),
-    "one in float32": (
-        [layer("conv0", "float16"), layer("conv1", "float32")],
-        (1, ["conv1 in float32 instead of float16"]),
-    ),
-    "not found": ([layer("conv0", ""), layer("conv1", "")], (0, [])),
-    "another node": ([layer("frn0", "float32")], (0, [])),
-    "two layers of one product": ([layer("conv0", "float16"), layer("conv0", "float16", "part 2")], (1, [])),
+COMPARED: dict[str, tuple[Product, list[Layer], tuple[dict[str, str], list[str]]]] = {
+    "as the graph": (FLOAT, [layer("conv", "float16")], ({"conv": "float16"}, [])),
+    "in float32": (FLOAT, [layer("conv", "float32")], ({}, ["conv in float32 instead of float16"])),
+    "not found": (FLOAT, [layer("conv", "")], ({}, [])),
+    "another node": (FLOAT, [layer("frn0", "float32")], ({}, [])),
+    "two layers": (FLOAT, [layer("conv", "float16"), layer("conv", "float16", "part 2")], ({"conv": "float16"}, [])),
     "a cast before it, made with its padding": (
-        [layer("conv0", "float32", "__myl_CastReplConc_myl0_1", "kgen"), layer("conv0", "float16")],
-        (1, []),
+        FLOAT,
+        [layer("conv", "float32", "__myl_CastReplConc_myl0_1", "kgen"), layer("conv", "float16")],
+        ({"conv": "float16"}, []),
     ),
     "a cast before a product in float32": (
-        [layer("conv0", "float16", "__myl_Cast_myl0_1", "kgen"), layer("conv0", "float32")],
-        (0, ["conv0 in float32 instead of float16"]),
+        FLOAT,
+        [layer("conv", "float16", "__myl_Cast_myl0_1", "kgen"), layer("conv", "float32")],
+        ({}, ["conv in float32 instead of float16"]),
     ),
-    "a product in a generated kernel": ([layer("conv0", "float16", kind="kgen")], (1, [])),
-    "a copy before it": ([layer("conv0", "float32", "__myl_Move_myl0_1"), layer("conv0", "float16")], (1, [])),
+    "a generated kernel": (FLOAT, [layer("conv", "float16", kind="kgen")], ({"conv": "float16"}, [])),
+    "a copy before it": (
+        FLOAT,
+        [layer("conv", "float32", "__myl_Move_myl0_1"), layer("conv", "float16")],
+        ({"conv": "float16"}, []),
+    ),
+    "int8 that nobody asked for": (FLOAT, [layer("conv", "int8")], ({}, ["conv in int8 instead of float16"])),
+    "quantized, after a cast": (
+        INT8,
+        [layer("conv", "float16", "__myl_MulMinMaxRounCast_myl0_1", "kgen"), layer("conv", "int8")],
+        ({"conv": "int8"}, []),
+    ),
+    "quantized, with the sum of a block": (INT8, [layer("conv", "int8", more=("float16",))], ({"conv": "int8"}, [])),
+    "quantized, and not built so": (INT8, [layer("conv", "float16")], ({"conv": "float16"}, [])),
+    "quantized, and in float32": (
+        INT8,
+        [layer("conv", "float32")],
+        ({}, ["conv in float32 instead of float16 or int8"]),
+    ),
+    "dequantized in the product's kernel": (HALF_INT8, [layer("conv", "int8", kind="runtime_fusion")], ({}, [])),
+    "one input dequantized before": (HALF_INT8, [layer("conv", "float16")], ({"conv": "float16"}, [])),
 }
 
 
-@pytest.mark.parametrize(("layers", "want"), COMPARED.values(), ids=COMPARED)
-def test_products_are_held_to_the_types_of_the_graph(layers: list[Layer], want: tuple[int, list[str]]) -> None:
-    assert products_in_other_types(layers, PRODUCTS) == want
+@pytest.mark.parametrize(("product", "layers", "want"), COMPARED.values(), ids=COMPARED)
+def test_products_are_held_to_the_types_of_the_graph(
+    product: Product, layers: list[Layer], want: tuple[dict[str, str], list[str]]
+) -> None:
+    assert types_of_products(layers, {"conv": product}) == want

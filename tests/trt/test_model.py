@@ -10,7 +10,7 @@ import onnx
 import onnx.helper
 import pytest
 from graphs import CHANNELS, ELEMENT_TYPES, OPSET, frn_model, frn_parameters
-from rtx_builds import conv_frn_conv
+from rtx_builds import conv_frn_conv, quantized
 from tolerances import OP_FLOAT32
 
 from deploynorm.contract import DOMAIN, INPUTS, METADATA_CPU, NODE_ATTRIBUTES, OP_TYPE, OUTPUT
@@ -19,6 +19,7 @@ from deploynorm.inputs import TensorSpec
 from deploynorm.lowering import function_proto
 from deploynorm.reference import filter_response_norm
 from deploynorm.run.reference import ReferenceRunner
+from deploynorm.trt.layers import Product
 from deploynorm.trt.model import BODY, TensorRTModel
 from deploynorm.trt.settings import Way
 
@@ -74,7 +75,7 @@ def test_inputs_nodes_and_types_are_known() -> None:
     read = TensorRTModel.read(model)
     assert read.file.inputs == (TensorSpec("x", ("N", 16, "H", "W"), "float16"),)
     assert read.frn == ("node_of_frn0", "frn1")
-    assert read.products == {"conv0": "float16", "conv1": "float16", "conv2": "float16"}
+    assert read.products == {f"conv{index}": Product("float16", frozenset({"float16"})) for index in range(3)}
 
 
 def test_types_pass_through_layers_without_a_body() -> None:
@@ -83,7 +84,22 @@ def test_types_pass_through_layers_without_a_body() -> None:
     del model.functions[:]
     model.graph.node[2].input[1] = "computed"
     model.graph.node.append(onnx.helper.make_node("Identity", ["weight1"], ["computed"]))
-    assert TensorRTModel.read(model).products["conv1"] == "bfloat16"
+    assert TensorRTModel.read(model).products["conv1"].dtype == "bfloat16"
+
+
+def test_what_a_product_is_dequantized_from_is_known() -> None:
+    """Past a cast and a pooling of it, too: behind both TensorRT puts them."""
+    model = quantized(conv_frn_conv("float16", (2, 16, 8, 8)), onnx.TensorProto.INT8)
+    conv = next(node for node in model.graph.node if node.name == "conv1")
+    for source, op_type in ((conv.input[0], "MaxPool"), ("pooled", "Identity")):
+        attributes = {"kernel_shape": [1, 1]} if op_type == "MaxPool" else {}
+        model.graph.node.append(
+            onnx.helper.make_node(op_type, [source], ["pooled" if attributes else "same"], **attributes)
+        )
+    conv.input[0] = "same"
+    half = quantized(conv_frn_conv("float16", (2, 16, 8, 8)), onnx.TensorProto.FLOAT8E4M3FN, weights=False)
+    assert TensorRTModel.read(model).products["conv1"] == Product("float16", frozenset({"int8"}))
+    assert TensorRTModel.read(half).products["conv1"] == Product("float16", frozenset({"float8", "float16"}))
 
 
 @pytest.mark.parametrize("way", ["plugin", "native"])

@@ -12,7 +12,7 @@ import onnx.parser
 import pytest
 import torch
 from graphs import frn_model
-from rtx_builds import OPSET, build_rtx, conv_frn_conv
+from rtx_builds import OPSET, build_rtx, conv_frn_conv, quantized
 
 from deploynorm import checkpoint, fold, libraries
 from deploynorm._export import export
@@ -150,6 +150,36 @@ def test_a_typed_graph_gives_an_engine_of_that_type(
         assert [layer["plugin"] for layer in between] == [True]
 
 
+INT8, FLOAT8 = onnx.TensorProto.INT8, onnx.TensorProto.FLOAT8E4M3FN
+
+QUANTIZED: dict[str, tuple[str, int, dict[str, Any], str, str, int]] = {
+    "int8": ("float32", INT8, {}, "8.9", "int8", 2),
+    "float8": ("float32", FLOAT8, {}, "8.9", "float8", 2),
+    "int8 in float16": ("float16", INT8, {}, "8.6", "int8", 2),
+    "float8 in bfloat16": ("bfloat16", FLOAT8, {}, "12.0", "float8", 2),
+    "weights in float16": ("float16", INT8, {"weights": False}, "8.9", "float16", 2),
+    "int8 on Turing, which multiplies in float16": ("float16", INT8, {}, "7.5", "float16", 2),
+}
+"""Type of the graph, that of the Q/DQ nodes, how else, the card; what the products are built in, and how many."""
+
+
+@pytest.mark.parametrize(("dtype", "kind", "how", "card", "precision", "count"), QUANTIZED.values(), ids=QUANTIZED)
+def test_a_quantized_network_is_built_and_its_type_told(
+    dtype: str, kind: int, how: dict[str, Any], card: str, precision: str, count: int, tmp_path: Path
+) -> None:
+    path = saved(quantized(conv_frn_conv(dtype, (2, 16, 16, 16)), kind, **how), tmp_path)
+    built = build_rtx(path, compute_capabilities=[card], frn="native")
+    assert built.error == "", built.message
+    assert (built.facts["precision"], built.facts["verified_products"]) == (precision, count)
+
+
+def test_a_network_of_volumes_is_built_without_a_copy_at_the_plugin(tmp_path: Path, plugin: list[Path]) -> None:
+    path = saved(conv_frn_conv("float32", (2, 32, 8, 8, 8)), tmp_path)
+    built = build_rtx(path, compute_capabilities=["8.9"], frn="plugin", plugins=plugin)
+    assert built.error == "", built.message
+    assert [layer["plugin"] for layer in built.between_products()] == [True]
+
+
 @pytest.mark.parametrize("size", [7, 28, 224])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_no_square_is_kept_in_half_precision(dtype: str, size: int, tmp_path: Path) -> None:
@@ -270,6 +300,18 @@ RTX_REFUSES: dict[str, tuple[onnx.ModelProto, dict[str, Any], str, str]] = {
         {"compute_capabilities": ["7.5", "8.9"]},
         "InputError",
         "holds bfloat16, which GPUs of compute capability 7.5 do not have",
+    ),
+    "float8 on 8.6": (
+        quantized(NET, FLOAT8),
+        {"compute_capabilities": ["8.6"]},
+        "InputError",
+        "holds float8, which GPUs have from compute capability 8.9 on",
+    ),
+    "a quantized bias": (
+        quantized(NET, INT8, bias=True),
+        {},
+        "ModelError",
+        "dequantizes an int32 tensor, as a quantized bias is, and TensorRT-RTX",
     ),
     "an operator that is not there": (
         _nonsense(),
