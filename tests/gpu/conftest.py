@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from cuda_kernels import CudaKernel
+from emulated import HOSTS, build_hosts
+from tensorrt_host import Host
 
 from deploynorm import libraries
 from deploynorm.layers import _native
@@ -53,6 +55,12 @@ def plugin(built: Path, require: Callable[[str], None]) -> Path:
     """The TensorRT plugin."""
     require("trt-headers")
     return built / libraries.TENSORRT_LIBRARY
+
+
+@pytest.fixture(scope="session")
+def gpu_host(plugin: Path, build_once: Callable[..., Path]) -> Host:
+    """The plugin as TensorRT drives it."""
+    return Host(build_once("hosts", build_hosts) / HOSTS[0], plugin, "cuda")
 
 
 @pytest.fixture(scope="session")

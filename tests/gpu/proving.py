@@ -83,8 +83,9 @@ STEPS = (
         (*_PYTEST, "tests/gpu/test_kernels.py", "-k", "variants_are_those"),
     ),
     Step(
-        "plugin", 120, (*_ON_THE_GPU, "tests/gpu/test_plugin.py"), ("libraries", "headers"),
-        (*_PYTEST, "tests/gpu/test_plugin.py", "-k", "every_rank or graph or streams"),
+        "plugin", 120, (*_ON_THE_GPU, "tests/gpu/test_plugin.py", "tests/gpu/test_streams.py"),
+        ("libraries", "headers"),
+        (*_PYTEST, "tests/gpu/test_plugin.py", "-k", "every_rank"),
     ),
     Step(
         "layers", 120,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from cases import CASES, NormCase
-from emulated import HOSTS, build_hosts, build_plugin
+from emulated import HOSTS, build_plugin
 from references import check_forward, inputs_of
 from tensorrt_host import Host, check_every_format, formats_of
 
@@ -27,8 +27,8 @@ def host(
 ) -> Host:
     require("trt-headers")
     if device == "gpu":
-        hosts = build_once("hosts", build_hosts)
-        return Host(hosts / HOSTS[0], request.getfixturevalue("plugin"), "cuda")
+        found: Host = request.getfixturevalue("gpu_host")
+        return found
     kernels = request.getfixturevalue("emulated_library")
     emulated = build_once("plugin", lambda folder: build_plugin(folder, kernels))
     return Host(emulated / HOSTS[0], emulated / TENSORRT_LIBRARY)
