@@ -188,6 +188,7 @@ def show(result: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--libraries", type=Path, help="a folder of ours that were built for this GPU")
     parser.add_argument("--rounds", type=int, default=21)
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out, which takes longest")
     parser.add_argument("--sections", choices=SECTIONS, nargs="+", default=SECTIONS)
@@ -208,7 +209,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         try:
             architecture = f"{properties.major}{properties.minor}"
-            library = libraries.build(Path(folder), cuda=True, tensorrt=False, architectures=[architecture]).library
+            if options.libraries is None:
+                libraries.build(Path(folder), cuda=True, tensorrt=False, architectures=[architecture])
+            library = (options.libraries or Path(folder)) / libraries.ORT_LIBRARY
         except BackendError as error:
             sys.exit(f"benchmarks/gpu.py: {error}")
         # A machine may be lent for less time than this takes: what there is is written after each row.

@@ -15,7 +15,7 @@ from deploynorm.contract import Lowering
 from deploynorm.layers import FRN2d
 from deploynorm.models import frn_resnet, mabn_resnet
 
-__all__ = ["NETWORKS", "export_network", "timm_resnet"]
+__all__ = ["NETWORKS", "export_network", "make_network", "timm_resnet"]
 
 
 def _conv_norm(
@@ -92,11 +92,18 @@ def timm_resnet() -> nn.Module:
     return network
 
 
-def export_network(network: str, norm: str, path: Path, lowering: Lowering = "custom") -> None:
-    """Folds and exports a network of random weights with dynamic batch and static height and width."""
+def make_network(network: str, norm: str) -> tuple[nn.Module, Tensor]:
+    """A network of random weights, always the same ones, and a batch of two images."""
     torch.manual_seed(0)
     builds, size = NETWORKS[network]
     model = builds[norm]().eval()
-    example = (torch.randn(2, 3, size, size),)
-    folded, _ = fold(model, example, dynamic="batch")
-    export(folded, example, dynamic="batch", lowering=lowering).save(path)
+    return model, torch.randn(2, 3, size, size)
+
+
+def export_network(
+    network: str, norm: str, path: Path, lowering: Lowering = "custom", dtype: torch.dtype | None = None
+) -> None:
+    """Folds and exports a network of random weights with dynamic batch and static height and width."""
+    model, x = make_network(network, norm)
+    folded, _ = fold(model, (x,), dynamic="batch")
+    export(folded, (x,), dynamic="batch", lowering=lowering, dtype=dtype).save(path)

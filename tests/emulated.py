@@ -100,11 +100,17 @@ HOSTS = ("libnvinfer.so.10", "libtensorrt_rtx.so.1")
 """A plugin knows by the library's name in whom it is."""
 
 
+def build_hosts(folder: Path) -> None:
+    """A host of each name."""
+    for name in HOSTS:
+        source = Path(__file__).parent / "plugins" / "tensorrt_host.cpp"
+        _compile(folder / name, *_emulation(), "-isystem", os.environ["TENSORRT_INCLUDE_DIR"], source, "-ldl")
+
+
 def build_plugin(folder: Path, kernels: Path) -> None:
-    """The plugin as it is, over the library that build_kernels gave, with checks, and a host of each name."""
+    """The plugin as it is, over the library that build_kernels gave, with checks, and its hosts."""
     source = source_folder() / "tensorrt"
     compiler = [*_emulation(), "-isystem", os.environ["TENSORRT_INCLUDE_DIR"], '-DDEPLOYNORM_KERNELS="a digest"']
     linked = [kernels, f"-Wl,-rpath,{kernels.parent}", f"-Wl,--version-script={source / 'exports.map'}", "-ldl"]
     _compile(folder / TENSORRT_LIBRARY, *compiler, source / "frn_plugin.cpp", *linked, *_CHECKS)
-    for name in HOSTS:
-        _compile(folder / name, *compiler, Path(__file__).parent / "plugins" / "tensorrt_host.cpp", "-ldl")
+    build_hosts(folder)

@@ -62,6 +62,10 @@ class Guarded:
     def _now(self) -> Array:
         return self._memory if isinstance(self._memory, np.ndarray) else self._memory.cpu().numpy()
 
+    def forget(self) -> None:
+        """What is not written again is NaN."""
+        self._memory[self._inside] = 0xFF
+
     def read(self) -> Array:
         return self._now()[self._inside].copy().view(self.content.dtype).reshape(self.content.shape)
 

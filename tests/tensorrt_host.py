@@ -238,10 +238,12 @@ class Plugin:
     def shape_change(self, tensors: Sequence[Tensor], outputs: int = 1) -> int:
         return int(self.call("shape_change", *_tensors(tensors, outputs)))
 
-    def enqueue(self, tensors: Sequence[Tensor], inputs: Sequence[int], output: int, workspace: int) -> int:
-        """On the default stream. The numbers are addresses on the device."""
+    def enqueue(
+        self, tensors: Sequence[Tensor], inputs: Sequence[int], output: int, workspace: int, stream: int = 0
+    ) -> int:
+        """The numbers are addresses on the device, and a handle: 0 is the default stream."""
         given, made = (ctypes.c_void_p * len(inputs))(*inputs), (ctypes.c_void_p * 1)(output)
-        return int(self.call("enqueue", *_tensors(tensors, 1), given, made, workspace, 0))
+        return int(self.call("enqueue", *_tensors(tensors, 1), given, made, workspace, stream))
 
 
 def _tensors(tensors: Sequence[Tensor], outputs: int) -> tuple[Any, ctypes.c_int32, ctypes.c_int32]:
@@ -284,26 +286,48 @@ class Context:
     def __exit__(self, *error: object) -> None:
         self._plugin.__exit__(*error)
 
-    def run(self, inputs: Mapping[str, Array]) -> Array:
-        """Y. Around it, around the workspace and in the inputs no byte may be written."""
+    def bind(self, inputs: Mapping[str, Array]) -> Bound:
+        """Tells the plugin of the shapes, and puts the inputs on the device."""
         x = inputs[INPUTS[0]]
         assert x.dtype == NUMPY_DTYPES[self._engine.dtype]
         tensors = inputs_and_output(Tensor(x.shape, self._engine.dtype, self._engine.format))
         if x.shape != self._shape:
             assert self._plugin.shape_change(tensors) == 0
             self._shape = x.shape
-        layout, device = LAYOUTS[self._engine.format], self._engine.host.device
-        laid = to_layout(x, layout)
+        laid = to_layout(x, LAYOUTS[self._engine.format])
         # TensorRT gives a pointer to a workspace whether there was a size asked for or not.
         arrays = {"x": laid, **{name: inputs[name] for name in PARAMETERS}, "y": np.full_like(laid, np.nan)}
         arrays["workspace"] = np.full(self._engine.workspace, 0xFF, np.uint8)
-        memory = {name: Guarded(array, device=device) for name, array in arrays.items()}
-        *given, y, workspace = (each.pointer for each in memory.values())
-        assert self._plugin.enqueue(tensors, given, y, workspace) == 0
-        if device == "cuda":
+        memory = {name: Guarded(array, device=self._engine.host.device) for name, array in arrays.items()}
+        return Bound(self._engine, self._plugin, tensors, memory)
+
+    def run(self, inputs: Mapping[str, Array]) -> Array:
+        """Y. Around it, around the workspace and in the inputs no byte may be written."""
+        bound = self.bind(inputs)
+        bound.enqueue()
+        return bound.output()
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A context with its tensors in memory."""
+
+    engine: Engine
+    plugin: Plugin
+    tensors: Sequence[Tensor]
+    memory: Mapping[str, Guarded]
+
+    def enqueue(self, stream: int = 0) -> None:
+        *given, y, workspace = (each.pointer for each in self.memory.values())
+        assert self.plugin.enqueue(self.tensors, given, y, workspace, stream) == 0
+
+    def output(self) -> Array:
+        """Y, when all that was enqueued has run."""
+        if self.engine.host.device == "cuda":
             torch.cuda.synchronize()
-        check_all(memory, ("y", "workspace"))
-        return from_layout(memory["y"].read(), layout, x.shape)
+        check_all(self.memory, ("y", "workspace"))
+        shape = self.tensors[0].shape
+        return from_layout(self.memory["y"].read(), LAYOUTS[self.engine.format], shape)
 
 
 def formats_of(dtype: str, rank: int) -> list[Format]:

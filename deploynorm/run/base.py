@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from deploynorm.errors import InputError
@@ -12,6 +12,9 @@ if TYPE_CHECKING:  # the command line lists the backends before it may import Nu
     import numpy.typing as npt
 
 _R = TypeVar("_R", bound="Runner")
+
+CheckOne = Callable[[str, TensorSpec, Any], None]
+"""Raises InputError where what is fed to an input is of a wrong kind or type."""
 
 
 class Runner(Protocol):
@@ -69,10 +72,13 @@ def closed_error(where: str) -> InputError:
     return InputError(where, "the runner is closed", fix="call infer inside its with block, or make a new runner")
 
 
-def check_feeds(where: str, specs: Sequence[TensorSpec], feeds: Mapping[str, npt.NDArray[Any]]) -> None:
+def check_feeds(
+    where: str, specs: Sequence[TensorSpec], feeds: Mapping[str, Any], check: CheckOne | None = None
+) -> None:
     """Raises InputError unless feeds holds exactly the tensors that specs describe, by name, type, rank and size.
 
-    Two dimensions of one symbolic name must be equal.
+    Two dimensions of one symbolic name must be equal. `check` looks at the kind and type of each; by default they are
+    to be NumPy arrays.
     """
     names = [spec.name for spec in specs]
     if not isinstance(feeds, Mapping):
@@ -86,7 +92,10 @@ def check_feeds(where: str, specs: Sequence[TensorSpec], feeds: Mapping[str, npt
     sizes: dict[str, tuple[int, str]] = {}
     for spec in specs:
         value = feeds[spec.name]
-        _check_array(where, spec, value)
+        (check or _check_array)(where, spec, value)
+        if len(value.shape) != len(spec.shape):
+            problem, fix = f"input {spec.name!r} has the wrong rank", "add or remove axes; the first is the batch"
+            raise InputError(where, problem, got=tuple(value.shape), expected=_show(spec), fix=fix)
         for axis, (dimension, size) in enumerate(zip(spec.shape, value.shape, strict=True)):
             if dimension in ("", "?"):  # independent of all others
                 continue
@@ -98,7 +107,7 @@ def check_feeds(where: str, specs: Sequence[TensorSpec], feeds: Mapping[str, npt
             if size != agreed:
                 problem = f"input {spec.name!r} has the wrong size on axis {axis}"
                 fix = "feed arrays of that size, or export with that dimension dynamic"
-                raise InputError(where, problem, got=value.shape, expected=f"{_show(spec)}: {source}", fix=fix)
+                raise InputError(where, problem, got=tuple(value.shape), expected=f"{_show(spec)}: {source}", fix=fix)
 
 
 def _check_array(where: str, spec: TensorSpec, value: npt.NDArray[Any]) -> None:
@@ -112,9 +121,6 @@ def _check_array(where: str, spec: TensorSpec, value: npt.NDArray[Any]) -> None:
         problem, fix = "has the wrong dtype", f"convert it with .astype({spec.dtype!r})"
         got = value.dtype.name if value.dtype.isnative else f"{value.dtype.name} in foreign byte order"
         expected = spec.dtype
-    elif value.ndim != len(spec.shape):
-        problem, fix = "has the wrong rank", "add or remove axes; the first is the batch"
-        got, expected = value.shape, _show(spec)
     else:
         return
     raise InputError(where, f"input {spec.name!r} {problem}", got=got, expected=expected, fix=fix)

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from cuda_kernels import CudaKernel
+from emulated import HOSTS, build_hosts
+from tensorrt_host import Host
 
 from deploynorm import libraries
 from deploynorm.layers import _native
@@ -30,10 +32,35 @@ def architecture(require: Callable[[str], None]) -> str:
 
 
 @pytest.fixture(scope="session")
-def library(architecture: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def built(architecture: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of our libraries for this GPU, with the plugin where TensorRT's headers are.
+
+    It is that of DEPLOYNORM_GPU_LIBRARIES, which tests/gpu/prove has built once for all, or built here.
+    """
+    if named := os.environ.get("DEPLOYNORM_GPU_LIBRARIES"):
+        return Path(named)
+    headers = "TENSORRT_INCLUDE_DIR" in os.environ
+    folder = tmp_path_factory.mktemp("libraries")
+    return libraries.build(folder, cuda=True, tensorrt=headers, architectures=[architecture]).library.parent
+
+
+@pytest.fixture(scope="session")
+def library(built: Path) -> Path:
     """The operator library with CUDA kernels."""
-    folder = tmp_path_factory.mktemp("library")
-    return libraries.build(folder, cuda=True, tensorrt=False, architectures=[architecture]).library
+    return built / libraries.ORT_LIBRARY
+
+
+@pytest.fixture(scope="session")
+def plugin(built: Path, require: Callable[[str], None]) -> Path:
+    """The TensorRT plugin."""
+    require("trt-headers")
+    return built / libraries.TENSORRT_LIBRARY
+
+
+@pytest.fixture(scope="session")
+def gpu_host(plugin: Path, build_once: Callable[..., Path]) -> Host:
+    """The plugin as TensorRT drives it."""
+    return Host(build_once("hosts", build_hosts) / HOSTS[0], plugin, "cuda")
 
 
 @pytest.fixture(scope="session")

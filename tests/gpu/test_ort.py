@@ -1,7 +1,8 @@
-"""The operator on ONNX Runtime's CUDA provider: its numbers, that it is the kernel, and CUDA graphs."""
+"""The operator on ONNX Runtime's CUDA provider: its numbers on arrays and tensors, CUDA graphs, and a whole network."""
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -10,17 +11,24 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+import torch
 from cases import CASES, NormCase
 from graphs import CHANNELS, OPSET, frn_model, frn_parameters
 from references import check_forward, inputs_of
-from tolerances import OP_FLOAT32
+from tolerances import OP_BFLOAT16, OP_FLOAT16, OP_FLOAT32
 
 from deploynorm import ort, reference
+from deploynorm._check.comparison import DEFAULT_TOLERANCE
+from deploynorm._export import export
+from deploynorm._fold import fold
 from deploynorm.contract import INPUTS, OP_TYPE, OUTPUT, PARAMETERS
+from deploynorm.errors import InputError
 from deploynorm.lowering import function_proto
+from deploynorm.models import frn_resnet, mabn_resnet
+from deploynorm.run.onnxruntime import OnnxRuntimeRunner
 
 CUDA = "CUDAExecutionProvider"
-DTYPES = ("float32", "float64", "float16")  # ONNX Runtime's Python does not take arrays of bfloat16
+DTYPES = ("float32", "float64", "float16")  # of NumPy's arrays; bfloat16 is tested on PyTorch's tensors
 
 
 @pytest.fixture(scope="module")
@@ -107,3 +115,63 @@ def test_our_session_registers_the_library_on_cuda(
     session = ort.session(model.SerializeToString(), providers=["cuda", "cpu"])
     assert session.get_providers()[0] == CUDA
     session.run(None, {INPUTS[0]: np.ones((1, CHANNELS, 4, 4), np.float32)})
+
+
+TENSORS = {"float32": OP_FLOAT32, "float16": OP_FLOAT16, "bfloat16": OP_BFLOAT16}
+
+
+@pytest.mark.usefixtures("onnxruntime")
+@pytest.mark.parametrize("dtype", TENSORS)
+def test_tensors_are_taken_in_the_order_of_the_callers_stream(dtype: str, library: Path) -> None:
+    """The input is written late on the stream; the output is read there, and then its memory is used again."""
+    model = frn_model(dtype, body=function_proto(OPSET, half=dtype != "float32")).SerializeToString()
+    with OnnxRuntimeRunner(model, providers=["cuda", "cpu"], plugins=[library]) as runner:
+        assert runner.device == torch.device("cuda", 0)
+        for stream in (torch.cuda.default_stream(), torch.cuda.Stream()):
+            for size in (64, 7, 300):
+                x = torch.randn(2, CHANNELS, size, size).to(getattr(torch, dtype))
+                given = x.cuda()
+                torch.cuda.synchronize()
+                with torch.cuda.stream(stream):
+                    late = torch.zeros_like(given)
+                    torch.cuda._sleep(20_000_000)
+                    late.copy_(given)
+                    y = runner.run({INPUTS[0]: late})[OUTPUT]
+                    late.fill_(float("nan"))
+                    got = y.double()
+                    del y
+                    runner.run({INPUTS[0]: late})
+                stream.synchronize()
+                want = reference.filter_response_norm(x.double().numpy(), *frn_parameters("float64").values())
+                np.testing.assert_allclose(got.cpu().numpy(), want, **TENSORS[dtype].kwargs())
+        with pytest.raises(InputError, match=r"Got cpu; expected cuda:0"):
+            runner.run({INPUTS[0]: x})
+
+
+@pytest.fixture(scope="module")
+def networks() -> dict[str, torch.nn.Module]:
+    torch.manual_seed(0)
+    batch_norm = mabn_resnet.resnet20(10, norm="bn").eval()
+    return {"frn": frn_resnet.resnet20(10).eval(), "bn": batch_norm}
+
+
+@pytest.mark.usefixtures("onnxruntime")
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("way", ["our operator", "function body", "batch norm folded"])
+def test_a_whole_network(
+    way: str, dtype: str, networks: dict[str, torch.nn.Module], library: Path, tmp_path: Path
+) -> None:
+    network = networks["bn" if way == "batch norm folded" else "frn"]
+    images = torch.randn(8, 3, 32, 32)
+    kind = getattr(torch, dtype)
+    folded, _ = fold(network, (images,))
+    export(folded, (images,), dtype=None if dtype == "float32" else kind).save(tmp_path / "model.onnx")
+    plugins = [library] if way == "our operator" else []
+    with OnnxRuntimeRunner(tmp_path / "model.onnx", providers=["cuda", "cpu"], plugins=plugins) as runner:
+        for batch in (8, 1, 3):
+            x = images[:batch].to(kind)
+            (y,) = runner.run({runner.inputs[0].name: x.cuda()}).values()
+            with torch.no_grad():
+                want = copy.deepcopy(network).double()(x.double())
+            error = (y.double().cpu() - want).abs().max() / want.abs().max()
+            assert error <= DEFAULT_TOLERANCE[dtype].rtol

@@ -11,7 +11,6 @@ from emulated import HOSTS, build_plugin
 from references import check_forward, inputs_of
 from tensorrt_host import Host, check_every_format, formats_of
 
-from deploynorm import libraries
 from deploynorm.libraries import TENSORRT_LIBRARY
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -22,19 +21,17 @@ SEQUENCE = [LARGEST, (1, 12, 1, 1), LARGEST, (2, 12, 7, 9), (0, 12, 7, 9), (3, 1
 @pytest.fixture(scope="module")
 def host(
     device: str,
-    emulated_library: Path,
     require: Callable[[str], None],
     request: pytest.FixtureRequest,
     build_once: Callable[..., Path],
-    tmp_path_factory: pytest.TempPathFactory,
 ) -> Host:
     require("trt-headers")
-    emulated = build_once("plugin", lambda folder: build_plugin(folder, emulated_library))
-    if device == "emulated":
-        return Host(emulated / HOSTS[0], emulated / TENSORRT_LIBRARY)
-    folder = tmp_path_factory.mktemp("plugin")
-    libraries.build(folder, cuda=True, architectures=[request.getfixturevalue("architecture")])
-    return Host(emulated / HOSTS[0], folder / TENSORRT_LIBRARY, "cuda")
+    if device == "gpu":
+        found: Host = request.getfixturevalue("gpu_host")
+        return found
+    kernels = request.getfixturevalue("emulated_library")
+    emulated = build_once("plugin", lambda folder: build_plugin(folder, kernels))
+    return Host(emulated / HOSTS[0], emulated / TENSORRT_LIBRARY)
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.dtype in DTYPES], ids=str)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 from graphs import CHANNELS, OPSET, frn_model, frn_parameters
-from rtx_builds import plugin_library
 from tolerances import EXACT, OP_BFLOAT16, OP_FLOAT16, OP_FLOAT32
 
 from deploynorm._build import build
@@ -29,7 +30,7 @@ SHAPES = [(1, CHANNELS, 1, 1), (2, CHANNELS, 7, 7), (3, CHANNELS, 33, 65), (8, C
 
 @pytest.fixture(scope="module")
 def engine(require: Callable[[str], None], request: pytest.FixtureRequest) -> Callable[..., Engine]:
-    """engine("float16", "plugin") is one FRN layer of free shape, built once."""
+    """engine("float16", "plugin") is one FRN layer of free shape, built once; the plugin is "embedded" in it or not."""
     require("gpu")
     if (reason := available()["tensorrt"]) is not None:
         pytest.skip(reason)
@@ -40,8 +41,9 @@ def engine(require: Callable[[str], None], request: pytest.FixtureRequest) -> Ca
             model = frn_model(dtype, body=function_proto(OPSET, half=dtype != "float32"))
             built[dtype, way] = build(
                 model,
-                frn=way,
-                plugins=[plugin_library(request)] if way == "plugin" else None,
+                frn="native" if way == "native" else "plugin",
+                plugins=None if way == "native" else [request.getfixturevalue("plugin")],
+                embed_plugin=way == "embedded",
                 min_shapes={"X": SHAPES[0]},
                 opt_shapes={"X": SHAPES[2]},
                 max_shapes={"X": SHAPES[3]},
@@ -98,6 +100,34 @@ def test_work_is_done_in_the_order_of_the_callers_stream(cuda_graphs: bool, engi
                 late.fill_(float("nan"))
             stream.synchronize()
             np.testing.assert_allclose(got.double().cpu().numpy(), want(x), **OP_FLOAT32.kwargs())
+
+
+LOADS = """
+import sys, torch
+from deploynorm.errors import InputError
+from deploynorm.run.tensorrt import TensorRTRunner
+engine, x, y = sys.argv[1:]
+try:
+    TensorRTRunner(engine, plugins=[])
+except InputError as error:
+    assert "holds code for the processor" in str(error), error
+else:
+    raise AssertionError("an engine with a library in it was loaded unasked")
+with TensorRTRunner(engine, plugins=[], trust_engine=True) as runner:
+    torch.save(runner.run({"X": torch.load(x).cuda()})["Y"].cpu(), y)
+"""
+
+
+def test_a_plugin_in_the_engine_runs_where_no_library_is_installed(
+    engine: Callable[..., Engine], tmp_path: Path
+) -> None:
+    """In a process of its own, since a registry keeps what it was given."""
+    x, paths = sample("float32", SHAPES[2]), [tmp_path / name for name in ("frn.engine", "x.pt", "y.pt")]
+    engine("float32", "embedded").save(paths[0])
+    torch.save(x.cpu(), paths[1])
+    done = subprocess.run([sys.executable, "-c", LOADS, *map(str, paths)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    np.testing.assert_allclose(torch.load(paths[2]).double().numpy(), want(x), **OP_FLOAT32.kwargs())
 
 
 def test_both_ways_are_timed(engine: Callable[..., Engine]) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+import torch
 from graphs import CHANNELS, frn_model, one_node
 from tolerances import OP_FLOAT32
 
@@ -201,3 +202,104 @@ def test_optimizing_or_not_gives_the_same_numbers() -> None:
     with OnnxRuntimeRunner(content) as fast, OnnxRuntimeRunner(content, optimize=False, threads=1) as plain:
         got, want = fast.infer({"X": X})["Y"], plain.infer({"X": X})["Y"]
     np.testing.assert_allclose(got, want, **OP_FLOAT32.kwargs())
+
+
+# ---- On PyTorch's tensors
+
+
+@pytest.fixture
+def bound(ort: Any, monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """The addresses that ONNX Runtime is given for inputs, and those that it gives for outputs."""
+    addresses: dict[str, int] = {}
+
+    class Binding(ort.IOBinding):  # type: ignore[misc, name-defined]
+        def bind_input(self, name: str, *given: Any) -> None:
+            addresses[name] = given[-1]
+            super().bind_input(name, *given)
+
+        def get_outputs(self) -> list[Any]:
+            values: list[Any] = super().get_outputs()
+            addresses["output"] = values[0].data_ptr()
+            return values
+
+    monkeypatch.setattr(ort.InferenceSession, "io_binding", lambda session: Binding(session))
+    return addresses
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "bfloat16", "int64", "bool"])
+def test_tensors_of_every_dtype_pass_without_copies(dtype: str, bound: dict[str, int]) -> None:
+    shape = ("N", 2, None)
+    with OnnxRuntimeRunner(one_node("Identity", {"x": (dtype, shape)}, (dtype, shape)).SerializeToString()) as runner:
+        assert runner.device == torch.device("cpu")
+        x = (torch.arange(12).reshape(3, 2, 2) % 3).to(getattr(torch, dtype))
+        for part in (x, x[1:], x[:0]):
+            y = runner.run({"x": part})["y"]
+            assert y.dtype == x.dtype
+            assert torch.equal(y, part)
+            if part.numel():
+                assert (part.data_ptr(), y.data_ptr()) == (bound["x"], bound["output"])
+        for apart in (x[::2], x.transpose(0, 2)[..., :2].transpose(0, 2), x[:, :1].expand(3, 2, 2)):
+            assert torch.equal(runner.run({"x": apart})["y"], apart)
+
+
+@pytest.mark.usefixtures("ort")
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_tensors_give_what_arrays_give_and_outlive_the_runner(dtype: str) -> None:
+    with OnnxRuntimeRunner(frn_model(dtype, body=True).SerializeToString()) as runner:
+        wanted, given = [], []
+        for size in (1, 5, 2):  # each output of another size
+            x = torch.from_numpy(np.resize(X, (size, CHANNELS, 3, size))).to(getattr(torch, dtype)).requires_grad_()
+            wanted.append(runner.infer({"X": x.detach().numpy()})["Y"])
+            given.append(runner.run({"X": x})["Y"])
+    del runner
+    for y, want in zip(given, wanted, strict=True):
+        assert not y.requires_grad
+        np.testing.assert_array_equal(y.numpy(), want)
+
+
+@pytest.mark.usefixtures("ort")
+def test_a_size_that_values_decide_and_a_scalar() -> None:
+    with OnnxRuntimeRunner(
+        one_node("NonZero", {"x": ("float32", ("N",))}, ("int64", None)).SerializeToString()
+    ) as runner:
+        for values in ([0.0, 2.0, 3.0], [0.0], [1.0]):
+            assert torch.equal(runner.run({"x": torch.tensor(values)})["y"], torch.tensor(values).nonzero().T)
+    with OnnxRuntimeRunner(one_node("Neg", {"x": ("float32", ())}, ("float32", ())).SerializeToString()) as runner:
+        assert runner.run({"x": torch.tensor(2.0)})["y"].tolist() == -2.0
+
+
+NONE = torch.zeros(X.shape)
+TENSORS: dict[str, tuple[Any, str]] = {
+    "an array": (X, r"input 'X' is none that can be bound. Got ndarray; expected a torch.Tensor. .*infer"),
+    "on another device": (
+        torch.empty(X.shape, device="meta"),
+        r"Got meta; expected cpu. Fix: move it with .to\('cpu'\)",
+    ),
+    "another type": (
+        torch.zeros(X.shape, dtype=torch.float64),
+        r"Got torch.float64; expected float32. .*torch.float32",
+    ),
+    "sparse": (NONE.to_sparse(), r"Got torch.sparse_coo; expected a dense tensor"),
+    "another rank": (torch.zeros(2, CHANNELS), r"'X' has the wrong rank. Got \(2, 4\); expected \(N, 4, H, W\)"),
+    "another size": (torch.zeros(2, 3, 5, 5), r"the wrong size on axis 1. Got \(2, 3, 5, 5\)"),
+}
+
+
+@pytest.mark.usefixtures("ort")
+@pytest.mark.parametrize(("value", "message"), TENSORS.values(), ids=TENSORS)
+def test_tensors_that_cannot_be_bound(value: Any, message: str) -> None:
+    with OnnxRuntimeRunner(MODEL.SerializeToString()) as runner:
+        with pytest.raises(InputError, match=f"OnnxRuntimeRunner.run: .*{message}"):
+            runner.run({"X": value})
+        assert runner.run({"X": torch.from_numpy(X)})["Y"].shape == X.shape
+    with pytest.raises(InputError, match=r"OnnxRuntimeRunner\.run: the runner is closed"):
+        runner.run({"X": torch.from_numpy(X)})
+
+
+@pytest.mark.usefixtures("ort")
+def test_a_failure_on_tensors_is_reported_in_our_words() -> None:
+    model = one_node("Reshape", {"x": ("float32", ("N",)), "shape": ("int64", ("R",))}, ("float32", None))
+    with OnnxRuntimeRunner(model.SerializeToString()) as runner:
+        with pytest.raises(ModelError, match=r"cannot run the model. Got .*cannot be reshaped"):
+            runner.run({"x": torch.ones(6), "shape": torch.tensor([5])})
+        assert runner.run({"shape": torch.tensor([2, 3]), "x": torch.ones(6)})["y"].shape == (2, 3)
