@@ -102,7 +102,7 @@ def lower(model: ir.Model, lowering: str, *, function: bool = True) -> None:
             problem = f"the model already has a local function named {other.name}"
             fix = "rename that function: TensorRT finds functions by name and would take the wrong body"
             raise ModelError("export", problem, got=f"{other.domain}::{other.name}", fix=fix)
-    nodes = frn_nodes(model)
+    nodes = frn_nodes(model.graph)
     if not nodes:
         return
     row, opset = LOWERINGS[lowering], model.opset_imports[""]
@@ -125,7 +125,7 @@ def write_primitives(model: ir.Model, nodes: list[ir.Node], half: bool, function
 
 def attach_bodies(model: ir.Model, *, half: bool) -> None:
     """Gives the model the body of each of our operators that it holds; see function_proto."""
-    for op_type in dict.fromkeys(node.op_type for node in frn_nodes(model)):
+    for op_type in dict.fromkeys(node.op_type for node in frn_nodes(model.graph)):
         _attach(model, function_proto(model.opset_imports[""], op_type, half=half))
 
 
@@ -139,9 +139,9 @@ def _inline(model: ir.Model, nodes: list[ir.Node]) -> None:
     onnxscript.optimizer.optimize(model)
 
 
-def frn_nodes(model: ir.Model) -> list[ir.Node]:
-    """The nodes of our operators in the model's graph, its subgraphs among them."""
-    return [node for node in model.graph.all_nodes() if node.domain == DOMAIN and node.op_type in OPERATORS]
+def frn_nodes(graph: ir.Graph) -> list[ir.Node]:
+    """The nodes of our operators in the graph, its subgraphs among them."""
+    return [node for node in graph.all_nodes() if node.domain == DOMAIN and node.op_type in OPERATORS]
 
 
 def write_rmsnorm(model: ir.Model, nodes: list[ir.Node], half: bool, function: bool) -> None:
