@@ -1,6 +1,6 @@
-"""The contract of the one operator that deploynorm adds to ONNX.
+"""The contract of the operators that deploynorm adds to ONNX: FRN, and FRN to which a residual is added.
 
-    Y = max(gamma * X * rsqrt(mean(X^2 over all axes >= 2) + eps) + beta, tau)
+    Y = max(gamma * X * rsqrt(mean(X^2 over all axes >= 2) + eps) + beta [+ residual], tau)
 
 Every host (PyTorch, ONNX, ONNX Runtime, TensorRT) takes the names from here.
 """
@@ -17,6 +17,9 @@ It has no dot, because quickly deployable TensorRT plugin ids and torch namespac
 
 OP_TYPE: Final = "FilterResponseNormalization"
 """ONNX operator type, function name and TensorRT plugin name."""
+
+ADD_OP_TYPE: Final = "FilterResponseNormalizationAdd"
+"""The same with the residual, an operator of its own: TensorRT's plugins have no optional inputs."""
 
 VERSION: Final = 1
 """Version of the ONNX domain and, as a string, of the TensorRT plugin."""
@@ -36,6 +39,12 @@ INPUTS: Final = ("X", "gamma", "beta", "tau", "eps")
 eps is the effective value, greater than 0 (`1e-6 + |eps_l|` or `|eps|`). No TLU: tau = -inf."""
 
 PARAMETERS: Final = INPUTS[1:]
+
+RESIDUAL: Final = "residual"
+"""Shape and type of X; nothing is broadcast. Added in the type of the arithmetic, before the threshold."""
+
+OPERATORS: Final[Mapping[str, tuple[str, ...]]] = {OP_TYPE: INPUTS, ADD_OP_TYPE: (*INPUTS, RESIDUAL)}
+"""The inputs of each operator, by its type."""
 
 OUTPUT: Final = "Y"
 """Shape and type of X."""

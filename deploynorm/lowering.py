@@ -1,4 +1,4 @@
-"""The operator as ONNX knows it: its schema, its function body, and the forms in which it is written into a graph."""
+"""The operators as ONNX knows them: schemas, function bodies, and the forms in which they are written into a graph."""
 
 from __future__ import annotations
 
@@ -10,7 +10,18 @@ import onnxscript
 from onnx.defs import OpSchema
 from onnx_ir.passes.common import InlinePass
 
-from deploynorm.contract import DOMAIN, INPUTS, LOWERINGS, NODE_ATTRIBUTES, OP_TYPE, OUTPUT, VERSION
+from deploynorm.contract import (
+    DOMAIN,
+    INPUTS,
+    LOWERINGS,
+    NODE_ATTRIBUTES,
+    OP_TYPE,
+    OPERATORS,
+    OUTPUT,
+    PARAMETERS,
+    RESIDUAL,
+    VERSION,
+)
 from deploynorm.dtypes import ONNX_HALF
 from deploynorm.errors import ModelError
 from deploynorm.packages import load
@@ -19,25 +30,28 @@ _SCALED = OP_TYPE + "Scaled"
 
 
 def register_schema() -> None:
-    """Makes the operator known to onnx in this process: exporting needs it, checking and inference use it."""
-    if onnx.defs.has(OP_TYPE, domain=DOMAIN):
-        return
+    """Makes the operators known to onnx in this process: exporting needs it, checking and inference use it."""
     parameter = OpSchema.FormalParameter
-    onnx.defs.register_schema(
-        OpSchema(
-            OP_TYPE,
-            DOMAIN,
-            VERSION,
-            doc="Y = max(gamma * X * rsqrt(mean(X^2 over all axes >= 2) + eps) + beta, tau)",
-            inputs=[parameter(name, "T" if name == INPUTS[0] else "P") for name in INPUTS],
-            outputs=[parameter(OUTPUT, "T")],
-            type_constraints=[
-                ("T", ["tensor(float)", "tensor(float16)", "tensor(bfloat16)", "tensor(double)"], "X and Y"),
-                ("P", ["tensor(float)", "tensor(double)"], "double where X is, else float"),
-            ],
-            attributes=[OpSchema.Attribute(name, OpSchema.AttrType.STRING, required=False) for name in NODE_ATTRIBUTES],
+    for op_type, inputs in OPERATORS.items():
+        if onnx.defs.has(op_type, domain=DOMAIN):
+            continue
+        onnx.defs.register_schema(
+            OpSchema(
+                op_type,
+                DOMAIN,
+                VERSION,
+                doc="Y = max(gamma * X * rsqrt(mean(X^2 over all axes >= 2) + eps) + beta [+ residual], tau)",
+                inputs=[parameter(name, "P" if name in PARAMETERS else "T") for name in inputs],
+                outputs=[parameter(OUTPUT, "T")],
+                type_constraints=[
+                    ("T", ["tensor(float)", "tensor(float16)", "tensor(bfloat16)", "tensor(double)"], "X, residual, Y"),
+                    ("P", ["tensor(float)", "tensor(double)"], "double where X is, else float"),
+                ],
+                attributes=[
+                    OpSchema.Attribute(name, OpSchema.AttrType.STRING, required=False) for name in NODE_ATTRIBUTES
+                ],
+            )
         )
-    )
 
 
 def translate(x: object, gamma: object, beta: object, tau: object, eps: object) -> object:
@@ -46,14 +60,15 @@ def translate(x: object, gamma: object, beta: object, tau: object, eps: object) 
     return getattr(opset, OP_TYPE)(x, gamma, beta, tau, eps, **NODE_ATTRIBUTES)
 
 
-def function_proto(opset: int, *, half: bool = False) -> onnx.FunctionProto:
-    """The operator's body in standard operators, which a runtime without our library runs instead.
+def function_proto(opset: int, op_type: str = OP_TYPE, *, half: bool = False) -> onnx.FunctionProto:
+    """An operator's body in standard operators, which a runtime without our library runs instead.
 
     Works on (N, C, L), L the product of the spatial sizes: it then serves every rank, and TensorRT fuses it
     better than a reduction over two axes. Sizes are computed, so that zero-size inputs pass.
 
     Args:
         opset: Of the model.
+        op_type: A name in deploynorm.contract.OPERATORS.
         half: For float16 and bfloat16 X: casts to float32 first, where a square cannot overflow. A float32 or
             float64 body has no casts, because ONNX Runtime keeps the last one as a pass over the tensor.
     """
@@ -66,11 +81,11 @@ def function_proto(opset: int, *, half: bool = False) -> onnx.FunctionProto:
         factor = Div (gamma_column, root)
         scaled = Mul (flat, factor)
         """
-    return _function(OP_TYPE, opset, half, core)
+    return _function(op_type, opset, half, core)
 
 
 def lower(model: ir.Model, lowering: str, *, function: bool = True) -> None:
-    """Writes the operator's nodes in one of the forms, in place.
+    """Writes the operators' nodes in one of the forms, in place.
 
     Args:
         model: A graph with `deploynorm` nodes, straight from translation.
@@ -79,15 +94,15 @@ def lower(model: ir.Model, lowering: str, *, function: bool = True) -> None:
             ONNX Runtime with our library can run the file; TensorRT 10.0 to 10.6 need it so.
 
     Raises:
-        ModelError: Another local function has the operator's name (TensorRT looks functions up by name only); the
+        ModelError: Another local function has an operator's name (TensorRT looks functions up by name only); the
             lowering needs a newer opset; or rmsnorm is asked for in float64, or with an epsilon that is not constant.
     """
     for other in model.functions.values():
-        if other.name == OP_TYPE:
-            problem = f"the model already has a local function named {OP_TYPE}"
+        if other.name in OPERATORS:
+            problem = f"the model already has a local function named {other.name}"
             fix = "rename that function: TensorRT finds functions by name and would take the wrong body"
             raise ModelError("export", problem, got=f"{other.domain}::{other.name}", fix=fix)
-    nodes = frn_nodes(model)
+    nodes = frn_nodes(model.graph)
     if not nodes:
         return
     row, opset = LOWERINGS[lowering], model.opset_imports[""]
@@ -100,12 +115,18 @@ def lower(model: ir.Model, lowering: str, *, function: bool = True) -> None:
 
 def write_custom(model: ir.Model, nodes: list[ir.Node], half: bool, function: bool) -> None:
     if function:
-        _attach(model, function_proto(model.opset_imports[""], half=half))
+        attach_bodies(model, half=half)
 
 
 def write_primitives(model: ir.Model, nodes: list[ir.Node], half: bool, function: bool) -> None:
-    _attach(model, function_proto(model.opset_imports[""], half=half))
+    attach_bodies(model, half=half)
     _inline(model, nodes)
+
+
+def attach_bodies(model: ir.Model, *, half: bool) -> None:
+    """Gives the model the body of each of our operators that it holds; see function_proto."""
+    for op_type in dict.fromkeys(node.op_type for node in frn_nodes(model.graph)):
+        _attach(model, function_proto(model.opset_imports[""], op_type, half=half))
 
 
 def _inline(model: ir.Model, nodes: list[ir.Node]) -> None:
@@ -118,9 +139,9 @@ def _inline(model: ir.Model, nodes: list[ir.Node]) -> None:
     onnxscript.optimizer.optimize(model)
 
 
-def frn_nodes(model: ir.Model) -> list[ir.Node]:
-    """The nodes of our operator in the model's graph, its subgraphs among them."""
-    return [node for node in model.graph.all_nodes() if node.domain == DOMAIN and node.op_type == OP_TYPE]
+def frn_nodes(graph: ir.Graph) -> list[ir.Node]:
+    """The nodes of our operators in the graph, its subgraphs among them."""
+    return [node for node in graph.all_nodes() if node.domain == DOMAIN and node.op_type in OPERATORS]
 
 
 def write_rmsnorm(model: ir.Model, nodes: list[ir.Node], half: bool, function: bool) -> None:
@@ -161,9 +182,17 @@ def write_rmsnorm(model: ir.Model, nodes: list[ir.Node], half: bool, function: b
 
 def _function(name: str, opset: int, half: bool, core: str, attributes: str = "") -> onnx.FunctionProto:
     """A body around `core`, which computes `scaled` (N, C, L) from `flat` (N, C, L), eps and `gamma_column`."""
+    inputs = OPERATORS.get(name, INPUTS)
+
+    def flat(name: str, tensor: str) -> str:
+        """Reads a tensor as (N, C, L), in the type of the arithmetic."""
+        cast = f"{name}_wide = Cast <to = 1> ({tensor})" if half else ""
+        return f"{cast} {name} = Reshape <allowzero = 1> ({name + '_wide' if half else tensor}, columns)"
+
+    add = f"{flat('flat_residual', RESIDUAL)} total = Add (shifted, flat_residual)" if RESIDUAL in inputs else ""
     text = f"""
     <opset_import: ["": {opset}], domain: "{DOMAIN}">
-    {name} {attributes} ({", ".join(INPUTS)}) => ({OUTPUT}) {{
+    {name} {attributes} ({", ".join(inputs)}) => ({OUTPUT}) {{
         column_axis = Constant <value_ints = [1]> ()
         last_axis = Constant <value_ints = [2]> ()
         shape = Shape ({INPUTS[0]})
@@ -171,14 +200,14 @@ def _function(name: str, opset: int, half: bool, core: str, attributes: str = ""
         spatial = Shape <start = 2> ({INPUTS[0]})
         length = ReduceProd <keepdims = 1> (spatial)
         columns = Concat <axis = 0> (outer, length)
-        {"wide = Cast <to = 1> (X)" if half else ""}
-        flat = Reshape <allowzero = 1> ({"wide" if half else INPUTS[0]}, columns)
+        {flat("flat", INPUTS[0])}
         gamma_column = Unsqueeze (gamma, column_axis)
         {core}
         beta_column = Unsqueeze (beta, column_axis)
         shifted = Add (scaled, beta_column)
+        {add}
         tau_column = Unsqueeze (tau, column_axis)
-        bounded = Max (shifted, tau_column)
+        bounded = Max ({"total" if add else "shifted"}, tau_column)
         {"whole = Reshape <allowzero = 1> (bounded, shape)" if half else ""}
         {f"{OUTPUT} = CastLike (whole, X)" if half else f"{OUTPUT} = Reshape <allowzero = 1> (bounded, shape)"}
     }}

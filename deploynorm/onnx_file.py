@@ -16,7 +16,7 @@ import onnx
 import onnx.external_data_helper
 import onnx_ir as ir
 
-from deploynorm.contract import DOMAIN, METADATA_IMAGE, METADATA_LABELS, METADATA_SIZES, OP_TYPE, PRODUCER
+from deploynorm.contract import DOMAIN, METADATA_IMAGE, METADATA_LABELS, METADATA_SIZES, PRODUCER
 from deploynorm.dtypes import ONNX_HALF
 from deploynorm.errors import InputError, ModelError
 from deploynorm.files import as_path, onnx_companions
@@ -195,8 +195,10 @@ class OnnxFile:
 
     @property
     def has_body(self) -> bool:
-        """Whether the file brings the function body of our operator."""
-        return any((function.domain, function.name) == (DOMAIN, OP_TYPE) for function in self.proto.functions)
+        """Whether the file brings the function bodies of our operators: of each that its graph holds."""
+        bodies = {function.name for function in self.proto.functions if function.domain == DOMAIN}
+        used = {node.op_type for node in all_nodes(self.proto.graph.node) if node.domain == DOMAIN}
+        return bool(bodies) and used <= bodies
 
     @property
     def node_counts(self) -> Counter[str]:

@@ -12,24 +12,27 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from deploynorm.contract import DTYPES, INPUTS, PARAMETERS
+from deploynorm.contract import DTYPES, INPUTS, PARAMETERS, RESIDUAL
 from deploynorm.errors import InputError
 
 Array = npt.NDArray[Any]
 
 
-def filter_response_norm(x: Array, gamma: Array, beta: Array, tau: Array, eps: Array) -> Array:
-    """The operator of deploynorm/contract.py; its ONNX definition is this function.
+def filter_response_norm(
+    x: Array, gamma: Array, beta: Array, tau: Array, eps: Array, residual: Array | None = None
+) -> Array:
+    """The operators of deploynorm/contract.py; their ONNX definition is this function.
 
-        nu2 = mean(x**2 over all axes >= 2);  y = gamma * x / sqrt(nu2 + eps) + beta;  z = max(y, tau)
+        nu2 = mean(x**2 over all axes >= 2);  y = gamma * x / sqrt(nu2 + eps) + beta [+ residual];  z = max(y, tau)
 
     Args:
         x: (N, C, D1..Dk), k >= 0. With k = 0 every value is its own mean. A size may be 0.
         gamma, beta: (C,).
         tau: (C,); minus infinity for no TLU.
         eps: (C,), the effective epsilon, greater than 0 (else InputError).
+        residual: Of the shape and type of x, nothing broadcast; None for the operator without one.
 
-    A NaN in x makes the map that it stands in NaN, and no other.
+    A NaN in x makes the map that it stands in NaN, and no other; one in the residual makes its own place NaN.
 
     Source: Singh & Krishnan, arXiv:1911.09737, eq. 1 to 3 and section 3.3.
     """
@@ -39,12 +42,17 @@ def filter_response_norm(x: Array, gamma: Array, beta: Array, tau: Array, eps: A
     g, b, t, e = (_per_channel(where, name, value, x) for name, value in parameters.items())
     if not (e > 0).all():
         raise InputError(where, "eps must be positive", got=eps)
+    if residual is not None and (residual.shape, residual.dtype) != (x.shape, x.dtype):
+        got, expected = (f"{each.shape} {each.dtype}" for each in (residual, x))
+        raise InputError(where, f"{RESIDUAL} does not have the shape and type of X", got=got, expected=expected)
     if x.size == 0:
         return x.copy()
     v = x.astype(np.float64)
     with np.errstate(invalid="ignore", over="ignore"):  # an infinity in x, and inf * 0 after it, are the answer
         nu2 = np.mean(v * v, axis=tuple(range(2, x.ndim)), keepdims=True)
         y = g * (v / np.sqrt(nu2 + e)) + b
+        if residual is not None:
+            y = y + residual.astype(np.float64)
     return _rounded(_threshold(y, t), x.dtype)
 
 

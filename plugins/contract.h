@@ -7,14 +7,16 @@ namespace deploynorm {
 
 constexpr const char* kDomain = "deploynorm";
 constexpr const char* kOpType = "FilterResponseNormalization";
+constexpr const char* kAddOpType = "FilterResponseNormalizationAdd";
 constexpr int kVersion = 1;
 
 // Inputs, in this order. X is (N, C, D1..Dk), the others are (C,).
 constexpr int kInputs = 5;
 constexpr const char* kInputNames[kInputs] = {"X", "gamma", "beta", "tau", "eps"};
+constexpr int kResidual = kInputs;  // of kAddOpType: like X, added before the threshold
 
-// The operator on ONNX Runtime's blocked layout, with the residual that is added before the threshold as a sixth,
-// optional input. Written by `deploynorm rewrite --optimize-for-cpu` alone, for one machine.
+// The operator on ONNX Runtime's blocked layout, where the residual is optional. Written by
+// `deploynorm rewrite --optimize-for-cpu` alone, for one machine.
 constexpr const char* kBlockedOpType = "BlockedFilterResponseNormalization";
 constexpr const char* kBlockAttribute = "block";
 

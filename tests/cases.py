@@ -1,7 +1,7 @@
 """The cases that every implementation of an operator or layer must pass: reference, eager, ONNX Runtime, TensorRT.
 
 for case in CASES:
-    inputs = make_inputs(case)      # five NumPy arrays, named as in deploynorm/contract.py
+    inputs = make_inputs(case)      # NumPy arrays, named as in deploynorm/contract.py
     want(case)                      # the answer, in float64, unrounded
     tolerance(case)                 # how close the implementation must be
 """
@@ -20,7 +20,7 @@ from frn_gradient import away_from_ties
 from tolerances import FLOAT64, OP_BFLOAT16, OP_FLOAT16, OP_FLOAT32, Tolerance
 
 from deploynorm import reference
-from deploynorm.contract import DTYPES, INPUTS
+from deploynorm.contract import DTYPES, INPUTS, RESIDUAL
 
 Layout = Literal["contiguous", "channels_last", "sliced"]
 Values = Literal["normal", "zeros", "one_zero_map", "outlier", "nan", "inf"]
@@ -47,6 +47,7 @@ class NormCase:
         layout: Of X in memory.
         values: What X is filled with; "normal" is N(0, scale).
         scale: "huge" is the largest size that the type's arithmetic allows.
+        residual: Whether the operator is the one that adds a residual, filled as X is.
     """
 
     name: str
@@ -57,6 +58,7 @@ class NormCase:
     layout: Layout = "contiguous"
     values: Values = "normal"
     scale: float | Literal["huge"] = 1.0
+    residual: bool = False
 
     def __str__(self) -> str:
         return f"{self.name}-{self.dtype}"
@@ -112,9 +114,18 @@ _SITUATIONS = (
 CASES = tuple(replace(case, dtype=dtype) for case in _SITUATIONS for dtype in DTYPES)
 """Every situation in every type."""
 
+_ADDED = (
+    *("plain", "odd_7x7", "map_1x1", "one_channel", "off_vector_width_3x33", "off_vector_width_channels", "sliced"),
+    *("no_samples", "no_rows", "channels_last_odd", "n_c", "1d", "3d", "no_tlu", "above_256", "nan", "inf"),
+)
+ADD_CASES = tuple(
+    replace(case, name=f"add_{case.name}", residual=True) for name in _ADDED for case in CASES if case.name == name
+)
+"""Situations of the operator that adds a residual, in every type."""
+
 
 def make_inputs(case: NormCase) -> dict[str, np.ndarray[Any, Any]]:
-    """X, gamma, beta, tau and eps as NumPy arrays, seeded by the name of the case: equal in every run and type."""
+    """The operator's inputs as NumPy arrays, seeded by the name of the case: equal in every run and type."""
     rng = np.random.default_rng(zlib.crc32(case.name.encode()))
     dtype = NUMPY_DTYPES[case.dtype]
     channels = case.shape[1]
@@ -140,13 +151,20 @@ def make_inputs(case: NormCase) -> dict[str, np.ndarray[Any, Any]]:
 
     values = (_laid_out(x.astype(dtype), case.layout), gamma, beta, tau, _effective_eps(case.eps, channels, rng))
     parameter = np.float64 if case.dtype == "float64" else np.float32
-    return {name: v if name == INPUTS[0] else v.astype(parameter) for name, v in zip(INPUTS, values, strict=True)}
+    named = zip(INPUTS, values, strict=True)
+    inputs = {name: value if name == INPUTS[0] else value.astype(parameter) for name, value in named}
+    if case.residual:
+        residual = rng.standard_normal(case.shape)
+        if case.values in ("nan", "inf"):
+            residual[0, 0, 1, 1] = float(case.values)  # in another map
+        inputs[RESIDUAL] = _laid_out(residual.astype(dtype), case.layout)
+    return inputs
 
 
 def want(case: NormCase) -> np.ndarray[Any, Any]:
     """The expected output in float64: not rounded to the case's type, so that the implementation's rounding shows."""
     inputs = make_inputs(case)
-    return reference.filter_response_norm(*(inputs[name].astype(np.float64) for name in INPUTS))
+    return reference.filter_response_norm(*(value.astype(np.float64) for value in inputs.values()))
 
 
 def tolerance(case: NormCase) -> Tolerance:

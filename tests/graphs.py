@@ -9,7 +9,18 @@ import onnx
 import onnx.helper
 import onnx.numpy_helper
 
-from deploynorm.contract import DOMAIN, INPUTS, NODE_ATTRIBUTES, OP_TYPE, OUTPUT, PARAMETERS, VERSION
+from deploynorm.contract import (
+    ADD_OP_TYPE,
+    DOMAIN,
+    INPUTS,
+    NODE_ATTRIBUTES,
+    OP_TYPE,
+    OPERATORS,
+    OUTPUT,
+    PARAMETERS,
+    RESIDUAL,
+    VERSION,
+)
 from deploynorm.lowering import function_proto
 
 __all__ = ["CHANNELS", "OPSET", "frn_model", "frn_parameters", "one_node"]
@@ -41,16 +52,22 @@ def frn_model(
     body: onnx.FunctionProto | Literal[True] | None = None,
     parameters: dict[str, np.ndarray] | None = None,
     shape: tuple[int | str, ...] = ("N", CHANNELS, "H", "W"),
+    residual: bool = False,
 ) -> onnx.ModelProto:
-    """One node of our operator over an input X, with `body` as its function; True is the one that export writes."""
+    """One node of our operator over an input X, with `body` as its function; True is the one that export writes.
+
+    With `residual` it is the operator that adds one, the second input of the graph.
+    """
+    op_type = ADD_OP_TYPE if residual else OP_TYPE
     if body is True:
-        body = function_proto(OPSET, half=dtype in ("float16", "bfloat16"))
+        body = function_proto(OPSET, op_type, half=dtype in ("float16", "bfloat16"))
     parameters = frn_parameters(dtype) if parameters is None else parameters
-    node = onnx.helper.make_node(OP_TYPE, INPUTS, [OUTPUT], domain=DOMAIN, **NODE_ATTRIBUTES)
+    node = onnx.helper.make_node(op_type, OPERATORS[op_type], [OUTPUT], domain=DOMAIN, **NODE_ATTRIBUTES)
+    tensors = (INPUTS[0], RESIDUAL) if residual else INPUTS[:1]
     graph = onnx.helper.make_graph(
         [node],
         "frn",
-        [onnx.helper.make_tensor_value_info(INPUTS[0], ELEMENT_TYPES[dtype], shape)],
+        [onnx.helper.make_tensor_value_info(name, ELEMENT_TYPES[dtype], shape) for name in tensors],
         [onnx.helper.make_tensor_value_info(OUTPUT, ELEMENT_TYPES[dtype], shape)],
         [onnx.numpy_helper.from_array(value, name) for name, value in parameters.items()],
     )

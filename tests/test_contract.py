@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import onnx
+import pytest
 import torch
 
 import deploynorm
@@ -18,7 +19,7 @@ PACKAGE = Path(deploynorm.__file__).parent
 
 
 def test_no_other_module_spells_the_operator_out() -> None:
-    name = re.compile(rf"""["']{contract.OP_TYPE}["']|["']{contract.DOMAIN}["']""")
+    name = re.compile(rf"""["']{contract.OP_TYPE}\w*["']|["']{contract.DOMAIN}["']""")
     spelled = {
         path.relative_to(PACKAGE).as_posix(): found
         for path in PACKAGE.rglob("*.py")
@@ -41,19 +42,23 @@ def test_torch_operator_has_the_inputs_of_the_contract() -> None:
     assert (names[0].upper(), *names[1:]) == contract.INPUTS
 
 
-def test_schema_and_function_have_the_inputs_of_the_contract() -> None:
+@pytest.mark.parametrize("op_type", contract.OPERATORS)
+def test_schema_and_function_have_the_inputs_of_the_contract(op_type: str) -> None:
     register_schema()
     register_schema()  # a second call is not an error
-    schema = onnx.defs.get_schema(contract.OP_TYPE, contract.VERSION, contract.DOMAIN)
-    assert tuple(value.name for value in schema.inputs) == contract.INPUTS
+    schema, inputs = onnx.defs.get_schema(op_type, contract.VERSION, contract.DOMAIN), contract.OPERATORS[op_type]
+    assert tuple(value.name for value in schema.inputs) == inputs
+    assert {value.name for value in schema.inputs if value.type_str == "P"} == set(contract.PARAMETERS)
     assert set(schema.attributes) == set(contract.NODE_ATTRIBUTES)
-    body = function_proto(20)
-    assert (body.domain, body.name, tuple(body.input), tuple(body.output)) == (
-        contract.DOMAIN,
-        contract.OP_TYPE,
-        contract.INPUTS,
-        (contract.OUTPUT,),
-    )
+    for opset in range(contract.MIN_OPSET, contract.MAX_OPSET + 1):
+        body = function_proto(opset, op_type)
+        assert (body.domain, body.name, tuple(body.input), tuple(body.output)) == (
+            contract.DOMAIN,
+            op_type,
+            inputs,
+            (contract.OUTPUT,),
+        )
+        assert [each.version for each in body.opset_import] == [opset]
 
 
 def test_every_lowering_has_a_writer() -> None:
@@ -65,15 +70,16 @@ def test_names_suit_every_host() -> None:
     assert contract.DOMAIN.isidentifier()
     assert contract.TORCH_OP.isidentifier()
     assert contract.NODE_ATTRIBUTES == {"plugin_namespace": contract.DOMAIN, "plugin_version": "1"}
-    assert not any(schema.name == contract.OP_TYPE for schema in onnx.defs.get_all_schemas() if schema.domain == "")
+    assert not any(schema.name in contract.OPERATORS for schema in onnx.defs.get_all_schemas() if schema.domain == "")
 
 
 def test_the_c_header_has_the_same_names() -> None:
     text = (Path(__file__).parents[1] / "plugins" / "contract.h").read_text(encoding="utf-8")
-    constant = re.compile(r"^constexpr (?:const char\*|int) (k\w+)(?:\[\w+\])? = ([^;]+);", flags=re.MULTILINE)
+    constant = re.compile(r"^constexpr (?:const char\*|int) (k\w+)(?:\[\w+\])? = (?!k)([^;]+);", flags=re.MULTILINE)
     want = {
         "kDomain": contract.DOMAIN,
         "kOpType": contract.OP_TYPE,
+        "kAddOpType": contract.ADD_OP_TYPE,
         "kVersion": contract.VERSION,
         "kInputs": len(contract.INPUTS),
         "kInputNames": set(contract.INPUTS),

@@ -7,14 +7,14 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from cases import CASES, NUMPY_DTYPES, NormCase, make_inputs, want
+from cases import ADD_CASES, CASES, NUMPY_DTYPES, NormCase, make_inputs, want
 from tolerances import EXACT, FLOAT64
 
 from deploynorm import reference
-from deploynorm.contract import INPUTS
+from deploynorm.contract import INPUTS, RESIDUAL
 from deploynorm.errors import InputError
 
-FLOAT64_CASES = [case for case in CASES if case.dtype == "float64"]
+FLOAT64_CASES = [case for case in (*CASES, *ADD_CASES) if case.dtype == "float64"]
 
 
 def test_frn_by_hand() -> None:
@@ -32,7 +32,9 @@ def test_frn_of_single_values_is_their_sign_when_eps_is_small() -> None:
 
 @pytest.mark.parametrize("case", [c for c in FLOAT64_CASES if c.name not in ("big_plane", "outlier")], ids=str)
 def test_frn_equals_a_loop_over_every_value(case: NormCase) -> None:
-    x, gamma, beta, tau, eps = make_inputs(case).values()
+    inputs = make_inputs(case)
+    residual = inputs.pop(RESIDUAL, np.zeros(case.shape))
+    x, gamma, beta, tau, eps = inputs.values()
     expected = np.empty(x.shape)
     for n in range(x.shape[0]):
         for c in range(x.shape[1]):
@@ -41,12 +43,12 @@ def test_frn_equals_a_loop_over_every_value(case: NormCase) -> None:
                 continue
             mean = math.fsum(v * v for v in values) / len(values)
             root = math.sqrt(mean + eps[c])
-            out = [gamma[c] * (v / root) + beta[c] for v in values]
+            out = [gamma[c] * (v / root) + beta[c] + r for v, r in zip(values, residual[n, c].ravel(), strict=True)]
             expected[n, c] = np.reshape([tau[c] if v < tau[c] else v for v in out], x.shape[2:])
     np.testing.assert_allclose(want(case), expected, **FLOAT64.kwargs())
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", [*CASES, *ADD_CASES], ids=str)
 def test_frn_keeps_shape_and_type_and_rounds_once(case: NormCase) -> None:
     inputs = make_inputs(case)
     y = reference.filter_response_norm(**_by_position(inputs))
@@ -57,10 +59,10 @@ def test_frn_keeps_shape_and_type_and_rounds_once(case: NormCase) -> None:
 
 
 def test_frn_leaves_its_inputs_alone() -> None:
-    inputs = make_inputs(CASES[0])
+    inputs = make_inputs(ADD_CASES[0])
     before = {name: array.copy() for name, array in inputs.items()}
     reference.filter_response_norm(**_by_position(inputs))
-    for name in INPUTS:
+    for name in (*INPUTS, RESIDUAL):
         np.testing.assert_array_equal(inputs[name], before[name])
 
 
@@ -70,6 +72,14 @@ def test_a_nan_spoils_its_own_map_and_no_other() -> None:
     assert bad[0, 1].all()
     bad[0, 1] = False
     assert not bad.any()
+
+
+def test_a_nan_in_the_residual_spoils_its_own_place_alone() -> None:
+    case = next(c for c in FLOAT64_CASES if c.name == "add_nan")
+    bad = np.isnan(want(case))
+    assert bad[0, 1].all()
+    assert bad[0, 0, 1, 1]
+    assert bad.sum() == bad[0, 1].size + 1
 
 
 def test_an_infinity_gives_nan_at_its_place_and_the_rest_of_its_map_is_the_bias() -> None:
@@ -153,6 +163,14 @@ REFUSED = {
         lambda: reference.filter_response_norm(np.ones((2, 3)), *[ONES] * 3, np.array([1.0, 0.0, 1.0])),
         "eps must be positive",
     ),
+    "residual_to_broadcast": (
+        lambda: reference.filter_response_norm(np.ones((2, 3)), *[ONES] * 4, np.ones((1, 3))),
+        r"residual does not have the shape and type of X. Got \(1, 3\) float64; expected \(2, 3\) float64",
+    ),
+    "residual_of_another_type": (
+        lambda: reference.filter_response_norm(np.ones((2, 3)), *[ONES] * 4, np.ones((2, 3), np.float32)),
+        "residual does not have the shape and type of X",
+    ),
     "tlu_shape": (lambda: reference.tlu(np.ones((2, 3)), np.ones(4)), "tau has the wrong shape"),
     "mabn_shape": (lambda: reference.mabn_eval(np.ones((2, 3)), np.ones(2), None, None, 1e-5), "second_moment has"),
     "weight_of_one_axis": (lambda: reference.center_weight(ONES), "weight has the wrong rank"),
@@ -167,4 +185,4 @@ def test_wrong_arguments_are_refused(call: Callable[[], object], match: str) -> 
 
 
 def _by_position(inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    return dict(zip(("x", *INPUTS[1:]), inputs.values(), strict=True))
+    return dict(zip(("x", *INPUTS[1:], RESIDUAL), inputs.values(), strict=False))

@@ -155,6 +155,7 @@ def convert(
     opset: int | None = None,
     lowering: Lowering = "custom",
     function: bool = True,
+    residual: bool = True,
     input_names: str | Sequence[str] | None = None,
     output_names: str | Sequence[str] | None = None,
     image: ImageSpec | None = None,
@@ -184,7 +185,7 @@ def convert(
             refuses that.
         factory, factory_kwargs, key, strip_prefix, trust_pickle: For a file, see `deploynorm.load`.
         fold: False exports the network as it is.
-        dtype, keep_float32, keep_io_types, dynamic, opset, lowering, function, input_names, output_names: See
+        dtype, keep_float32, keep_io_types, dynamic, opset, lowering, function, residual, input_names, output_names: See
             `deploynorm.export`.
         image: How an image becomes the input; by default as the file has it. It is put into the model, for
             `deploynorm run`.
@@ -255,6 +256,7 @@ def convert(
             opset=opset,
             lowering=lowering,
             function=function,
+            residual=residual,
             input_names=input_names,
             output_names=output_names,
             metadata=metadata,

@@ -30,6 +30,7 @@ from deploynorm.files import as_path, onnx_companions, staging
 from deploynorm.foreign import frn_note, loose_frn, loose_mabn, mabn_note
 from deploynorm.inputs import TensorSpec, sizes_to_dict
 from deploynorm.lowering import lower
+from deploynorm.residual import fuse_residuals
 from deploynorm.tables import table
 from deploynorm.trace import (
     Dynamic,
@@ -122,12 +123,13 @@ def export(
     opset: int | None = None,
     lowering: Lowering = "custom",
     function: bool = True,
+    residual: bool = True,
     input_names: str | Sequence[str] | None = None,
     output_names: str | Sequence[str] | None = None,
     metadata: Mapping[str, str] | None = None,
     sizes: Sizes | None = None,
 ) -> Exported:
-    """Exports a network to ONNX, each FRN layer as one node; nothing is written.
+    """Exports a network to ONNX, each FRN layer as one node, with what is added behind it; nothing is written.
 
     The network itself is left as it is: a copy is put in evaluation mode, on the CPU, and FRN layers of other
     projects in it are taken over (see `deploynorm.layers.adopt`). Fold first: `deploynorm.fold`.
@@ -145,7 +147,8 @@ def export(
             the others.
         opset: 18 to 23; 20 by default, 22 for bfloat16, 23 for the lowering "rmsnorm".
         lowering: "custom" (one node a layer), "primitives" or "rmsnorm" (standard operators alone).
-        function: Whether the custom node's body goes with the model, so that any runtime can run it.
+        function: Whether the custom nodes' bodies go with the model, so that any runtime can run it.
+        residual: Whether an FRN without threshold, an addition and the threshold behind it become one custom node.
         input_names: Names of the graph's inputs, in the order of the examples; by default those of forward's arguments.
         output_names: By default the keys of a dict that the network returns, else "output", or "output_0", ...
         metadata: Entries for the model's metadata_props.
@@ -213,6 +216,8 @@ def export(
     name_inputs_and_outputs(onnx_model, inputs, outputs)
     name_axes(onnx_model, axis_names)
     foreign = [*frn_note(loose_frn(onnx_model.graph)), *mabn_note(loose_mabn(program))]
+    if residual and lowering == "custom":  # standard operators would gain nothing
+        fuse_residuals(onnx_model)
     lower(onnx_model, lowering, function=function)
     specs = tuple(_spec(value, i, sizes) for i, value in enumerate(onnx_model.graph.inputs))
     notes = [f"fixed, since it holds for some sizes only: {axis}" for axis in narrowed]

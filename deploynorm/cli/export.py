@@ -65,6 +65,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_false",
         help="leave the node's body out: only our libraries run the file then",
     )
+    group.add_argument(
+        "--no-residual",
+        dest="residual",
+        action="store_false",
+        help="leave an addition behind FRN, and the threshold behind it, nodes of their own",
+    )
     group.add_argument("--no-fold", dest="fold", action="store_false", help="export the network as it is")
     group.add_argument(
         "--freeze-buffers",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -11,7 +11,9 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from deploynorm.changes import Change
-from deploynorm.contract import BLOCK_ATTRIBUTE, BLOCKED_OP_TYPE, DOMAIN, OP_TYPE, PARAMETERS
+from deploynorm.contract import BLOCK_ATTRIBUTE, BLOCKED_OP_TYPE, DOMAIN, INPUTS, OPERATORS, PARAMETERS
+from deploynorm.lowering import frn_nodes
+from deploynorm.residual import TAU, constant, has_no_threshold, per_channel, same_shape
 
 NCHWC: Final = "com.microsoft.nchwc"
 """Domain of ONNX Runtime's operators on (N, C/block, H, W, block), whose shape stands in the graph as (N, C, H, W)."""
@@ -19,8 +21,7 @@ NCHWC: Final = "com.microsoft.nchwc"
 _PADDING: Final = dict(zip(PARAMETERS, (0.0, 0.0, -np.inf, 1.0), strict=True))
 """Parameters of the channels that fill up the last block: any input gives zero, or the residual."""
 
-_TAU: Final = 3  # inputs of the blocked FRN
-_RESIDUAL: Final = 5
+_RESIDUAL: Final = len(INPUTS)  # of the blocked FRN
 
 _Array = npt.NDArray[np.float32]
 
@@ -62,7 +63,7 @@ class _Blocking:
         self._block = block
         self._made: list[ir.Node] = []
         self._rules: dict[str, Callable[[ir.Node], str]] = {
-            f"{DOMAIN}::{OP_TYPE}": self._frn,
+            **{f"{DOMAIN}::{op_type}": self._frn for op_type in OPERATORS},
             f"{NCHWC}::ReorderInput": self._reorder_input,
             "::Add": self._add,
             **dict.fromkeys(("::Max", "::Relu"), self._max),
@@ -81,10 +82,10 @@ class _Blocking:
                 changes.append(Change(name, node.op_type, "rewritten", became=rule(node)))
             except _RefusedError as reason:
                 changes.append(Change(name, node.op_type, "unchanged", detail=str(reason)))
-        for node in self._graph.all_nodes():
-            if node.graph is not self._graph and (node.domain, node.op_type) == (DOMAIN, OP_TYPE):
+        for node in frn_nodes(self._graph):
+            if node.graph is not self._graph:
                 inside = "it is inside a branch or a loop"
-                changes.append(Change(str(node.outputs[0].name), OP_TYPE, "unchanged", detail=inside))
+                changes.append(Change(str(node.outputs[0].name), node.op_type, "unchanged", detail=inside))
         return changes
 
     def _rule(self, node: ir.Node) -> Callable[[ir.Node], str] | None:
@@ -103,14 +104,16 @@ class _Blocking:
 
     def _frn(self, node: ir.Node) -> str:
         # Case 1.
-        x, parameters = _need(node.inputs[0]), node.inputs[1:]
+        x, parameters = _need(node.inputs[0]), node.inputs[1:_RESIDUAL]
+        residuals = [_need(value).blocked for value in node.inputs[_RESIDUAL:]]
         if self._padded(x.channels) != x.channels:
-            constants = [array for value in parameters if (array := _constant(value)) is not None]
+            constants = [array for value in parameters if (array := constant(value)) is not None]
             if len(constants) < len(parameters):
                 raise _RefusedError("its parameters are not constant, so the last block cannot be filled up")
             named = zip(PARAMETERS, constants, strict=True)
             parameters = [self._parameter(node, name, constant) for name, constant in named]
-        self._replace(node, BLOCKED_OP_TYPE, [x.blocked, *parameters], {BLOCK_ATTRIBUTE: self._block}, DOMAIN)
+        inputs = [x.blocked, *parameters, *residuals]
+        self._replace(node, BLOCKED_OP_TYPE, inputs, {BLOCK_ATTRIBUTE: self._block}, DOMAIN)
         return BLOCKED_OP_TYPE
 
     def _reorder_input(self, node: ir.Node) -> str:
@@ -125,12 +128,12 @@ class _Blocking:
     def _add(self, node: ir.Node) -> str:
         a, b = node.inputs
         both = _need(a), _need(b)
-        if not _same_shape(a, b):
+        if not same_shape(a, b):
             raise _RefusedError("its inputs are not known to have the same shape")
         frns = {
             frn: other.blocked
             for value, other in zip((a, b), reversed(both), strict=True)
-            if (frn := _only_read_here(value)) and len(frn.inputs) == _RESIDUAL and _has_no_threshold(frn)
+            if (frn := _only_read_here(value)) and len(frn.inputs) == _RESIDUAL and has_no_threshold(frn)
         }
         if not frns:  # Case 3.
             self._replace(node, "Add", [x.blocked for x in both])
@@ -146,7 +149,7 @@ class _Blocking:
             raise _RefusedError("it is no maximum of one value and a constant")
         value = next(value for value in node.inputs if _reordered(value))
         x = _need(value)
-        bound = _constant(plain[0]) if plain else np.zeros(1, np.float32)
+        bound = constant(plain[0]) if plain else np.zeros(1, np.float32)
         if bound is None:
             raise _RefusedError("its bound is not constant")
         frn = _only_read_here(value)
@@ -155,12 +158,15 @@ class _Blocking:
                 raise _RefusedError("the node before it is no FRN, or is read by another node too")
             self._replace(node, node.op_type, [x.blocked, *plain])
             return f"{node.op_type} of a blocked value"
-        tau = _constant(frn.inputs[_TAU])  # Case 5.
+        tau = constant(frn.inputs[TAU])  # Case 5.
         if tau is None:
             raise _RefusedError("the threshold of the FRN before it is not constant")
-        bound = self._fill(_per_channel(bound, x.channels), _PADDING["tau"])
-        parameter = self._parameter(node, "tau", np.maximum(tau, bound))
-        inputs = [*frn.inputs[:_TAU], parameter, *frn.inputs[_TAU + 1 :]]
+        shape = ir.Shape((None, x.channels, None, None))
+        bound = per_channel(bound, shape)
+        if bound is None:
+            raise _RefusedError("its constant is not one for each channel")
+        parameter = self._parameter(node, "tau", np.maximum(tau, self._fill(bound, _PADDING["tau"])))
+        inputs = [*frn.inputs[:TAU], parameter, *frn.inputs[TAU + 1 :]]
         self._replace(node, BLOCKED_OP_TYPE, inputs, frn.attributes, DOMAIN)
         return "the threshold of the FRN before it"
 
@@ -176,7 +182,7 @@ class _Blocking:
     def _reduce_mean(self, node: ir.Node) -> str:
         # Case 7.
         x = _need(node.inputs[0])
-        axes = _constant(node.inputs[1]) if len(node.inputs) > 1 else None
+        axes = constant(node.inputs[1]) if len(node.inputs) > 1 else None
         if axes is None or sorted(axis % 4 for axis in axes.tolist()) != [2, 3]:
             raise _RefusedError("its axes are not constant, or not H and W only")
         if node.attributes.get_int("keepdims", 1) != 1:
@@ -243,32 +249,3 @@ def _only_read_here(value: ir.Value | None) -> ir.Node | None:
         return None
     node = x.blocked.producer()
     return node if node is not None and (node.domain, node.op_type) == (DOMAIN, BLOCKED_OP_TYPE) else None
-
-
-def _has_no_threshold(frn: ir.Node) -> bool:
-    tau = _constant(frn.inputs[_TAU])
-    return tau is not None and bool(np.isneginf(tau).all())
-
-
-def _constant(value: ir.Value | None) -> npt.NDArray[Any] | None:
-    if value is None or value.is_graph_input():  # which may be fed
-        return None
-    tensor = ir.convenience.get_const_tensor(value)
-    return None if tensor is None else tensor.numpy()
-
-
-def _same_shape(a: ir.Value | None, b: ir.Value | None) -> bool:
-    """Whether both have one shape for certain, dynamic sizes by their names."""
-    if a is None or b is None or a.shape is None or b.shape is None:
-        return False
-    # ONNX Runtime writes -1 for a size that an operator of a library leaves unknown.
-    known = all(size >= 0 if isinstance(size, int) else size.value not in (None, "", "?") for size in a.shape)
-    return known and a.shape == b.shape
-
-
-def _per_channel(bound: _Array, channels: int) -> _Array:
-    """A maximum's constant as (C,)."""
-    shape = (1,) * (4 - bound.ndim) + bound.shape
-    if shape not in ((1, channels, 1, 1), (1, 1, 1, 1)):
-        raise _RefusedError("its constant is not one for each channel")
-    return np.broadcast_to(bound.reshape(-1), (channels,))

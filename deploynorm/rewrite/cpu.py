@@ -73,7 +73,7 @@ def _refuse(model: ir.Model) -> None:
             problem = "the file is rewritten already, or ONNX Runtime has optimised it"
             got = f"{node.domain}::{node.op_type}"
             raise ModelError("rewrite", problem, got=got, fix="rewrite the file as exported")
-    nodes = frn_nodes(model)
+    nodes = frn_nodes(model.graph)
     if not nodes:
         problem = f"the file has no node {DOMAIN}::{OP_TYPE}, without which this has no use"
         fix = "export with --lowering custom; a network without FRN is fast as it is"

@@ -20,7 +20,7 @@ from deploynorm.contract import MIN_OPSET
 from deploynorm.dtypes import ONNX_HALF, numpy_dtype
 from deploynorm.errors import BackendError, DeployNormError, ModelError
 from deploynorm.files import scratch_folder
-from deploynorm.lowering import frn_nodes, function_proto
+from deploynorm.lowering import attach_bodies
 from deploynorm.onnx_file import OnnxFile, OnnxSource, save
 from deploynorm.quiet import quiet
 from deploynorm.run.onnxruntime import OnnxRuntimeRunner
@@ -75,9 +75,7 @@ def round_outputs(model: ir.Model, where: str = "round_outputs") -> None:
     of a value is not known.
     """
     InlinePass()(model)
-    if frn_nodes(model):
-        body = ir.serde.deserialize_function(function_proto(model.opset_imports[""]))
-        model.functions[body.identifier()] = body
+    attach_bodies(model, half=False)
     with quiet("onnx_ir"):  # which prints the traceback of what it cannot infer
         ShapeInferencePass(check_type=False, strict_mode=False, data_prop=False)(model)
     widened: dict[tuple[ir.Graph, ir.Value], ir.Value] = {}

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
 
-from deploynorm.contract import DOMAIN, OP_TYPE
+from deploynorm.contract import DOMAIN, OPERATORS
 from deploynorm.errors import ModelError
 from deploynorm.onnx_file import OnnxFile, OnnxSource
 from deploynorm.reference import filter_response_norm
@@ -23,8 +23,8 @@ class ReferenceRunner(Runner):
 
     Args:
         model: A file, with its external data beside it, or a model in memory; see OnnxFile.read.
-        use_function: Whether our operator runs as the function body that the model brings, where it brings one, in the
-            types of that body. False runs deploynorm.reference instead.
+        use_function: Whether our operators run as the function bodies that the model brings, where it brings them, in
+            the types of those bodies. False runs deploynorm.reference instead.
     """
 
     name = "reference"
@@ -33,7 +33,7 @@ class ReferenceRunner(Runner):
         file = OnnxFile.read(model)
         self._where, self.inputs, self.output_names = file.where, file.inputs, file.output_names
         # An operator in new_ops wins over a function of the model.
-        new_ops = [] if use_function and file.has_body else [_FilterResponseNorm]
+        new_ops = [] if use_function and file.has_body else _OPERATORS
         whole = file.whole_proto()
         try:
             self._evaluator: ReferenceEvaluator | None = ReferenceEvaluator(whole, new_ops=new_ops)
@@ -63,4 +63,4 @@ def _run(self: OpRun, *inputs: npt.NDArray[Any], **attributes: object) -> tuple[
 
 
 # The evaluator finds an operator by the name of its class, and names stand in contract.py only.
-_FilterResponseNorm: type[OpRun] = type(OP_TYPE, (OpRun,), {"op_domain": DOMAIN, "_run": _run})
+_OPERATORS: list[type[OpRun]] = [type(name, (OpRun,), {"op_domain": DOMAIN, "_run": _run}) for name in OPERATORS]

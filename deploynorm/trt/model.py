@@ -1,8 +1,8 @@
 """An ONNX model as TensorRT is to get it: checked for what TensorRT does not check, and prepared for one of two ways.
 
 The plugin is taken when the node names it and no function body of the model stands in its way (TensorRT before 10.7
-prefers a body). The body is taken when its name is one that no plugin has. Both are changes of a copy in memory, so
-any exported file serves any TensorRT.
+prefers a body); it has no residual, which is then added behind it. The body is taken when its name is one that no
+plugin has. Both are changes of a copy in memory, so any exported file serves any TensorRT.
 """
 
 from __future__ import annotations
@@ -14,16 +14,27 @@ from typing import Final
 import onnx
 import onnx.shape_inference
 
-from deploynorm.contract import DOMAIN, INPUTS, METADATA_CPU, MIN_OPSET, NODE_ATTRIBUTES, OP_TYPE, OUTPUT, PARAMETERS
+from deploynorm.contract import (
+    ADD_OP_TYPE,
+    DOMAIN,
+    INPUTS,
+    METADATA_CPU,
+    MIN_OPSET,
+    NODE_ATTRIBUTES,
+    OPERATORS,
+    OUTPUT,
+    PARAMETERS,
+)
 from deploynorm.dtypes import ONNX_HALF
 from deploynorm.errors import ModelError
 from deploynorm.lowering import function_proto, register_schema
 from deploynorm.onnx_file import OnnxFile, OnnxSource, all_nodes
+from deploynorm.trt.expansion import expanded
 from deploynorm.trt.layers import Product
 from deploynorm.trt.settings import Way
 
-BODY = f"{OP_TYPE}Body"
-"""Name of the function body on the native way: TensorRT finds plugins and functions by name."""
+BODIES = {op_type: f"{op_type}Body" for op_type in OPERATORS}
+"""Names of the function bodies on the native way: TensorRT finds plugins and functions by name."""
 
 _PRODUCTS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 _QUANTIZED: Final[Mapping[int, str]] = {onnx.TensorProto.INT8: "int8", onnx.TensorProto.FLOAT8E4M3FN: "float8"}
@@ -66,42 +77,47 @@ class TensorRTModel:
     def prepared(self, way: Way) -> onnx.ModelProto:
         """A copy that can only go that way.
 
-        ModelError if another function has the operator's name, which is all that TensorRT finds functions by; or if
+        ModelError if another function has an operator's name, which is all that TensorRT finds functions by; or if
         the file brings no body, and its opset is too old for ours.
         """
         proto = onnx.ModelProto()
         proto.CopyFrom(self.file.proto)
         others = [function for function in proto.functions if not _is_body(function)]
-        clash = next((f for f in others if f.name in (OP_TYPE, BODY)), None)
+        clash = next((f for f in others if f.name in (*BODIES, *BODIES.values())), None)
         if clash is not None and self.frn:
-            problem = "another local function has the operator's name, and TensorRT finds functions by name only"
+            problem = "another local function has an operator's name, and TensorRT finds functions by name only"
             raise ModelError(self.file.where, problem, got=f"{clash.domain}::{clash.name}", fix="rename that function")
         del proto.functions[:]
         proto.functions.extend(others)
+        used = set()
         for node in _all_nodes(proto):
             if not _is_frn(node):
                 continue
+            used.add(node.op_type)
             del node.attribute[:]
-            if way == "plugin":
-                node.attribute.extend(onnx.helper.make_attribute(*item) for item in NODE_ATTRIBUTES.items())
+            if way == "native":
+                node.op_type = BODIES[node.op_type]
             else:
-                node.op_type = BODY
-        if way == "native" and self.frn:
+                node.attribute.extend(onnx.helper.make_attribute(*item) for item in NODE_ATTRIBUTES.items())
+        if way == "plugin":
+            _expand_residuals(proto)
+        for op_type in sorted(used) if way == "native" else ():
             body = proto.functions.add()
-            body.CopyFrom(self._body())
-            body.name = BODY
+            body.CopyFrom(self._body(op_type))
+            body.name = BODIES[op_type]
         return proto
 
-    def _body(self) -> onnx.FunctionProto:
-        own: onnx.FunctionProto | None = next(filter(_is_body, self.file.proto.functions), None)
-        if own is not None:
-            return own
+    def _body(self, op_type: str) -> onnx.FunctionProto:
+        own = (function for function in self.file.proto.functions if _is_body(function) and function.name == op_type)
+        found: onnx.FunctionProto | None = next(own, None)
+        if found is not None:
+            return found
         opset = _opset(self.file.proto)
         if opset < MIN_OPSET:
             problem = "brings no function body, and its opset is too old for ours"
             fix = "export it again, or build with --frn plugin"
             raise ModelError(self.file.where, problem, got=f"opset {opset}", expected=f"{MIN_OPSET} or later", fix=fix)
-        return function_proto(opset, half=self.half)
+        return function_proto(opset, op_type, half=self.half)
 
 
 def _opset(proto: onnx.ModelProto) -> int:
@@ -116,12 +132,25 @@ def _all_nodes(proto: onnx.ModelProto) -> Iterator[onnx.NodeProto]:
             yield from all_nodes(function.node)
 
 
+def _expand_residuals(proto: onnx.ModelProto) -> None:
+    lists = [proto.graph.node, *(function.node for function in proto.functions)]
+    for node in _all_nodes(proto):
+        lists += [graph.node for attribute in node.attribute for graph in (attribute.g, *attribute.graphs)]
+    for nodes in reversed(lists):  # the inner ones first, since those around them are then copied
+        if any(_is_frn(node) and node.op_type == ADD_OP_TYPE for node in nodes):
+            old = list(nodes)
+            del nodes[:]
+            for node in old:
+                adds = _is_frn(node) and node.op_type == ADD_OP_TYPE
+                nodes.extend(expanded(node, _name(node)) if adds else [node])
+
+
 def _is_body(function: onnx.FunctionProto) -> bool:
-    return (function.domain, function.name) == (DOMAIN, OP_TYPE)
+    return function.domain == DOMAIN and function.name in OPERATORS
 
 
 def _is_frn(node: onnx.NodeProto) -> bool:
-    return node.domain == DOMAIN and node.op_type == OP_TYPE
+    return node.domain == DOMAIN and node.op_type in OPERATORS
 
 
 def _name(node: onnx.NodeProto) -> str:
@@ -130,14 +159,14 @@ def _name(node: onnx.NodeProto) -> str:
 
 
 def _check_node(where: str, node: onnx.NodeProto) -> None:
-    where = f"{where}, node {_name(node)}"
-    if len(node.input) != len(INPUTS) or not all(node.input) or len(node.output) != 1:
-        problem, got = f"does not have the inputs of {DOMAIN}::{OP_TYPE}", f"{list(node.input)} -> {list(node.output)}"
-        expected = f"{', '.join(INPUTS)} -> {OUTPUT}, none of them left out"
+    where, operator, inputs = f"{where}, node {_name(node)}", f"{DOMAIN}::{node.op_type}", OPERATORS[node.op_type]
+    if len(node.input) != len(inputs) or not all(node.input) or len(node.output) != 1:
+        problem, got = f"does not have the inputs of {operator}", f"{list(node.input)} -> {list(node.output)}"
+        expected = f"{', '.join(inputs)} -> {OUTPUT}, none of them left out"
         raise ModelError(where, problem, got=got, expected=expected, fix="export it with deploynorm")
     for attribute in node.attribute:
         if attribute.name not in NODE_ATTRIBUTES:
-            problem = f"has an attribute that {DOMAIN}::{OP_TYPE} does not have"
+            problem = f"has an attribute that {operator} does not have"
             expected = f"{INPUTS[-1]} and the other parameters as inputs"
             raise ModelError(where, problem, got=attribute.name, expected=expected, fix="export it with deploynorm")
         value = attribute.s.decode(errors="replace") or onnx.helper.get_attribute_value(attribute)
@@ -154,7 +183,9 @@ def _types(file: OnnxFile) -> dict[str, onnx.TypeProto.Tensor]:
     if opset >= MIN_OPSET and not file.has_body:
         whole = onnx.ModelProto()
         whole.CopyFrom(proto)
-        whole.functions.append(function_proto(opset, half=True))  # whose casts fit every type
+        brought = {function.name for function in proto.functions if _is_body(function)}
+        missing = (op_type for op_type in OPERATORS if op_type not in brought)
+        whole.functions.extend(function_proto(opset, op_type, half=True) for op_type in missing)  # fit every type
         proto = whole
     try:
         inferred = onnx.shape_inference.infer_shapes(proto).graph
@@ -182,7 +213,7 @@ def _check_types(file: OnnxFile, nodes: list[onnx.NodeProto], types: Mapping[str
             expected = "samples, channels and any number of spatial axes"
             raise ModelError(f"{where}, node {_name(node)}", problem, got=f"{len(x.shape.dim)}", expected=expected)
         channels = x.shape.dim[1].dim_value
-        for parameter, name in zip(PARAMETERS, node.input[1:], strict=True):
+        for parameter, name in zip(PARAMETERS, node.input[1:], strict=False):
             sizes = [dim.dim_value for dim in types[name].shape.dim] if name in types else [channels]
             if channels and types.get(name) and types[name].HasField("shape") and sizes not in ([channels], [0]):
                 problem = f"{parameter} does not fit the channels of {INPUTS[0]}"

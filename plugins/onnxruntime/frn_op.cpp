@@ -1,5 +1,5 @@
-// The FRN operator for ONNX Runtime: checks the inputs, and hands pointers to the kernel, on the CPU with the session's
-// threads. No exception; a run takes no lock and allocates nothing; every status is passed on.
+// The FRN operators for ONNX Runtime: checks the inputs, and hands pointers to the kernel, on the CPU with the
+// session's threads. No exception; a run takes no lock and allocates nothing; every status is passed on.
 
 #include <stdio.h>
 #include <stdlib.h>
@@ -16,9 +16,12 @@ using namespace ort;
 // Ranks above this are refused; ONNX Runtime's own convolutions end at 5.
 constexpr size_t kMaxRank = 16;
 
+// Which of the operators.
+enum class Form { kPlain, kAdd, kBlocked };
+
 struct Op : CustomOp {
   const OrtApi* api;
-  bool blocked;
+  Form form;
   bool cuda;    // for the CUDA provider, else for the CPU's
   int element;  // ONNXTensorElementDataType of X and Y
   deploynorm_type type;
@@ -49,7 +52,9 @@ struct Shape {
   int64_t sizes[kMaxRank];
 };
 
-const char* name_of(const Op& op) { return op.blocked ? kBlockedOpType : kOpType; }
+const char* name_of(const Op& op) {
+  return op.form == Form::kPlain ? kOpType : op.form == Form::kAdd ? kAddOpType : kBlockedOpType;
+}
 
 OrtStatus* read_shape(const Op& op, const OrtValue* value, Shape* shape) {
   const OrtApi* api = op.api;
@@ -88,19 +93,19 @@ OrtStatus* read_parameter(const Op& op, OrtKernelContext* context, int index, in
   return read_data(op, value, data);
 }
 
-// The residual of the blocked operator: null where it is left out.
+// The residual: null where the blocked operator has none.
 OrtStatus* read_residual(const Op& op, OrtKernelContext* context, const Shape& x, const void** data) {
   const OrtApi* api = op.api;
   size_t count = 0;
   DEPLOYNORM_RETURN_IF_ERROR(KernelContext_GetInputCount(api)(context, &count));
   const OrtValue* value = nullptr;
-  if (count > kInputs) DEPLOYNORM_RETURN_IF_ERROR(KernelContext_GetInput(api)(context, kInputs, &value));
+  if (count > kResidual) DEPLOYNORM_RETURN_IF_ERROR(KernelContext_GetInput(api)(context, kResidual, &value));
   if (value == nullptr) return nullptr;
   Shape shape;
   DEPLOYNORM_RETURN_IF_ERROR(read_shape(op, value, &shape));
   bool same = shape.rank == x.rank;
   for (size_t axis = 0; same && axis < x.rank; ++axis) same = shape.sizes[axis] == x.sizes[axis];
-  if (!same) return refuse(api, kInvalidArgument, "%s: the residual's shape is not that of X", kBlockedOpType);
+  if (!same) return refuse(api, kInvalidArgument, "%s: the residual's shape is not that of X", name_of(op));
   return read_data(op, value, data);
 }
 
@@ -181,7 +186,7 @@ OrtStatus* compute(void* opaque, OrtKernelContext* context) {
   for (int index = 1; index < kInputs; ++index) {
     DEPLOYNORM_RETURN_IF_ERROR(read_parameter(op, context, index, call.channels, parameters[index]));
   }
-  if (op.blocked) DEPLOYNORM_RETURN_IF_ERROR(read_residual(op, context, shape, &call.residual));
+  if (op.form != Form::kPlain) DEPLOYNORM_RETURN_IF_ERROR(read_residual(op, context, shape, &call.residual));
 
   OrtValue* y = nullptr;
   DEPLOYNORM_RETURN_IF_ERROR(KernelContext_GetOutput(api)(context, 0, shape.sizes, shape.rank, &y));
@@ -214,8 +219,13 @@ OrtStatus* refuse_foreign_block(const OrtApi* api, int64_t block) {
 
 OrtStatus* create_kernel(const CustomOp* base, const OrtApi* api, const OrtKernelInfo* info, void** out) {
   const Op* op = static_cast<const Op*>(base);
+  if (op->cuda && op->form == Form::kAdd) {
+    // Else ONNX Runtime would take the CPU's kernel, with copies there and back, and say nothing.
+    return refuse(api, kFail, "%s: there is no CUDA kernel of it. Fix: run deploynorm export --no-residual",
+                  kAddOpType);
+  }
   int64_t block = 0;
-  if (op->blocked) {
+  if (op->form == Form::kBlocked) {
     // ONNX Runtime's own words name neither the operator nor, for one of another type, the attribute.
     if (OrtStatus* status = KernelInfoGetAttribute_int64(api)(info, kBlockAttribute, &block)) {
       ReleaseStatus(api)(status);
@@ -272,12 +282,12 @@ size_t may_write_over_x(int** input_index, int** output_index) {
   return 1;
 }
 
-template <deploynorm_type kType, int kElement, bool kBlocked, bool kCuda = false>
+template <Form kForm, deploynorm_type kType, int kElement, bool kCuda = false>
 Op make_op(const OrtApi* api) {
   Op op = {};
   op.api = api;
   op.version = kApiVersion;
-  op.blocked = kBlocked;
+  op.form = kForm;
   op.cuda = kCuda;
   op.element = kElement;
   op.type = kType;
@@ -285,14 +295,18 @@ Op make_op(const OrtApi* api) {
   op.GetExecutionProviderType = [](const CustomOp*) -> const char* {
     return kCuda ? "CUDAExecutionProvider" : nullptr;  // null is the CPU
   };
-  op.GetInputTypeCount = [](const CustomOp*) { return static_cast<size_t>(kBlocked ? kInputs + 1 : kInputs); };
+  op.GetInputTypeCount = [](const CustomOp*) {
+    return static_cast<size_t>(kForm == Form::kPlain ? kInputs : kResidual + 1);
+  };
   op.GetInputType = [](const CustomOp*, size_t index) {
     const bool parameter = index > 0 && index < kInputs;
     return !parameter ? kElement : kElement == kDouble ? kDouble : kFloat;
   };
   op.GetOutputTypeCount = [](const CustomOp*) { return static_cast<size_t>(1); };
   op.GetOutputType = [](const CustomOp*, size_t) { return kElement; };
-  op.GetInputCharacteristic = [](const CustomOp*, size_t index) { return index < kInputs ? kRequired : kOptional; };
+  op.GetInputCharacteristic = [](const CustomOp*, size_t index) {
+    return kForm == Form::kBlocked && index == kResidual ? kOptional : kRequired;
+  };
   op.GetOutputCharacteristic = [](const CustomOp*, size_t) { return kRequired; };
   op.GetInputMemoryType = [](const CustomOp*, size_t) { return 0; };  // OrtMemTypeDefault
   op.GetVariadicInputMinArity = [](const CustomOp*) { return 1; };
@@ -315,20 +329,28 @@ Op make_op(const OrtApi* api) {
 char lock = 0;
 OrtCustomOpDomain* domain = nullptr;
 
-// One operator for each type of X, and for CUDA's provider too, all under the contract's name (ONNX Runtime makes one
-// schema of them), and the blocked one. They live as long as the library; the first call makes them.
+// One operator for each form and type of X, and for CUDA's provider too, all of a form under its name in the contract
+// (ONNX Runtime makes one schema of them). They live as long as the library; the first call makes them.
 OrtStatus* make_domain(const OrtApi* api) {
   static const Op ops[] = {
-      make_op<DEPLOYNORM_FLOAT32, kFloat, false>(api),
-      make_op<DEPLOYNORM_FLOAT64, kDouble, false>(api),
-      make_op<DEPLOYNORM_FLOAT16, kFloat16, false>(api),
-      make_op<DEPLOYNORM_BFLOAT16, kBFloat16, false>(api),
-      make_op<DEPLOYNORM_FLOAT32, kFloat, true>(api),
+      make_op<Form::kPlain, DEPLOYNORM_FLOAT32, kFloat>(api),
+      make_op<Form::kPlain, DEPLOYNORM_FLOAT64, kDouble>(api),
+      make_op<Form::kPlain, DEPLOYNORM_FLOAT16, kFloat16>(api),
+      make_op<Form::kPlain, DEPLOYNORM_BFLOAT16, kBFloat16>(api),
+      make_op<Form::kAdd, DEPLOYNORM_FLOAT32, kFloat>(api),
+      make_op<Form::kAdd, DEPLOYNORM_FLOAT64, kDouble>(api),
+      make_op<Form::kAdd, DEPLOYNORM_FLOAT16, kFloat16>(api),
+      make_op<Form::kAdd, DEPLOYNORM_BFLOAT16, kBFloat16>(api),
+      make_op<Form::kBlocked, DEPLOYNORM_FLOAT32, kFloat>(api),
 #if defined(DEPLOYNORM_CUDA)
-      make_op<DEPLOYNORM_FLOAT32, kFloat, false, true>(api),
-      make_op<DEPLOYNORM_FLOAT64, kDouble, false, true>(api),
-      make_op<DEPLOYNORM_FLOAT16, kFloat16, false, true>(api),
-      make_op<DEPLOYNORM_BFLOAT16, kBFloat16, false, true>(api),
+      make_op<Form::kPlain, DEPLOYNORM_FLOAT32, kFloat, true>(api),
+      make_op<Form::kPlain, DEPLOYNORM_FLOAT64, kDouble, true>(api),
+      make_op<Form::kPlain, DEPLOYNORM_FLOAT16, kFloat16, true>(api),
+      make_op<Form::kPlain, DEPLOYNORM_BFLOAT16, kBFloat16, true>(api),
+      make_op<Form::kAdd, DEPLOYNORM_FLOAT32, kFloat, true>(api),
+      make_op<Form::kAdd, DEPLOYNORM_FLOAT64, kDouble, true>(api),
+      make_op<Form::kAdd, DEPLOYNORM_FLOAT16, kFloat16, true>(api),
+      make_op<Form::kAdd, DEPLOYNORM_BFLOAT16, kBFloat16, true>(api),
 #endif
   };
   OrtCustomOpDomain* made = nullptr;

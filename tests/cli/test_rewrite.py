@@ -15,7 +15,7 @@ from graphs import frn_model
 from torch import nn
 
 from deploynorm._export import export
-from deploynorm.contract import METADATA_CPU, METADATA_IMAGE, METADATA_LABELS, METADATA_SIZES
+from deploynorm.contract import ADD_OP_TYPE, METADATA_CPU, METADATA_IMAGE, METADATA_LABELS, METADATA_SIZES
 from deploynorm.files import sha256
 from deploynorm.layers import FRN2d
 from deploynorm.rewrite.cpu import optimize_for_cpu
@@ -43,7 +43,7 @@ def test_model_alone_is_enough(exported: Path, frn_pt: Path, deploynorm: Callabl
     assert {path.name for path in tmp_path.iterdir()} - present == {"frn.cpu.onnx", "record.json"}
     assert exported.read_bytes() == before
     for text in (
-        "the residual of the FRN before it",
+        ADD_OP_TYPE,
         "Unchanged, and why",
         "Nodes",
         "Parity with frn.onnx",

@@ -26,6 +26,7 @@ WANT = filter_response_norm(X, *frn_parameters().values())
 
 
 WITH_BODY, WITHOUT_BODY = (frn_model(body=body).SerializeToString() for body in (True, None))
+WITH_RESIDUAL = frn_model(body=True, residual=True).SerializeToString()
 
 
 @pytest.fixture
@@ -92,16 +93,20 @@ def test_providers_may_be_named_as_onnxruntime_names_them(onnxruntime: Any) -> N
 
 
 @pytest.mark.parametrize(
-    ("providers", "cuda_kernels", "registered", "warning"),
+    ("model", "providers", "cuda_kernels", "registered", "warning"),
     [
-        (("cpu",), False, True, None),
-        (("cuda", "cpu"), True, True, None),
-        (("cuda", "cpu"), False, False, r"has no CUDA kernels\. Fix: deploynorm plugins build --cuda"),
-        (("tensorrt", "cuda"), True, False, None),
+        (WITH_BODY, ("cpu",), False, True, None),
+        (WITH_RESIDUAL, ("cpu",), False, True, None),
+        (WITH_BODY, ("cuda", "cpu"), True, True, None),
+        (WITH_BODY, ("cuda", "cpu"), False, False, r"has no CUDA kernels\. Fix: deploynorm plugins build --cuda"),
+        (WITH_RESIDUAL, ("cuda", "cpu"), True, False, r"no CUDA kernel of .*Add\. Fix: deploynorm export --no-res"),
+        (WITH_BODY, ("tensorrt", "cuda"), True, False, None),
+        (WITH_RESIDUAL, ("tensorrt", "cuda"), True, False, None),
     ],
-    ids=["cpu", "cuda", "cuda, library without", "tensorrt"],
+    ids=["cpu", "cpu, add", "cuda", "cuda, library without", "cuda, add", "tensorrt", "tensorrt, add"],
 )
 def test_the_library_is_for_sessions_on_devices_that_it_has_kernels_for(
+    model: bytes,
     providers: tuple[str, ...],
     cuda_kernels: bool,
     registered: bool,
@@ -121,7 +126,7 @@ def test_the_library_is_for_sessions_on_devices_that_it_has_kernels_for(
     options = native.SessionOptions()
     expected = pytest.warns(RuntimeWarning, match=warning) if warning else contextlib.nullcontext()
     with expected:
-        assert ort.session(WITH_BODY, providers=providers, options=options) is session
+        assert ort.session(model, providers=providers, options=options) is session
     assert (options in _REGISTERED) == registered
 
 

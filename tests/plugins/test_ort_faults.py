@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from deploynorm.contract import BLOCKED_OP_TYPE, DOMAIN, OP_TYPE
+from deploynorm.contract import ADD_OP_TYPE, BLOCKED_OP_TYPE, DOMAIN, OP_TYPE
 from deploynorm.reference import filter_response_norm
 
 TEXT = (Path(__file__).parents[2] / "plugins" / "onnxruntime" / "ort_abi.h").read_text()
@@ -219,12 +219,12 @@ def test_the_domain_is_made_once_and_added_to_every_session(runtime: Runtime) ->
     assert runtime.domains == [DOMAIN.encode()]
     assert runtime.added == 3
     names = Counter(runtime.member(op, "GetName", ctypes.c_char_p, POINTER)(op) for op in runtime.operators)
-    assert names == {OP_TYPE.encode(): 4, BLOCKED_OP_TYPE.encode(): 1}
+    assert names == {OP_TYPE.encode(): 4, ADD_OP_TYPE.encode(): 4, BLOCKED_OP_TYPE.encode(): 1}
 
 
 def test_a_registration_that_failed_is_told_and_can_be_tried_again(new_library: Path) -> None:
     runtime = Runtime(new_library)
-    for n in range(7):  # the domain, five operators, the session
+    for n in range(11):  # the domain, nine operators, the session
         runtime.calls.clear()
         runtime.fails = lambda name, call, n=n: call == n
         assert runtime.register() in runtime.statuses, n
@@ -233,7 +233,7 @@ def test_a_registration_that_failed_is_told_and_can_be_tried_again(new_library: 
     runtime.fails = lambda name, call: False
     assert runtime.register() is None
     assert runtime.added == 1
-    assert len(runtime.operators[-5:]) == len(set(runtime.operators[-5:])) == 5
+    assert len(runtime.operators[-9:]) == len(set(runtime.operators[-9:])) == 9
 
 
 def test_threads_that_register_first_make_one_domain_together(new_library: Path) -> None:
@@ -248,7 +248,7 @@ def test_threads_that_register_first_make_one_domain_together(new_library: Path)
     with ThreadPoolExecutor(8) as pool:
         assert list(pool.map(one, range(8))) == [None] * 8
     assert len(runtime.domains) == 1
-    assert len(runtime.operators) == 5
+    assert len(runtime.operators) == 9
     assert runtime.added == 8
 
 
@@ -259,15 +259,15 @@ def a_call(*shape: int) -> list[np.ndarray | None]:
     return [rng.normal(size=shape).astype(np.float32), *(p.astype(np.float32) for p in parameters)]
 
 
-@pytest.mark.parametrize("blocked", [False, True])
-def test_every_failure_of_a_run_is_passed_on_and_every_shape_given_back(blocked: bool, runtime: Runtime) -> None:
-    operator = runtime.operator(BLOCKED_OP_TYPE if blocked else OP_TYPE)
+@pytest.mark.parametrize("op_type", [OP_TYPE, ADD_OP_TYPE, BLOCKED_OP_TYPE])
+def test_every_failure_of_a_run_is_passed_on_and_every_shape_given_back(op_type: str, runtime: Runtime) -> None:
+    operator = runtime.operator(op_type)
     runtime.block = 1
     status, kernel = runtime.create_kernel(operator)
     assert status is None
     assert kernel is not None
     runtime.inputs = a_call(1, 3, 200, 200)  # so few and large planes that the threads are asked twice for each
-    if blocked:
+    if op_type != OP_TYPE:
         runtime.inputs.append(np.zeros((1, 3, 200, 200), np.float32))
     runtime.kept.clear()
     failed = []

@@ -18,13 +18,14 @@ import onnx
 import onnx.helper
 import onnx.numpy_helper
 import pytest
-from cases import CASES, NormCase, tolerance
+from cases import ADD_CASES, CASES, NormCase, tolerance
 from graphs import CHANNELS, ELEMENT_TYPES, IR_VERSION, OPSET, frn_model, frn_parameters
 from onnx.reference import ReferenceEvaluator
 from references import check_forward, inputs_of
 from tolerances import OP_FLOAT32
 
 from deploynorm.contract import (
+    ADD_OP_TYPE,
     BLOCK_ATTRIBUTE,
     BLOCKED_OP_TYPE,
     DOMAIN,
@@ -32,6 +33,7 @@ from deploynorm.contract import (
     INPUTS,
     NODE_ATTRIBUTES,
     OP_TYPE,
+    OPERATORS,
     OUTPUT,
     PARAMETERS,
     VERSION,
@@ -76,8 +78,8 @@ def definition(x: np.ndarray, parameters: dict[str, np.ndarray] | None = None) -
     return filter_response_norm(*(each.astype(np.float64) for each in (x, *parameters.values())))
 
 
-def body(dtype: str = "float32") -> onnx.FunctionProto:
-    return function_proto(OPSET, half=dtype in ("float16", "bfloat16"))
+def body(dtype: str = "float32", op_type: str = OP_TYPE) -> onnx.FunctionProto:
+    return function_proto(OPSET, op_type, half=dtype in ("float16", "bfloat16"))
 
 
 def graph(
@@ -103,8 +105,8 @@ def graph(
 
 
 def ours(source: str, result: str, *, more: tuple[str, ...] = (), **attributes: Any) -> onnx.NodeProto:
-    """A node of our operator; the blocked one where `block` is given."""
-    op_type = BLOCKED_OP_TYPE if BLOCK_ATTRIBUTE in attributes else OP_TYPE
+    """A node of our operator; the blocked one where `block` is given, else with `more` the one with a residual."""
+    op_type = BLOCKED_OP_TYPE if BLOCK_ATTRIBUTE in attributes else ADD_OP_TYPE if more else OP_TYPE
     attributes = {**NODE_ATTRIBUTES, **attributes}
     return node(op_type, [source, *PARAMETERS, *more], [result], f"makes_{result}", domain=DOMAIN, **attributes)
 
@@ -115,13 +117,14 @@ def ours(source: str, result: str, *, more: tuple[str, ...] = (), **attributes: 
 @pytest.mark.usefixtures("ort")
 @pytest.mark.parametrize("sizes", ["static", "dynamic"])
 @pytest.mark.parametrize("has_body", [True, False], ids=["body", "no_body"])
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", [*CASES, *ADD_CASES], ids=str)
 def test_every_case(case: NormCase, has_body: bool, sizes: str, library: Path) -> None:
-    x, parameters = inputs_of(case)[INPUTS[0]], {name: inputs_of(case)[name] for name in PARAMETERS}
+    parameters = {name: inputs_of(case)[name] for name in PARAMETERS}
+    tensors = {name: value for name, value in inputs_of(case).items() if name not in parameters}
     shape = case.shape if sizes == "static" else tuple(f"D{a}" if a != 1 else s for a, s in enumerate(case.shape))
-    model = frn_model(case.dtype, body=body(case.dtype) if has_body else None, parameters=parameters, shape=shape)
+    model = frn_model(case.dtype, body=has_body or None, parameters=parameters, shape=shape, residual=len(tensors) > 1)
     with OnnxRuntimeRunner(model.SerializeToString(), plugins=[library]) as runner:
-        check_forward(runner.infer({INPUTS[0]: x})[OUTPUT], case)
+        check_forward(runner.infer(tensors)[OUTPUT], case)
 
 
 @pytest.mark.usefixtures("ort")
@@ -151,7 +154,7 @@ def test_the_blocked_operator_takes_its_channels_side_by_side(block: int, residu
 
 
 def network() -> bytes:
-    """Two convolutions with our operator behind each, and a sum around the second."""
+    """Three convolutions with our operator behind each, a sum around the second and a residual around the third."""
     rng = np.random.default_rng(0)
     weights = {f"w{i}": rng.normal(0, 0.3, (16, c, 3, 3)).astype(np.float32) for i, c in enumerate((CHANNELS, 16))}
     values = {
@@ -167,12 +170,13 @@ def network() -> bytes:
         node("Conv", ["f0", "w1"], ["c1"], pads=[1, 1, 1, 1]),
         ours("c1", "f1"),
         node("Add", ["f1", "f0"], ["s"]),
-        node("Relu", ["s"], ["r"]),
+        node("Conv", ["s", "w1"], ["c2"], pads=[1, 1, 1, 1]),
+        ours("c2", "r", more=("s",)),
         node("AveragePool", ["r"], ["Y"], kernel_shape=[2, 2]),
     ]
     for index, each in enumerate(nodes):
         each.name = f"node{index}"
-    return graph(nodes, parameters=parameters, functions=(body(),))
+    return graph(nodes, parameters=parameters, functions=tuple(body(op_type=name) for name in OPERATORS))
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -198,8 +202,10 @@ def test_a_network_gives_the_same_at_every_level_of_optimization(
     events = json.loads(Path(session.end_profiling()).read_text())
     ran = [event["args"].get("op_name") for event in events if event["name"].endswith("_kernel_time")]
     left = onnx.load(tmp_path / "optimized.onnx").graph.node
-    assert ran.count(OP_TYPE) == sum(each.op_type == OP_TYPE for each in left) == (2 if registered else 0)
-    assert ran.count("ReduceMean") == sum(each.op_type == "ReduceMean" for each in left) == (0 if registered else 2)
+    for op_type, count in {OP_TYPE: 2, ADD_OP_TYPE: 1}.items():
+        wanted = count if registered else 0
+        assert ran.count(op_type) == sum(each.op_type == op_type for each in left) == wanted
+    assert ran.count("ReduceMean") == sum(each.op_type == "ReduceMean" for each in left) == (0 if registered else 3)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -252,6 +258,10 @@ CONSUMERS = {
     ],
 }
 """What else reads r, the operator's input."""
+CONSUMERS |= {
+    f"{name}, a residual too": [ours("r", "f", more=("zero",)) if each.op_type == OP_TYPE else each for each in nodes]
+    for name, nodes in CONSUMERS.items()
+}
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -259,7 +269,8 @@ CONSUMERS = {
 def test_x_is_not_written_over_while_another_node_needs_it(
     consumer: str, level: str, open_session: Callable[..., Any]
 ) -> None:
-    session = open_session(graph([node("Relu", ["X"], ["r"]), *CONSUMERS[consumer]]), level=level)
+    before_it = [node("Relu", ["X"], ["r"]), node("Sub", ["X", "X"], ["zero"])]
+    session = open_session(graph([*before_it, *CONSUMERS[consumer]]), level=level)
     before = X.copy()
     (got,) = session.run(None, {"X": X})
     relu = np.maximum(X, 0)
@@ -296,10 +307,18 @@ def blocked(value: Any, more: tuple[str, ...] = (), **parameters: np.ndarray) ->
     return graph([ours("X", "Y", block=value, more=more)], parameters=frn_parameters() | parameters)
 
 
+def blocked_with(residual: np.ndarray) -> bytes:
+    return blocked(2, ("R",), R=residual)
+
+
+def added(residual: np.ndarray) -> bytes:
+    return graph([ours("X", "Y", more=("R",))], parameters=frn_parameters() | {"R": residual})
+
+
 GAMMA = frn_parameters()["gamma"]
 WRONG_SHAPE = rf"{OP_TYPE}: input {{}} has the wrong shape\. Got "
 WRONG_BLOCK = f"{BLOCKED_OP_TYPE}: attribute {BLOCK_ATTRIBUTE} must be a positive integer"
-WRONG_RESIDUAL = f"{BLOCKED_OP_TYPE}: the residual's shape is not that of X"
+WRONG_RESIDUAL = "{}: the residual's shape is not that of X"
 NO_MULTIPLE = rf"{BLOCKED_OP_TYPE}: the channels are no multiple of the block\. Got 4; expected blocks of "
 
 WRONG: dict[str, tuple[bytes, np.ndarray, str]] = {
@@ -350,8 +369,16 @@ WRONG: dict[str, tuple[bytes, np.ndarray, str]] = {
         X,
         rf"Status Message: {BLOCKED_OP_TYPE}: input gamma has the wrong shape",
     ),
-    "residual of another shape": (blocked(2, ("R",), R=X[:1]), X, WRONG_RESIDUAL),
-    "residual of another rank": (blocked(2, ("R",), R=X.reshape(-1)), X, WRONG_RESIDUAL),
+    **{
+        f"{kind} of another {what}": (make(residual), X, WRONG_RESIDUAL.format(op_type))
+        for kind, op_type, make in (
+            ("blocked residual", BLOCKED_OP_TYPE, blocked_with),
+            ("residual", ADD_OP_TYPE, added),
+        )
+        for what, residual in (("shape", X[:1]), ("rank", X.reshape(-1)), ("order", X.swapaxes(2, 3)))
+    },
+    "residual of another type": (added(X.astype(np.float16)), X, rf"\(makes_Y\).*{ADD_OP_TYPE}"),
+    "no residual": (graph([node(ADD_OP_TYPE, INPUTS, ["Y"], "makes_Y", domain=DOMAIN)]), X, r"makes_Y.*input size 5"),
 }
 
 

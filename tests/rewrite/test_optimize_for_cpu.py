@@ -23,7 +23,15 @@ from torch import Tensor, nn
 from deploynorm import onnx_file, ort
 from deploynorm._export import export
 from deploynorm.changes import Change
-from deploynorm.contract import BLOCK_ATTRIBUTE, BLOCKED_OP_TYPE, DOMAIN, METADATA_CPU, OP_TYPE
+from deploynorm.contract import (
+    ADD_OP_TYPE,
+    BLOCK_ATTRIBUTE,
+    BLOCKED_OP_TYPE,
+    DOMAIN,
+    METADATA_CPU,
+    OP_TYPE,
+    OPERATORS,
+)
 from deploynorm.errors import BackendError, InputError, ModelError, ParityError
 from deploynorm.layers import FRN2d
 from deploynorm.lowering import function_proto
@@ -43,7 +51,7 @@ WHOLE, PARTIAL = 32, 20
 
 NCHWC = "com.microsoft.nchwc::"
 RO, RI = f"{NCHWC}ReorderOutput", f"{NCHWC}ReorderInput"
-FRN, BLOCKED = f"{DOMAIN}::{OP_TYPE}", f"{DOMAIN}::{BLOCKED_OP_TYPE}"
+FRN, ADDED, BLOCKED = (f"{DOMAIN}::{op_type}" for op_type in (OP_TYPE, ADD_OP_TYPE, BLOCKED_OP_TYPE))
 
 
 @pytest.fixture(autouse=True)
@@ -79,7 +87,7 @@ class Graph:
 
     def expected(self, frn: str) -> Counter[str]:
         """`after` in full, where our operator has this name."""
-        return Counter({frn: self.nodes.count("Frn("), RI: 1, RO: 1, **self.after})
+        return Counter({frn: self.nodes.count("Frn(") + self.nodes.count("FrnAdd("), RI: 1, RO: 1, **self.after})
 
     def model(self) -> ir.Model:
         inputs = self.input_shapes()
@@ -91,7 +99,7 @@ class Graph:
             return f"float[{shapes[name]}] {name}" if shapes[name] is not None else f"float {name}"
 
         nodes = self.nodes.replace(";", "").replace("Conv(", "Conv <pads = [1, 1, 1, 1]> (")
-        nodes = nodes.replace("Frn(", f"{DOMAIN}.{OP_TYPE} (")
+        nodes = nodes.replace("Frn(", f"{DOMAIN}.{OP_TYPE} (").replace("FrnAdd(", f"{DOMAIN}.{ADD_OP_TYPE} (")
         text = f"""
         <ir_version: 10, opset_import: ["": {OPSET}, "{DOMAIN}": 1]>
         graph ({", ".join(map(typed, inputs))}) => ({", ".join(map(typed, self.outputs))})
@@ -116,7 +124,7 @@ class Graph:
         read = {name for node in proto.graph.node for name in node.input} - set(self.inputs) | set(self.defaults)
         for name in weights.keys() & read:
             proto.graph.initializer.append(onnx.numpy_helper.from_array(weights[name].astype(np.float32), name))
-        proto.functions.append(function_proto(OPSET))
+        proto.functions.extend(function_proto(OPSET, op_type) for op_type in OPERATORS)
         return ir.from_proto(proto)
 
     def feeds(self) -> dict[str, np.ndarray]:
@@ -148,6 +156,10 @@ REWRITTEN = {
     "FRN with a threshold that is fed": Graph(f"{ONE}y = Conv(f, w)", inputs={"t": str(WHOLE)}),
     "FRN of a last block that is not full": Graph(f"{ONE}y = Conv(f, w)", channels=PARTIAL),
     "chain of three": Graph(f"{ONE}h = Frn(f, g, b, t, e); i = Frn(h, g, b, off, e); y = Conv(i, w)"),
+    "FRN with a residual": Graph(f"{ONE}c = Conv(f, w); h = FrnAdd(c, b, g, t, e, f); y = Conv(h, w)"),
+    "FRN with a residual in a last block that is not full": Graph(
+        f"{ONE}c = Conv(f, w); h = FrnAdd(c, b, g, t, e, f); y = Conv(h, w)", channels=PARTIAL
+    ),
     "residual behind FRN": Graph(f"{TWO_BARE}y = Add(h, f)"),
     "residual before FRN": Graph(f"{TWO_BARE}y = Add(f, h)"),
     "residual and threshold": Graph(f"{TWO_BARE}s = Add(h, f); k = Max(s, m); y = Conv(k, w)"),
@@ -276,6 +288,10 @@ LEFT = {
         ),
         "it reads Conv a",
     ),
+    "FRN with a residual in the plain layout": (
+        Graph("a = Conv(x, w); f = FrnAdd(a, g, b, t, e, x); y = Conv(f, w)", {FRN: 0, ADDED: 1, RI: 2, RO: 2}),
+        "it reads x, which is in the plain layout",
+    ),
     "last block that is not full, and a threshold that is fed": (
         Graph(f"{ONE}y = Conv(f, w)", {RI: 2, RO: 2}, channels=PARTIAL, inputs={"t": str(PARTIAL)}),
         "parameters are not constant",
@@ -326,7 +342,7 @@ def test_graph_is_left(name: str) -> None:
     assert not result.modified
     assert _after(result) == case.expected(FRN)
     assert result.after == result.before
-    [found] = [change.detail for change in result.changes if change.kind == OP_TYPE]
+    [found] = [change.detail for change in result.changes if change.kind in OPERATORS]
     assert reason in found
 
 

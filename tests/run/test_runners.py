@@ -8,12 +8,12 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from cases import CASES, NormCase, make_inputs, tolerance, want
+from cases import ADD_CASES, CASES, NormCase, make_inputs, tolerance, want
 from graphs import frn_model
 
-from deploynorm.contract import INPUTS, OUTPUT, PARAMETERS
+from deploynorm.contract import OUTPUT, PARAMETERS
 from deploynorm.inputs import TensorSpec
-from deploynorm.layers.functional import filter_response_norm
+from deploynorm.layers.functional import filter_response_norm, tlu
 from deploynorm.run import Runner
 from deploynorm.run.eager import EagerRunner
 from deploynorm.run.half import HalfRunner
@@ -24,23 +24,27 @@ Parameters = dict[str, np.ndarray]
 
 
 class Layer(torch.nn.Module):
-    """The operator with constant parameters."""
+    """The operator with constant parameters, and an addition where a residual is given."""
 
     def __init__(self, parameters: Parameters) -> None:
         super().__init__()
         self.values = [torch.from_numpy(value) for value in parameters.values()]
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         gamma, beta, tau, eps = self.values
-        return filter_response_norm(x, gamma, beta, tau, eps)
+        if residual is None:
+            return filter_response_norm(x, gamma, beta, tau, eps)
+        wide = filter_response_norm(x.to(eps.dtype), gamma, beta, None, eps) + residual
+        return tlu(wide, tau).to(x.dtype)
 
 
-def model(spec: TensorSpec, parameters: Parameters, *, body: bool) -> onnx.ModelProto:
-    return frn_model(spec.dtype, body=body or None, parameters=parameters, shape=spec.shape)
+def model(specs: list[TensorSpec], parameters: Parameters, *, body: bool) -> onnx.ModelProto:
+    given = specs[0]
+    return frn_model(given.dtype, body=body or None, parameters=parameters, shape=given.shape, residual=len(specs) > 1)
 
 
-RUNNERS: Mapping[str, Callable[[TensorSpec, Parameters], Runner]] = {
-    "eager": lambda spec, parameters: EagerRunner(Layer(parameters), [spec], [OUTPUT]),
+RUNNERS: Mapping[str, Callable[[list[TensorSpec], Parameters], Runner]] = {
+    "eager": lambda specs, parameters: EagerRunner(Layer(parameters), specs, [OUTPUT]),
     "reference-body": lambda *given: ReferenceRunner(model(*given, body=True)),
     "reference-operator": lambda *given: ReferenceRunner(model(*given, body=False)),
     "onnxruntime-body": lambda *given: OnnxRuntimeRunner(model(*given, body=True).SerializeToString(), plugins=()),
@@ -49,7 +53,7 @@ RUNNERS: Mapping[str, Callable[[TensorSpec, Parameters], Runner]] = {
 }
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", [*CASES, *ADD_CASES], ids=str)
 @pytest.mark.parametrize("runner", RUNNERS)
 def test_every_runner_computes_the_definition(runner: str, case: NormCase, require: Callable[[str], None]) -> None:
     if runner.startswith(("onnxruntime", "half")):
@@ -57,13 +61,13 @@ def test_every_runner_computes_the_definition(runner: str, case: NormCase, requi
     if runner.endswith("library"):
         require("native")
     inputs = make_inputs(case)
-    x = inputs[INPUTS[0]]
-    sizes = (f"D{axis}" if axis != 1 else size for axis, size in enumerate(case.shape))
-    spec = TensorSpec(INPUTS[0], tuple(sizes), case.dtype)
-    with RUNNERS[runner](spec, {name: inputs[name] for name in PARAMETERS}) as opened:
-        assert opened.inputs == (spec,)
+    parameters = {name: inputs.pop(name) for name in PARAMETERS}
+    sizes = tuple(f"D{axis}" if axis != 1 else size for axis, size in enumerate(case.shape))
+    specs = [TensorSpec(name, sizes, case.dtype) for name in inputs]
+    with RUNNERS[runner](specs, parameters) as opened:
+        assert opened.inputs == tuple(specs)
         assert opened.output_names == (OUTPUT,)
-        got = opened.infer({INPUTS[0]: x})[OUTPUT]
+        got = opened.infer(inputs)[OUTPUT]
     assert got.dtype.name == case.dtype
     assert got.shape == case.shape
     np.testing.assert_allclose(got.astype(np.float64), want(case), **tolerance(case).kwargs())

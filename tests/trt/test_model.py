@@ -9,18 +9,29 @@ import numpy as np
 import onnx
 import onnx.helper
 import pytest
+from cases import NUMPY_DTYPES
 from graphs import CHANNELS, ELEMENT_TYPES, OPSET, frn_model, frn_parameters
 from rtx_builds import conv_frn_conv, quantized
 from tolerances import OP_FLOAT32
 
-from deploynorm.contract import DOMAIN, INPUTS, METADATA_CPU, NODE_ATTRIBUTES, OP_TYPE, OUTPUT
+from deploynorm.contract import (
+    ADD_OP_TYPE,
+    DOMAIN,
+    INPUTS,
+    METADATA_CPU,
+    NODE_ATTRIBUTES,
+    OP_TYPE,
+    OPERATORS,
+    OUTPUT,
+    RESIDUAL,
+)
 from deploynorm.errors import ModelError
 from deploynorm.inputs import TensorSpec
 from deploynorm.lowering import function_proto
 from deploynorm.reference import filter_response_norm
 from deploynorm.run.reference import ReferenceRunner
 from deploynorm.trt.layers import Product
-from deploynorm.trt.model import BODY, TensorRTModel
+from deploynorm.trt.model import BODIES, TensorRTModel
 from deploynorm.trt.settings import Way
 
 
@@ -42,24 +53,52 @@ def test_the_plugin_is_named_and_nothing_stands_in_its_way(named: bool, body: bo
     assert model.SerializeToString() == before
 
 
+@pytest.mark.parametrize("shape", [("N", 4), (2, 4, 3), ("N", 4, "H", "W")], ids=lambda shape: f"rank {len(shape)}")
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_the_plugin_of_a_node_with_a_residual_has_the_sum_behind_it(dtype: str, shape: tuple[int | str, ...]) -> None:
+    model = frn_model(dtype, body=True, shape=shape, residual=True)
+    model.graph.node[0].name = "frn"
+    before = model.SerializeToString()
+    read = TensorRTModel.read(model)
+    proto = read.prepared("plugin")
+    assert model.SerializeToString() == before
+    [frn] = [node for node in proto.graph.node if node.domain == DOMAIN]
+    assert (frn.op_type, (frn.name,), attributes(frn)) == (OP_TYPE, read.frn, NODE_ATTRIBUTES)
+    assert not proto.functions
+    onnx.checker.check_model(proto, full_check=dtype == "float32")
+    rng = np.random.default_rng(0)
+    sizes = tuple(size if isinstance(size, int) else 5 for size in shape)
+    x, residual = (rng.normal(size=sizes).astype(NUMPY_DTYPES[dtype]) for _ in range(2))
+    with ReferenceRunner(proto) as runner:
+        got = runner.infer({INPUTS[0]: x, RESIDUAL: residual})[OUTPUT]
+    gamma, beta, tau, eps = frn_parameters().values()
+    total = filter_response_norm(x, gamma, beta, np.full(CHANNELS, -np.inf), eps) + residual
+    wanted = np.maximum(total, tau.astype(x.dtype).reshape(1, -1, *(1,) * (x.ndim - 2)))
+    np.testing.assert_array_equal(got.astype(np.float64), wanted.astype(np.float64))
+
+
 @pytest.mark.parametrize("body", [True, False], ids=["with body", "without body"])
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-def test_the_native_way_computes_the_same_under_a_name_that_no_plugin_has(dtype: str, body: bool) -> None:
-    model = frn_model(dtype, body=body or None)
+@pytest.mark.parametrize("op_type", OPERATORS)
+def test_the_native_way_computes_the_same_under_a_name_that_no_plugin_has(op_type: str, dtype: str, body: bool) -> None:
+    model = frn_model(dtype, body=body or None, residual=op_type == ADD_OP_TYPE)
     before = model.SerializeToString()
     read = TensorRTModel.read(model)
     assert read.half == (dtype != "float32")
     proto = read.prepared("native")
     assert model.SerializeToString() == before
     [node] = proto.graph.node
-    assert (node.op_type, attributes(node), [f.name for f in proto.functions]) == (BODY, {}, [BODY])
-    assert proto.functions[0].node == function_proto(OPSET, half=read.half).node
+    name = BODIES[op_type]
+    assert (node.op_type, attributes(node), [f.name for f in proto.functions]) == (name, {}, [name])
+    assert proto.functions[0].node == function_proto(OPSET, op_type, half=read.half).node
     if dtype == "float32":
         onnx.checker.check_model(proto, full_check=True)
         x = np.random.default_rng(0).normal(size=(2, CHANNELS, 3, 5)).astype(np.float32)
+        feeds = {INPUTS[0]: x} | ({RESIDUAL: x[::-1]} if op_type == ADD_OP_TYPE else {})
         with ReferenceRunner(proto) as runner:
-            got = runner.infer({INPUTS[0]: x})[OUTPUT]
-        np.testing.assert_allclose(got, filter_response_norm(x, *frn_parameters().values()), **OP_FLOAT32.kwargs())
+            got = runner.infer(feeds)[OUTPUT]
+        wanted = filter_response_norm(x, *frn_parameters().values(), feeds.get(RESIDUAL))
+        np.testing.assert_allclose(got, wanted, **OP_FLOAT32.kwargs())
 
 
 def test_the_body_that_the_file_brings_is_the_one_that_is_built() -> None:
@@ -103,8 +142,9 @@ def test_what_a_product_is_dequantized_from_is_known() -> None:
 
 
 @pytest.mark.parametrize("way", ["plugin", "native"])
-def test_nodes_in_subgraphs_and_functions_go_the_same_way(way: Way) -> None:
-    model = frn_model(body=True)
+@pytest.mark.parametrize("op_type", OPERATORS)
+def test_nodes_in_subgraphs_and_functions_go_the_same_way(op_type: str, way: Way) -> None:
+    model = frn_model(body=True, residual=op_type == ADD_OP_TYPE)
     frn = model.graph.node[0]
     inner = onnx.NodeProto()
     inner.CopyFrom(frn)
@@ -115,14 +155,17 @@ def test_nodes_in_subgraphs_and_functions_go_the_same_way(way: Way) -> None:
     model.graph.input.append(condition)
     model.graph.node.append(onnx.helper.make_node("If", ["condition"], ["z"], then_branch=branch, else_branch=branch))
     model.functions.append(
-        onnx.helper.make_function("other", "Block", INPUTS, ["Y"], [frn], [onnx.helper.make_opsetid(DOMAIN, 1)])
+        onnx.helper.make_function(
+            "other", "Block", OPERATORS[op_type], ["Y"], [frn], [onnx.helper.make_opsetid(DOMAIN, 1)]
+        )
     )
     read = TensorRTModel.read(model)
     assert len(read.frn) == 4
     proto = read.prepared(way)
-    conditional, block = proto.graph.node[1], next(f for f in proto.functions if f.name == "Block")
-    nodes = [proto.graph.node[0], *(a.g.node[0] for a in conditional.attribute), block.node[0]]
-    assert {node.op_type for node in nodes} == {OP_TYPE if way == "plugin" else BODY}
+    conditional, block = proto.graph.node[-1], next(f for f in proto.functions if f.name == "Block")
+    graphs = [proto.graph, *(a.g for a in conditional.attribute), block]
+    nodes = [node for graph in graphs for node in graph.node if node.domain == DOMAIN]
+    assert [node.op_type for node in nodes] == [OP_TYPE if way == "plugin" else BODIES[op_type]] * 4
     assert all(attributes(node) == (NODE_ATTRIBUTES if way == "plugin" else {}) for node in nodes)
 
 

@@ -1,0 +1,110 @@
+"""FRN, an addition and a threshold in an ONNX graph -> the operator that does all three."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+from deploynorm.contract import ADD_OP_TYPE, DOMAIN, INPUTS, NODE_ATTRIBUTES, OP_TYPE
+from deploynorm.lowering import frn_nodes
+
+_Array = npt.NDArray[Any]
+
+TAU: Final = INPUTS.index("tau")
+
+
+def fuse_residuals(model: ir.Model) -> None:
+    """Writes the residual into the FRN where a graph proves that this computes the same, in place.
+
+    Given:  max(FRN(x) + residual, tau), FRN without a threshold of its own, tau for each channel or 0 (ReLU)
+    Result: FRNAdd(x, residual) with that tau
+
+    The sum and FRN's value have no other reader and are no outputs; the residual has FRN's shape at every size, so that
+    nothing is broadcast, and its type. Of two FRNs that are added, the later takes the other as its residual.
+    """
+    for frn in reversed(frn_nodes(model.graph)):
+        _fuse(model.graph, frn)
+    RemoveUnusedNodesPass()(model)
+
+
+def _fuse(graph: ir.Graph, frn: ir.Node) -> None:
+    y, add = frn.outputs[0], _only_reader(frn)
+    threshold = _only_reader(add)
+    if frn.op_type != OP_TYPE or not has_no_threshold(frn) or add is None or threshold is None:
+        return
+    residual = next((value for value in add.inputs if value is not y), None)
+    if add.op_type != "Add" or residual is None or residual.dtype != y.dtype or not same_shape(residual, y):
+        return
+    assert y.shape is not None
+    bound = _bound(threshold, add.outputs[0])
+    tau = None if bound is None else per_channel(bound, y.shape)
+    if tau is None or np.isnan(tau).any():  # a maximum gives NaN there, the operator the sum
+        return
+    name = f"{frn.name}_tau"
+    dtype = constant(frn.inputs[TAU]).dtype  # type: ignore[union-attr]  # which has_no_threshold has seen
+    value = ir.val(name, const_value=ir.tensor(tau.astype(dtype), name=name))
+    graph.register_initializer(value)
+    made = ir.node(
+        ADD_OP_TYPE,
+        [*frn.inputs[:TAU], value, *frn.inputs[TAU + 1 :], residual],
+        NODE_ATTRIBUTES,
+        domain=DOMAIN,
+        name=frn.name,
+        metadata_props=dict(frn.metadata_props),
+    )
+    assert isinstance(frn.graph, ir.Graph)
+    # The new output takes the name, shape and type of the old one.
+    ir.convenience.replace_nodes_and_values(
+        frn.graph, threshold, [frn, add, threshold], [made], threshold.outputs, made.outputs
+    )
+
+
+def _only_reader(node: ir.Node | None) -> ir.Node | None:
+    """The standard operator that alone reads the node's value, once and in the same graph."""
+    value = None if node is None else node.outputs[0]
+    if node is None or value is None or value.is_graph_output() or len(value.uses()) != 1:
+        return None
+    [(reader, _)] = value.uses()
+    return reader if reader.graph is node.graph and reader.domain == "" else None
+
+
+def _bound(threshold: ir.Node, value: ir.Value) -> _Array | None:
+    """What a ReLU, or a maximum with a constant, makes the least of the value; None for another node."""
+    if threshold.op_type == "Relu":
+        return np.zeros(1, np.float32)
+    if threshold.op_type != "Max" or len(threshold.inputs) != 2:
+        return None
+    return constant(next(each for each in threshold.inputs if each is not value))
+
+
+def has_no_threshold(frn: ir.Node) -> bool:
+    tau = constant(frn.inputs[TAU])
+    return tau is not None and bool(np.isneginf(tau).all())
+
+
+def constant(value: ir.Value | None) -> _Array | None:
+    if value is None or value.is_graph_input():  # which may be fed
+        return None
+    tensor = ir.convenience.get_const_tensor(value)
+    return None if tensor is None else tensor.numpy()
+
+
+def same_shape(a: ir.Value | None, b: ir.Value | None) -> bool:
+    """Whether both have one shape for certain, dynamic sizes by their names."""
+    if a is None or b is None or a.shape is None or b.shape is None:
+        return False
+    # ONNX Runtime writes -1 for a size that an operator of a library leaves unknown.
+    known = all(size >= 0 if isinstance(size, int) else size.value not in (None, "", "?") for size in a.shape)
+    return known and a.shape == b.shape
+
+
+def per_channel(bound: _Array, shape: ir.Shape) -> _Array | None:
+    """A constant that is broadcast over a tensor (N, C, ...) as (C,); None if it is not the same over all but C."""
+    channels, rank = shape[1], len(shape)
+    if (1,) * (rank - bound.ndim) + bound.shape not in ((1, channels, *(1,) * (rank - 2)), (1,) * rank):
+        return None
+    return np.broadcast_to(bound.reshape(-1), (channels,)) if isinstance(channels, int) else None
