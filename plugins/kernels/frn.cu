@@ -24,7 +24,8 @@ struct Forward {
   using A = Arithmetic<Storage>;
   static constexpr int kInputs = 1;  // x
   static constexpr int kSums = 1;    // sum of squares
-  static constexpr int kPartialSumsBlocks = kSplitBlocks;
+  static constexpr bool kAddsByChannel = false, kPadded = true;
+  static constexpr int kPartialSumsBlocks = 3;  // on a multiprocessor
 
   // Vectors of a strip's row.
   __host__ __device__ static constexpr int max_columns(bool channels_last, int) { return channels_last ? kWarp : 1; }
@@ -43,65 +44,36 @@ struct Forward {
     A* rstd;  // may be null
   };
 
-  template <typename T>
-  struct Thread {
-    const Problem& problem;
-    const T& tile;
-    A sums[T::kChannels] = {};
-    A scale[T::kChannels], beta[T::kChannels], tau[T::kChannels];
+  struct Channel {
+    A scale, beta, tau, eps;  // scale is gamma before finish
 
-    __device__ Thread(const Problem& problem, const T& tile) : problem(problem), tile(tile) {}
+    Channel() = default;
+    __device__ Channel(const Problem& problem, int64_t channel, int64_t)
+        : scale(problem.gamma[channel]),
+          beta(problem.beta[channel]),
+          tau(problem.tau[channel]),
+          eps(problem.eps[channel]) {}
 
     template <typename V>
-    __device__ __forceinline__ void add(V (&in)[kInputs], int i, int channel, A (&to)[T::kChannels]) const {
+    __device__ __forceinline__ void add(V (&in)[kInputs], int i, A* sums) const {
       const A x = in[0].get(i);
-      to[channel] += x * x;
+      sums[0] += x * x;
+    }
+
+    __device__ __forceinline__ void finish(const Problem& problem, int64_t statistic, const A (&sums)[kSums],
+                                           bool writes) {
+      const A rstd = A(1) / sqrt(sums[0] / problem.positions + eps);
+      if (problem.rstd != nullptr && writes) problem.rstd[statistic] = rstd;
+      scale *= rstd;
     }
 
     template <typename V>
-    __device__ __forceinline__ void mask(V (&)[kInputs]) const {}
-
-    // Of the channel `index` of the row. The root and the quotients are taken once for each channel.
-    __device__ __forceinline__ A rstd_of(A sum_of_squares, int index, bool writes) const {
-      const A mean = sum_of_squares / static_cast<A>(problem.spatial);
-      const A rstd = A(1) / sqrt(mean + problem.eps[tile.channel + index]);
-      if (problem.rstd != nullptr && writes) problem.rstd[tile.statistic + index] = rstd;
-      return rstd;
-    }
-
-    // The next tile may follow without a barrier: before it writes to what is read last here, all threads have to come
-    // to a barrier of its own.
-    __device__ void finish() {
-      constexpr int kValues = max_columns(T::kStrip, T::V::kSize) * T::kChannels;
-      __shared__ __align__(kVecBytes) A scales[kValues], betas[kValues], taus[kValues];
-      for_block_sums<Forward>(problem, tile, sums, [&](int, int index, A sum_of_squares) {
-        const int64_t channel = tile.channel + index;
-        scales[index] = problem.gamma[channel] * rstd_of(sum_of_squares, index, tile.chunk == 0);
-        betas[index] = problem.beta[channel];
-        taus[index] = problem.tau[channel];
-      });
-      __syncthreads();
-#pragma unroll
-      for (int i = 0; i < T::kChannels; ++i) {
-        const int index = tile.column * T::kChannels + i;
-        scale[i] = scales[index];
-        beta[i] = betas[index];
-        tau[i] = taus[index];
-      }
-    }
-
-    __device__ void finish_in_subwarp(int log2_threads) {
-      const A sum_of_squares = sum_of_threads(sums[0], log2_threads);
-      scale[0] = problem.gamma[tile.channel] * rstd_of(sum_of_squares, 0, tile.row == 0 && tile.inside);
-      beta[0] = problem.beta[tile.channel];
-      tau[0] = problem.tau[tile.channel];
-    }
+    __device__ __forceinline__ void mask(V (&)[kInputs], int) const {}
 
     template <typename V>
-    __device__ __forceinline__ A apply(const V (&in)[kInputs], int i, int channel) const {
-      const A y = normalised(in[0].get(i), scale[channel], beta[channel]);
-      // In this order NaN stays NaN. What fills a row up may be anything, NaN too, and becomes zero.
-      return i < tile.valid ? y < tau[channel] ? tau[channel] : y : A(0);
+    __device__ __forceinline__ A apply(const V (&in)[kInputs], int i) const {
+      const A y = normalised(in[0].get(i), scale, beta);
+      return y < tau ? tau : y;  // in this order NaN stays NaN
     }
   };
 };

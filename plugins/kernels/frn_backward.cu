@@ -32,6 +32,7 @@ struct Backward {
   using A = Arithmetic<Storage>;
   static constexpr int kInputs = 2;  // dy, x
   static constexpr int kSums = kGradientSums;
+  static constexpr bool kAddsByChannel = true, kPadded = false;
   static constexpr int kPartialSumsBlocks = 0;  // as many as there are registers for
 
   // Vectors of a strip's row.
@@ -55,102 +56,50 @@ struct Backward {
     int64_t statistics;  // samples * channels
   };
 
-  template <typename T>
-  struct Thread {
-    const Problem& problem;
-    const T& tile;
-    const A* rstds;  // of a strip's row
-    A rstd;          // of a plane
-    A scale[T::kChannels], beta[T::kChannels], tau[T::kChannels];
-    A x_coefficient[T::kChannels];  // dx = scale * (g - x_coefficient * x)
-    A sums[kSums * T::kChannels] = {};
+  struct Channel {
+    A scale, beta, tau, rstd;
+    A x_coefficient;  // dx = scale * (g - x_coefficient * x)
 
-    __device__ Thread(const Problem& problem, const T& tile) : problem(problem), tile(tile) {
-      if constexpr (T::kStrip) {
-        constexpr int kValues = max_columns(true, T::V::kSize) * T::kChannels;
-        __shared__ __align__(kVecBytes) A scales[kValues], betas[kValues], taus[kValues], shared_rstds[kValues];
-        rstds = shared_rstds;
-        for (int index = threadIdx.x; index < T::kChannels << tile.log2_columns; index += blockDim.x) {
-          const int64_t channel = tile.channel + index;
-          if (channel >= problem.channels) break;  // beyond the row
-          shared_rstds[index] = problem.rstd[tile.statistic + index];
-          scales[index] = problem.gamma[channel] * shared_rstds[index];
-          betas[index] = problem.beta[channel];
-          taus[index] = problem.tau[channel];
-        }
-        __syncthreads();
-#pragma unroll
-        for (int i = 0; i < T::kChannels; ++i) {
-          const int index = tile.column * T::kChannels + i;
-          scale[i] = scales[index];
-          beta[i] = betas[index];
-          tau[i] = taus[index];
-        }
-      } else {
-        rstd = problem.rstd[tile.statistic];
-        scale[0] = problem.gamma[tile.channel] * rstd;
-        beta[0] = problem.beta[tile.channel];
-        tau[0] = problem.tau[tile.channel];
-      }
+    Channel() = default;
+    __device__ Channel(const Problem& problem, int64_t channel, int64_t statistic)
+        : beta(problem.beta[channel]), tau(problem.tau[channel]), rstd(problem.rstd[statistic]), x_coefficient(0) {
+      scale = problem.gamma[channel] * rstd;
     }
 
     // Where the threshold was above y, which then had no part in the output. False for a NaN.
-    __device__ __forceinline__ bool clamped(A x, int channel) const {
-      return normalised(x, scale[channel], beta[channel]) < tau[channel];
-    }
+    __device__ __forceinline__ bool clamped(A x) const { return normalised(x, scale, beta) < tau; }
 
     // Makes dy g, too.
     template <typename V>
-    __device__ __forceinline__ void add(V (&in)[kInputs], int i, int channel, A (&to)[kSums * T::kChannels]) const {
+    __device__ __forceinline__ void add(V (&in)[kInputs], int i, A* sums) const {
       const A dy = in[0].get(i), x = in[1].get(i);
-      const bool is_clamped = clamped(x, channel);
+      const bool is_clamped = clamped(x);
       const A g = is_clamped ? A(0) : dy;
-      to[kSumG * T::kChannels + channel] += g;
-      to[kSumClamped * T::kChannels + channel] += is_clamped ? dy : A(0);
-      to[kDot * T::kChannels + channel] += g * x;
+      sums[kSumG] += g;
+      sums[kSumClamped] += is_clamped ? dy : A(0);
+      sums[kDot] += g * x;
       if (is_clamped) in[0].clear(i);
     }
 
     template <typename V>
-    __device__ __forceinline__ void mask(V (&in)[kInputs]) const {
-#pragma unroll
-      for (int i = 0; i < V::kSize; ++i) {
-        if (clamped(in[1].get(i), T::kStrip ? i : 0)) in[0].clear(i);
-      }
+    __device__ __forceinline__ void mask(V (&in)[kInputs], int i) const {
+      if (clamped(in[1].get(i))) in[0].clear(i);
     }
 
     // rstd * x is of the size of 1, and so is what is multiplied here: rstd^3 would be out of float32's range where x
     // is very large or very small.
-    __device__ __forceinline__ A coefficient_of(A rstd, A dot) const {
-      return rstd * (rstd * (dot / static_cast<A>(problem.spatial)));
-    }
-
-    // The next tile may follow without a barrier: before it writes to what is read last here, all threads have to come
-    // to a barrier of its own.
-    __device__ void finish() {
-      __shared__ __align__(kVecBytes) A coefficients[max_columns(T::kStrip, T::V::kSize) * T::kChannels];
-      for_block_sums<Backward>(problem, tile, sums, [&](int sum, int index, A total) {
-        if (tile.chunk == 0) problem.sums[sum * problem.statistics + tile.statistic + index] = total;
-        if (sum == kDot) coefficients[index] = coefficient_of(T::kStrip ? rstds[index] : rstd, total);
-      });
-      __syncthreads();
+    __device__ __forceinline__ void finish(const Problem& problem, int64_t statistic, const A (&sums)[kSums],
+                                           bool writes) {
+      if (writes) {
 #pragma unroll
-      for (int i = 0; i < T::kChannels; ++i) x_coefficient[i] = coefficients[tile.column * T::kChannels + i];
-    }
-
-    __device__ void finish_in_subwarp(int log2_threads) {
-#pragma unroll
-      for (A& sum : sums) sum = sum_of_threads(sum, log2_threads);
-      if (tile.row == 0 && tile.inside) {
-#pragma unroll
-        for (int sum = 0; sum < kSums; ++sum) problem.sums[sum * problem.statistics + tile.statistic] = sums[sum];
+        for (int sum = 0; sum < kSums; ++sum) problem.sums[sum * problem.statistics + statistic] = sums[sum];
       }
-      x_coefficient[0] = coefficient_of(rstd, sums[kDot]);
+      x_coefficient = rstd * (rstd * (sums[kDot] / problem.positions));
     }
 
     template <typename V>
-    __device__ __forceinline__ A apply(const V (&in)[kInputs], int i, int channel) const {
-      return scale[channel] * (in[0].get(i) - x_coefficient[channel] * in[1].get(i));
+    __device__ __forceinline__ A apply(const V (&in)[kInputs], int i) const {
+      return scale * (in[0].get(i) - x_coefficient * in[1].get(i));
     }
   };
 };

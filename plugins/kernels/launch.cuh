@@ -3,6 +3,7 @@
 #ifndef DEPLOYNORM_KERNELS_LAUNCH_CUH_
 #define DEPLOYNORM_KERNELS_LAUNCH_CUH_
 
+#include <limits.h>
 #include <string.h>
 
 #include "frn.h"
@@ -116,15 +117,15 @@ struct Plan {
   int64_t chunks = 1;
 
   Tiling tiling(const Request& request) const {
-    return {request.channels, request.spatial,          request.channel_block, groups * chunks,
-            chunks,           static_cast<int>(strips), log2_columns};
+    return {Divisor(request.channels), Divisor(strips), Divisor(chunks), request.spatial,
+            request.channel_block,     groups * chunks, log2_columns};
   }
 
   // Whether the vectors of a group fit into the registers of a block whose threads hold so many at most; the kernels
-  // are compiled for 4, 8 and so on.
-  bool hold(int64_t vectors, int max_threads, int max_held) {
+  // are compiled for 4, 8 and so on. They hold more rather than be more threads than wanted.
+  bool hold(int64_t vectors, int wanted_threads, int max_threads, int max_held) {
     if (vectors > int64_t{max_held} * max_threads) return false;
-    for (held = 4; vectors > int64_t{held} * max_threads;) held *= 2;
+    for (held = 4; held < max_held && vectors > int64_t{held} * wanted_threads;) held *= 2;
     return true;
   }
 };
@@ -176,7 +177,9 @@ Plan plan_planes(const Request& request, const Device& device) {
   plan.vec_size = request.alike ? kWhole : 1;
   const int64_t vectors = divided_up(request.spatial, kWhole);
   const bool fits_packed = fit_packed(request.spatial, kElementBytes);
-  const bool fits_registers = request.alike && plan.hold(vectors, kMaxThreads, Op::max_held(false, kWhole));
+
+  const bool fits_registers =
+      request.alike && plan.hold(vectors, kMaxThreads, kMaxThreads, Op::max_held(false, kWhole));
   const bool few = plan.groups < device.multiprocessors && request.spatial * kElementBytes >= kWorthSplitting;
   const char* best = fits_packed && (!fits_registers || better_packed(request.spatial, kWhole)) ? kPacked
                      : fits_registers                                                           ? kRegisters
@@ -218,7 +221,8 @@ Plan plan_strips(const Request& request, const Device& device) {
   for (;; --width) {
     const int64_t blocks = request.samples * divided_up(columns, int64_t{1} << width);
     const int max_held = Op::max_held_of_strip(plan.vec_size, width, width == narrowest);
-    fits_registers = plan.hold(request.spatial << width, kMaxStripThreads, max_held);
+    fits_registers = request.spatial * request.channel_block <= INT_MAX &&
+                     plan.hold(request.spatial << width, kMaxStripThreads, kMaxStripThreads, max_held);
     if (width == narrowest || (fits_registers && blocks >= device.multiprocessors)) break;
   }
   const int64_t groups_if_wide = request.samples * divided_up(columns, int64_t{1} << widest);
@@ -234,10 +238,11 @@ Plan plan_strips(const Request& request, const Device& device) {
   const int64_t row = int64_t{1} << plan.log2_columns;
   plan.strips = divided_up(columns, row);
   plan.groups = request.samples * plan.strips;
+  const int64_t owners = row * plan.vec_size;  // a thread for each channel of the row
   if (variant == kRegisters) {
-    plan.threads = whole_warps(divided_up(request.spatial, plan.held) * row, kMaxStripThreads);
+    plan.threads = whole_warps(larger(divided_up(request.spatial, plan.held) * row, owners), kMaxStripThreads);
   } else if (variant == kTwoPasses) {
-    plan.threads = whole_warps(divided_up(request.spatial, kUnroll) * row, kMaxStripThreads);
+    plan.threads = whole_warps(larger(divided_up(request.spatial, kUnroll) * row, owners), kMaxStripThreads);
   } else {
     plan.threads = kSplitThreads;
     const int64_t rows = larger(kRowsOfAChunk, kUnroll * plan.threads / row);
@@ -318,6 +323,7 @@ cudaError_t plan_and_launch(const Request& request, const Device& device, cudaSt
   if (plan.variant == nullptr) return cudaErrorInvalidValue;
   typename Op::Problem problem = {};
   static_cast<Tiling&>(problem) = plan.tiling(request);
+  problem.positions = static_cast<Arithmetic<typename Op::Storage>>(request.spatial);
   fill(plan, &problem);
   if (plan.variant == kPacked) return launch_packed<Op>(plan, device, problem, stream);
   if (plan.channels_last) {

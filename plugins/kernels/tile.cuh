@@ -26,37 +26,46 @@ __host__ __device__ constexpr int max_threads(bool channels_last) {
   return channels_last ? kMaxStripThreads : kMaxThreads;
 }
 
-// How a launch is cut. Each kernel's argument begins with it, and is passed by value.
-struct Tiling {
-  int64_t channels, spatial, pitch;  // pitch: elements from one position of NHWC to the next; 1 in NCHW
-  int64_t tiles;                     // planes, or samples * strips; times chunks
-  int64_t chunks;                    // into which the rows of a group are cut, each for one block
-  int strips;                        // of a sample; 1 in NCHW
-  int log2_columns;                  // vectors of a strip's row; 0 in NCHW
+// What sizes are divided by. A division of 64 bits takes a device some hundred instructions, which would stand before
+// the first load; with the reciprocal, which the host knows, it takes ten.
+struct Divisor {
+  int64_t by = 1;
+  uint64_t reciprocal = ~uint64_t{0};  // of 2^64
+
+  Divisor() = default;
+  explicit Divisor(int64_t by) : by(by), reciprocal(~uint64_t{0} / static_cast<uint64_t>(by)) {}
 };
 
-// A division of 64 bits takes a device some hundred instructions, which stand before the first load: few need them.
 struct Divided {
   int64_t quotient, remainder;
 
-  __device__ __forceinline__ Divided(int64_t value, int64_t by) {
-    if (by == 1) {
-      quotient = value;
-      remainder = 0;
-    } else if (((value | by) >> 32) == 0) {
-      quotient = static_cast<uint32_t>(value) / static_cast<uint32_t>(by);
-      remainder = static_cast<uint32_t>(value) % static_cast<uint32_t>(by);
-    } else {
-      quotient = value / by;
-      remainder = value % by;
+  __device__ __forceinline__ Divided(int64_t value, const Divisor& divisor) {
+    quotient = static_cast<int64_t>(__umul64hi(static_cast<uint64_t>(value), divisor.reciprocal));
+    remainder = value - quotient * divisor.by;
+    // The reciprocal is rounded down, and so the quotient of a value below 2^63 may be one too small.
+    if (remainder >= divisor.by) {
+      ++quotient;
+      remainder -= divisor.by;
     }
   }
 };
 
+// How a launch is cut. Each kernel's argument begins with it, and is passed by value.
+struct Tiling {
+  Divisor channels;
+  Divisor strips;          // of a sample; 1 in NCHW
+  Divisor chunks;          // into which the rows of a group are cut, each for one block
+  int64_t spatial, pitch;  // pitch: elements from one position of NHWC to the next; 1 in NCHW
+  int64_t tiles;           // planes, or samples * strips; times chunks
+  int log2_columns;        // vectors of a strip's row; 0 in NCHW
+};
+
 // The part of a tile that one thread reads, in any number of tensors of the same layout. The threads are those of a
-// block, or fewer that number themselves.
-template <typename Storage_, int kVecSize, bool kChannelsLast>
+// block, or fewer that number themselves. kHeld: they hold a whole group, and 32 bits count the elements of a sample of
+// NHWC, or of a plane of NCHW.
+template <typename Storage_, int kVecSize, bool kChannelsLast, bool kHeld>
 struct ThreadTile {
+  using Index = std::conditional_t<kHeld, int, int64_t>;
   using Storage = Storage_;
   using A = Arithmetic<Storage>;
   using V = Vec<Storage, kVecSize>;
@@ -64,14 +73,14 @@ struct ThreadTile {
   static constexpr int kChannels = kChannelsLast ? kVecSize : 1;  // of a vector
   static constexpr int kThreads = max_threads(kChannelsLast);     // at most
 
-  int64_t offset, stride;  // of this thread's first vector in a tensor, and from there to its next
-  int64_t begin, end;      // rows of this block's chunk
-  int64_t channel;         // the first of the row
-  int64_t statistic;       // that of the row's first channel, in (samples, channels)
-  int64_t partial;         // that in the partial sums of chunk 0: [planes or samples][chunks][1 or pitch]
-  int valid;               // elements of the vector that are channels; fewer in a row's padding, 0 beyond the row
-  bool inside;             // whether the vector is in the row, be it in its padding
-  int row, step;           // this thread's first row in the chunk, and how many all threads have at once
+  int64_t offset;        // of this thread's first vector in a tensor,
+  Index stride;          // and from there to its next
+  Index first_row, end;  // this thread's first row, and where those of its block's chunk end
+  int64_t channel;       // the first of the row
+  int64_t statistic;     // that of the row's first channel, in (samples, channels)
+  int64_t partial;       // that in the partial sums of chunk 0: [planes or samples][chunks][1 or pitch]
+  int valid;             // elements of the vector that are channels; fewer in a row's padding, 0 beyond the row
+  int row, step;         // this thread's first row in the chunk, and how many all threads have at once
   int column;
   int log2_columns;
   int64_t chunk;
@@ -82,65 +91,84 @@ struct ThreadTile {
   // tensor: any of them; all are misaligned to 16 bytes by the same amount.
   __device__ ThreadTile(const Tiling& tiling, const Storage* tensor, int64_t tile, int thread = threadIdx.x,
                         int threads = blockDim.x) {
-    const Divided by_strips(tile, tiling.strips), by_chunks(by_strips.quotient, tiling.chunks);
-    const int64_t strip = by_strips.remainder, group = by_chunks.quotient;
-    chunk = by_chunks.remainder;
-    log2_columns = tiling.log2_columns;
+    int64_t strip = 0, group = tile;
+    if constexpr (kChannelsLast) {
+      const Divided by_strips(group, tiling.strips);
+      strip = by_strips.remainder;
+      group = by_strips.quotient;
+    }
+    chunk = 0;
+    if constexpr (!kHeld) {
+      const Divided by_chunks(group, tiling.chunks);
+      chunk = by_chunks.remainder;
+      group = by_chunks.quotient;
+    }
+    log2_columns = kChannelsLast ? tiling.log2_columns : 0;
     column = thread & ((1 << log2_columns) - 1);
     row = thread >> log2_columns;
     step = threads >> log2_columns;
     has_edge = false;
     edge = 0;
-    int64_t first, pitch, rows;  // offset of the first row, and from one row to the next
+    int64_t first;  // offset of the first row,
+    Index pitch;    // and from one row to the next
+    Index rows = static_cast<Index>(tiling.spatial);
+    bool inside = true;  // whether the vector is in the row, be it in its padding
     if constexpr (kChannelsLast) {
       channel = (strip << log2_columns) * kVecSize;
       const int64_t of_vector = channel + column * kVecSize;
       first = group * tiling.spatial * tiling.pitch + of_vector;
-      pitch = tiling.pitch;
-      rows = tiling.spatial;
-      const int64_t left = tiling.channels - of_vector;
+      pitch = static_cast<Index>(tiling.pitch);
+      const int64_t left = tiling.channels.by - of_vector;
       valid = left < 0 ? 0 : left > kVecSize ? kVecSize : static_cast<int>(left);
       inside = of_vector < tiling.pitch;
-      statistic = group * tiling.channels + channel;
-      partial = group * tiling.chunks * tiling.pitch + channel;
+      statistic = group * tiling.channels.by + channel;
+      partial = group * tiling.chunks.by * tiling.pitch + channel;
     } else {
       channel = Divided(group, tiling.channels).remainder;
       first = group * tiling.spatial;
       pitch = kVecSize;
       valid = kVecSize;
-      inside = true;
       statistic = group;
-      partial = group * tiling.chunks;
+      partial = group * tiling.chunks.by;
       // Planes of an odd size begin anywhere; whole vectors begin at 16 bytes.
-      const int64_t misplaced =
-          reinterpret_cast<uintptr_t>(tensor + first) % (kVecSize * sizeof(Storage)) / sizeof(Storage);
-      int64_t head = misplaced == 0 ? 0 : kVecSize - misplaced;
-      if (head > tiling.spatial) head = tiling.spatial;
-      rows = (tiling.spatial - head) / kVecSize;
-      const int64_t tail = tiling.spatial - head - rows * kVecSize;
-      const int64_t before = thread, behind = before - kVecSize;  // other threads, so that both are read at once
+      const int misplaced =
+          static_cast<int>(reinterpret_cast<uintptr_t>(tensor + first) % (kVecSize * sizeof(Storage))) /
+          static_cast<int>(sizeof(Storage));
+      int head = misplaced == 0 ? 0 : kVecSize - misplaced;
+      if (head > tiling.spatial) head = static_cast<int>(tiling.spatial);
+      const Index behind_head = rows - head;
+      rows = behind_head / kVecSize;
+      const int tail = static_cast<int>(behind_head % kVecSize);
+      const int before = thread, behind = before - kVecSize;  // other threads, so that both are read at once
       const bool in_head = chunk == 0 && before < head;
-      const bool in_tail = chunk == tiling.chunks - 1 && behind >= 0 && behind < tail;
+      const bool in_tail = chunk == tiling.chunks.by - 1 && behind >= 0 && behind < tail;
       has_edge = in_head || in_tail;
       edge = first + (in_head ? before : head + rows * kVecSize + behind);
       first += head;
     }
-    const int64_t share = Divided(rows + tiling.chunks - 1, tiling.chunks).quotient;
-    begin = chunk * share;
-    if (begin > rows) begin = rows;
-    end = begin + share < rows ? begin + share : rows;
-    offset = first + (begin + row) * pitch;
+    first_row = row;
+    end = rows;
+    if constexpr (!kHeld) {
+      const int64_t share = Divided(rows + tiling.chunks.by - 1, tiling.chunks).quotient;
+      first_row += chunk * share;
+      if ((chunk + 1) * share < rows) end = (chunk + 1) * share;
+    }
+    offset = first + first_row * pitch;
     stride = step * pitch;
+    if (!inside) end = 0;
   }
 
   // Whether this thread has an i-th vector.
-  __device__ bool has(int64_t i) const { return begin + row + i * step < end && inside; }
+  __device__ bool has(Index i) const { return first_row + i * step < end; }
 
   // Its offset in a tensor.
-  __device__ int64_t at(int64_t i) const { return offset + i * stride; }
+  __device__ int64_t at(Index i) const { return offset + i * stride; }
 
   // Leaves this thread with nothing.
-  __device__ void leave() { inside = has_edge = false; }
+  __device__ void leave() {
+    end = 0;
+    has_edge = false;
+  }
 };
 
 // The sum over 2^log2_threads neighbouring threads. All threads of the warp call it.

@@ -12,33 +12,28 @@ pytestmark = pytest.mark.slow  # each fault is a build of its own
 
 FORWARD = {
     "a barrier is missing": ("    __syncthreads();\n  }\n\n  // Of all threads", "  }\n\n  // Of all threads"),
-    "a tail is forgotten": ("const bool in_tail = chunk == tiling.chunks - 1 && ", "const bool in_tail = false && "),
+    "a tail is forgotten": ("const bool in_tail = chunk == tiling.chunks.by - 1 && ", "const bool in_tail = false && "),
     "a vector is not aligned": ("if (head > tiling.spatial)", "head = 0;\n      if (head > tiling.spatial)"),
     "a warp leaves before its shuffle": ("      const bool there = start + subwarp < count;\n",
                                          "      const bool there = start + subwarp < count;\n"
                                          "      if (!there) return;\n"),
-    "squares in the type itself": ("      to[channel] += x * x;", "      Storage half;\n      narrow(x * x, &half);\n"
-                                   "      to[channel] += widen(half);"),
-    "rstd of another group": ("problem.rstd[tile.statistic + index] = rstd", "problem.rstd[index] = rstd"),
+    "squares in the type itself": ("sums[0] += x * x;", "Storage half; narrow(x * x, &half); sums[0] += widen(half);"),
+    "rstd of another group": ("problem.rstd[statistic] = rstd", "problem.rstd[statistic % problem.channels.by] = rstd"),
 }  # fmt: skip
 
 BACKWARD = {
-    "a barrier is missing": ("      });\n      __syncthreads();\n#pragma unroll\n"
-                             "      for (int i = 0; i < T::kChannels; ++i) x_coefficient",
-                             "      });\n#pragma unroll\n"
-                             "      for (int i = 0; i < T::kChannels; ++i) x_coefficient"),
-    "the edge of a plane is forgotten": ("if constexpr (!T::kStrip) deploynorm::accumulate<T>(thread, edge);", ""),
-    "the threshold is forgotten on the second reading": ("    thread.mask(in);\n    store<T>(thread, in, thread",
-                                                         "    store<T>(thread, in, thread"),
-    "a tie goes to tau": ("< tau[channel];", "<= tau[channel];"),
-    "y is rounded twice": ("return normalised(x, scale[channel], beta[channel]) <",
-                           "return scale[channel] * x + beta[channel] <"),
-    "the mean is over a position too many": ("(dot / static_cast<A>(problem.spatial))",
-                                             "(dot / static_cast<A>(problem.spatial + 1))"),
+    "a barrier is missing": ("    __syncthreads();\n#pragma unroll\n    for (int i = 0; i < T::kChannels; ++i) read",
+                             "#pragma unroll\n    for (int i = 0; i < T::kChannels; ++i) read"),
+    "the edge of a plane is forgotten": ("if constexpr (!T::kStrip) thread.add(edge);", ""),
+    "the threshold is forgotten on the second reading": ("    thread.mask(in);\n    thread.store(in, thread",
+                                                         "    thread.store(in, thread"),
+    "a tie goes to tau": ("beta) < tau;", "beta) <= tau;"),
+    "y is rounded twice": ("return normalised(x, scale, beta) <", "return scale * x + beta <"),
+    "the mean is over a position too many": ("sums[kDot] / problem.positions", "sums[kDot] / (problem.positions + 1)"),
     "a chunk is left out": ("if (channel < tile.valid) thread", "if (channel < tile.valid && chunk > 0) thread"),
     "a sample is left out": ("int64_t sample = row;", "int64_t sample = row + 1;"),
-    "what is packed is not masked": ("        thread.mask(in);\n        store<T>(thread, in, &memory",
-                                     "        store<T>(thread, in, &memory"),
+    "what is packed is not masked": ("        thread.mask(in);\n        thread.store(in, &memory",
+                                     "        thread.store(in, &memory"),
 }  # fmt: skip
 
 _THERE = "if (head > tiling.spatial)"
