@@ -177,9 +177,9 @@ Plan plan_planes(const Request& request, const Device& device) {
   plan.vec_size = request.alike ? kWhole : 1;
   const int64_t vectors = divided_up(request.spatial, kWhole);
   const bool fits_packed = fit_packed(request.spatial, kElementBytes);
-
+  // Two blocks of half as many threads have room on a multiprocessor: one reads while the other writes.
   const bool fits_registers =
-      request.alike && plan.hold(vectors, kMaxThreads, kMaxThreads, Op::max_held(false, kWhole));
+      request.alike && plan.hold(vectors, kMaxThreads / 2, kMaxThreads, Op::max_held(false, kWhole));
   const bool few = plan.groups < device.multiprocessors && request.spatial * kElementBytes >= kWorthSplitting;
   const char* best = fits_packed && (!fits_registers || better_packed(request.spatial, kWhole)) ? kPacked
                      : fits_registers                                                           ? kRegisters
