@@ -39,9 +39,9 @@ struct Divisor {
 struct Divided {
   int64_t quotient, remainder;
 
-  __device__ __forceinline__ Divided(int64_t value, const Divisor& divisor)
-      : quotient(static_cast<int64_t>(__umul64hi(static_cast<uint64_t>(value), divisor.reciprocal))),
-        remainder(value - quotient * divisor.by) {
+  __device__ __forceinline__ Divided(int64_t value, const Divisor& divisor) {
+    quotient = static_cast<int64_t>(__umul64hi(static_cast<uint64_t>(value), divisor.reciprocal));
+    remainder = value - quotient * divisor.by;
     // The reciprocal is rounded down, and so the quotient of a value below 2^63 may be one too small.
     if (remainder >= divisor.by) {
       ++quotient;
