@@ -104,6 +104,20 @@ def test_tf32_is_for_those_who_ask_and_free_axes_get_their_range(full: Callable[
     assert module.seen["config"].profiles == [{"x": tuple(RANGE[f"{key}_shapes"][""] for key in ("min", "opt", "max"))}]
 
 
+def test_several_optimization_profiles_reach_tensorrt_and_the_record(full: Callable[..., Any]) -> None:
+    module, model = full(), conv_frn_conv("float16", FREE)
+    small, large = (1, 64, 8, 8), (8, 64, 64, 64)
+    engine = build(model, frn="native", min_shapes=[{"": small}] * 2, max_shapes=[{"": small}, {"x": large}])
+    assert module.seen["config"].profiles == [{"x": (small, small, small)}, {"x": (small, large, large)}]
+    assert [profile["x"]["max"] for profile in engine.to_dict()["profiles"]] == [[*small], [*large]]
+    assert "8x64x64x64" in str(engine)
+    several = [{"": small}, {"": large}]
+    with pytest.raises(InputError, match=r"--min-shapes: is given for another number of profiles\. Got 1; expected 2"):
+        build(model, frn="native", min_shapes={"": small}, opt_shapes=several)
+    with pytest.raises(InputError, match="two optimization profiles are the same"):
+        build(model, frn="native", opt_shapes=several[:1] * 2)
+
+
 def test_the_types_of_an_engine_are_those_that_its_layers_tell(full: Callable[..., Any]) -> None:
     full(layer_dtype="Float")
     with pytest.raises(ModelError, match="built 2 of 2 products in another type than the graph has"):

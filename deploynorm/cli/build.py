@@ -45,7 +45,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--version-compatible", action="store_true", help="for later versions of TensorRT too (TensorRT only)"
     )
-    group = parser.add_argument_group("shapes of inputs with dynamic axes; one of the three is enough")
+    group = parser.add_argument_group(
+        "shapes of inputs with dynamic axes",
+        "One of the three is enough. Those that are given again for an input make another optimization profile: a run "
+        "takes the one that holds its shapes.",
+    )
     for option, text in (("min", "smallest"), ("opt", "the one to be fast for"), ("max", "largest")):
         group.add_argument(
             f"--{option}-shapes",

@@ -16,7 +16,7 @@ from deploynorm.tables import table
 from deploynorm.trt.importing import Flavour
 from deploynorm.trt.layers import Layer, layer_counts
 from deploynorm.trt.manifest import manifest_path
-from deploynorm.trt.settings import Range, Way
+from deploynorm.trt.settings import Profile, Way
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class FrnRecord:
 
     nodes: int  # how many the graph has
     way: Way | None  # theirs; None where there are no FRN layers
-    plugin_layers: int  # how many layers of the engine are our plugin
+    plugin_layers: int  # how many layers of each profile are our plugin
     reason: str  # why this way
     passes: Mapping[Way, int] = field(default_factory=dict)
     """Of each way that was built: how many layers of the engine write a tensor to memory."""
@@ -43,10 +43,10 @@ class Engine:
         version: Of that.
         compute_capabilities: Of the GPUs that it runs on.
         inputs: Names, shapes (a dynamic axis by its name) and dtypes.
-        ranges: The shapes that each input may have.
+        profiles: The shapes that each input may have, by optimization profile; all of one call are of one profile.
         outputs: As inputs; TensorRT has no names for dynamic axes.
         frn: See FrnRecord.
-        layers: As TensorRT lists them.
+        layers: As TensorRT lists them, for one profile after the other.
         precision: Type of the convolutions and matrix products, as the engine's own layers say: int8 or float8 of
             quantized ones; "mixed" where it is not one; None where TensorRT did not say.
         verified_products: How many of them were found in the layers.
@@ -65,7 +65,7 @@ class Engine:
     version: str
     compute_capabilities: tuple[str, ...]
     inputs: tuple[TensorSpec, ...]
-    ranges: Mapping[str, Range]
+    profiles: tuple[Profile, ...]
     outputs: tuple[TensorSpec, ...]
     frn: FrnRecord
     layers: tuple[Layer, ...] = field(repr=False)
@@ -95,10 +95,14 @@ class Engine:
 
     def tables(self, verbose: bool = False) -> str:
         """What the engine is for, its shapes, and its layers by kind; if verbose, each layer too."""
-        shapes = ((x.name, x.dtype, *map(shape_text, (x.shape, *self.ranges[x.name]))) for x in self.inputs)
+        shapes = [
+            (str(number), x.name, x.dtype, *map(shape_text, (x.shape, *ranges[x.name])))
+            for number, ranges in enumerate(self.profiles)
+            for x in self.inputs
+        ]
         parts = [
             table("Engine", ("", ""), self._facts()),
-            table("Shapes", ("input", "type", "in the graph", "min", "opt", "max"), shapes),
+            table("Shapes", ("profile", "input", "type", "in the graph", "min", "opt", "max"), shapes),
             table("Layers", ("kind", "types", "count"), layer_counts(self.layers)),
         ]
         if verbose:
@@ -163,10 +167,10 @@ class Engine:
             "tf32": self.tf32,
             "embedded_plugins": list(self.embedded),
             "notes": list(self.notes),
-            "inputs": [
-                {"name": x.name, "dtype": x.dtype, "shape": list(x.shape)}
-                | {key: list(shape) for key, shape in self.ranges[x.name]._asdict().items()}
-                for x in self.inputs
+            "inputs": [{"name": x.name, "dtype": x.dtype, "shape": list(x.shape)} for x in self.inputs],
+            "profiles": [
+                {name: {key: list(shape) for key, shape in each._asdict().items()} for name, each in ranges.items()}
+                for ranges in self.profiles
             ],
             "outputs": [{"name": x.name, "dtype": x.dtype, "shape": list(x.shape)} for x in self.outputs],
             "frn": {

@@ -119,10 +119,41 @@ def test_an_output_whose_size_depends_on_values_is_allocated_when_it_is_known() 
         for rows in (2, 4, 0):
             x = images(rows, 3)
             np.testing.assert_array_equal(runner.infer({"x": x})["y"], 2 * x)
-        assert len(runner._context.kept) == 1  # or every output ever made would stay in memory
-        assert [output._memory for output in runner._waiting.values()] == [None]
+        assert len(runner._contexts[0].context.kept) == 1  # or every output ever made would stay in memory
+        assert [output._memory for output in runner._contexts[0].waiting.values()] == [None]
     with TensorRTRunner(engine, cuda_graphs=True) as runner, pytest.raises(InputError, match="cuda_graphs=False"):
         runner.infer({"x": images(2, 3)})
+
+
+BIG = ((8, 3, 64, 64), (8, 3, 64, 64), (8, 3, 96, 96))
+MORE = ((1, 3, 8, 8), (3, 3, 8, 8), (8, 3, 64, 64))
+PROFILES = plan({"x": IMAGES}, {"y": "x"}, more_profiles=[{"x": BIG}, {"x": MORE}])
+
+
+@pytest.mark.parametrize("cuda_graphs", [False, True])
+def test_a_run_takes_the_profile_that_is_tuned_for_its_shapes_else_the_first_that_holds_them(cuda_graphs: bool) -> None:
+    wanted = {IMAGES[0]: 0, BIG[1]: 1, BIG[2]: 1, MORE[1]: 2, (5, 3, 8, 8): 2, IMAGES[2]: 0}
+    with TensorRTRunner(PROFILES, cuda_graphs=cuda_graphs) as runner:
+        assert runner.inputs == (TensorSpec("x", ("?", 3, "?", "?"), "float32"),)
+        taken = []
+        for shape in (*wanted, *wanted):
+            x = torch.from_numpy(images(*shape))
+            torch.testing.assert_close(runner.run({"x": x})["y"], 2 * x, rtol=0, atol=0)
+            made = [each.context for each in runner._captured.values()] if cuda_graphs else runner._contexts.values()
+            taken += [each.context.profile for each in made if each.context.shapes["x"] == shape]
+        assert taken == [*wanted.values()] * 2
+        assert runner._engine.contexts == (1 + len(wanted) if cuda_graphs else 3)
+        message = r"input 'x': is outside .* Got \(9, 3, 8, 8\); expected .* or \(8, 3, 64, 64\) to \(8, 3, 96, 96\) or"
+        with pytest.raises(InputError, match=message):
+            runner.run({"x": torch.zeros(9, 3, 8, 8)})
+
+
+def test_shapes_that_no_profile_holds_together_are_refused() -> None:
+    profiles = [{"a": ((rows, 2),) * 3, "b": ((rows,),) * 3} for rows in (1, 2)]
+    with TensorRTRunner(plan(profiles[0], {"y": "a"}, more_profiles=profiles[1:])) as runner:
+        assert runner.infer({"a": images(2, 2), "b": images(2)})["y"].shape == (2, 2)
+        with pytest.raises(InputError, match=r"no profile holds all of them. Got {'a': \(1, 2\), 'b': \(2,\)}"):
+            runner.infer({"a": images(1, 2), "b": images(2)})
 
 
 def test_several_inputs_and_outputs_keep_their_names_and_order() -> None:
@@ -374,7 +405,7 @@ def built(name: str) -> Engine:
         version="11.4.0",
         compute_capabilities=("9.0",),
         inputs=(TensorSpec(name, ("N", 3), "float32"),),
-        ranges={name: shapes},
+        profiles=({name: shapes},),
         outputs=(TensorSpec("y", ("?", 3), "float32"),),
         frn=FrnRecord(0, None, 0, ""),
         layers=(),

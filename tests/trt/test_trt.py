@@ -161,10 +161,11 @@ RUNTIME_NAMES = {
     "Runtime": "deserialize_cuda_engine engine_host_code_allowed",
     "ICudaEngine": """
         create_execution_context create_engine_inspector num_io_tensors get_tensor_name get_tensor_shape
-        get_tensor_dtype get_tensor_mode get_tensor_location get_tensor_profile_shape
+        get_tensor_dtype get_tensor_mode get_tensor_location get_tensor_profile_shape num_optimization_profiles
     """,
     "IExecutionContext": """
         set_input_shape set_tensor_address set_output_allocator infer_shapes get_tensor_shape execute_async_v3
+        set_optimization_profile_async
     """,
     "IPluginRegistry": "get_creator load_library",
     "IOutputAllocator": "",
