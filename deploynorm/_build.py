@@ -10,7 +10,7 @@ from typing import Literal, get_args
 from deploynorm.contract import DOMAIN, OP_TYPE
 from deploynorm.errors import BackendError, InputError, ModelError, check_choice
 from deploynorm.onnx_file import OnnxSource
-from deploynorm.trt import Flavour, TensorRT, gpu_here, import_tensorrt
+from deploynorm.trt import BUILDERS, Flavour, TensorRT, gpu_here, import_tensorrt
 from deploynorm.trt.builder import build_way, load_plugins
 from deploynorm.trt.engine import Engine
 from deploynorm.trt.model import TensorRTModel
@@ -69,6 +69,7 @@ def build(
         BackendError: TensorRT, a GPU or the plugin is missing.
     """
     check_choice("build", "unknown way for FRN", frn, ("auto", *get_args(Way)))
+    check_choice("build", "no backend that builds", backend, ("auto", *BUILDERS))
     trt = import_tensorrt(backend)
     read = TensorRTModel.read(model)
     read.file.begin(accept_changed=accept_changed)

@@ -60,6 +60,7 @@ def test_options_reach_tensorrt(full: Callable[..., Any], library: Path) -> None
     options |= {"embed_plugin": True, "timing_cache": b"old ", "workspace": 2**20}
     engine = build(NET, frn="plugin", plugins=[library], **options)
     assert engine.timing_cache == b"old and new"
+    assert engine.to_dict()["version_compatible"] is True
     assert engine.embedded == (library.name,)
     config = module.seen["config"]
     assert config.plugins_to_serialize == [str(library)]
@@ -205,7 +206,8 @@ def test_without_a_driver_tensorrt_itself_cannot_build(full: Callable[..., Any])
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "another GPU than this": ({"compute_capabilities": ["8.9"]}, "the GPU of this machine only. Got 8.9; expected 9.0"),
     "an unknown way": ({"frn": "fast"}, "unknown way for FRN. Got 'fast'"),
-    "an unknown backend": ({"backend": "tensorflow"}, "unknown backend. Got 'tensorflow'"),
+    "an unknown backend": ({"backend": "tensorflow"}, "no backend that builds. Got 'tensorflow'"),
+    "one that only runs engines": ({"backend": "tensorrt-lean"}, "no backend that builds. Got 'tensorrt-lean'"),
     "an unknown compatibility": ({"hardware_compatible": "all"}, "--hardware-compatible: unknown"),
     "less than no workspace": ({"workspace": -1}, "--workspace: out of range"),
     "more workspace than TensorRT can be told": ({"workspace": 2**64}, "--workspace: out of range"),

@@ -14,7 +14,7 @@ from typing import Any, get_args
 
 from deploynorm.cli import options
 from deploynorm.cli.terminal import Terminal
-from deploynorm.trt import FLAVOURS
+from deploynorm.trt import BUILDERS
 from deploynorm.trt.settings import HARDWARE_COMPATIBILITY, Way
 
 
@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("what the engine is for")
     group.add_argument(
         "--backend",
-        choices=("auto", *FLAVOURS),
+        choices=("auto", *BUILDERS),
         default="auto",
         help="default: TensorRT where both are installed",
     )

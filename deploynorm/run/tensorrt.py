@@ -38,7 +38,9 @@ class TensorRTRunner(Runner):
     Args:
         engine: A file that `deploynorm build` has written, any other engine file, the bytes of one, or what
             deploynorm.build returned.
-        backend: "auto" takes what the manifest beside the file says, else TensorRT where both are installed.
+        backend: "auto" takes what the manifest beside the file says, else TensorRT where both are installed. A
+            version-compatible engine also runs in "tensorrt-lean" and "tensorrt-dispatch", which are taken where
+            TensorRT is not installed.
         device: The GPU.
         plugins: Plugin libraries instead of ours. By default ours is loaded where it is built.
         cuda_graphs: Whether each shape is captured at its first call and replayed from then on: less work for the
@@ -63,7 +65,7 @@ class TensorRTRunner(Runner):
     ) -> None:
         source = EngineSource.of(engine)
         self._where = source.where
-        trt = import_tensorrt(source.backend if backend == "auto" else backend)
+        trt = import_tensorrt(*(source.backends if backend == "auto" else (backend,)))
         self._trt = trt
         source.check_version(trt)
         if not trust_engine:

@@ -53,6 +53,7 @@ class Engine:
         products: How many the graph has.
         tf32: Whether float32 products may be rounded to TF32.
         hardware_compatible: The GPUs besides those that it runs on; see `build`.
+        version_compatible: Whether later versions of TensorRT run it, and its lean and dispatch runtimes.
         embedded: Names of the plugin libraries inside the plan.
         timing_cache: To be given to the next build; None for TensorRT-RTX, which times nothing.
         notes: What the build had to say.
@@ -74,6 +75,7 @@ class Engine:
     products: int
     tf32: bool
     hardware_compatible: str | None = None
+    version_compatible: bool = False
     embedded: tuple[str, ...] = ()
     timing_cache: bytes | None = field(default=None, repr=False)
     notes: tuple[str, ...] = ()
@@ -115,8 +117,9 @@ class Engine:
         precision = self.precision or "not reported by TensorRT"
         if self.precision is not None:
             precision += f" ({self.verified_products} of {self.products} products checked)"
+        later = " and later" if self.version_compatible else ""
         rows = [
-            ("for", f"{self.backend} {self.version}, compute capability {', '.join(self.compute_capabilities)}"),
+            ("for", f"{self.backend} {self.version}{later}, compute capability {', '.join(self.compute_capabilities)}"),
             ("type", precision + (", with TF32" if self.tf32 and self.precision == "float32" else "")),
             ("size", f"{len(self.plan) / 2**20:.1f} MiB"),
         ]
@@ -161,6 +164,7 @@ class Engine:
             "version": self.version,
             "compute_capabilities": list(self.compute_capabilities),
             "hardware_compatible": self.hardware_compatible,
+            "version_compatible": self.version_compatible,
             "precision": self.precision,
             "verified_products": self.verified_products,
             "products": self.products,

@@ -288,6 +288,12 @@ MANIFESTS: dict[str, tuple[dict[str, object], type[DeployNormError], str]] = {
         BackendError,
         "was built with another TensorRT. Got tensorrt 10.9.0; expected tensorrt 11.4.0, as installed here",
     ),
+    "a later major version": (
+        {"version": "12.0.0", "version_compatible": True},
+        BackendError,
+        "was built with another TensorRT. Got tensorrt 12.0.0; expected tensorrt 11.4.0, as installed here",
+    ),
+    "a flag that is none": ({"version_compatible": "yes"}, ModelError, "is damaged: version_compatible of the engine"),
     "another GPU": (
         {"compute_capabilities": ["8.6", "8.9"]},
         BackendError,
@@ -319,6 +325,26 @@ def test_the_manifest_tells_of_a_misfit_before_tensorrt_does(
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
     with pytest.raises(kind, match=message):
         TensorRTRunner(_with_manifest(tmp_path / "model.engine", **facts))
+
+
+@pytest.mark.parametrize("module", ["tensorrt", "tensorrt_lean", "tensorrt_dispatch_bindings"])
+def test_a_version_compatible_engine_runs_in_a_later_tensorrt_and_in_its_runtimes(
+    module: str, fake: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("tensorrt", module):
+        monkeypatch.setitem(sys.modules, name, fake if name == module else None)
+    path = _with_manifest(tmp_path / "model.engine", version="10.9.0", version_compatible=True)
+    with TensorRTRunner(path) as runner:
+        assert runner.name.startswith(module.removesuffix("_bindings").replace("_", "-"))
+        assert runner.infer({"x": images(*IMAGES[0])})["y"].shape == IMAGES[0]
+    path = _with_manifest(tmp_path / "model.engine", version="11.4.0", version_compatible=False)
+    if module == "tensorrt":
+        TensorRTRunner(path).close()
+    else:
+        with pytest.raises(
+            BackendError, match=r"is not version compatible, and .* runtime 11.* no other engines.*Fix: build"
+        ):
+            TensorRTRunner(path, backend=module.removesuffix("_bindings").replace("_", "-"))
 
 
 def test_a_pipe_or_a_folder_is_no_plugin_library(tmp_path: Path) -> None:
