@@ -9,13 +9,12 @@ from typing import Literal, get_args
 
 from deploynorm.contract import DOMAIN, OP_TYPE
 from deploynorm.errors import BackendError, InputError, ModelError, check_choice
-from deploynorm.inputs import Shape
 from deploynorm.onnx_file import OnnxSource
-from deploynorm.trt import Flavour, TensorRT, gpu_here, import_tensorrt
+from deploynorm.trt import BUILDERS, Flavour, TensorRT, gpu_here, import_tensorrt
 from deploynorm.trt.builder import build_way, load_plugins
 from deploynorm.trt.engine import Engine
 from deploynorm.trt.model import TensorRTModel
-from deploynorm.trt.settings import HARDWARE_COMPATIBILITY, Settings, Way, ranges
+from deploynorm.trt.settings import HARDWARE_COMPATIBILITY, Settings, Shapes, Way, profiles
 
 
 def build(
@@ -23,9 +22,9 @@ def build(
     *,
     backend: Flavour | Literal["auto"] = "auto",
     compute_capabilities: Sequence[str] = (),
-    min_shapes: Mapping[str, Shape] | None = None,
-    opt_shapes: Mapping[str, Shape] | None = None,
-    max_shapes: Mapping[str, Shape] | None = None,
+    min_shapes: Shapes | None = None,
+    opt_shapes: Shapes | None = None,
+    max_shapes: Shapes | None = None,
     frn: Way | Literal["auto"] = "auto",
     tf32: bool = False,
     plugins: Sequence[Path] | None = None,
@@ -46,7 +45,8 @@ def build(
             GPU; TensorRT for the one of this machine only, which is the default of both.
         min_shapes, opt_shapes, max_shapes: The smallest shapes by input, those that the engine is tuned for, and the
             largest; "" for the only input. See trt.settings.ranges for what may be left out; where all three are, the
-            engine is for one image of the size that the file's metadata has.
+            engine is for one image of the size that the file's metadata has. Lists of these make an optimization
+            profile each, of which a run takes one that holds its shapes.
         frn: "plugin" for our kernel, "native" for the operator's body as TensorRT fuses it. "auto" builds both, runs
             both on a GPU of the kind that the engine is for, and keeps the faster. Without one it keeps that with
             fewer layers that write to memory; when they are even, the native one, which needs no library.
@@ -69,12 +69,13 @@ def build(
         BackendError: TensorRT, a GPU or the plugin is missing.
     """
     check_choice("build", "unknown way for FRN", frn, ("auto", *get_args(Way)))
+    check_choice("build", "no backend that builds", backend, ("auto", *BUILDERS))
     trt = import_tensorrt(backend)
     read = TensorRTModel.read(model)
     read.file.begin(accept_changed=accept_changed)
     opt_shapes = opt_shapes or ({} if min_shapes or max_shapes else read.file.image_shape(batch=1))
     settings = Settings(
-        ranges=ranges(read.file.inputs, minimum=min_shapes or {}, optimum=opt_shapes, maximum=max_shapes or {}),
+        profiles=profiles(read.file.inputs, minimum=min_shapes or {}, optimum=opt_shapes, maximum=max_shapes or {}),
         targets=_targets(trt, compute_capabilities),
         named_targets=bool(compute_capabilities),
         tf32=tf32,

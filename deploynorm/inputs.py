@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -88,6 +89,19 @@ def parse_input_shapes(texts: Sequence[str]) -> dict[str, Shape]:
         problem = "one shape has no name, but there are several"
         raise InputError("input shape", problem, got=list(texts), expected=SHAPE_EXAMPLE)
     return shapes
+
+
+def parse_profile_shapes(texts: Sequence[str]) -> list[dict[str, Shape]]:
+    """As parse_input_shapes, for each optimization profile of an engine: a name that comes again begins the next."""
+    profiles: list[list[str]] = []
+    times: Counter[str] = Counter()
+    for text in texts:
+        name = text.rpartition(":")[0].strip()
+        if times[name] == len(profiles):
+            profiles.append([])
+        profiles[times[name]].append(text)
+        times[name] += 1
+    return [parse_input_shapes(each) for each in profiles]
 
 
 def parse_named_file(text: str) -> tuple[str, str]:

@@ -53,16 +53,18 @@ def plan(
     compute: str = "9.0",
     values_decide: bool = False,
     library: bool = False,
+    more_profiles: Sequence[Mapping[str, Sequence[Sequence[int]]]] = (),
 ) -> bytes:
     """An engine. `inputs` are min, opt and max shapes by name, `outputs` say which input each is twice of.
 
+    `more_profiles` are as `inputs`, which is the first.
     With values_decide, the outputs' shapes are known only when they are computed. With host_code, TensorRT knows that
     it holds code for the processor; with library, a hostile one does that TensorRT runs whatever it was told.
     """
     facts = {"dtype": dtype, "version": version, "plugin": plugin, "stock_plugin": stock_plugin}
     facts |= {"host_code": host_code, "compute": compute}
-    shapes = {name: [list(shape) for shape in shapes] for name, shapes in inputs.items()}
-    content = json.dumps(facts | {"inputs": shapes, "outputs": outputs, "values_decide": values_decide}).encode()
+    facts |= {"inputs": list(inputs), "outputs": outputs, "values_decide": values_decide}
+    content = json.dumps(facts | {"profiles": [inputs, *more_profiles]}).encode()
     return content + (LIBRARY if library else b"")
 
 
@@ -136,13 +138,21 @@ class Context:
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
+        self.profile = 0
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.addresses: dict[str, int] = {}
         self.allocators: dict[str, Any] = {}
         self.kept: list[Any] = []  # for TensorRT's bindings keep every allocator that a context was ever given
 
+    def set_optimization_profile_async(self, index: int, stream: int) -> bool:
+        if not 0 <= index < self.engine.num_optimization_profiles or not stream:
+            self.engine.say("ERROR", f"profile {index} does not exist, or no stream")
+            return False
+        self.profile, self.shapes = index, {}
+        return True
+
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
-        low, _, high = self.engine.facts["inputs"][name]
+        low, _, high = self.engine.get_tensor_profile_shape(name, self.profile)
         if len(shape) != len(low) or not all(a <= b <= c for a, b, c in zip(low, shape, high, strict=True)):
             self.engine.say(
                 "ERROR", f"Set dimension {shape} for tensor {name} does not satisfy any optimization profiles"
@@ -156,7 +166,7 @@ class Context:
 
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
         source = self.engine.facts["outputs"].get(name, name)
-        low = self.engine.facts["inputs"][source][0]
+        low = self.engine.get_tensor_profile_shape(source, 0)[0]
         if self.engine.facts["values_decide"] and name != source:
             return (-1,) * len(low)
         return self.shapes.get(source, (-1,) * len(low))
@@ -208,8 +218,9 @@ class Engine:
         return [*self.facts["inputs"], *self.facts["outputs"]][index]
 
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
-        low, _, high = self.facts["inputs"][self.facts["outputs"].get(name, name)]
-        return tuple(a if a == b else -1 for a, b in zip(low, high, strict=True))
+        source = self.facts["outputs"].get(name, name)
+        shapes = [shape for profile in self.facts["profiles"] for shape in profile[source]]
+        return tuple(sizes[0] if len(set(sizes)) == 1 else -1 for sizes in zip(*shapes, strict=True))
 
     def get_tensor_dtype(self, name: str) -> DataType:
         return DataType[self.facts["dtype"]]
@@ -221,8 +232,12 @@ class Engine:
         return "HOST" if name.startswith("host") else "DEVICE"
 
     def get_tensor_profile_shape(self, name: str, index: int) -> list[list[int]]:
-        shapes: list[list[int]] = self.facts["inputs"][name]
+        shapes: list[list[int]] = self.facts["profiles"][index][name]
         return shapes
+
+    @property
+    def num_optimization_profiles(self) -> int:
+        return len(self.facts["profiles"])
 
     def create_execution_context(self) -> Context:
         self.contexts += 1
@@ -338,7 +353,7 @@ def with_builder(
 
         def add_optimization_profile(self, profile: Any) -> int:
             self.profiles.append(profile.shapes)
-            return 0
+            return len(self.profiles) - 1
 
     class Profile:
         def __init__(self) -> None:

@@ -60,6 +60,7 @@ def test_options_reach_tensorrt(full: Callable[..., Any], library: Path) -> None
     options |= {"embed_plugin": True, "timing_cache": b"old ", "workspace": 2**20}
     engine = build(NET, frn="plugin", plugins=[library], **options)
     assert engine.timing_cache == b"old and new"
+    assert engine.to_dict()["version_compatible"] is True
     assert engine.embedded == (library.name,)
     config = module.seen["config"]
     assert config.plugins_to_serialize == [str(library)]
@@ -102,6 +103,20 @@ def test_tf32_is_for_those_who_ask_and_free_axes_get_their_range(full: Callable[
     assert module.seen["config"].profiles == []
     build(conv_frn_conv("float16", FREE), frn="native", **RANGE)
     assert module.seen["config"].profiles == [{"x": tuple(RANGE[f"{key}_shapes"][""] for key in ("min", "opt", "max"))}]
+
+
+def test_several_optimization_profiles_reach_tensorrt_and_the_record(full: Callable[..., Any]) -> None:
+    module, model = full(), conv_frn_conv("float16", FREE)
+    small, large = (1, 64, 8, 8), (8, 64, 64, 64)
+    engine = build(model, frn="native", min_shapes=[{"": small}] * 2, max_shapes=[{"": small}, {"x": large}])
+    assert module.seen["config"].profiles == [{"x": (small, small, small)}, {"x": (small, large, large)}]
+    assert [profile["x"]["max"] for profile in engine.to_dict()["profiles"]] == [[*small], [*large]]
+    assert "8x64x64x64" in str(engine)
+    several = [{"": small}, {"": large}]
+    with pytest.raises(InputError, match=r"--min-shapes: is given for another number of profiles\. Got 1; expected 2"):
+        build(model, frn="native", min_shapes={"": small}, opt_shapes=several)
+    with pytest.raises(InputError, match="two optimization profiles are the same"):
+        build(model, frn="native", opt_shapes=several[:1] * 2)
 
 
 def test_the_types_of_an_engine_are_those_that_its_layers_tell(full: Callable[..., Any]) -> None:
@@ -191,7 +206,8 @@ def test_without_a_driver_tensorrt_itself_cannot_build(full: Callable[..., Any])
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "another GPU than this": ({"compute_capabilities": ["8.9"]}, "the GPU of this machine only. Got 8.9; expected 9.0"),
     "an unknown way": ({"frn": "fast"}, "unknown way for FRN. Got 'fast'"),
-    "an unknown backend": ({"backend": "tensorflow"}, "unknown backend. Got 'tensorflow'"),
+    "an unknown backend": ({"backend": "tensorflow"}, "no backend that builds. Got 'tensorflow'"),
+    "one that only runs engines": ({"backend": "tensorrt-lean"}, "no backend that builds. Got 'tensorrt-lean'"),
     "an unknown compatibility": ({"hardware_compatible": "all"}, "--hardware-compatible: unknown"),
     "less than no workspace": ({"workspace": -1}, "--workspace: out of range"),
     "more workspace than TensorRT can be told": ({"workspace": 2**64}, "--workspace: out of range"),

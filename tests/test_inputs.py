@@ -16,7 +16,15 @@ from tolerances import OP_FLOAT32
 
 from deploynorm.errors import BackendError, InputError
 from deploynorm.image import ImageSpec
-from deploynorm.inputs import AxisSizes, TensorSpec, parse_input_shapes, read_sizes, sizes_to_dict, with_sizes
+from deploynorm.inputs import (
+    AxisSizes,
+    TensorSpec,
+    parse_input_shapes,
+    parse_profile_shapes,
+    read_sizes,
+    sizes_to_dict,
+    with_sizes,
+)
 from deploynorm.samples import sample_inputs
 
 IMAGE = {"shape": [3, 4, 6], "mean": [0.5, 0.25, 0.0], "std": [0.5, 1.0, 2]}
@@ -48,6 +56,12 @@ def test_a_shape_is_read_in_every_form(texts: list[str], shapes: dict[str, tuple
 
 
 NO_SHAPES = ["x", "", "x:", ":2x3", "x:2x3x", "x:2x-3", "x:0x3", "x:2.5x3", "x:[2,3", "x:Nx3x8x8", "x:२x3"]
+
+
+def test_a_name_that_comes_again_begins_another_profile() -> None:
+    texts = ["x:1x3", "z:1", "x:2x3", "x:4x3", "z:2"]
+    assert parse_profile_shapes(texts) == [{"x": (1, 3), "z": (1,)}, {"x": (2, 3), "z": (2,)}, {"x": (4, 3)}]
+    assert parse_profile_shapes(["1x3", "2x3"]) == [{"": (1, 3)}, {"": (2, 3)}]
 
 
 @pytest.mark.parametrize(

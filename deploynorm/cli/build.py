@@ -14,7 +14,7 @@ from typing import Any, get_args
 
 from deploynorm.cli import options
 from deploynorm.cli.terminal import Terminal
-from deploynorm.trt import FLAVOURS
+from deploynorm.trt import BUILDERS
 from deploynorm.trt.settings import HARDWARE_COMPATIBILITY, Way
 
 
@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("what the engine is for")
     group.add_argument(
         "--backend",
-        choices=("auto", *FLAVOURS),
+        choices=("auto", *BUILDERS),
         default="auto",
         help="default: TensorRT where both are installed",
     )
@@ -45,7 +45,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--version-compatible", action="store_true", help="for later versions of TensorRT too (TensorRT only)"
     )
-    group = parser.add_argument_group("shapes of inputs with dynamic axes; one of the three is enough")
+    group = parser.add_argument_group(
+        "shapes of inputs with dynamic axes",
+        "One of the three is enough. Those that are given again for an input make another optimization profile: a run "
+        "takes the one that holds its shapes.",
+    )
     for option, text in (("min", "smallest"), ("opt", "the one to be fast for"), ("max", "largest")):
         group.add_argument(
             f"--{option}-shapes",

@@ -14,11 +14,18 @@ from pathlib import Path
 from typing import Any, Final
 
 from deploynorm.files import NAME_BYTES, check_outputs, is_stream, onnx_companions
-from deploynorm.inputs import parse_dynamic_axes, parse_input_dtypes, parse_input_shapes, parse_named_file
+from deploynorm.inputs import (
+    parse_dynamic_axes,
+    parse_input_dtypes,
+    parse_input_shapes,
+    parse_named_file,
+    parse_profile_shapes,
+)
 from deploynorm.run.backends import ENGINE_SUFFIXES, ONNX_BACKENDS
 
 PARSED: Final[Mapping[str, Callable[[Sequence[str]], Any]]] = {
-    **dict.fromkeys(("input_shapes", "min_shapes", "opt_shapes", "max_shapes"), parse_input_shapes),
+    "input_shapes": parse_input_shapes,
+    **dict.fromkeys(("min_shapes", "opt_shapes", "max_shapes"), parse_profile_shapes),
     "input_dtypes": parse_input_dtypes,
     "dynamic": parse_dynamic_axes,
 }

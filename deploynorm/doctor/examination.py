@@ -23,6 +23,7 @@ from deploynorm.libraries import find
 from deploynorm.libraries.elf import machine_here, read_library, read_needed
 from deploynorm.libraries.find import cache_of_these_sources
 from deploynorm.libraries.trust import objection
+from deploynorm.trt import FLAVOURS
 
 _PACKAGES: Final = re.compile(
     r"deploynorm|torch|torchvision|numpy|onnx|onnx-ir|onnxscript|onnxruntime.*|tensorrt.*|polygraphy|ort-nightly.*"
@@ -34,9 +35,6 @@ _ONNXRUNTIMES: Final = re.compile(
     r"onnxruntime(-(gpu|directml|openvino|qnn|rocm|migraphx|training|silicon|azure))?|ort-nightly(-gpu)?"
 )
 """Those that bring the module onnxruntime."""
-
-_TENSORRTS: Final = (("tensorrt",), ("tensorrt_lean", "tensorrt_lean_bindings"), ("tensorrt_rtx",))
-"""Modules; of each group the first that is there. The lean bindings also come without the module that wraps them."""
 
 _CUDNN: Final = "libcudnn.so.9"
 """onnxruntime-gpu opens it only when a convolution is run, and then cannot do without."""
@@ -52,7 +50,7 @@ def examine() -> Examination:
     in_module = tuple(name for name in runtimes if module is None or folders[name].resolve() == module.resolve().parent)
     needed = {name: _provider_needs(module, name) for name in ("cuda", "tensorrt")} if module else {}
     all_needed = sorted({library for libraries in needed.values() for library in libraries})
-    tensorrts = [next((name for name in names if _folder(name)), None) for names in _TENSORRTS]
+    tensorrts = [next((name for name in each.modules if _folder(name)), None) for each in FLAVOURS.values()]
     with ThreadPoolExecutor() as pool:
         driver = pool.submit(probes.ask, probes.devices)
         missing = pool.submit(probes.ask, probes.open_libraries, all_needed)

@@ -69,7 +69,7 @@ class Provider:
 class TensorRT:
     """An installed TensorRT."""
 
-    module: str  # tensorrt, tensorrt_lean or tensorrt_rtx
+    module: str  # of those of deploynorm.trt.FLAVOURS
     version: str | None = None
     problem: str | None = None  # why it cannot be imported or is none that we know
     takes_plugin: bool | None = None  # whether our plugin is in its registry once loaded; None where it is not built

@@ -84,12 +84,7 @@ def onnxruntime(library: str | None) -> dict[str, Any]:
 
 def tensorrt(module: str, library: str | None) -> dict[str, Any]:
     """Its version, and whether our plugin is in its registry once its library is loaded."""
-    flavour: trt.Flavour = "tensorrt-rtx" if module.startswith("tensorrt_rtx") else "tensorrt"
-    if module == trt.FLAVOURS[flavour][0]:
-        here = trt.import_tensorrt(flavour)
-    else:  # the lean runtime, with an equal interface to plugins
-        imported = importlib.import_module(module)
-        here = trt.TensorRT(imported, flavour, str(imported.__version__))
+    here = trt.import_tensorrt(next(name for name, package in trt.FLAVOURS.items() if module in package.modules))
     found: dict[str, Any] = {"version": here.version, "nameless": _nameless() if here.rtx else None}
     if library is not None:
         try:

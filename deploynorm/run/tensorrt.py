@@ -6,7 +6,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, NamedTuple
 
 import numpy.typing as npt
 import torch
@@ -23,7 +23,7 @@ from deploynorm.trt.errors import explain
 from deploynorm.trt.gpu import Gpu, WaitingOutput
 from deploynorm.trt.importing import tensor_spec
 from deploynorm.trt.plugins import load_library, load_plugin, load_stock_plugins
-from deploynorm.trt.settings import Range
+from deploynorm.trt.settings import Profile, Range
 from deploynorm.trt.source import EngineSource
 
 _MOST_GRAPHS: Final = 8
@@ -31,12 +31,16 @@ _MOST_GRAPHS: Final = 8
 
 
 class TensorRTRunner(Runner):
-    """Runs an engine in one execution context.
+    """Runs an engine in one execution context for each optimization profile that is used.
+
+    A call takes the profile that is tuned for its shapes, else the first that holds them.
 
     Args:
         engine: A file that `deploynorm build` has written, any other engine file, the bytes of one, or what
             deploynorm.build returned.
-        backend: "auto" takes what the manifest beside the file says, else TensorRT where both are installed.
+        backend: "auto" takes what the manifest beside the file says, else TensorRT where both are installed. A
+            version-compatible engine also runs in "tensorrt-lean" and "tensorrt-dispatch", which are taken where
+            TensorRT is not installed.
         device: The GPU.
         plugins: Plugin libraries instead of ours. By default ours is loaded where it is built.
         cuda_graphs: Whether each shape is captured at its first call and replayed from then on: less work for the
@@ -61,7 +65,7 @@ class TensorRTRunner(Runner):
     ) -> None:
         source = EngineSource.of(engine)
         self._where = source.where
-        trt = import_tensorrt(source.backend if backend == "auto" else backend)
+        trt = import_tensorrt(*(source.backends if backend == "auto" else (backend,)))
         self._trt = trt
         source.check_version(trt)
         if not trust_engine:
@@ -76,17 +80,20 @@ class TensorRTRunner(Runner):
             if self._engine is None:
                 raise explain(self._where, trt.name, heard)
             self._runtime: Any = runtime  # it must outlive its engines
-            self._context = self._new_context()
-        self._waiting: dict[str, WaitingOutput] = {}
-        """Of that context: the outputs whose size is known only in the end."""
         self.name = f"{trt.flavour} ({self._gpu.device})"
         self.precision = source.half_type
         inputs, outputs = _tensors(trt, self._engine)
         self.inputs = tuple(source.named(spec) for spec in inputs)
         self._outputs = {spec.name: spec for spec in outputs}
         self.output_names = tuple(self._outputs)
-        profiles = {spec.name: self._engine.get_tensor_profile_shape(spec.name, 0) for spec in self.inputs}
-        self._ranges = {name: Range(*map(tuple, shapes)) for name, shapes in profiles.items()}
+        self._profiles: list[Profile] = [
+            {x.name: Range(*map(tuple, self._engine.get_tensor_profile_shape(x.name, index))) for x in self.inputs}
+            for index in range(self._engine.num_optimization_profiles)
+        ]
+        self._contexts: dict[int, _Context] = {}
+        """By profile: that of the first is made here, the others at their first call."""
+        with self._gpu.current():
+            self._contexts[0] = self._new_context(0)
         self._cuda_graphs = cuda_graphs
         self._captured: OrderedDict[tuple[Shape, ...], _Captured] = OrderedDict()
 
@@ -117,23 +124,27 @@ class TensorRTRunner(Runner):
         """
         if self._engine is None:
             raise closed_error("TensorRTRunner.run")
-        self._check(feeds)
+        profile = self._check(feeds)
         with self._gpu.current():
             if self._cuda_graphs:
-                return self._replay(feeds)
+                return self._replay(feeds, profile)
             tensors = {spec.name: self._gpu.dense(feeds[spec.name]) for spec in self.inputs}
+            if profile not in self._contexts:
+                self._contexts[profile] = self._new_context(profile)
+            context = self._contexts[profile]
             with listen() as heard:
-                outputs, waiting = self._bind(self._context, tensors, heard, self._waiting)
+                outputs, waiting = self._bind(context, tensors, heard)
                 with self._gpu.enqueue([*tensors.values(), *outputs.values()]) as stream:
-                    self._execute(self._context, stream, heard)
+                    self._execute(context, stream, heard)
         return {name: waiting[name].take() if name in waiting else outputs[name] for name in self.output_names}
 
     def close(self) -> None:
         self._captured.clear()
-        self._waiting.clear()
-        self._context = self._engine = self._runtime = None
+        self._contexts.clear()
+        self._engine = self._runtime = None
 
-    def _check(self, feeds: Mapping[str, Tensor]) -> None:
+    def _check(self, feeds: Mapping[str, Tensor]) -> int:
+        """The profile for these feeds; InputError where they do not fit the engine."""
         names = [spec.name for spec in self.inputs]
         if sorted(feeds) != sorted(names):
             raise InputError("TensorRTRunner.run", "not the engine's inputs", got=list(feeds), expected=names)
@@ -143,21 +154,34 @@ class TensorRTRunner(Runner):
                 raise InputError(where, "on another device", got=tensor.device, expected=self._gpu.device)
             if tensor.dtype != _torch_dtype(where, spec.dtype):
                 raise InputError(where, "has the wrong dtype", got=tensor.dtype, expected=spec.dtype)
-            low, _, high = self._ranges[spec.name]
-            shape = tuple(tensor.shape)
-            if len(low) != len(shape) or not all(a <= b <= c for a, b, c in zip(low, shape, high, strict=True)):
+        shapes = {name: tuple(feeds[name].shape) for name in names}
+        holding = [
+            index
+            for index, profile in enumerate(self._profiles)
+            if all(profile[name].holds(shape) for name, shape in shapes.items())
+        ]
+        if not holding:
+            raise self._outside(shapes)
+        tuned = (i for i in holding if all(self._profiles[i][name].opt == shape for name, shape in shapes.items()))
+        return next(tuned, holding[0])
+
+    def _outside(self, shapes: Mapping[str, Shape]) -> InputError:
+        """For shapes that no profile holds: of the first input that none holds, else of all inputs together."""
+        fix = "feed another shape, or build with other --min-shapes and --max-shapes"
+        for name, shape in shapes.items():
+            ranges = [profile[name] for profile in self._profiles]
+            if not any(each.holds(shape) for each in ranges):
                 problem = "is outside the shapes that the engine was built for"
-                fix = "feed another shape, or build with other --min-shapes and --max-shapes"
-                expected = f"{low} to {high}" if low != high else low
-                raise InputError(where, problem, got=shape, expected=expected, fix=fix)
+                expected = " or ".join(f"{low} to {high}" if low != high else f"{low}" for low, _, high in ranges)
+                return InputError(f"TensorRTRunner.run, input {name!r}", problem, got=shape, expected=expected, fix=fix)
+        problem = "each of these shapes is in an optimization profile of the engine, and no profile holds all of them"
+        return InputError("TensorRTRunner.run", problem, got=dict(shapes), fix=fix)
 
     def _bind(
-        self, context: Any, tensors: Mapping[str, Tensor], heard: list[Any], known: dict[str, WaitingOutput]
+        self, made: _Context, tensors: Mapping[str, Tensor], heard: list[Any]
     ) -> tuple[dict[str, Tensor], dict[str, WaitingOutput]]:
-        """Gives a context its shapes and addresses; outputs whose size is known only in the end wait for it.
-
-        `known` are those of the context that were set before, and gets the others.
-        """
+        """Gives a context its shapes and addresses; outputs whose size is known only in the end wait for it."""
+        context, known = made
         for name, tensor in tensors.items():
             if not context.set_input_shape(name, tuple(tensor.shape)):
                 raise explain(f"{self._where}, input {name!r}", self._trt.name, heard)
@@ -180,14 +204,14 @@ class TensorRTRunner(Runner):
                 context.set_tensor_address(name, self._gpu.address(outputs[name]))
         return outputs, waiting
 
-    def _execute(self, context: Any, stream: int, heard: list[Any]) -> None:
-        if not context.execute_async_v3(stream):
+    def _execute(self, made: _Context, stream: int, heard: list[Any]) -> None:
+        if not made.context.execute_async_v3(stream):
             raise explain(self._where, self._trt.name, heard)
 
-    def _replay(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def _replay(self, feeds: Mapping[str, Tensor], profile: int) -> dict[str, Tensor]:
         key = tuple(tuple(feeds[spec.name].shape) for spec in self.inputs)
         if key not in self._captured:
-            self._captured[key] = self._capture(feeds)
+            self._captured[key] = self._capture(feeds, profile)
             if len(self._captured) > _MOST_GRAPHS:
                 self._captured.popitem(last=False)
         self._captured.move_to_end(key)
@@ -197,30 +221,43 @@ class TensorRTRunner(Runner):
         captured.replay()
         return {name: tensor.clone() for name, tensor in captured.outputs.items()}
 
-    def _capture(self, feeds: Mapping[str, Tensor]) -> _Captured:
-        context = self._new_context()  # a graph is valid only as long as its context is not used for anything else
+    def _capture(self, feeds: Mapping[str, Tensor], profile: int) -> _Captured:
+        context = self._new_context(
+            profile
+        )  # a graph is valid only as long as its context is not used for anything else
         inputs = {spec.name: feeds[spec.name].clone(memory_format=torch.contiguous_format) for spec in self.inputs}
         with listen() as heard:
-            outputs, waiting = self._bind(context, inputs, heard, {})
+            outputs, waiting = self._bind(context, inputs, heard)
             if waiting:
                 problem = "an output's size depends on values, which a CUDA graph cannot hold"
                 raise InputError("TensorRTRunner", problem, got=list(waiting), fix="pass cuda_graphs=False")
             replay = self._gpu.capture(lambda stream: self._execute(context, stream, heard))
         return _Captured(context, inputs, outputs, replay)
 
-    def _new_context(self) -> Any:
+    def _new_context(self, profile: int) -> _Context:
         with listen() as heard:
             context = self._engine.create_execution_context()
             if context is None:
                 raise explain(self._where, self._trt.name, heard)
-        return context
+            if profile > 0:  # with the first it begins
+                with self._gpu.enqueue([]) as stream:
+                    if not context.set_optimization_profile_async(profile, stream):
+                        raise explain(self._where, self._trt.name, heard)
+        return _Context(context, {})
+
+
+class _Context(NamedTuple):
+    """An execution context, of one profile."""
+
+    context: Any
+    waiting: dict[str, WaitingOutput]  # its outputs whose size is known only in the end
 
 
 @dataclass
 class _Captured:
     """A CUDA graph of one shape, the memory that it reads and writes, and its context."""
 
-    context: Any
+    context: _Context
     inputs: dict[str, Tensor]
     outputs: dict[str, Tensor]
     replay: Callable[[], None]

@@ -19,10 +19,10 @@ _WARM_UP = 10
 
 
 def milliseconds(engines: Mapping[Name, Engine]) -> dict[Name, float]:
-    """The median time of one inference of each engine, of the opt shapes, as CUDA graphs on the current device.
+    """The median time of one inference of each engine, as CUDA graphs on the current device.
 
-    The copies of inputs and outputs around a graph are in it, equal ones for each. Inputs are random; clocks settle in
-    the calls before the first round; each round runs every engine.
+    Each is run on the opt shapes of its first profile. The copies of inputs and outputs around a graph are in it, equal
+    ones for each. Inputs are random; clocks settle in the calls before the first round; each round runs every engine.
     """
     runners = {
         # Trusted: this process has just built them.
@@ -56,5 +56,5 @@ def _event() -> torch.cuda.Event:
 
 def _feeds(engine: Engine, device: torch.device) -> dict[str, torch.Tensor]:
     torch.manual_seed(0)
-    shapes = {spec: engine.ranges[spec.name].opt for spec in engine.inputs}
+    shapes = {spec: engine.profiles[0][spec.name].opt for spec in engine.inputs}
     return {spec.name: torch.randn(opt).to(device, getattr(torch, spec.dtype)) for spec, opt in shapes.items()}

@@ -20,7 +20,7 @@ from deploynorm.trt import (
 from deploynorm.trt.engine import Engine, FrnRecord
 from deploynorm.trt.errors import explain
 from deploynorm.trt.importing import tensor_spec
-from deploynorm.trt.layers import Layer, layers_of_inspector, layers_of_log, types_of_products
+from deploynorm.trt.layers import Layer, layers_of_inspector, layers_of_log, profiles_listed, types_of_products
 from deploynorm.trt.manifest import origin
 from deploynorm.trt.model import TensorRTModel
 from deploynorm.trt.settings import HARDWARE_COMPATIBILITY, Settings, Way
@@ -70,11 +70,14 @@ def build_way(trt: TensorRT, model: TensorRTModel, way: Way, settings: Settings,
         fix = "please report it, with the file and the version of TensorRT"
         raise ModelError(model.file.where, problem, got=", ".join(wrong[:3]), fix=fix)
     taken = [layer for layer in layers if layer.plugin]
-    if way == "plugin" and layers and len(taken) < expected:
+    times = profiles_listed(layers)
+    if way == "plugin" and layers and len(taken) < expected * times:
         problem = f"{trt.name} did not keep the plugin for every FRN layer"
-        raise ModelError(model.file.where, problem, got=len(taken), expected=expected, fix="build with --frn native")
+        raise ModelError(
+            model.file.where, problem, got=len(taken), expected=expected * times, fix="build with --frn native"
+        )
     ours = [layer for layer in taken if set(layer.nodes) & set(model.frn)]
-    plugin_layers = len(ours or taken) if way == "plugin" else 0
+    plugin_layers = len(ours or taken) // times if way == "plugin" else 0
     # Of a product that the layers do not tell of, what the graph says; TensorRT gives no layers, no type at all.
     precisions = {types.get(node, product.dtype) for node, product in model.products.items()}
     return Engine(
@@ -83,7 +86,7 @@ def build_way(trt: TensorRT, model: TensorRTModel, way: Way, settings: Settings,
         version=trt.version,
         compute_capabilities=settings.targets,
         inputs=model.file.inputs,
-        ranges=settings.ranges,
+        profiles=tuple(settings.profiles),
         outputs=outputs,
         frn=FrnRecord(len(model.frn), way if model.frn else None, plugin_layers, reason),
         layers=layers,
@@ -92,6 +95,7 @@ def build_way(trt: TensorRT, model: TensorRTModel, way: Way, settings: Settings,
         products=len(model.products),
         tf32=settings.tf32,
         hardware_compatible=settings.hardware_compatible,
+        version_compatible=settings.version_compatible,
         embedded=tuple(path.name for path in loaded) if settings.embed_plugin else (),
         timing_cache=None if cache is None else bytes(cache.serialize()),
         notes=notes,
@@ -156,10 +160,10 @@ def _config(trt: TensorRT, builder: Any, model: TensorRTModel, settings: Setting
         for index, name in enumerate(names):
             config.set_compute_capability(getattr(module.ComputeCapability, name), index)
     free = [spec.name for spec in model.file.inputs if any(isinstance(size, str) for size in spec.shape)]
-    if free:
+    for ranges in settings.profiles if free else ():
         profile = builder.create_optimization_profile()
         for name in free:
-            profile.set_shape(name, *settings.ranges[name])
+            profile.set_shape(name, *ranges[name])
         config.add_optimization_profile(profile)
     return config
 

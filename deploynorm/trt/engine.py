@@ -16,7 +16,7 @@ from deploynorm.tables import table
 from deploynorm.trt.importing import Flavour
 from deploynorm.trt.layers import Layer, layer_counts
 from deploynorm.trt.manifest import manifest_path
-from deploynorm.trt.settings import Range, Way
+from deploynorm.trt.settings import Profile, Way
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class FrnRecord:
 
     nodes: int  # how many the graph has
     way: Way | None  # theirs; None where there are no FRN layers
-    plugin_layers: int  # how many layers of the engine are our plugin
+    plugin_layers: int  # how many layers of each profile are our plugin
     reason: str  # why this way
     passes: Mapping[Way, int] = field(default_factory=dict)
     """Of each way that was built: how many layers of the engine write a tensor to memory."""
@@ -43,16 +43,17 @@ class Engine:
         version: Of that.
         compute_capabilities: Of the GPUs that it runs on.
         inputs: Names, shapes (a dynamic axis by its name) and dtypes.
-        ranges: The shapes that each input may have.
+        profiles: The shapes that each input may have, by optimization profile; all of one call are of one profile.
         outputs: As inputs; TensorRT has no names for dynamic axes.
         frn: See FrnRecord.
-        layers: As TensorRT lists them.
+        layers: As TensorRT lists them, for one profile after the other.
         precision: Type of the convolutions and matrix products, as the engine's own layers say: int8 or float8 of
             quantized ones; "mixed" where it is not one; None where TensorRT did not say.
         verified_products: How many of them were found in the layers.
         products: How many the graph has.
         tf32: Whether float32 products may be rounded to TF32.
         hardware_compatible: The GPUs besides those that it runs on; see `build`.
+        version_compatible: Whether later versions of TensorRT run it, and its lean and dispatch runtimes.
         embedded: Names of the plugin libraries inside the plan.
         timing_cache: To be given to the next build; None for TensorRT-RTX, which times nothing.
         notes: What the build had to say.
@@ -65,7 +66,7 @@ class Engine:
     version: str
     compute_capabilities: tuple[str, ...]
     inputs: tuple[TensorSpec, ...]
-    ranges: Mapping[str, Range]
+    profiles: tuple[Profile, ...]
     outputs: tuple[TensorSpec, ...]
     frn: FrnRecord
     layers: tuple[Layer, ...] = field(repr=False)
@@ -74,6 +75,7 @@ class Engine:
     products: int
     tf32: bool
     hardware_compatible: str | None = None
+    version_compatible: bool = False
     embedded: tuple[str, ...] = ()
     timing_cache: bytes | None = field(default=None, repr=False)
     notes: tuple[str, ...] = ()
@@ -95,10 +97,14 @@ class Engine:
 
     def tables(self, verbose: bool = False) -> str:
         """What the engine is for, its shapes, and its layers by kind; if verbose, each layer too."""
-        shapes = ((x.name, x.dtype, *map(shape_text, (x.shape, *self.ranges[x.name]))) for x in self.inputs)
+        shapes = [
+            (str(number), x.name, x.dtype, *map(shape_text, (x.shape, *ranges[x.name])))
+            for number, ranges in enumerate(self.profiles)
+            for x in self.inputs
+        ]
         parts = [
             table("Engine", ("", ""), self._facts()),
-            table("Shapes", ("input", "type", "in the graph", "min", "opt", "max"), shapes),
+            table("Shapes", ("profile", "input", "type", "in the graph", "min", "opt", "max"), shapes),
             table("Layers", ("kind", "types", "count"), layer_counts(self.layers)),
         ]
         if verbose:
@@ -111,8 +117,9 @@ class Engine:
         precision = self.precision or "not reported by TensorRT"
         if self.precision is not None:
             precision += f" ({self.verified_products} of {self.products} products checked)"
+        later = " and later" if self.version_compatible else ""
         rows = [
-            ("for", f"{self.backend} {self.version}, compute capability {', '.join(self.compute_capabilities)}"),
+            ("for", f"{self.backend} {self.version}{later}, compute capability {', '.join(self.compute_capabilities)}"),
             ("type", precision + (", with TF32" if self.tf32 and self.precision == "float32" else "")),
             ("size", f"{len(self.plan) / 2**20:.1f} MiB"),
         ]
@@ -157,16 +164,17 @@ class Engine:
             "version": self.version,
             "compute_capabilities": list(self.compute_capabilities),
             "hardware_compatible": self.hardware_compatible,
+            "version_compatible": self.version_compatible,
             "precision": self.precision,
             "verified_products": self.verified_products,
             "products": self.products,
             "tf32": self.tf32,
             "embedded_plugins": list(self.embedded),
             "notes": list(self.notes),
-            "inputs": [
-                {"name": x.name, "dtype": x.dtype, "shape": list(x.shape)}
-                | {key: list(shape) for key, shape in self.ranges[x.name]._asdict().items()}
-                for x in self.inputs
+            "inputs": [{"name": x.name, "dtype": x.dtype, "shape": list(x.shape)} for x in self.inputs],
+            "profiles": [
+                {name: {key: list(shape) for key, shape in each._asdict().items()} for name, each in ranges.items()}
+                for ranges in self.profiles
             ],
             "outputs": [{"name": x.name, "dtype": x.dtype, "shape": list(x.shape)} for x in self.outputs],
             "frn": {

@@ -136,6 +136,12 @@ def _number_types(layer: Layer) -> set[str]:
     return {tensor.dtype for tensor in layer.inputs} & {"float32", "float16", "bfloat16", "float8", "int8"}
 
 
+def profiles_listed(layers: Iterable[Layer]) -> int:
+    """For how many optimization profiles the layers are listed: from the second on names bear the profile's number."""
+    names = (name for layer in layers for name in (layer.name, *(x.name for x in (*layer.inputs, *layer.outputs))))
+    return 1 + max((int(number) for name in names for number in re.findall(r" \[profile (\d+)\]", name)), default=0)
+
+
 def layer_counts(layers: Iterable[Layer]) -> list[tuple[str, str, int]]:
     """Kind, types and number of the layers, the most frequent first."""
     counts = Counter((layer.kind, ", ".join(layer.dtypes) or "-") for layer in layers)

@@ -49,6 +49,7 @@ _ENGINE: Final = {
     "version": str,
     "compute_capabilities": [str],
     "hardware_compatible": _TEXT_OR_NONE,
+    "version_compatible": bool,
     "precision": _TEXT_OR_NONE,
     "embedded_plugins": [str],
     "inputs": [_TENSOR],
@@ -86,7 +87,9 @@ def _misfit(value: object, form: Any, name: str) -> str | None:
     elif isinstance(form, dict) and isinstance(value, dict):
         parts = [(value.get(key), each, f"{name}.{key}") for key, each in form.items()]
     else:
-        fits = not isinstance(form, list | dict) and isinstance(value, form) and not isinstance(value, bool)
+        fits = (
+            not isinstance(form, list | dict) and isinstance(value, form) and isinstance(value, bool) == (form is bool)
+        )
         return None if fits else name
     return next((wrong for part in parts if (wrong := _misfit(*part)) is not None), None)
 

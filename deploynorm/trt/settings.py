@@ -24,12 +24,23 @@ class Range(NamedTuple):
     opt: Shape
     max: Shape
 
+    def holds(self, shape: Shape) -> bool:
+        low, _, high = self
+        return len(low) == len(shape) and all(a <= b <= c for a, b, c in zip(low, shape, high, strict=True))
+
+
+Profile = Mapping[str, Range]
+"""An optimization profile: the range of each input."""
+
+Shapes = Mapping[str, Shape] | Sequence[Mapping[str, Shape]]
+"""A shape by input; several of these for as many profiles."""
+
 
 @dataclass(frozen=True)
 class Settings:
     """What a build was asked for, less the model."""
 
-    ranges: Mapping[str, Range]
+    profiles: Sequence[Profile]
     targets: tuple[str, ...]
     named_targets: bool
     tf32: bool
@@ -40,6 +51,32 @@ class Settings:
     version_compatible: bool
     hardware_compatible: str | None
     optimization_level: int | None
+
+
+def profiles(specs: Sequence[TensorSpec], *, minimum: Shapes, optimum: Shapes, maximum: Shapes) -> tuple[Profile, ...]:
+    """The optimization profiles of an engine; see `ranges` for what may be left out of each.
+
+    Raises:
+        InputError: As `ranges` has it; or one of the three is given for another number of profiles than the others,
+            or two profiles are the same.
+    """
+    given = {"min": minimum, "opt": optimum, "max": maximum}
+    listed = {option: [shapes] if isinstance(shapes, Mapping) else [*shapes] for option, shapes in given.items()}
+    count = max(1, *map(len, listed.values()))
+    for option, each in listed.items():
+        if each in ([], [{}]):
+            listed[option] = [{}] * count
+        elif len(each) != count:
+            fix = "give it for each profile, or for none"
+            problem = "is given for another number of profiles"
+            raise InputError(f"--{option}-shapes", problem, got=len(each), expected=count, fix=fix)
+    found: list[Profile] = []
+    for low, best, high in zip(*listed.values(), strict=True):
+        profile = ranges(specs, minimum=low, optimum=best, maximum=high)
+        if profile in found:
+            raise InputError("build", "two optimization profiles are the same", fix="leave one out")
+        found.append(profile)
+    return tuple(found)
 
 
 def ranges(

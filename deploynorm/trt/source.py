@@ -10,7 +10,7 @@ from typing import Any, Final, Literal
 from deploynorm.dtypes import HALF
 from deploynorm.errors import BackendError, InputError, ModelError
 from deploynorm.inputs import TensorSpec
-from deploynorm.trt import FLAVOURS, Flavour, TensorRT
+from deploynorm.trt import BUILDERS, RUNTIMES, Flavour, TensorRT
 from deploynorm.trt.engine import Engine
 from deploynorm.trt.manifest import facts_of
 
@@ -27,6 +27,11 @@ def holds_library(plan: bytes) -> bool:
             return True
         at = plan.find(b"\x7fELF", at + 1)
     return False
+
+
+def _major(version: str | None) -> int | None:
+    major = str(version).partition(".")[0]
+    return int(major) if major.isdecimal() else None
 
 
 @dataclass(frozen=True)
@@ -52,9 +57,16 @@ class EngineSource:
         return cls(str(path), plan, facts_of(path, plan))
 
     @property
-    def backend(self) -> Flavour | Literal["auto"]:
-        named = self.known.get("backend")
-        return next((flavour for flavour in FLAVOURS if flavour == named), "auto")
+    def backends(self) -> tuple[Flavour, ...]:
+        """Those that may run it, the best first."""
+        named = next((flavour for flavour in BUILDERS if flavour == self.known.get("backend")), None)
+        if named == "tensorrt" and self.version_compatible:
+            return (named, *RUNTIMES)
+        return BUILDERS if named is None else (named,)
+
+    @property
+    def version_compatible(self) -> bool:
+        return bool(self.known.get("version_compatible"))
 
     @property
     def needs_plugin(self) -> bool:
@@ -73,11 +85,17 @@ class EngineSource:
             raise InputError(self.where, problem, fix=fix)
 
     def check_version(self, trt: TensorRT) -> None:
+        """BackendError for an engine that this TensorRT does not run, as far as the manifest tells."""
         flavour, version = self.known.get("backend"), self.known.get("version")
-        major = None if version is None else str(version).partition(".")[0]
-        if flavour not in (None, trt.flavour) or major not in (None, trt.version.partition(".")[0]):
-            got, expected = f"{flavour} {version}", f"{trt.flavour} {trt.version}, as installed here"
-            fix = "build it here: deploynorm build MODEL.onnx"
+        got, expected = f"{flavour} {version}", f"{trt.flavour} {trt.version}, as installed here"
+        fix = "build it here: deploynorm build MODEL.onnx"
+        if self.known and trt.flavour in RUNTIMES and not self.version_compatible:
+            problem = f"is not version compatible, and {trt.name} runs no other engines"
+            raise BackendError(self.where, problem, got=got, fix="build it with --version-compatible")
+        runs = "tensorrt" if trt.flavour in RUNTIMES else trt.flavour
+        built, here = _major(version), _major(trt.version)
+        later = self.version_compatible and None not in (built, here) and built < here
+        if flavour not in (None, runs) or not (built in (None, here) or later):
             raise BackendError(self.where, "was built with another TensorRT", got=got, expected=expected, fix=fix)
 
     def check_gpu(self, here: str | None) -> None:

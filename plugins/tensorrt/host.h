@@ -19,6 +19,7 @@ struct Host {
 constexpr Host kHosts[] = {
     {"libnvinfer.so", "TensorRT", false},
     {"libnvinfer_lean.so", "TensorRT's lean runtime", false},
+    {"libnvinfer_dispatch.so", "TensorRT's dispatch runtime", false},
     {"libtensorrt_rtx.so", "TensorRT-RTX", true},
 };
 constexpr int kHostCount = sizeof kHosts / sizeof kHosts[0];

@@ -50,7 +50,8 @@ def test_an_engine_and_its_manifest_are_written_without_a_gpu(
     result = rtx(
         exported, "--compute-capability", "8.9", "--compute-capability", "12.0", "--frn", "plugin",
         "--plugins", library,
-        "--min-shapes", "x:1x16x12x12", "--max-shapes", "x:[8,16,24,24]", "--json", "record.json", "-v",
+        "--min-shapes", "x:1x16x12x12", "--max-shapes", "x:[8,16,24,24]",
+        "--min-shapes", "x:9x16x12x12", "--max-shapes", "x:[32,16,12,12]", "--json", "record.json", "-v",
     )  # fmt: skip
     assert {path.name for path in tmp_path.iterdir()} - present == {"net.engine", "net.engine.json", "record.json"}
     manifest = json.loads(Path("net.engine.json").read_text())
@@ -59,8 +60,9 @@ def test_an_engine_and_its_manifest_are_written_without_a_gpu(
     assert (engine["file"], engine["sha256"]) == ("net.engine", sha256(Path("net.engine")))
     assert (engine["backend"], engine["compute_capabilities"]) == ("tensorrt-rtx", ["8.9", "12.0"])
     assert (engine["precision"], engine["frn"]["way"], engine["frn"]["plugin_layers"]) == ("float32", "plugin", 1)
-    x = engine["inputs"][0]
-    assert (x["shape"], x["min"], x["max"]) == (["N", 16, "H", "W"], [1, 16, 12, 12], [8, 16, 24, 24])
+    assert engine["inputs"][0]["shape"] == ["N", 16, "H", "W"]
+    shapes = [(profile["x"]["min"], profile["x"]["max"]) for profile in engine["profiles"]]
+    assert shapes == [([1, 16, 12, 12], [8, 16, 24, 24]), ([9, 16, 12, 12], [32, 16, 12, 12])]
     assert manifest["onnx"] == {"file": "net.onnx", "sha256": sha256(exported), "external_data": None}
     assert manifest["plugin_libraries"] == [{"file": library.name, "sha256": sha256(library)}]
     assert manifest["versions"]["tensorrt-rtx"] == engine["version"]
@@ -85,7 +87,7 @@ def test_without_shapes_the_image_that_the_file_names_is_taken(
     command = [sys.executable, "-m", "deploynorm", *map(str, words), "--backend", "tensorrt-rtx"]
     result = subprocess.run(command, capture_output=True, text=True)
     assert (result.returncode, result.stdout) == (0, ""), result.stderr
-    x = json.loads(Path("image.engine.json").read_text())["engine"]["inputs"][0]
+    x = json.loads(Path("image.engine.json").read_text())["engine"]["profiles"][0]["x"]
     assert x["min"] == x["opt"] == x["max"] == [1, 16, 12, 12]
     inspected = deploynorm("inspect", "image.engine").out
     for text in ("tensorrt-rtx", "8.6", "x: float32 (N, 16, H, W)", "Layers"):

@@ -119,10 +119,41 @@ def test_an_output_whose_size_depends_on_values_is_allocated_when_it_is_known() 
         for rows in (2, 4, 0):
             x = images(rows, 3)
             np.testing.assert_array_equal(runner.infer({"x": x})["y"], 2 * x)
-        assert len(runner._context.kept) == 1  # or every output ever made would stay in memory
-        assert [output._memory for output in runner._waiting.values()] == [None]
+        assert len(runner._contexts[0].context.kept) == 1  # or every output ever made would stay in memory
+        assert [output._memory for output in runner._contexts[0].waiting.values()] == [None]
     with TensorRTRunner(engine, cuda_graphs=True) as runner, pytest.raises(InputError, match="cuda_graphs=False"):
         runner.infer({"x": images(2, 3)})
+
+
+BIG = ((8, 3, 64, 64), (8, 3, 64, 64), (8, 3, 96, 96))
+MORE = ((1, 3, 8, 8), (3, 3, 8, 8), (8, 3, 64, 64))
+PROFILES = plan({"x": IMAGES}, {"y": "x"}, more_profiles=[{"x": BIG}, {"x": MORE}])
+
+
+@pytest.mark.parametrize("cuda_graphs", [False, True])
+def test_a_run_takes_the_profile_that_is_tuned_for_its_shapes_else_the_first_that_holds_them(cuda_graphs: bool) -> None:
+    wanted = {IMAGES[0]: 0, BIG[1]: 1, BIG[2]: 1, MORE[1]: 2, (5, 3, 8, 8): 2, IMAGES[2]: 0}
+    with TensorRTRunner(PROFILES, cuda_graphs=cuda_graphs) as runner:
+        assert runner.inputs == (TensorSpec("x", ("?", 3, "?", "?"), "float32"),)
+        taken = []
+        for shape in (*wanted, *wanted):
+            x = torch.from_numpy(images(*shape))
+            torch.testing.assert_close(runner.run({"x": x})["y"], 2 * x, rtol=0, atol=0)
+            made = [each.context for each in runner._captured.values()] if cuda_graphs else runner._contexts.values()
+            taken += [each.context.profile for each in made if each.context.shapes["x"] == shape]
+        assert taken == [*wanted.values()] * 2
+        assert runner._engine.contexts == (1 + len(wanted) if cuda_graphs else 3)
+        message = r"input 'x': is outside .* Got \(9, 3, 8, 8\); expected .* or \(8, 3, 64, 64\) to \(8, 3, 96, 96\) or"
+        with pytest.raises(InputError, match=message):
+            runner.run({"x": torch.zeros(9, 3, 8, 8)})
+
+
+def test_shapes_that_no_profile_holds_together_are_refused() -> None:
+    profiles = [{"a": ((rows, 2),) * 3, "b": ((rows,),) * 3} for rows in (1, 2)]
+    with TensorRTRunner(plan(profiles[0], {"y": "a"}, more_profiles=profiles[1:])) as runner:
+        assert runner.infer({"a": images(2, 2), "b": images(2)})["y"].shape == (2, 2)
+        with pytest.raises(InputError, match=r"no profile holds all of them. Got {'a': \(1, 2\), 'b': \(2,\)}"):
+            runner.infer({"a": images(1, 2), "b": images(2)})
 
 
 def test_several_inputs_and_outputs_keep_their_names_and_order() -> None:
@@ -257,6 +288,12 @@ MANIFESTS: dict[str, tuple[dict[str, object], type[DeployNormError], str]] = {
         BackendError,
         "was built with another TensorRT. Got tensorrt 10.9.0; expected tensorrt 11.4.0, as installed here",
     ),
+    "a later major version": (
+        {"version": "12.0.0", "version_compatible": True},
+        BackendError,
+        "was built with another TensorRT. Got tensorrt 12.0.0; expected tensorrt 11.4.0, as installed here",
+    ),
+    "a flag that is none": ({"version_compatible": "yes"}, ModelError, "is damaged: version_compatible of the engine"),
     "another GPU": (
         {"compute_capabilities": ["8.6", "8.9"]},
         BackendError,
@@ -288,6 +325,26 @@ def test_the_manifest_tells_of_a_misfit_before_tensorrt_does(
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
     with pytest.raises(kind, match=message):
         TensorRTRunner(_with_manifest(tmp_path / "model.engine", **facts))
+
+
+@pytest.mark.parametrize("module", ["tensorrt", "tensorrt_lean", "tensorrt_dispatch_bindings"])
+def test_a_version_compatible_engine_runs_in_a_later_tensorrt_and_in_its_runtimes(
+    module: str, fake: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("tensorrt", module):
+        monkeypatch.setitem(sys.modules, name, fake if name == module else None)
+    path = _with_manifest(tmp_path / "model.engine", version="10.9.0", version_compatible=True)
+    with TensorRTRunner(path) as runner:
+        assert runner.name.startswith(module.removesuffix("_bindings").replace("_", "-"))
+        assert runner.infer({"x": images(*IMAGES[0])})["y"].shape == IMAGES[0]
+    path = _with_manifest(tmp_path / "model.engine", version="11.4.0", version_compatible=False)
+    if module == "tensorrt":
+        TensorRTRunner(path).close()
+    else:
+        with pytest.raises(
+            BackendError, match=r"is not version compatible, and .* runtime 11.* no other engines.*Fix: build"
+        ):
+            TensorRTRunner(path, backend=module.removesuffix("_bindings").replace("_", "-"))
 
 
 def test_a_pipe_or_a_folder_is_no_plugin_library(tmp_path: Path) -> None:
@@ -374,7 +431,7 @@ def built(name: str) -> Engine:
         version="11.4.0",
         compute_capabilities=("9.0",),
         inputs=(TensorSpec(name, ("N", 3), "float32"),),
-        ranges={name: shapes},
+        profiles=({name: shapes},),
         outputs=(TensorSpec("y", ("?", 3), "float32"),),
         frn=FrnRecord(0, None, 0, ""),
         layers=(),

@@ -14,6 +14,7 @@ from deploynorm.trt.layers import (
     layer_counts,
     layers_of_inspector,
     layers_of_log,
+    profiles_listed,
     types_of_products,
 )
 
@@ -64,6 +65,12 @@ def test_the_log_of_a_build_is_read() -> None:
     assert found[3].dtypes == ("float16", "float32", "bfloat16")
     assert found[3].nodes == ("frn0", "relu0")
     assert layer_counts(found)[0] == ("shape_call", "-", 1)
+
+
+def test_layers_of_a_second_profile_bear_its_number() -> None:
+    assert profiles_listed(layers_of_log([Message("VERBOSE", LOG)])) == profiles_listed([]) == 1
+    second = LOG.replace("Name: x,", "Name: x [profile 1],")
+    assert profiles_listed(layers_of_log([Message("VERBOSE", second)])) == 2
 
 
 def test_a_log_without_layers_has_none() -> None:

@@ -40,7 +40,7 @@ def engine(tmp_path: Path) -> Path:
         version="11.4.0",
         compute_capabilities=("9.0",),
         inputs=(TensorSpec("x", ("N", 3, 8, 8), "float32"),),
-        ranges={"x": Range(shape, shape, shape)},
+        profiles=({"x": Range(shape, shape, shape)},),
         outputs=(TensorSpec("y", ("?", 2), "float32"),),
         frn=FrnRecord(1, "plugin", 1, "as asked for"),
         layers=(Layer("conv", "convolution", (), (), ()),),

@@ -93,7 +93,8 @@ def test_the_shipped_network_is_built(
     assert (frn["nodes"], frn["way"], frn["plugin_layers"]) == (21, way, 21 if way == "plugin" else 0)
     assert facts["compute_capabilities"] == [card]
     assert (facts["precision"], facts["verified_products"], facts["products"]) == (dtype, 22, 22)
-    assert (facts["inputs"][0]["min"], facts["inputs"][0]["max"]) == ([1, 1, 28, 28], [16, 1, 56, 56])
+    [profile] = facts["profiles"]
+    assert (profile["x"]["min"], profile["x"]["max"]) == ([1, 1, 28, 28], [16, 1, 56, 56])
     if way == "native":
         assert not any(layer["plugin"] for layer in built.layers)
     elif dtype != "bfloat16":  # for which RTX has no channels-last layout
@@ -127,6 +128,16 @@ def test_one_engine_serves_several_cards_and_holds_the_plugin(shipped: Callable[
     assert lean.facts["embedded_plugins"] == []
     assert whole.facts["embedded_plugins"] == [library.name]
     assert whole.size - lean.size >= library.stat().st_size
+
+
+def test_an_engine_of_two_profiles_is_built(tmp_path: Path, plugin: list[Path]) -> None:
+    path = saved(conv_frn_conv("float16", FREE), tmp_path)
+    small, large = (1, 64, 28, 28), (8, 64, 112, 112)
+    options: dict[str, Any] = {"compute_capabilities": ["8.9"], "frn": "plugin", "plugins": plugin}
+    built = build_rtx(path, opt_shapes=[{"": small}, {"": large}], **options)
+    assert built.error == "", built.message
+    assert [profile["x"]["opt"] for profile in built.facts["profiles"]] == [[*small], [*large]]
+    assert (built.facts["precision"], built.facts["frn"]["plugin_layers"]) == ("float16", 1)
 
 
 @pytest.mark.parametrize("way", ["native", "plugin"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,7 +17,17 @@ from rtx_builds import plugin_library
 
 from deploynorm import libraries
 from deploynorm.errors import BackendError, InputError
-from deploynorm.trt import TensorRT, has_plugin, import_tensorrt, listen, load_library, load_plugin, logger
+from deploynorm.trt import (
+    FLAVOURS,
+    RUNTIMES,
+    TensorRT,
+    has_plugin,
+    import_tensorrt,
+    listen,
+    load_library,
+    load_plugin,
+    logger,
+)
 
 
 @pytest.fixture
@@ -24,7 +35,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """install(tensorrt="11.4.0") makes that the TensorRT of this machine, and what is not named not installed."""
 
     def install(**versions: str) -> None:
-        for name in ("tensorrt", "tensorrt_rtx"):
+        for name in (module for package in FLAVOURS.values() for module in package.modules):
             module = fake_tensorrt(versions[name], name=name) if name in versions else None
             monkeypatch.setitem(sys.modules, name, module)
         monkeypatch.setattr("deploynorm.trt.importing._LOGGERS", {})
@@ -45,6 +56,21 @@ def test_tensorrt_is_taken_where_both_are(install: Callable[..., None]) -> None:
     assert import_tensorrt("tensorrt-rtx").name == "TensorRT-RTX 1.7.1"
     install(tensorrt_rtx="1.7.1")
     assert (import_tensorrt().flavour, import_tensorrt().rtx) == ("tensorrt-rtx", True)
+
+
+def test_a_runtime_is_taken_where_tensorrt_is_not_and_it_will_do(install: Callable[..., None]) -> None:
+    install(tensorrt_lean_bindings="10.16.1", tensorrt_dispatch="11.4.0")
+    assert import_tensorrt("tensorrt", *RUNTIMES).name == "TensorRT's lean runtime 10.16.1"
+    assert import_tensorrt("tensorrt-dispatch").name == "TensorRT's dispatch runtime 11.4.0"
+    with pytest.raises(BackendError, match="cannot be imported"):  # for a build it will not do
+        import_tensorrt()
+    install(tensorrt="11.4.0", tensorrt_lean="10.16.1")
+    assert import_tensorrt("tensorrt", *RUNTIMES).flavour == "tensorrt"
+    install()
+    with pytest.raises(
+        BackendError, match="Fix: pip install tensorrt or, for version-compatible engines, pip install t"
+    ):
+        import_tensorrt("tensorrt", *RUNTIMES)
 
 
 def test_what_is_missing_is_reported_with_how_to_get_it(install: Callable[..., None]) -> None:
@@ -161,10 +187,11 @@ RUNTIME_NAMES = {
     "Runtime": "deserialize_cuda_engine engine_host_code_allowed",
     "ICudaEngine": """
         create_execution_context create_engine_inspector num_io_tensors get_tensor_name get_tensor_shape
-        get_tensor_dtype get_tensor_mode get_tensor_location get_tensor_profile_shape
+        get_tensor_dtype get_tensor_mode get_tensor_location get_tensor_profile_shape num_optimization_profiles
     """,
     "IExecutionContext": """
         set_input_shape set_tensor_address set_output_allocator infer_shapes get_tensor_shape execute_async_v3
+        set_optimization_profile_async
     """,
     "IPluginRegistry": "get_creator load_library",
     "IOutputAllocator": "",
@@ -216,7 +243,39 @@ def test_every_name_that_running_needs_is_in_tensorrt_10_and_11(require: Callabl
     require("trt-lean")
     versions = set()
     for folder in map(Path, os.environ["TENSORRT_LEAN_DIRS"].split(os.pathsep)):
-        program = MISSING.format(module="tensorrt_lean_bindings", names=RUNTIME_NAMES)
-        assert in_a_process(program, folder) == []
-        versions.add(in_a_process("import tensorrt_lean_bindings as t; print(t.__version__.split('.')[0])", folder))
-    assert versions == {10, 11}
+        for flavour, package in ((name, FLAVOURS[name]) for name in RUNTIMES):
+            if (folder / package.modules[-1]).is_dir():
+                program = MISSING.format(module=package.modules[-1], names=RUNTIME_NAMES)
+                assert in_a_process(program, folder) == []
+                found = f"__import__('deploynorm.trt').trt.import_tensorrt({flavour!r}).version.partition('.')[0]"
+                versions.add((flavour, in_a_process(f"print({found})", folder)))
+    assert versions >= {("tensorrt-lean", 10), ("tensorrt-lean", 11)}
+
+
+def test_a_version_compatible_engine_of_tensorrt_10_gets_as_far_as_the_gpu_in_the_lean_runtime_of_11(
+    require: Callable[[str], None], tmp_path: Path
+) -> None:
+    require("trt-lean")
+    for name, compatible in (("new", True), ("old", False)):
+        (tmp_path / f"{name}.engine").write_bytes(b"a plan")
+        record = {"engine": {"backend": "tensorrt", "version": "10.9.0", "version_compatible": compatible}}
+        (tmp_path / f"{name}.engine.json").write_text(json.dumps(record))
+    program = f"""
+import json, sys
+sys.modules["tensorrt"] = None
+from deploynorm.errors import BackendError
+from deploynorm.run.tensorrt import TensorRTRunner
+said = []
+for name, options in (("new", {{}}), ("old", {{}}), ("old", {{"backend": "tensorrt-lean"}})):
+    try:
+        TensorRTRunner(f"{tmp_path}/{{name}}.engine", device="cuda:99", **options)
+    except BackendError as error:
+        said.append(error.problem)
+print(json.dumps(said))
+"""
+    gpu, no_tensorrt, not_compatible = in_a_process(program, Path(os.environ["TENSORRT_LEAN_DIRS"].split(":")[-1]))
+    assert "CUDA" in gpu
+    assert "cannot be imported" in no_tensorrt
+    assert re.fullmatch(
+        r"is not version compatible, and TensorRT's lean runtime 11\S+ runs no other engines", not_compatible
+    )
