@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import re
 import shlex
 import subprocess
@@ -15,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from deploynorm import libraries
 from deploynorm.cli import _parser, main
 from deploynorm.models.training.options import build_parser
 
@@ -23,7 +25,7 @@ FOLDERS = ("README.md", "docs/*.md", "models/README.md", "benchmarks/README.md",
 PAGES = [str(path.relative_to(ROOT)) for pattern in FOLDERS for path in sorted(ROOT.glob(pattern))]
 
 _TRAINING = ["-m", "deploynorm.models.train"]
-_TYPED = ("pytest", "mypy", "ruff", "git", "cd", "cmake", "trtexec", "polygraphy", "nvidia-smi")
+_TYPED = ("pytest", "mypy", "ruff", "git", "cd", "cmake", "g++", "trtexec", "tritonserver", "polygraphy", "nvidia-smi")
 """Programs of others, whose arguments are not checked."""
 
 
@@ -108,6 +110,8 @@ class Reader:
         with contextlib.redirect_stdout(printed):
             if block.language == "python":
                 self._run_python(block)
+            elif block.language == "cpp" and "file" in block.marks:
+                self._compile(block)
             elif block.language == "bash":
                 for words in block.commands():
                     self._run_command(words, block)
@@ -120,6 +124,14 @@ class Reader:
             Path(block.marks["file"]).write_text(block.text, encoding="utf-8")
         elif "not run" not in block.marks:
             exec(code, self.namespace)
+
+    def _compile(self, block: Block) -> None:
+        """To an object file alone: what it links is not here."""
+        Path(block.marks["file"]).write_text(block.text, encoding="utf-8")
+        headers = ["-isystem", os.environ["TENSORRT_INCLUDE_DIR"]]
+        words = [str(libraries.find_cuda().nvcc), "-std=c++17", "-Xcompiler=-Wall,-Wextra,-Werror", *headers]
+        done = subprocess.run([*words, "-c", block.marks["file"]], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
 
     def _run_command(self, words: list[str], block: Block) -> None:
         program, *arguments = words

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from foreign import ForeignKernel
 from kernels import Kernel
 
 from deploynorm.libraries import library_path
@@ -19,5 +21,15 @@ def library(require: Callable[[str], None]) -> Path:
 
 
 @pytest.fixture(scope="session")
-def kernel(library: Path) -> Kernel:
-    return Kernel(library)
+def foreign() -> Iterator[Kernel | None]:
+    """The kernels of both passes for another processor, where .ci/aarch64 says how to run them."""
+    command = os.environ.get("DEPLOYNORM_FOREIGN_KERNELS")
+    kernel = ForeignKernel(command) if command else None
+    yield kernel
+    if kernel is not None:
+        kernel.close()
+
+
+@pytest.fixture(scope="session")
+def kernel(library: Path, foreign: Kernel | None) -> Kernel:
+    return foreign or Kernel(library)

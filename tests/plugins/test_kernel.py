@@ -437,9 +437,9 @@ SHAPES = (
 
 
 @pytest.fixture(scope="session")
-def training(require: Callable[[str], None]) -> Kernel:
+def training(require: Callable[[str], None], foreign: Kernel | None) -> Kernel:
     require("native")
-    return Kernel(library_path(TORCH_LIBRARY))
+    return foreign or Kernel(library_path(TORCH_LIBRARY))
 
 
 def check_gradients(training: Kernel, case: NormCase, block: int, **how: object) -> Gradients:
