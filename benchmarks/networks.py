@@ -101,9 +101,15 @@ def make_network(network: str, norm: str) -> tuple[nn.Module, Tensor]:
 
 
 def export_network(
-    network: str, norm: str, path: Path, lowering: Lowering = "custom", dtype: torch.dtype | None = None
+    network: str,
+    norm: str,
+    path: Path,
+    lowering: Lowering = "custom",
+    dtype: torch.dtype | None = None,
+    *,
+    residual: bool = True,
 ) -> None:
     """Folds and exports a network of random weights with dynamic batch and static height and width."""
     model, x = make_network(network, norm)
     folded, _ = fold(model, (x,), dynamic="batch")
-    export(folded, (x,), dynamic="batch", lowering=lowering, dtype=dtype).save(path)
+    export(folded, (x,), dynamic="batch", lowering=lowering, dtype=dtype, residual=residual).save(path)

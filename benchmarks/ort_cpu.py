@@ -6,7 +6,8 @@ Two tables and one picture. The operator: our kernel, and stock ONNX Runtime on 
 on RMSNormalization (opset 23) and on Pow and Div as in the paper. They are compared with a Relu, which is what remains
 of folded BatchNorm and ReLU; with an Identity, a memcpy on one thread plus the cost of a call of a session; and with
 memcpy of as many bytes on as many threads, which do not wait for each other. The networks: FRN as exported, stock and
-with the library, and rewritten for this machine; MABN folded; all compared with folded BatchNorm and ReLU.
+with the library (with and without the residual form), and rewritten for this machine; MABN folded; all compared with
+folded BatchNorm and ReLU.
 
 All variants of a row take turns in every round, in another order each time; figures are medians of the rounds. Buffers
 are aligned as ONNX Runtime aligns its own. Sessions do not spin between runs, so that no session uses another's core.
@@ -180,17 +181,19 @@ def measure_operator(shape: tuple[int, ...], threads: int, rounds: int) -> dict[
 def measure_network(network: str, batch: int, threads: int, rounds: int, folder: Path) -> dict[str, float]:
     builds, size = NETWORKS[network]
     files = {norm: folder / f"{network}-{norm}.onnx" for norm in builds}
-    files["rmsnorm"], files["rewritten"] = folder / f"{network}-rmsnorm.onnx", folder / f"{network}-rewritten.onnx"
+    files |= {way: folder / f"{network}-{way}.onnx" for way in ("rmsnorm", "apart", "rewritten")}
     if not files["rewritten"].exists():
         for norm in builds:
             export_network(network, norm, files[norm])
         export_network(network, "frn", files["rmsnorm"], lowering="rmsnorm")
+        export_network(network, "frn", files["apart"], residual=False)
         save(optimize_for_cpu(ir.load(files["frn"])).model, files["rewritten"])
     sessions = {
         "BN folded": open_session(files["bn"], threads, library=False),
         "FRN, stock": open_session(files["frn"], threads, library=False),
         "FRN, stock RMSNormalization": open_session(files["rmsnorm"], threads, library=False),
         "FRN, deploynorm": open_session(files["frn"], threads, library=True),
+        "FRN, deploynorm, no residual": open_session(files["apart"], threads, library=True),
         "FRN, rewritten": open_session(files["rewritten"], threads, library=True),
     }
     if "mabn" in files:
@@ -213,7 +216,8 @@ def tell_operator(shape: tuple[int, ...], threads: int, times: Mapping[str, floa
 
 def tell_network(network: str, batch: int, threads: int, times: Mapping[str, float]) -> str:
     base = times["BN folded"]
-    columns = ("FRN, stock", "FRN, stock RMSNormalization", "FRN, deploynorm", "FRN, rewritten", "MABN folded")
+    columns = ("FRN, stock", "FRN, stock RMSNormalization", "FRN, deploynorm", "FRN, deploynorm, no residual")
+    columns += ("FRN, rewritten", "MABN folded")
     ratios = "".join(f"{times[name] / base:12.3f}" if name in times else f"{'-':>12}" for name in columns)
     return f"{network:>12} {batch:5} {threads:7} {base / 1e3:9.2f}{ratios}"
 
@@ -268,7 +272,8 @@ def main() -> None:
             operators.append({"shape": shape, "threads": threads, "microseconds": times})
             print(tell_operator(shape, threads, times), flush=True)
     print("Networks: milliseconds with BatchNorm folded; the others' times in that")
-    print(f"{'network':>12} batch threads     BN ms   FRN stock     RMSNorm  deploynorm   rewritten        MABN")
+    columns = "".join(f"{name:>12}" for name in ("stock", "RMSNorm", "deploynorm", "no residual", "rewritten", "MABN"))
+    print(f"{'network':>12} batch threads     BN ms{columns}")
     with tempfile.TemporaryDirectory() as folder:
         for network in options.networks:
             for batch in BATCHES[network]:

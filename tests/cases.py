@@ -214,7 +214,7 @@ def make_dy(case: NormCase) -> np.ndarray[Any, Any]:
 
 def make_rstd(case: NormCase) -> np.ndarray[Any, Any]:
     """The value that the forward pass saves for backward, computed in float64."""
-    x, *_, eps = make_inputs(case).values()
+    x, *_, eps = (make_inputs(case)[name] for name in INPUTS)
     wide = x.astype(np.float64).reshape(*x.shape[:2], prod(x.shape[2:]))
     with np.errstate(over="ignore", invalid="ignore"):
         rstd: np.ndarray[Any, Any] = (1 / np.sqrt((wide * wide).sum(axis=2) / max(1, wide.shape[2]) + eps)).astype(

@@ -121,6 +121,7 @@ class CudaKernel:
         beta: Array,
         tau: Array,
         eps: Array,
+        residual: Array | None = None,
         *,
         layout: Layout = "nchw",
         in_place: bool = False,
@@ -132,16 +133,18 @@ class CudaKernel:
         """y, of x's shape and type; None where the variant does not take these sizes.
 
         Args:
-            x: (N, C, D1..Dk); the parameters are (C,).
-            layout: Of x and y in memory.
-            in_place: Whether y is written over x.
+            x: (N, C, D1..Dk), as is residual; the parameters are (C,).
+            layout: Of x, residual and y in memory.
+            in_place: Whether y is written over x, or over the residual where there is one.
             rstd: Written over with 1 / sqrt(mean(x^2) + eps), (N, C), for the backward pass.
             variant: None leaves it to the library.
             workspace: Whether the scratch memory is there that the library asks for.
-            shifts: Elements by which x and y stand off the alignment of their allocations.
+            shifts: Elements by which x and y stand off the alignment of their allocations; the residual as y does.
         """
         laid = to_layout(x, layout)
         tensors = {"x": Guarded(laid, shifts[0], self.device)}
+        if residual is not None:
+            tensors["residual"] = Guarded(to_layout(residual, layout), shifts[1], self.device)
         if not in_place:
             tensors["y"] = Guarded(np.full_like(laid, np.nan), shifts[1], self.device)
         given = dict(zip(PARAMETERS, (gamma, beta, tau, eps), strict=True))
@@ -149,7 +152,7 @@ class CudaKernel:
             given["rstd"] = np.full_like(rstd, np.nan)
         tensors |= {name: Guarded(array, device=self.device) for name, array in given.items()}
         pointers = {name: tensor.pointer for name, tensor in tensors.items()}
-        into = "x" if in_place else "y"
+        into = list(tensors)[0 if residual is None else 1] if in_place else "y"
         call = Forward(*_sizes(x, laid, layout), **({"y": pointers[into]} | pointers))
         taken = self._run(call, workspace, variant)
         check_all(tensors, (into, "rstd") if taken else ())
@@ -197,8 +200,9 @@ def _sizes(x: Array, laid: Array, layout: Layout) -> tuple[int, int, int, int, i
     return x.shape[0], x.shape[1], prod(x.shape[2:]), block, TYPES[x.dtype.name]
 
 
-def sized(dtype: str, samples: int, channels: int, spatial: int) -> NormCase:
-    return NormCase(f"sized_{samples}x{channels}x{spatial}", (samples, channels, spatial), dtype, eps="per_channel")
+def sized(dtype: str, samples: int, channels: int, spatial: int, *, residual: bool = False) -> NormCase:
+    shape = (samples, channels, spatial)
+    return NormCase(f"sized_{samples}x{channels}x{spatial}", shape, dtype, eps="per_channel", residual=residual)
 
 
 def variants_to_check(kernel: CudaKernel, case: NormCase) -> Sequence[str]:

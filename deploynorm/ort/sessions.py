@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from deploynorm.contract import ADD_OP_TYPE, METADATA_CPU, OP_TYPE
+from deploynorm.contract import METADATA_CPU, OP_TYPE
 from deploynorm.errors import BackendError, ModelError
 from deploynorm.libraries import cuda_variants, find_library, library_path
 from deploynorm.ort.errors import explain, plain
@@ -87,7 +87,7 @@ def session(
     if plugins is not None:
         for library in plugins:
             _register_library(options, Path(library))
-    elif (missing := _missing_kernels(model, {name for name, _ in asked})) is None:
+    elif (missing := _missing_kernels({name for name, _ in asked})) is None:
         register(options)
     if any(name != PROVIDERS["cpu"][0] for name, _ in asked) and hasattr(ort, "preload_dlls"):
         # Opens the CUDA and cuDNN that pip has put where the system does not look; it would print what is missing.
@@ -105,7 +105,7 @@ def session(
         expected = [name for name, _ in asked]
         fix = "deploynorm doctor lists what is missing of driver, CUDA, cuDNN and TensorRT"
         raise BackendError(where, problem, got=opened.get_providers(), expected=expected, fix=fix)
-    if missing and _mentions(model, OP_TYPE):
+    if missing and _mentions_operator(model):
         text = f"deploynorm: FRN layers run as several operators each, which is slower: {missing}"
         warnings.warn(text, RuntimeWarning, stacklevel=2)
     rewritten_for = opened.get_modelmeta().custom_metadata_map.get(METADATA_CPU)
@@ -114,8 +114,8 @@ def session(
     return opened
 
 
-def _missing_kernels(model: str | Path | bytes, providers: set[str]) -> str | None:
-    """Why our library is not for a model's session on these providers, None if it is; empty where it could not help.
+def _missing_kernels(providers: set[str]) -> str | None:
+    """Why our library is not for a session on these providers, None if it is; empty where it could not help.
 
     Where a device lacks our kernel the function body stays there, which is better than copies to the CPU and back.
     """
@@ -128,16 +128,14 @@ def _missing_kernels(model: str | Path | bytes, providers: set[str]) -> str | No
         return f"the operator library is not built on this machine. Fix: deploynorm plugins build{flag}"
     if cuda in providers and not cuda_variants(library):
         return "the operator library has no CUDA kernels. Fix: deploynorm plugins build --cuda"
-    if cuda in providers and _mentions(model, ADD_OP_TYPE):
-        return f"there is no CUDA kernel of {ADD_OP_TYPE}. Fix: deploynorm export --no-residual"
     return None
 
 
-def _mentions(model: str | Path | bytes, op_type: str) -> bool:
-    """Whether the model may hold an operator of ours, without parsing gigabytes of it."""
+def _mentions_operator(model: str | Path | bytes) -> bool:
+    """Whether the model may hold one of our operators, whose names all begin alike, without parsing gigabytes of it."""
     if isinstance(model, bytes):
-        return op_type.encode() in model
+        return OP_TYPE.encode() in model
     if Path(model).stat().st_size == 0:  # which cannot be mapped
         return False
     with Path(model).open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        return content.find(op_type.encode()) >= 0
+        return content.find(OP_TYPE.encode()) >= 0

@@ -1,4 +1,4 @@
-// The forward pass on CUDA: y = max(scale * x + beta, tau) with scale = gamma / sqrt(mean(x^2) + eps).
+// The forward pass on CUDA: y = max(scale * x + beta [+ residual], tau) with scale = gamma / sqrt(mean(x^2) + eps).
 //
 // Bytes moved, S being those of x: S read and S written where a group fits on the chip, else 2 S read and S written, of
 // which a last-level cache that holds the groups in flight serves the second reading. The parameters are nothing beside
@@ -18,25 +18,25 @@
 namespace deploynorm {
 namespace {
 
-template <typename Storage_>
+template <typename Storage_, bool kResidual>
 struct Forward {
   using Storage = Storage_;
   using A = Arithmetic<Storage>;
-  static constexpr int kInputs = 1;  // x
-  static constexpr int kSums = 1;    // sum of squares
+  static constexpr int kInputs = kResidual ? 2 : 1;  // x, residual
+  static constexpr int kSums = 1;                    // sum of squares
   static constexpr bool kAddsByChannel = false, kPadded = true;
   static constexpr int kPartialSumsBlocks = 3;  // on a multiprocessor
 
   // Vectors of a strip's row.
   __host__ __device__ static constexpr int max_columns(bool channels_last, int) { return channels_last ? kWarp : 1; }
-  // Vectors that a thread holds. Planes are held in whole vectors alone, strips in single elements too.
+  // Vectors of each input that a thread holds. Planes are held in whole vectors alone, strips in single elements too.
   __host__ __device__ static constexpr int max_held(bool channels_last, int vec_size) {
-    return channels_last ? 16 : vec_size > 1 ? 8 : 0;
+    return (channels_last ? 16 : vec_size > 1 ? 8 : 0) / kInputs;
   }
-  static int max_held_of_strip(int, int, bool narrowest) { return narrowest ? 16 : 8; }
+  static int max_held_of_strip(int, int, bool narrowest) { return (narrowest ? 16 : 8) / kInputs; }
   // On a multiprocessor, where the compiler would take registers for one; 0 leaves it to the compiler.
   static constexpr int min_blocks(bool channels_last, int vec_size, int held) {
-    return channels_last && vec_size == 4 && held == 8 ? 2 : 0;
+    return channels_last && vec_size == 4 && held * kInputs == 8 ? 2 : 0;
   }
 
   struct Problem : ProblemOf<Storage, kInputs> {
@@ -72,29 +72,30 @@ struct Forward {
 
     template <typename V>
     __device__ __forceinline__ A apply(const V (&in)[kInputs], int i) const {
-      const A y = normalised(in[0].get(i), scale, beta);
+      A y = normalised(in[0].get(i), scale, beta);
+      if constexpr (kResidual) y += in[kInputs - 1].get(i);
       return y < tau ? tau : y;  // in this order NaN stays NaN
     }
   };
 };
 
-template <typename Storage>
+template <typename Op>
 cudaError_t run(const deploynorm_frn& call, void* workspace, cudaStream_t stream, const char* variant) {
-  using A = Arithmetic<Storage>;
+  using A = typename Op::A;
   Device device;
   if (const cudaError_t error = device.read()) return error;
-  const Request request(call, workspace != nullptr, variant, {call.x, call.y});
-  return plan_and_launch<Forward<Storage>>(request, device, stream,
-                                           [&](const Plan&, typename Forward<Storage>::Problem* problem) {
-                                             problem->inputs[0] = static_cast<const Storage*>(call.x);
-                                             problem->output = static_cast<Storage*>(call.y);
-                                             problem->gamma = static_cast<const A*>(call.gamma);
-                                             problem->beta = static_cast<const A*>(call.beta);
-                                             problem->tau = static_cast<const A*>(call.tau);
-                                             problem->eps = static_cast<const A*>(call.eps);
-                                             problem->rstd = static_cast<A*>(call.rstd);
-                                             problem->partials = static_cast<A*>(workspace);
-                                           });
+  const void* inputs[] = {call.x, call.residual};
+  const Request request(call, workspace != nullptr, variant, {call.x, call.y, inputs[Op::kInputs - 1]});
+  return plan_and_launch<Op>(request, device, stream, [&](const Plan&, typename Op::Problem* problem) {
+    for (int i = 0; i < Op::kInputs; ++i) problem->inputs[i] = static_cast<const typename Op::Storage*>(inputs[i]);
+    problem->output = static_cast<typename Op::Storage*>(call.y);
+    problem->gamma = static_cast<const A*>(call.gamma);
+    problem->beta = static_cast<const A*>(call.beta);
+    problem->tau = static_cast<const A*>(call.tau);
+    problem->eps = static_cast<const A*>(call.eps);
+    problem->rstd = static_cast<A*>(call.rstd);
+    problem->partials = static_cast<A*>(workspace);
+  });
 }
 
 }  // namespace
@@ -118,13 +119,15 @@ size_t deploynorm_frn_cuda_workspace(const struct deploynorm_frn* call) {
 int deploynorm_frn_cuda(const struct deploynorm_frn* call, void* workspace, void* stream, const char* variant) {
   using namespace deploynorm;
   const bool layout = call->channel_block == 1 || call->channel_block >= call->channels;
-  if (!layout || call->residual != nullptr) return cudaErrorInvalidValue;
+  if (!layout) return cudaErrorInvalidValue;
   deploynorm_frn here = *call;
   // One position: the two layouts are one.
   if (here.spatial == 1 && here.channel_block == here.channels) here.channel_block = 1;
   if (deploynorm_frn_cuda_workspace(&here) == 0) workspace = nullptr;  // a host may pass a pointer to nothing
   return run_with_type(here.type, variant, [&](auto element, const char* wanted) {
     if (here.samples <= 0 || here.channels <= 0 || here.spatial <= 0) return cudaSuccess;
-    return run<decltype(element)>(here, workspace, static_cast<cudaStream_t>(stream), wanted);
+    using Storage = decltype(element);
+    auto* with = here.residual == nullptr ? run<Forward<Storage, false>> : run<Forward<Storage, true>>;
+    return with(here, workspace, static_cast<cudaStream_t>(stream), wanted);
   });
 }

@@ -219,11 +219,6 @@ OrtStatus* refuse_foreign_block(const OrtApi* api, int64_t block) {
 
 OrtStatus* create_kernel(const CustomOp* base, const OrtApi* api, const OrtKernelInfo* info, void** out) {
   const Op* op = static_cast<const Op*>(base);
-  if (op->cuda && op->form == Form::kAdd) {
-    // Else ONNX Runtime would take the CPU's kernel, with copies there and back, and say nothing.
-    return refuse(api, kFail, "%s: there is no CUDA kernel of it. Fix: run deploynorm export --no-residual",
-                  kAddOpType);
-  }
   int64_t block = 0;
   if (op->form == Form::kBlocked) {
     // ONNX Runtime's own words name neither the operator nor, for one of another type, the attribute.

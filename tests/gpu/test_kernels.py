@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cases import CASES, NormCase, make_inputs
+from cases import ADD_CASES, CASES, NormCase, make_inputs
 from cuda_kernels import (
     BACKWARD_LAYOUTS,
     CHANNELS,
@@ -57,6 +57,13 @@ def test_numbers(case: NormCase, which: str, layout: Layout, kernel: CudaKernel)
     assert CHECK[which](kernel, case, layout=layout, in_place=True) == 1
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("case", ADD_CASES, ids=str)
+def test_numbers_with_a_residual(case: NormCase, layout: Layout, kernel: CudaKernel) -> None:
+    assert check(kernel, case, (None, *VARIANTS), layout=layout)
+    assert check(kernel, case, layout=layout, in_place=True, workspace=False) == 1
+
+
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_without_scratch_memory_and_without_rstd(case: NormCase, kernel: CudaKernel) -> None:
     for layout in LAYOUTS:
@@ -80,6 +87,16 @@ def test_sizes_around_every_turn(dtype: str, which: str, layout: Layout, kernel:
     # Packed and split may refuse many of these, and two passes none; the backward pass holds strips in whole packs.
     assert taken["two_passes"] == len(sizes)
     assert taken["registers"] >= (3 if (which, layout) == ("backward", "nhwc") else len(CHANNELS))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_sizes_around_every_turn_with_a_residual(dtype: str, layout: Layout, kernel: CudaKernel) -> None:
+    sizes = [(2, 3, spatial) for spatial in SPATIAL] + [(1, channels, 5) for channels in CHANNELS]
+    for size in sizes:
+        assert check(kernel, sized(dtype, *size, residual=True), (None, *VARIANTS), layout=layout) >= 2
+    for shifts in ((1, 1), (0, 1), (1, 0), (5, 2)):
+        assert check(kernel, sized(dtype, 2, 8, 49, residual=True), (None, *VARIANTS), layout=layout, shifts=shifts)
 
 
 @pytest.mark.parametrize("samples", [3, 4, 5, 127, 129, None], ids=["3", "4", "5", "127", "129", "many"])
@@ -176,12 +193,11 @@ def test_the_same_call_gives_the_same_bits(which: str, layout: Layout, kernel: C
 
 
 def test_what_is_not_there_is_refused(emulated: CudaKernel) -> None:
-    def code(block: int = 1, kind: int = 0, residual: int | None = None, variant: str | None = None) -> int:
-        return emulated.call(Forward(1, 4, 9, block, kind, residual=residual), variant=variant)
+    def code(block: int = 1, kind: int = 0, variant: str | None = None) -> int:
+        return emulated.call(Forward(1, 4, 9, block, kind), variant=variant)
 
     assert code(kind=9) == INVALID_VALUE
     assert code(block=2) == INVALID_VALUE, "a blocked layout"
-    assert code(residual=64) == INVALID_VALUE
     assert code(variant="fast") == INVALID_VALUE
 
 
