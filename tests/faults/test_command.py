@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,14 @@ def here(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (tmp_path / path.name).write_bytes(path.read_bytes())
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.fixture
+def usual_signal(number: int) -> Iterator[None]:
+    """The signal does what it does by default: the processes of pytest-xdist ignore SIGINT, and those of nohup SIGHUP."""
+    before = signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    yield
+    signal.signal(number, before)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -204,6 +212,7 @@ def test_a_command_that_is_ended_cleans_up(here: Path, tmp_path_factory: pytest.
     assert not any(temporary.iterdir())
 
 
+@pytest.mark.usefixtures("usual_signal")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 def test_a_signal_of_which_a_library_makes_another_error(
     number: int, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -215,13 +224,7 @@ def test_a_signal_of_which_a_library_makes_another_error(
             raise ImportError("the compiled module cannot be imported") from error
 
     monkeypatch.setattr("deploynorm._inspect.inspect", imported)
-    # The processes of pytest-xdist ignore SIGINT, and those of nohup SIGHUP.
-    usual = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
-    before = signal.signal(number, usual)
-    try:
-        assert main(["inspect", "m.pt2"]) == 128 + number
-    finally:
-        signal.signal(number, before)
+    assert main(["inspect", "m.pt2"]) == 128 + number
     assert capsys.readouterr().err == f"deploynorm inspect: ended by {signal.Signals(number).name}\n"
 
 
@@ -252,6 +255,7 @@ def test_what_is_no_path_is_refused_in_python() -> None:
                 call(path)
 
 
+@pytest.mark.usefixtures("usual_signal")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 @pytest.mark.parametrize("endless", [False, True])
 def test_a_signal_waits_for_an_import_that_ends(
@@ -259,14 +263,10 @@ def test_a_signal_waits_for_an_import_that_ends(
 ) -> None:
     name = f"slow_to_import_{endless}_{number}"
     module = "import os, signal, time\nos.kill(os.getpid(), {})\ntime.sleep({})\nopen('done', 'w').close()\n"
-    (here / f"{name}.py").write_text(module.format(number, 60 if endless else 0.01))
+    (here / f"{name}.py").write_text(module.format(number, 30 if endless else 0.01))
     monkeypatch.syspath_prepend(here)
     monkeypatch.setattr("deploynorm.cli._IMPORT_SECONDS", 0.1 if endless else 60)
-    monkeypatch.setattr("deploynorm._inspect.inspect", lambda *_, **__: (importlib.import_module(name), time.sleep(60)))
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # the processes of pytest-xdist ignore it
-    try:
-        assert main(["inspect", "m.pt2"]) == 128 + number
-    finally:
-        signal.signal(signal.SIGINT, before)
+    monkeypatch.setattr("deploynorm._inspect.inspect", lambda *_, **__: (importlib.import_module(name), time.sleep(5)))
+    assert main(["inspect", "m.pt2"]) == 128 + number
     assert (here / "done").exists() is not endless
     assert "Traceback" not in capsys.readouterr().err
