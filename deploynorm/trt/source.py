@@ -94,8 +94,8 @@ class EngineSource:
             raise BackendError(self.where, problem, got=got, fix="build it with --version-compatible")
         runs = "tensorrt" if trt.flavour in RUNTIMES else trt.flavour
         built, here = _major(version), _major(trt.version)
-        later = self.version_compatible and None not in (built, here) and built < here
-        if flavour not in (None, runs) or not (built in (None, here) or later):
+        fits = built is None or here is None or built == here or (self.version_compatible and built < here)
+        if flavour not in (None, runs) or not fits:
             raise BackendError(self.where, "was built with another TensorRT", got=got, expected=expected, fix=fix)
 
     def check_gpu(self, here: str | None) -> None:

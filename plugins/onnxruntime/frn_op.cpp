@@ -351,6 +351,18 @@ OrtStatus* make_domain(const OrtApi* api) {
   OrtCustomOpDomain* made = nullptr;
   DEPLOYNORM_RETURN_IF_ERROR(CreateCustomOpDomain(api)(kDomain, &made));
   for (const Op& op : ops) DEPLOYNORM_RETURN_IF_ERROR(CustomOpDomain_Add(api)(made, &op));
+#if defined(DEPLOYNORM_CUDA)
+  // Those of CUDA's provider under the name that it has as a plug-in too. Of a provider that a runtime does not have it
+  // never looks for a kernel.
+  static Op plugged_in[sizeof ops / sizeof ops[0]];
+  Op* next = plugged_in;
+  for (const Op& op : ops) {
+    if (!op.cuda) continue;
+    *next = op;
+    next->GetExecutionProviderType = [](const CustomOp*) { return "CudaPluginExecutionProvider"; };
+    DEPLOYNORM_RETURN_IF_ERROR(CustomOpDomain_Add(api)(made, next++));
+  }
+#endif
   domain = made;
   return nullptr;
 }

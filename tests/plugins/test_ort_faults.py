@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 
 from deploynorm.contract import ADD_OP_TYPE, BLOCKED_OP_TYPE, DOMAIN, OP_TYPE
+from deploynorm.libraries import ORT_LIBRARY
 from deploynorm.reference import filter_response_norm
 
 TEXT = (Path(__file__).parents[2] / "plugins" / "onnxruntime" / "ort_abi.h").read_text()
@@ -220,6 +221,24 @@ def test_the_domain_is_made_once_and_added_to_every_session(runtime: Runtime) ->
     assert runtime.added == 3
     names = Counter(runtime.member(op, "GetName", ctypes.c_char_p, POINTER)(op) for op in runtime.operators)
     assert names == {OP_TYPE.encode(): 4, ADD_OP_TYPE.encode(): 4, BLOCKED_OP_TYPE.encode(): 1}
+
+
+def test_with_cuda_the_operators_are_those_of_both_names_of_the_provider(cuda_libraries: Path, tmp_path: Path) -> None:
+    """As a plug-in CUDA's provider has another name; a CPU alone knows neither."""
+    runtime = Runtime(Path(shutil.copy(cuda_libraries / ORT_LIBRARY, tmp_path)))
+    assert runtime.register() is None
+    of_provider: dict[bytes | None, set[tuple[bytes, int]]] = {}
+    for operator in runtime.operators:
+        provider = runtime.member(operator, "GetExecutionProviderType", ctypes.c_char_p, POINTER)(operator)
+        name = runtime.member(operator, "GetName", ctypes.c_char_p, POINTER)(operator)
+        element = runtime.member(operator, "GetInputType", INT, POINTER, SIZE)(operator, 0)
+        of_provider.setdefault(provider, set()).add((name, element))
+    assert of_provider.keys() == {None, b"CUDAExecutionProvider", b"CudaPluginExecutionProvider"}
+    on_cuda = of_provider[b"CUDAExecutionProvider"]
+    assert (
+        on_cuda == of_provider[b"CudaPluginExecutionProvider"] >= {(OP_TYPE.encode(), type) for type in (1, 10, 11, 16)}
+    )
+    assert len(runtime.operators) == len(of_provider[None]) + 2 * len(on_cuda)
 
 
 def test_a_registration_that_failed_is_told_and_can_be_tried_again(new_library: Path) -> None:
