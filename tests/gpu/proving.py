@@ -62,6 +62,7 @@ class Step:
 _PYTEST = ("python", "-m", "pytest", "-q")
 _ON_THE_GPU = (*_PYTEST, "-n", "8", "-k", "not emulated and not sanitizer")  # CI runs what is emulated
 _GPU_BENCHMARK = ("python", "benchmarks/gpu.py", "--libraries", "{libraries}")
+_TRAINING = (*_GPU_BENCHMARK, "--sections", "training", "mabn", "--rounds", "7")
 _BUILD = """
 import sys
 from pathlib import Path
@@ -112,16 +113,16 @@ STEPS = (
         ("python", "benchmarks/gpu_ort.py", "--provider", "cpu", "--network", "ResNet-20", "--batches", "1", "--dtypes",
          "float32", "--rounds", "1", "--out", "{out}/gpu_ort.json"),
     ),
-    # The residual form, when it is there: its parity stands in the tests above, its engine and its network beside
-    # theirs in rtx_engines.py and gpu_ort.py, and its time against the three operators is a step here.
+    # The residual form on a GPU comes here, as a step that times it against the three operators. Its parity is in the
+    # tests above, its engine in rtx_engines.py, and its network a row of WAYS in gpu_ort.py.
     Step(
         "variants", 60,
         (*_GPU_BENCHMARK, "--sections", "variants", "--batches", "32", "--rounds", "5", "--out", "{out}/variants.json"),
         ("libraries",),
     ),
     Step(
-        "training", 150,
-        (*_GPU_BENCHMARK, "--sections", "training", "--rounds", "7", "--out", "{out}/training.json"), ("libraries",),
+        "training", 90,
+        (*_TRAINING, "--no-compile", "--out", "{out}/training.json"), ("libraries",),
     ),
     Step(
         "counters", 60,
@@ -134,6 +135,9 @@ STEPS = (
     Step(
         "sanitizer", 120, (*_PYTEST, "-n", "4", "tests/gpu/test_on_a_gpu.py", "-k", "sanitizer"), (),
         "tests/plugins/test_gpu_programs.py runs its program on the emulation",
+    ),
+    Step(
+        "compiled", 150, (*_TRAINING, "--batches", "32", "--out", "{out}/training_compiled.json"), ("libraries",),
     ),
     Step(
         "study", 600,

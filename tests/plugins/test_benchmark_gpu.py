@@ -130,6 +130,21 @@ def test_ours_keeps_half_of_what_batch_normalisation_keeps(benchmark: ModuleType
     assert kept["relu"] == x.nbytes
 
 
+def test_a_step_of_mabn_is_timed_beside_batch_norm(benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    training = benchmark.gpu_training
+
+    def call_each(steps: dict[str, Callable[[Any], object]], sets: list[Any], *_: object) -> dict[str, float]:
+        return {name: float(len(step(sets[0]))) for name, step in steps.items()}  # type: ignore[arg-type]
+
+    monkeypatch.setattr(training, "measure", call_each)
+    x = torch.randn(2, 16, 5, 5, requires_grad=True)
+    monkeypatch.setattr(training, "_sets", lambda *_: [(x, torch.ones_like(x))])
+    row = training.mabn_row(tuple(x.shape), "nchw", "float32", rounds=1, compiled=False)
+    assert row["microseconds"] == {"mabn": 4.0, "batch_norm": 4.0}  # y, dx, and the gradients of two parameters
+    assert min(row["saved_bytes"].values()) >= x.nbytes
+    assert "mabn     4.00 us = 1: batch_norm 1.00" in training.show(row)
+
+
 @pytest.mark.parametrize("name", ["y", "dx", "dgamma", "dbeta", "dtau"])
 def test_a_wrong_step_is_found(benchmark: ModuleType, name: str) -> None:
     training = benchmark.gpu_training
