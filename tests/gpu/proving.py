@@ -59,7 +59,7 @@ class Step:
     without: tuple[str, ...] | str = ""
 
 
-_PYTEST = ("python", "-m", "pytest", "-q")
+_PYTEST = ("python", "-m", "pytest", "-q", "-W", "default")  # of that machine's packages, which nobody chose
 _ON_THE_GPU = (*_PYTEST, "-n", "8", "-k", "not emulated and not sanitizer")  # CI runs what is emulated
 _GPU_BENCHMARK = ("python", "benchmarks/gpu.py", "--libraries", "{libraries}")
 _TRAINING = (*_GPU_BENCHMARK, "--sections", "training", "mabn", "--rounds", "7")
