@@ -149,11 +149,13 @@ STEPS = (
 """The most valuable first. What runs for long writes each figure as soon as it has it."""
 
 _DEVICE = """
-import json, torch
+import json, subprocess, torch
 if torch.cuda.is_available():
     properties = torch.cuda.get_device_properties(0)
     found = {"name": properties.name, "architecture": f"{properties.major}{properties.minor}",
              "memory": properties.total_memory, "torch": torch.__version__, "cuda": torch.version.cuda}
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    found["driver"] = subprocess.run(query, capture_output=True, text=True).stdout.strip()
     print(json.dumps(found))
 """
 
@@ -193,7 +195,7 @@ class Prover:
         said = subprocess.run([sys.executable, "-c", _DEVICE], capture_output=True, text=True, env=self._environment())
         if said.returncode != 0:
             sys.exit(f"tests/gpu/prove: torch does not work here: {said.stderr.strip().splitlines()[-1:]}")
-        self.device = json.loads(said.stdout) if said.stdout else None
+        self.device = json.loads(said.stdout.splitlines()[-1]) if said.stdout else None
         self._sources = _sources()
 
     def prove(self, step: Step, again: bool = False) -> Outcome:
@@ -249,7 +251,7 @@ class Prover:
     def _missing(self, name: str) -> str | None:
         if name == "libraries":
             return None if self._libraries.is_dir() else "the libraries are not built"
-        return self._parts.missing(name)
+        return None if name == "headers" and self._headers() else self._parts.missing(name)
 
     @property
     def _libraries(self) -> Path:
