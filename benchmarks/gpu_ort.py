@@ -39,7 +39,7 @@ WAYS = {
     "BN folded": ("bn", False, False),
     "FRN, function body": ("frn", False, False),
     "FRN, our operator": ("frn", True, False),
-    # When it has a CUDA kernel: "FRN, residual form": ("frn", True, True),
+    "FRN, residual form": ("frn", True, True),
 }
 """Way -> the normalization, whether our library is registered, and whether residuals are added inside the operator."""
 

@@ -113,8 +113,10 @@ STEPS = (
         ("python", "benchmarks/gpu_ort.py", "--provider", "cpu", "--network", "ResNet-20", "--batches", "1", "--dtypes",
          "float32", "--rounds", "1", "--out", "{out}/gpu_ort.json"),
     ),
-    # The residual form on a GPU comes here, as a step that times it against the three operators. Its parity is in the
-    # tests above, its engine in rtx_engines.py, and its network a row of WAYS in gpu_ort.py.
+    Step(
+        "residual", 60, (*_GPU_BENCHMARK, "--sections", "residual", "--rounds", "11", "--out", "{out}/residual.json"),
+        ("libraries",),
+    ),
     Step(
         "variants", 60,
         (*_GPU_BENCHMARK, "--sections", "variants", "--batches", "32", "--rounds", "5", "--out", "{out}/variants.json"),

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from tolerances import OP_FLOAT32
+from tolerances import OP_BFLOAT16, OP_FLOAT32
 
 from deploynorm import libraries
 from deploynorm.layers._composed import composed
@@ -87,6 +87,26 @@ def test_every_variant_is_timed_in_both_passes(
         found |= {(which, name) for which, ways in times.items() for name in ways}
     expected = {"packed", "registers", "two_passes"} if layout == "nchw" else {"registers", "two_passes"}
     assert {(which, name) for which in ("forward", "backward") for name in expected} <= found
+
+
+@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_one_kernel_computes_what_three_do(
+    benchmark: ModuleType, emulated_library: Path, layout: str, dtype: torch.dtype
+) -> None:
+    variants = benchmark.gpu_variants
+    tensors = variants.Tensors((2, 16, 49), layout, dtype, device="cpu")
+    end = benchmark.gpu_residual.End(variants.Kernels(emulated_library), tensors)
+    x, residual = (each.transpose(1, 2) if layout == "nhwc" else each for each in (tensors.x, end.residual))
+    gamma, beta, tau, eps = (each.double() for each in tensors.parameters)
+    want = composed(x.double(), gamma, beta, None, eps) + residual.double()
+    want = torch.maximum(want, tau.view(1, -1, 1))
+    tolerance = OP_FLOAT32 if dtype == torch.float32 else OP_BFLOAT16
+    for way in (end.one, end.three):
+        tensors.out.fill_(float("nan"))
+        y = way()
+        got = (y.transpose(1, 2) if layout == "nhwc" else y).double()
+        torch.testing.assert_close(got, want, **tolerance.kwargs())
 
 
 def test_variants_are_given_what_the_kernel_takes(benchmark: ModuleType, emulated_library: Path) -> None:
