@@ -17,8 +17,8 @@ Every way is captured in a CUDA graph that calls it on one set of tensors after 
 the second-level cache together where the shape is large enough, so that a call finds its input in memory. A figure is
 the median over rounds in which all ways of a row take turns, timed by events. All are checked against float64 first.
 
-Two more sections of the same file: gpu_training.py, the two passes of a layer in training, and gpu_variants.py, each
-variant of our kernels.
+More sections of the same file: gpu_training.py, the two passes of a layer of FRN and of MABN in training;
+gpu_residual.py, the end of a residual block; and gpu_variants.py, each variant of our kernels.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import gpu_residual
 import gpu_training
 import gpu_variants
 import machine
@@ -49,7 +50,7 @@ from deploynorm.libraries.kernels import TYPES, Forward, open_kernels
 SHAPES = ((64, 112, 112), (64, 56, 56), (256, 56, 56), (128, 28, 28), (512, 28, 28), (256, 14, 14), (1024, 14, 14),
           (512, 7, 7), (2048, 7, 7))  # fmt: skip
 BATCHES = (1, 8, 64)
-SECTIONS = ("training", "variants", "inference")
+SECTIONS = ("training", "mabn", "residual", "variants", "inference")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 TOLERANCES = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 EPS = 1e-6
@@ -226,13 +227,21 @@ def main() -> None:
             torch._dynamo.reset()
             results["training_host_microseconds"] = gpu_training.host_times(options.rounds, not options.no_compile)
             options.out.write_text(json.dumps(results, indent=1))
-        if "variants" in options.sections:
-            kernels = gpu_variants.Kernels(library.with_name(libraries.TORCH_LIBRARY))
-            results["variants"] = []
-            for shape, layout, dtype in rows(gpu_variants, options):
-                results["variants"].append(gpu_variants.row(kernels, shape, layout, dtype, rounds=options.rounds))
-                print(gpu_variants.show(results["variants"][-1]), flush=True)
+        if "mabn" in options.sections:
+            results["mabn"] = []
+            for shape, layout, dtype in rows(gpu_training, options):
+                how = {"rounds": options.rounds, "compiled": not options.no_compile}
+                results["mabn"].append(gpu_training.mabn_row(shape, layout, dtype, **how))
+                print(gpu_training.show(results["mabn"][-1]), flush=True)
                 options.out.write_text(json.dumps(results, indent=1))
+        kernels = gpu_variants.Kernels(library.with_name(libraries.TORCH_LIBRARY))
+        for name, section in {"residual": gpu_residual, "variants": gpu_variants}.items():
+            if name in options.sections:
+                results[name] = []
+                for shape, layout, dtype in rows(section, options):
+                    results[name].append(section.row(kernels, shape, layout, dtype, rounds=options.rounds))
+                    print(section.show(results[name][-1]), flush=True)
+                    options.out.write_text(json.dumps(results, indent=1))
         if "inference" in options.sections:
             kernel = Kernel(library)
             results["rows"] = []

@@ -35,8 +35,13 @@ TOLERANCES = {"float32": 1e-4, "float16": 1e-2}
 
 PROVIDERS = {"cuda": "CUDAExecutionProvider", "cpu": "CPUExecutionProvider"}
 
-WAYS = {"BN folded": ("bn", False), "FRN, function body": ("frn", False), "FRN, our operator": ("frn", True)}
-"""Way -> the normalization, and whether our library is registered. The residual form comes here."""
+WAYS = {
+    "BN folded": ("bn", False, False),
+    "FRN, function body": ("frn", False, False),
+    "FRN, our operator": ("frn", True, False),
+    "FRN, residual form": ("frn", True, True),
+}
+"""Way -> the normalization, whether our library is registered, and whether residuals are added inside the operator."""
 
 CALLS = 5
 
@@ -94,15 +99,16 @@ def row(folder: Path, batch: int, dtype: str, options: argparse.Namespace) -> di
     _, example = make_network(options.network, "bn")
     x = torch.randn(batch, *example.shape[1:], generator=torch.Generator().manual_seed(1)).to(device, DTYPES[dtype])
     library = options.libraries and options.libraries / ORT_LIBRARY
-    wanted = {norm: truth(options.network, norm, x) for norm in {norm for norm, _ in WAYS.values()}}
+    wanted = {norm: truth(options.network, norm, x) for norm in {norm for norm, *_ in WAYS.values()}}
     ways: dict[str, Bound] = {}
     errors = {}
-    for name, (norm, ours) in WAYS.items():
+    for name, (norm, ours, residual) in WAYS.items():
         if ours and library is None:
             continue
-        model = folder / f"{norm}_{dtype}.onnx"
+        model = folder / f"{norm}_{dtype}{'_residual' * residual}.onnx"
         if not model.exists():
-            export_network(options.network, norm, model, dtype=None if dtype == "float32" else DTYPES[dtype])
+            kind = None if dtype == "float32" else DTYPES[dtype]
+            export_network(options.network, norm, model, dtype=kind, residual=residual)
         for graph in (False, True) if options.provider == "cuda" else (False,):
             key = name + (", graph" if graph else "")
             ways[key] = Bound(model, x, library if ours else None, options.provider, graph)

@@ -7,11 +7,16 @@ batch_norm, relu                 nn.BatchNorm2d in training and nn.ReLU(inplace=
 batch_norm, relu, compiled       the same through torch.compile
 relu                             nn.ReLU alone, which moves what FRN has to: one read and one write forward, two
                                  reads and one write backward
+
+And, in rows of their own:
+
+mabn, mabn, compiled             MABN2d behind its warm-up
+batch_norm, and compiled         nn.BatchNorm2d in training
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +24,7 @@ import torch
 from gpu_timing import host_microseconds, measure, sets_past_the_cache
 from torch import Tensor, nn
 
-from deploynorm.layers import FRN2d
+from deploynorm.layers import FRN2d, MABN2d
 from deploynorm.layers._composed import composed
 
 __all__ = [
@@ -29,7 +34,9 @@ __all__ = [
     "Step",
     "check_steps",
     "host_times",
+    "make_mabn_steps",
     "make_steps",
+    "mabn_row",
     "row",
     "saved_bytes",
     "show",
@@ -84,17 +91,31 @@ def make_steps(x: Tensor, compiled: bool) -> dict[str, Step]:
         "relu": Step(nn.ReLU(), ()),
     }
     if compiled:
-        for name, layer in (("composition", formula), ("batch_norm, relu", batch_norm)):
-            fused: Callable[[Tensor], Tensor] = torch.compile(layer, fullgraph=True, dynamic=False)
-            step = Step(fused, steps[name].parameters)
-            try:
-                step((x, torch.ones_like(x)))
-            except RuntimeError as error:  # inductor has shapes that it cannot compile (torch 2.11)
-                reason = str(error).strip().partition("\n")[0]
-                print(f"{name} cannot be compiled for {tuple(x.shape)} {x.dtype}: {reason}")
-                continue
-            steps[f"{name}, compiled"] = step
+        _compile(steps, ("composition", "batch_norm, relu"), x)
     return steps
+
+
+def make_mabn_steps(x: Tensor, compiled: bool) -> dict[str, Step]:
+    """MABN behind its warm-up, and batch normalization."""
+    layers = {"mabn": MABN2d(x.shape[1], warmup=0, renorm_start=0), "batch_norm": nn.BatchNorm2d(x.shape[1])}
+    steps = {name: Step(layer.to(x.device).train(), tuple(layer.parameters())) for name, layer in layers.items()}
+    if compiled:
+        _compile(steps, tuple(layers), x)
+    return steps
+
+
+def _compile(steps: dict[str, Step], names: Sequence[str], x: Tensor) -> None:
+    """Adds steps of compiled layers."""
+    for name in names:
+        fused: Callable[[Tensor], Tensor] = torch.compile(steps[name].layer, fullgraph=True, dynamic=False)
+        step = Step(fused, steps[name].parameters)
+        try:
+            step((x, torch.ones_like(x)))
+        except RuntimeError as error:  # inductor has shapes that it cannot compile (torch 2.11)
+            reason = str(error).strip().partition("\n")[0]
+            print(f"{name} cannot be compiled for {tuple(x.shape)} {x.dtype}: {reason}")
+            continue
+        steps[f"{name}, compiled"] = step
 
 
 def check_steps(steps: Mapping[str, Step], given: tuple[Tensor, Tensor]) -> dict[str, float]:
@@ -146,11 +167,16 @@ def _set(shape: tuple[int, ...], layout: str, dtype: str) -> tuple[Tensor, Tenso
     return x.requires_grad_(), dy
 
 
+def _sets(shape: tuple[int, ...], layout: str, dtype: str) -> list[tuple[Tensor, Tensor]]:
+    """So many that a call finds its input in memory."""
+    first = _set(shape, layout, dtype)
+    return [first, *(_set(shape, layout, dtype) for _ in range(sets_past_the_cache(2 * first[0].nbytes) - 1))]
+
+
 def row(shape: tuple[int, ...], layout: str, dtype: str, *, rounds: int, compiled: bool) -> dict[str, Any]:
     """All figures of one shape."""
-    first = _set(shape, layout, dtype)
-    size = first[0].nbytes
-    sets = [first, *(_set(shape, layout, dtype) for _ in range(sets_past_the_cache(2 * size) - 1))]
+    sets = _sets(shape, layout, dtype)
+    first, size = sets[0], sets[0][0].nbytes
     steps = make_steps(first[0], compiled)
     errors = check_steps(steps, first)
     saved = {name: saved_bytes(step, first[0]) for name, step in steps.items()}
@@ -168,6 +194,22 @@ def row(shape: tuple[int, ...], layout: str, dtype: str, *, rounds: int, compile
     }
 
 
+def mabn_row(shape: tuple[int, ...], layout: str, dtype: str, *, rounds: int, compiled: bool) -> dict[str, Any]:
+    """The figures of MABN; its numbers are tested in tests/gpu/test_mabn.py."""
+    sets = _sets(shape, layout, dtype)
+    steps = make_mabn_steps(sets[0][0], compiled)
+    saved = {name: saved_bytes(step, sets[0][0]) for name, step in steps.items()}
+    times = measure(steps, sets, 5 * sets[0][0].nbytes, rounds)
+    return {
+        "shape": list(shape),
+        "layout": layout,
+        "dtype": dtype,
+        "microseconds": {name: round(value, 3) for name, value in times.items()},
+        "of_batch_norm": round(times["mabn"] / times["batch_norm"], 3),
+        "saved_bytes": saved,
+    }
+
+
 def host_times(rounds: int, compiled: bool) -> dict[str, float]:
     """What the host needs for a step of a small layer, in microseconds."""
     given = _set((2, 64, 7, 7), "nchw", "float32")
@@ -179,7 +221,8 @@ def host_times(rounds: int, compiled: bool) -> dict[str, float]:
 
 def show(result: Mapping[str, Any]) -> str:
     times = result["microseconds"]
-    others = "  ".join(f"{name} {value / times['ours']:.2f}" for name, value in times.items() if name != "ours")
+    ours, *others = times
+    ratios = "  ".join(f"{name} {times[name] / times[ours]:.2f}" for name in others)
     size = "x".join(map(str, result["shape"]))
-    head = f"{size:>16} {result['layout']} {result['dtype']:>8}  training, ours {times['ours']:8.2f} us"
-    return f"{head}  ours = 1: {others}"
+    head = f"{size:>16} {result['layout']} {result['dtype']:>8}  training, {ours} {times[ours]:8.2f} us"
+    return f"{head} = 1: {ratios}"

@@ -59,9 +59,10 @@ class Step:
     without: tuple[str, ...] | str = ""
 
 
-_PYTEST = ("python", "-m", "pytest", "-q")
+_PYTEST = ("python", "-m", "pytest", "-q", "-W", "default")  # of that machine's packages, which nobody chose
 _ON_THE_GPU = (*_PYTEST, "-n", "8", "-k", "not emulated and not sanitizer")  # CI runs what is emulated
 _GPU_BENCHMARK = ("python", "benchmarks/gpu.py", "--libraries", "{libraries}")
+_TRAINING = (*_GPU_BENCHMARK, "--sections", "training", "mabn", "--rounds", "7")
 _BUILD = """
 import sys
 from pathlib import Path
@@ -112,16 +113,18 @@ STEPS = (
         ("python", "benchmarks/gpu_ort.py", "--provider", "cpu", "--network", "ResNet-20", "--batches", "1", "--dtypes",
          "float32", "--rounds", "1", "--out", "{out}/gpu_ort.json"),
     ),
-    # The residual form, when it is there: its parity stands in the tests above, its engine and its network beside
-    # theirs in rtx_engines.py and gpu_ort.py, and its time against the three operators is a step here.
+    Step(
+        "residual", 60, (*_GPU_BENCHMARK, "--sections", "residual", "--rounds", "11", "--out", "{out}/residual.json"),
+        ("libraries",),
+    ),
     Step(
         "variants", 60,
         (*_GPU_BENCHMARK, "--sections", "variants", "--batches", "32", "--rounds", "5", "--out", "{out}/variants.json"),
         ("libraries",),
     ),
     Step(
-        "training", 150,
-        (*_GPU_BENCHMARK, "--sections", "training", "--rounds", "7", "--out", "{out}/training.json"), ("libraries",),
+        "training", 90,
+        (*_TRAINING, "--no-compile", "--out", "{out}/training.json"), ("libraries",),
     ),
     Step(
         "counters", 60,
@@ -136,6 +139,9 @@ STEPS = (
         "tests/plugins/test_gpu_programs.py runs its program on the emulation",
     ),
     Step(
+        "compiled", 150, (*_TRAINING, "--batches", "32", "--out", "{out}/training_compiled.json"), ("libraries",),
+    ),
+    Step(
         "study", 600,
         ("python", "benchmarks/batch_size_study", "--data", "digits", "--jobs", "4", "-o", "{out}/study"), (),
         ("python", "benchmarks/batch_size_study", "--data", "digits", "--norms", "frn", "--norm-batches", "32",
@@ -145,11 +151,13 @@ STEPS = (
 """The most valuable first. What runs for long writes each figure as soon as it has it."""
 
 _DEVICE = """
-import json, torch
+import json, subprocess, torch
 if torch.cuda.is_available():
     properties = torch.cuda.get_device_properties(0)
     found = {"name": properties.name, "architecture": f"{properties.major}{properties.minor}",
              "memory": properties.total_memory, "torch": torch.__version__, "cuda": torch.version.cuda}
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    found["driver"] = subprocess.run(query, capture_output=True, text=True).stdout.strip()
     print(json.dumps(found))
 """
 
@@ -189,7 +197,7 @@ class Prover:
         said = subprocess.run([sys.executable, "-c", _DEVICE], capture_output=True, text=True, env=self._environment())
         if said.returncode != 0:
             sys.exit(f"tests/gpu/prove: torch does not work here: {said.stderr.strip().splitlines()[-1:]}")
-        self.device = json.loads(said.stdout) if said.stdout else None
+        self.device = json.loads(said.stdout.splitlines()[-1]) if said.stdout else None
         self._sources = _sources()
 
     def prove(self, step: Step, again: bool = False) -> Outcome:
@@ -245,7 +253,7 @@ class Prover:
     def _missing(self, name: str) -> str | None:
         if name == "libraries":
             return None if self._libraries.is_dir() else "the libraries are not built"
-        return self._parts.missing(name)
+        return None if name == "headers" and self._headers() else self._parts.missing(name)
 
     @property
     def _libraries(self) -> Path:

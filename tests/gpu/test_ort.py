@@ -157,7 +157,7 @@ def networks() -> dict[str, torch.nn.Module]:
 
 @pytest.mark.usefixtures("onnxruntime")
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-@pytest.mark.parametrize("way", ["our operator", "function body", "batch norm folded"])
+@pytest.mark.parametrize("way", ["our operator", "residual form", "function body", "batch norm folded"])
 def test_a_whole_network(
     way: str, dtype: str, networks: dict[str, torch.nn.Module], library: Path, tmp_path: Path
 ) -> None:
@@ -165,8 +165,9 @@ def test_a_whole_network(
     images = torch.randn(8, 3, 32, 32)
     kind = getattr(torch, dtype)
     folded, _ = fold(network, (images,))
-    export(folded, (images,), dtype=None if dtype == "float32" else kind).save(tmp_path / "model.onnx")
-    plugins = [library] if way == "our operator" else []
+    half = None if dtype == "float32" else kind
+    export(folded, (images,), dtype=half, residual=way == "residual form").save(tmp_path / "model.onnx")
+    plugins = [library] if way in ("our operator", "residual form") else []
     with OnnxRuntimeRunner(tmp_path / "model.onnx", providers=["cuda", "cpu"], plugins=plugins) as runner:
         for batch in (8, 1, 3):
             x = images[:batch].to(kind)

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from tolerances import OP_FLOAT32
+from tolerances import OP_BFLOAT16, OP_FLOAT32
 
 from deploynorm import libraries
 from deploynorm.layers._composed import composed
@@ -89,6 +89,26 @@ def test_every_variant_is_timed_in_both_passes(
     assert {(which, name) for which in ("forward", "backward") for name in expected} <= found
 
 
+@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_one_kernel_computes_what_three_do(
+    benchmark: ModuleType, emulated_library: Path, layout: str, dtype: torch.dtype
+) -> None:
+    variants = benchmark.gpu_variants
+    tensors = variants.Tensors((2, 16, 49), layout, dtype, device="cpu")
+    end = benchmark.gpu_residual.End(variants.Kernels(emulated_library), tensors)
+    x, residual = (each.transpose(1, 2) if layout == "nhwc" else each for each in (tensors.x, end.residual))
+    gamma, beta, tau, eps = (each.double() for each in tensors.parameters)
+    want = composed(x.double(), gamma, beta, None, eps) + residual.double()
+    want = torch.maximum(want, tau.view(1, -1, 1))
+    tolerance = OP_FLOAT32 if dtype == torch.float32 else OP_BFLOAT16
+    for way in (end.one, end.three):
+        tensors.out.fill_(float("nan"))
+        y = way()
+        got = (y.transpose(1, 2) if layout == "nhwc" else y).double()
+        torch.testing.assert_close(got, want, **tolerance.kwargs())
+
+
 def test_variants_are_given_what_the_kernel_takes(benchmark: ModuleType, emulated_library: Path) -> None:
     variants = benchmark.gpu_variants
     tensors = variants.Tensors((2, 16, 49), "nchw", torch.float32, device="cpu")
@@ -128,6 +148,21 @@ def test_ours_keeps_half_of_what_batch_normalisation_keeps(benchmark: ModuleType
     assert 2 * x.nbytes <= kept["batch_norm, relu"] < 2.02 * x.nbytes
     assert kept["composition"] > 2 * x.nbytes
     assert kept["relu"] == x.nbytes
+
+
+def test_a_step_of_mabn_is_timed_beside_batch_norm(benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    training = benchmark.gpu_training
+
+    def call_each(steps: dict[str, Callable[[Any], object]], sets: list[Any], *_: object) -> dict[str, float]:
+        return {name: float(len(step(sets[0]))) for name, step in steps.items()}  # type: ignore[arg-type]
+
+    monkeypatch.setattr(training, "measure", call_each)
+    x = torch.randn(2, 16, 5, 5, requires_grad=True)
+    monkeypatch.setattr(training, "_sets", lambda *_: [(x, torch.ones_like(x))])
+    row = training.mabn_row(tuple(x.shape), "nchw", "float32", rounds=1, compiled=False)
+    assert row["microseconds"] == {"mabn": 4.0, "batch_norm": 4.0}  # y, dx, and the gradients of two parameters
+    assert min(row["saved_bytes"].values()) >= x.nbytes
+    assert "mabn     4.00 us = 1: batch_norm 1.00" in training.show(row)
 
 
 @pytest.mark.parametrize("name", ["y", "dx", "dgamma", "dbeta", "dtau"])
