@@ -8,6 +8,7 @@ namespace deploynorm {
 constexpr const char* kDomain = "deploynorm";
 constexpr const char* kOpType = "FilterResponseNormalization";
 constexpr const char* kAddOpType = "FilterResponseNormalizationAdd";
+constexpr const char* kOperators[] = {kOpType, kAddOpType};  // the order of the plugin library's creators
 constexpr int kVersion = 1;
 
 // Inputs, in this order. X is (N, C, D1..Dk), the others are (C,).

@@ -21,7 +21,7 @@ import onnx
 import torch
 from torch import Tensor
 
-from deploynorm.contract import DOMAIN, NODE_ATTRIBUTES, OP_TYPE, VERSION
+from deploynorm.contract import DOMAIN, NODE_ATTRIBUTES, OP_TYPE, OPERATORS, VERSION
 from deploynorm.trt.gpu import Gpu
 
 __all__ = ["ALIGNMENT", "FakeGpu", "fake_tensorrt", "plan", "with_builder"]
@@ -119,7 +119,7 @@ class Registry:
         self.module = module
         self.libraries: list[str] = []
         self.creators: set[tuple[str, str, str]] = set()
-        self.brings = {OURS}
+        self.brings = {(op_type, *OURS[1:]) for op_type in OPERATORS}
 
     def get_creator(self, name: str, version: str, namespace: str) -> object | None:
         return object() if (name, version, namespace) in self.creators else None

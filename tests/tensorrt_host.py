@@ -25,7 +25,7 @@ from cuda_kernels import Layout, from_layout, to_layout
 from kernels import Array, Guarded, check_all
 from references import check_forward, inputs_of
 
-from deploynorm.contract import INPUTS, PARAMETERS
+from deploynorm.contract import INPUTS, PARAMETERS, RESIDUAL
 
 TYPES = {"float32": 0, "float16": 1, "int8": 2, "int32": 3, "bfloat16": 7, "int64": 8}
 """nvinfer1::DataType."""
@@ -102,20 +102,30 @@ class _Field(ctypes.Structure):
     )
 
 
-def inputs_and_output(x: Tensor) -> list[Tensor]:
-    """X, gamma, beta, tau, eps and Y, as they are for this X."""
-    return [x, *[Tensor(x.shape[1:2])] * len(PARAMETERS), x]
+def inputs_and_output(x: Tensor, *, residual: bool = False) -> list[Tensor]:
+    """X, gamma, beta, tau, eps and Y, as they are for this X; with a residual before Y."""
+    return [x, *[Tensor(x.shape[1:2])] * len(PARAMETERS), *[x] * residual, x]
 
 
 class Host:
-    """A plugin library, and its creator; "cuda" for one with code for a GPU."""
+    """A plugin library, and its creator, of the operator with a residual or without; "cuda" for code for a GPU."""
 
-    def __init__(self, host: Path, plugin: Path, device: Literal["cpu", "cuda"] = "cpu") -> None:
-        self.device = device
+    def __init__(
+        self, host: Path, plugin: Path, device: Literal["cpu", "cuda"] = "cpu", *, residual: bool = False
+    ) -> None:
+        self.device, self.residual, self._files = device, residual, (host, plugin)
         self._library = ctypes.CDLL(str(host))
         error = ctypes.c_char_p()
-        self._creator = self.call("open", str(plugin).encode(), ctypes.byref(error), returns=ctypes.c_void_p)
+        path, index = str(plugin).encode(), ctypes.c_int32(residual)
+        self._creator = self.call("open", path, index, ctypes.byref(error), returns=ctypes.c_void_p)
         assert self._creator, error.value
+
+    def adding(self) -> Host:
+        """The same with the creator of the operator with a residual."""
+        return Host(*self._files, self.device, residual=True)
+
+    def tensors(self, x: Tensor) -> list[Tensor]:
+        return inputs_and_output(x, residual=self.residual)
 
     def call(self, name: str, *arguments: Any, returns: Any = ctypes.c_int32) -> Any:
         function = self._library[f"host_{name}"]  # a new object at each access
@@ -153,7 +163,7 @@ class Host:
         """An engine for X of this type and format, and of shapes between these."""
         network = tuple(a if a == b else -1 for a, b in zip(smallest, largest, strict=True))
         x = Tensor(network, dtype, format, largest)
-        tensors = [replace(t, largest=(largest[1],)) if len(t.shape) == 1 else t for t in inputs_and_output(x)]
+        tensors = [replace(t, largest=(largest[1],)) if len(t.shape) == 1 else t for t in self.tensors(x)]
         made = self.create()
         assert made is not None
         with made as first, first.clone() as plugin:
@@ -163,7 +173,7 @@ class Host:
                 assert plugin.supports(position, tensors), f"{format.name} of input or output {position}"
             assert plugin.configure(tensors) == 0
             workspace = plugin.workspace(tensors)
-            assert plugin.shape_change(inputs_and_output(Tensor(largest, dtype, format))) == 0
+            assert plugin.shape_change(self.tensors(Tensor(largest, dtype, format))) == 0
             return Engine(self, dtype, format, tuple(plugin.fields()), workspace)
 
 
@@ -290,13 +300,16 @@ class Context:
         """Tells the plugin of the shapes, and puts the inputs on the device."""
         x = inputs[INPUTS[0]]
         assert x.dtype == NUMPY_DTYPES[self._engine.dtype]
-        tensors = inputs_and_output(Tensor(x.shape, self._engine.dtype, self._engine.format))
+        tensors = self._engine.host.tensors(Tensor(x.shape, self._engine.dtype, self._engine.format))
         if x.shape != self._shape:
             assert self._plugin.shape_change(tensors) == 0
             self._shape = x.shape
         laid = to_layout(x, LAYOUTS[self._engine.format])
         # TensorRT gives a pointer to a workspace whether there was a size asked for or not.
-        arrays = {"x": laid, **{name: inputs[name] for name in PARAMETERS}, "y": np.full_like(laid, np.nan)}
+        arrays = {"x": laid, **{name: inputs[name] for name in PARAMETERS}}
+        if RESIDUAL in inputs:
+            arrays[RESIDUAL] = to_layout(inputs[RESIDUAL], LAYOUTS[self._engine.format])
+        arrays["y"] = np.full_like(laid, np.nan)
         arrays["workspace"] = np.full(self._engine.workspace, 0xFF, np.uint8)
         memory = {name: Guarded(array, device=self._engine.host.device) for name, array in arrays.items()}
         return Bound(self._engine, self._plugin, tensors, memory)
@@ -344,6 +357,7 @@ def formats_of(dtype: str, rank: int) -> list[Format]:
 
 
 def run(host: Host, case: NormCase, format: Format) -> Array:
+    host = host.adding() if case.residual and not host.residual else host
     with host.build(case.dtype, format, case.shape, case.shape).context() as context:
         return context.run(inputs_of(case))
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from deploynorm import ort, trt
-from deploynorm.contract import DOMAIN, OP_TYPE
+from deploynorm.contract import DOMAIN, OPERATORS
 from deploynorm.errors import BackendError, DeployNormError
 from deploynorm.trt.soname import loaded_library
 
@@ -91,7 +91,7 @@ def tensorrt(module: str, library: str | None) -> dict[str, Any]:
             trt.load_library(here, Path(library))
             found["takes_plugin"] = trt.has_plugin(here)
             if not found["takes_plugin"]:
-                found["plugin_problem"] = f"it does not bring {DOMAIN}::{OP_TYPE}"
+                found["plugin_problem"] = f"it does not bring {DOMAIN}::{' and '.join(OPERATORS)}"
         except BackendError as error:
             found |= {"takes_plugin": False, "plugin_problem": _reason(error)}
     found["creators"] = len(here.module.get_plugin_registry().all_creators)

@@ -1,8 +1,8 @@
 """An ONNX model as TensorRT is to get it: checked for what TensorRT does not check, and prepared for one of two ways.
 
 The plugin is taken when the node names it and no function body of the model stands in its way (TensorRT before 10.7
-prefers a body); it has no residual, which is then added behind it. The body is taken when its name is one that no
-plugin has. Both are changes of a copy in memory, so any exported file serves any TensorRT.
+prefers a body). The body is taken when its name is one that no plugin has. Both are changes of a copy in memory, so
+any exported file serves any TensorRT.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import onnx
 import onnx.shape_inference
 
 from deploynorm.contract import (
-    ADD_OP_TYPE,
     DOMAIN,
     INPUTS,
     METADATA_CPU,
@@ -29,7 +28,6 @@ from deploynorm.dtypes import ONNX_HALF
 from deploynorm.errors import ModelError
 from deploynorm.lowering import function_proto, register_schema
 from deploynorm.onnx_file import OnnxFile, OnnxSource, all_nodes
-from deploynorm.trt.expansion import expanded
 from deploynorm.trt.layers import Product
 from deploynorm.trt.settings import Way
 
@@ -99,8 +97,6 @@ class TensorRTModel:
                 node.op_type = BODIES[node.op_type]
             else:
                 node.attribute.extend(onnx.helper.make_attribute(*item) for item in NODE_ATTRIBUTES.items())
-        if way == "plugin":
-            _expand_residuals(proto)
         for op_type in sorted(used) if way == "native" else ():
             body = proto.functions.add()
             body.CopyFrom(self._body(op_type))
@@ -130,19 +126,6 @@ def _all_nodes(proto: onnx.ModelProto) -> Iterator[onnx.NodeProto]:
     for function in proto.functions:
         if not _is_body(function):
             yield from all_nodes(function.node)
-
-
-def _expand_residuals(proto: onnx.ModelProto) -> None:
-    lists = [proto.graph.node, *(function.node for function in proto.functions)]
-    for node in _all_nodes(proto):
-        lists += [graph.node for attribute in node.attribute for graph in (attribute.g, *attribute.graphs)]
-    for nodes in reversed(lists):  # the inner ones first, since those around them are then copied
-        if any(_is_frn(node) and node.op_type == ADD_OP_TYPE for node in nodes):
-            old = list(nodes)
-            del nodes[:]
-            for node in old:
-                adds = _is_frn(node) and node.op_type == ADD_OP_TYPE
-                nodes.extend(expanded(node, _name(node)) if adds else [node])
 
 
 def _is_body(function: onnx.FunctionProto) -> bool:
@@ -213,7 +196,7 @@ def _check_types(file: OnnxFile, nodes: list[onnx.NodeProto], types: Mapping[str
             expected = "samples, channels and any number of spatial axes"
             raise ModelError(f"{where}, node {_name(node)}", problem, got=f"{len(x.shape.dim)}", expected=expected)
         channels = x.shape.dim[1].dim_value
-        for parameter, name in zip(PARAMETERS, node.input[1:], strict=False):
+        for parameter, name in zip(PARAMETERS, node.input[1 : len(INPUTS)], strict=True):
             sizes = [dim.dim_value for dim in types[name].shape.dim] if name in types else [channels]
             if channels and types.get(name) and types[name].HasField("shape") and sizes not in ([channels], [0]):
                 problem = f"{parameter} does not fit the channels of {INPUTS[0]}"

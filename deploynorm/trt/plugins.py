@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from deploynorm import libraries
-from deploynorm.contract import DOMAIN, OP_TYPE, VERSION
+from deploynorm.contract import DOMAIN, OPERATORS, VERSION
 from deploynorm.errors import BackendError
 from deploynorm.trt.errors import words
 from deploynorm.trt.importing import Flavour, TensorRT, listen, logger
@@ -15,9 +15,10 @@ from deploynorm.trt.soname import also_known_as, loaded_library
 
 
 def has_plugin(trt: TensorRT) -> bool:
-    """Whether our plugin is in TensorRT's registry."""
+    """Whether our plugin is in TensorRT's registry, for each operator."""
+    registry = trt.module.get_plugin_registry()
     with listen():  # it logs an error for a name that is not there
-        return trt.module.get_plugin_registry().get_creator(OP_TYPE, str(VERSION), DOMAIN) is not None
+        return all(registry.get_creator(op_type, str(VERSION), DOMAIN) is not None for op_type in OPERATORS)
 
 
 def load_plugin(trt: TensorRT) -> None:
@@ -32,7 +33,7 @@ def load_plugin(trt: TensorRT) -> None:
     library = libraries.library_path(libraries.TENSORRT_LIBRARY)
     load_library(trt, library)
     if not has_plugin(trt):
-        problem = f"does not bring the plugin {DOMAIN}::{OP_TYPE}, version {VERSION}"
+        problem = f"does not bring the plugins of {DOMAIN}, {' and '.join(OPERATORS)}, version {VERSION}"
         raise BackendError(str(library), problem, fix="deploynorm plugins build --cuda")
 
 

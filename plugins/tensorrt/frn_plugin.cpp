@@ -1,5 +1,5 @@
-// The FRN operator as a TensorRT plugin of the third generation, and the creator that TensorRT finds it by: checks what
-// TensorRT hands over and passes pointers to the kernel. Nothing throws.
+// The FRN operators as TensorRT plugins of the third generation, and the creators that TensorRT finds them by: checks
+// what TensorRT hands over and passes pointers to the kernel. Nothing throws.
 //
 // Only interfaces are implemented that are the same in TensorRT 10, TensorRT 11 and TensorRT-RTX. Of the host's the
 // logger alone is called, which changed: see host.h.
@@ -82,19 +82,20 @@ bool takes_format(DataType type, TensorFormat format, int32_t rank) {
   }
 }
 
-bool has_arity(int32_t inputs, int32_t outputs) { return inputs == kInputs && outputs == 1; }
+// Of an operator's inputs there are kInputs, or with the residual one more.
+constexpr int32_t kMostInputs = kResidual + 1;
 
-int32_t refuse_arity(int32_t inputs, int32_t outputs) {
+int32_t refuse_arity(int32_t inputs, int32_t outputs, bool adds) {
   return refuse(
-      "wrong number of inputs or outputs. Got %d and %d; expected X, gamma, beta, tau and eps, and Y. "
+      "wrong number of inputs or outputs. Got %d and %d; expected X, gamma, beta, tau and eps%s, and Y. "
       "Fix: export the model with deploynorm",
-      inputs, outputs);
+      inputs, outputs, adds ? ", and the residual" : "");
 }
 
 // Of two sizes, -1 being one that the shapes at run time will give.
 bool differ(int64_t a, int64_t b) { return a >= 0 && b >= 0 && a != b; }
 
-int32_t check_types(const DataType* types) {
+int32_t check_types(const DataType* types, int32_t inputs) {
   if (!takes_type(types[0])) {
     return refuse("input X is of the wrong type. Got %s; expected float32, float16 or bfloat16", name_of(types[0]));
   }
@@ -104,10 +105,14 @@ int32_t check_types(const DataType* types) {
                     name_of(types[input]));
     }
   }
+  if (inputs > kResidual && types[kResidual] != types[0]) {
+    return refuse("the residual is of the wrong type. Got %s; expected that of X, %s", name_of(types[kResidual]),
+                  name_of(types[0]));
+  }
   return 0;
 }
 
-int32_t check_ranks(const int32_t* ranks) {
+int32_t check_ranks(const int32_t* ranks, int32_t inputs) {
   if (ranks[0] < 2 || ranks[0] > Dims::MAX_DIMS) {
     return refuse("input X has the wrong rank. Got %d axes; expected (N, C, D1..Dk)", ranks[0]);
   }
@@ -116,17 +121,26 @@ int32_t check_ranks(const int32_t* ranks) {
       return refuse("input %s has the wrong rank. Got %d axes; expected (C,)", kInputNames[input], ranks[input]);
     }
   }
+  if (inputs > kResidual && ranks[kResidual] != ranks[0]) {
+    return refuse("the residual has the wrong rank. Got %d axes; expected those of X, %d", ranks[kResidual], ranks[0]);
+  }
   return 0;
 }
 
-int32_t check(const PluginTensorDesc* in, const PluginTensorDesc& y) {
-  DataType types[kInputs];
-  int32_t ranks[kInputs];
-  for (int32_t input = 0; input < kInputs; ++input) {
+bool alike(const PluginTensorDesc& a, const PluginTensorDesc& b) {
+  bool same = a.type == b.type && a.format == b.format && a.dims.nbDims == b.dims.nbDims;
+  for (int32_t axis = 0; same && axis < b.dims.nbDims; ++axis) same = !differ(a.dims.d[axis], b.dims.d[axis]);
+  return same;
+}
+
+int32_t check(const PluginTensorDesc* in, const PluginTensorDesc& y, int32_t inputs) {
+  DataType types[kMostInputs];
+  int32_t ranks[kMostInputs];
+  for (int32_t input = 0; input < inputs; ++input) {
     types[input] = in[input].type;
     ranks[input] = in[input].dims.nbDims;
   }
-  if (check_types(types) != 0 || check_ranks(ranks) != 0) return -1;
+  if (check_types(types, inputs) != 0 || check_ranks(ranks, inputs) != 0) return -1;
   const PluginTensorDesc& x = in[0];
   for (int32_t input = 1; input < kInputs; ++input) {
     if (differ(in[input].dims.d[0], x.dims.d[1])) {
@@ -136,9 +150,10 @@ int32_t check(const PluginTensorDesc* in, const PluginTensorDesc& y) {
     }
     if (in[input].format != TensorFormat::kLINEAR) return refuse("input %s is not linear", kInputNames[input]);
   }
-  bool alike = y.type == x.type && y.format == x.format && y.dims.nbDims == x.dims.nbDims;
-  for (int32_t axis = 0; alike && axis < x.dims.nbDims; ++axis) alike = !differ(y.dims.d[axis], x.dims.d[axis]);
-  if (!alike) return refuse("the output is not of X's shape, type and format");
+  if (!alike(y, x)) return refuse("the output is not of X's shape, type and format");
+  if (inputs > kResidual && !alike(in[kResidual], x)) {
+    return refuse("the residual is not of X's shape, type and format");
+  }
   if (!takes_format(x.type, x.format, x.dims.nbDims)) {
     return refuse("input X is in a format that is not taken: %d, of %s with %d axes", static_cast<int>(x.format),
                   name_of(x.type), x.dims.nbDims);
@@ -204,11 +219,14 @@ TensorFormat format_for_rtx(DataType type, int32_t rank) {
 }
 
 // Has no state: what a call needs is in the descriptions that come with it, so that shapes may change at any time.
+template <bool kAdd>
 class FrnPlugin final : public IPluginV3,
                         public IPluginV3OneCore,
                         public IPluginV3OneBuild,
                         public IPluginV3OneRuntime {
  public:
+  static constexpr int32_t kCount = kAdd ? kMostInputs : kInputs;  // of inputs
+
   IPluginCapability* getCapabilityInterface(PluginCapabilityType type) noexcept override {
     switch (type) {
       case PluginCapabilityType::kCORE:
@@ -225,7 +243,7 @@ class FrnPlugin final : public IPluginV3,
 
   // ---- IPluginV3OneCore
 
-  const char* getPluginName() const noexcept override { return kOpType; }
+  const char* getPluginName() const noexcept override { return kOperators[kAdd]; }
   const char* getPluginVersion() const noexcept override { return kPluginVersion; }
   const char* getPluginNamespace() const noexcept override { return kDomain; }
 
@@ -237,8 +255,8 @@ class FrnPlugin final : public IPluginV3,
   int32_t getOutputDataTypes(DataType* out, int32_t outputs, const DataType* in,
                              int32_t inputs) const noexcept override {
     caller = __builtin_return_address(0);
-    if (!has_arity(inputs, outputs)) return refuse_arity(inputs, outputs);
-    if (check_types(in) != 0) return -1;
+    if (!has_arity(inputs, outputs)) return refuse_arity(inputs, outputs, kAdd);
+    if (check_types(in, inputs) != 0) return -1;
     out[0] = in[0];
     return 0;
   }
@@ -246,10 +264,10 @@ class FrnPlugin final : public IPluginV3,
   int32_t getOutputShapes(const DimsExprs* in, int32_t inputs, const DimsExprs*, int32_t, DimsExprs* out,
                           int32_t outputs, IExprBuilder&) noexcept override {
     caller = __builtin_return_address(0);
-    if (!has_arity(inputs, outputs)) return refuse_arity(inputs, outputs);
-    int32_t ranks[kInputs];
-    for (int32_t input = 0; input < kInputs; ++input) ranks[input] = in[input].nbDims;
-    if (check_ranks(ranks) != 0) return -1;
+    if (!has_arity(inputs, outputs)) return refuse_arity(inputs, outputs, kAdd);
+    int32_t ranks[kCount];
+    for (int32_t input = 0; input < kCount; ++input) ranks[input] = in[input].nbDims;
+    if (check_ranks(ranks, kCount) != 0) return -1;
     out[0] = in[0];
     return 0;
   }
@@ -266,6 +284,7 @@ class FrnPlugin final : public IPluginV3,
       const Host* host = host_at(asking, &path);  // a process may have loaded TensorRT and TensorRT-RTX both
       return host == nullptr || !host->rtx || x.format == format_for_rtx(x.type, x.dims.nbDims);
     }
+    // The residual and the output are as X is.
     if (position < kInputs) return asked.type == DataType::kFLOAT && asked.format == TensorFormat::kLINEAR;
     return asked.type == x.type && asked.format == x.format;
   }
@@ -273,10 +292,10 @@ class FrnPlugin final : public IPluginV3,
   int32_t configurePlugin(const DynamicPluginTensorDesc* in, int32_t inputs, const DynamicPluginTensorDesc* out,
                           int32_t outputs) noexcept override {
     caller = __builtin_return_address(0);
-    if (!has_arity(inputs, outputs)) return refuse_arity(inputs, outputs);
-    PluginTensorDesc tensors[kInputs];
-    for (int32_t input = 0; input < kInputs; ++input) tensors[input] = in[input].desc;
-    return check(tensors, out[0].desc);
+    if (!has_arity(inputs, outputs)) return refuse_arity(inputs, outputs, kAdd);
+    PluginTensorDesc tensors[kCount];
+    for (int32_t input = 0; input < kCount; ++input) tensors[input] = in[input].desc;
+    return check(tensors, out[0].desc, kCount);
   }
 
   size_t getWorkspaceSize(const DynamicPluginTensorDesc* in, int32_t inputs, const DynamicPluginTensorDesc*,
@@ -291,19 +310,20 @@ class FrnPlugin final : public IPluginV3,
   int32_t onShapeChange(const PluginTensorDesc* in, int32_t inputs, const PluginTensorDesc* out,
                         int32_t outputs) noexcept override {
     caller = __builtin_return_address(0);
-    return has_arity(inputs, outputs) ? check(in, out[0]) : refuse_arity(inputs, outputs);
+    return has_arity(inputs, outputs) ? check(in, out[0], kCount) : refuse_arity(inputs, outputs, kAdd);
   }
 
   int32_t enqueue(const PluginTensorDesc* in, const PluginTensorDesc* out, const void* const* inputs,
                   void* const* outputs, void* workspace, cudaStream_t stream) noexcept override {
     caller = __builtin_return_address(0);
-    if (check(in, out[0]) != 0) return -1;
+    if (check(in, out[0], kCount) != 0) return -1;
     deploynorm_frn call = call_of(in[0].dims, in[0].type, in[0].format);
     call.x = inputs[0];
     call.gamma = inputs[1];
     call.beta = inputs[2];
     call.tau = inputs[3];
     call.eps = inputs[4];
+    if constexpr (kAdd) call.residual = inputs[kResidual];
     call.y = outputs[0];
     const int error = deploynorm_frn_cuda(&call, workspace, stream, /*variant=*/nullptr);
     if (error == cudaSuccess) return 0;
@@ -312,11 +332,15 @@ class FrnPlugin final : public IPluginV3,
 
   IPluginV3* attachToContext(IPluginResourceContext*) noexcept override { return clone(); }
   const PluginFieldCollection* getFieldsToSerialize() noexcept override { return &kPlanFields; }
+
+ private:
+  static bool has_arity(int32_t inputs, int32_t outputs) { return inputs == kCount && outputs == 1; }
 };
 
+template <bool kAdd>
 class FrnCreator final : public IPluginCreatorV3One {
  public:
-  const char* getPluginName() const noexcept override { return kOpType; }
+  const char* getPluginName() const noexcept override { return kOperators[kAdd]; }
   const char* getPluginVersion() const noexcept override { return kPluginVersion; }
   const char* getPluginNamespace() const noexcept override { return kDomain; }
   const PluginFieldCollection* getFieldNames() noexcept override { return &kNoFields; }
@@ -336,15 +360,16 @@ class FrnCreator final : public IPluginCreatorV3One {
       refuse("there is no attribute %s. Fix: export the model with deploynorm, whose fifth input is epsilon", name);
       return nullptr;
     }
-    FrnPlugin* plugin = new (std::nothrow) FrnPlugin;
+    auto* plugin = new (std::nothrow) FrnPlugin<kAdd>;
     if (plugin == nullptr) refuse("out of memory");
     return plugin;
   }
 };
 
 // Never destroyed: at the process's end the host's registry may outlive what this library destroys.
-alignas(FrnCreator) unsigned char creator[sizeof(FrnCreator)];
-IPluginCreatorInterface* const kCreators[] = {new (creator) FrnCreator};
+alignas(FrnCreator<false>) unsigned char creator[sizeof(FrnCreator<false>)];
+alignas(FrnCreator<true>) unsigned char adding_creator[sizeof(FrnCreator<true>)];
+IPluginCreatorInterface* const kCreators[] = {new (creator) FrnCreator<false>, new (adding_creator) FrnCreator<true>};
 
 }  // namespace
 }  // namespace deploynorm
@@ -352,7 +377,7 @@ IPluginCreatorInterface* const kCreators[] = {new (creator) FrnCreator};
 // ---- The two functions by which TensorRT knows a plugin library
 
 extern "C" DEPLOYNORM_API nvinfer1::IPluginCreatorInterface* const* getCreators(int32_t& count) noexcept {
-  count = 1;
+  count = sizeof deploynorm::kCreators / sizeof *deploynorm::kCreators;
   return deploynorm::kCreators;
 }
 

@@ -78,7 +78,7 @@ void register_with(const Host& host, const char* path, GetCreators* get_creators
   for (int32_t index = 0; index < count; ++index) {
     if (register_creator(registry, creators[index], kDomain)) continue;
     // Asked only now, as TensorRT logs an error for a name that it does not find. One that is there serves as well.
-    if (get_creator(registry, kOpType, kVersionText, kDomain) != nullptr) continue;
+    if (get_creator(registry, kOperators[index], kVersionText, kDomain) != nullptr) continue;
     fprintf(stderr, "deploynorm: %s %d.%d refused the plugin. %s\n", host.name, version.major, version.minor,
             kOtherWay);
   }

@@ -61,14 +61,14 @@ def check(y: np.ndarray[Any, Any], x: np.ndarray[Any, Any]) -> None:
     np.testing.assert_allclose(y, expected, **OP_FLOAT32.kwargs())
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case.dtype in DTYPES and len(case.shape) > 1], ids=str)
+@pytest.mark.parametrize("case", [case for case in (*CASES, *ADD_CASES) if case.dtype in DTYPES], ids=str)
 def test_numbers(case: NormCase, open_session: Callable[..., Any]) -> None:
     inputs = inputs_of(case)
     shape = tuple(f"axis_{axis}" for axis in range(len(case.shape)))
     parameters = {name: inputs[name] for name in PARAMETERS}
-    session = open_session(frn_model(case.dtype, parameters=parameters, shape=shape))
-    (y,) = session.run(None, {INPUTS[0]: np.ascontiguousarray(inputs[INPUTS[0]])})
-    check_forward(y, case)
+    session = open_session(frn_model(case.dtype, parameters=parameters, shape=shape, residual=case.residual))
+    feeds = {name: np.ascontiguousarray(value) for name, value in inputs.items() if name not in parameters}
+    check_forward(session.run(None, feeds)[0], case)
 
 
 def test_it_is_the_kernel_and_runs_on_the_device(open_session: Callable[..., Any], tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from cases import CASES, NormCase
+from cases import ADD_CASES, CASES, NormCase
 from emulated import HOSTS, build_plugin
 from references import check_forward, inputs_of
 from tensorrt_host import Host, check_every_format, formats_of
@@ -34,7 +34,7 @@ def host(
     return Host(emulated / HOSTS[0], emulated / TENSORRT_LIBRARY)
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case.dtype in DTYPES], ids=str)
+@pytest.mark.parametrize("case", [case for case in (*CASES, *ADD_CASES) if case.dtype in DTYPES], ids=str)
 def test_every_case_in_every_format(case: NormCase, host: Host) -> None:
     check_every_format(host, case)
 

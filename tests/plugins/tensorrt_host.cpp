@@ -110,8 +110,8 @@ EXPORTED ILogger* getLogger() noexcept {
 
 // ---- The library and its creator
 
-// The one creator of a library; null, with dlerror() in `error`, for a library that cannot be loaded.
-EXPORTED IPluginCreatorV3One* host_open(const char* path, const char** error) {
+// One of the two creators of a library; null, with dlerror() in `error`, for a library that cannot be loaded.
+EXPORTED IPluginCreatorV3One* host_open(const char* path, int32_t index, const char** error) {
   void* library = dlopen(path, RTLD_NOW | RTLD_LOCAL);
   if (library == nullptr) {
     *error = dlerror();
@@ -120,13 +120,13 @@ EXPORTED IPluginCreatorV3One* host_open(const char* path, const char** error) {
   using GetCreators = IPluginCreatorInterface* const*(int32_t& count);
   auto* get_creators = reinterpret_cast<GetCreators*>(dlsym(library, "getCreators"));
   auto* set_logger_finder = reinterpret_cast<void (*)(void*)>(dlsym(library, "setLoggerFinder"));
-  *error = "not exactly one creator of the third generation";
+  *error = "not exactly two creators of the third generation";
   if (get_creators == nullptr || set_logger_finder == nullptr) return nullptr;
   set_logger_finder(nullptr);
   int32_t count = 0;
   IPluginCreatorInterface* const* creators = get_creators(count);
-  if (count != 1 || strcmp(creators[0]->getInterfaceInfo().kind, "PLUGIN CREATOR_V3ONE") != 0) return nullptr;
-  return static_cast<IPluginCreatorV3One*>(creators[0]);
+  if (count != 2 || strcmp(creators[index]->getInterfaceInfo().kind, "PLUGIN CREATOR_V3ONE") != 0) return nullptr;
+  return static_cast<IPluginCreatorV3One*>(creators[index]);
 }
 
 EXPORTED void host_creator_names(IPluginCreatorV3One* creator, const char** names) {

@@ -9,7 +9,6 @@ import numpy as np
 import onnx
 import onnx.helper
 import pytest
-from cases import NUMPY_DTYPES
 from graphs import CHANNELS, ELEMENT_TYPES, OPSET, frn_model, frn_parameters
 from rtx_builds import conv_frn_conv, quantized
 from tolerances import OP_FLOAT32
@@ -41,40 +40,17 @@ def attributes(node: onnx.NodeProto) -> dict[str, str]:
 
 @pytest.mark.parametrize("body", [True, False], ids=["with body", "without body"])
 @pytest.mark.parametrize("named", [True, False], ids=["with attributes", "without attributes"])
-def test_the_plugin_is_named_and_nothing_stands_in_its_way(named: bool, body: bool) -> None:
-    model = frn_model(body=body or None)
+@pytest.mark.parametrize("op_type", OPERATORS)
+def test_the_plugin_is_named_and_nothing_stands_in_its_way(op_type: str, named: bool, body: bool) -> None:
+    model = frn_model(body=body or None, residual=op_type == ADD_OP_TYPE)
     if not named:
         del model.graph.node[0].attribute[:]
     before = model.SerializeToString()
     proto = TensorRTModel.read(model).prepared("plugin")
     [node] = proto.graph.node
-    assert (node.domain, node.op_type, attributes(node)) == (DOMAIN, OP_TYPE, NODE_ATTRIBUTES)
+    assert (node.domain, node.op_type, attributes(node)) == (DOMAIN, op_type, NODE_ATTRIBUTES)
     assert not proto.functions
     assert model.SerializeToString() == before
-
-
-@pytest.mark.parametrize("shape", [("N", 4), (2, 4, 3), ("N", 4, "H", "W")], ids=lambda shape: f"rank {len(shape)}")
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-def test_the_plugin_of_a_node_with_a_residual_has_the_sum_behind_it(dtype: str, shape: tuple[int | str, ...]) -> None:
-    model = frn_model(dtype, body=True, shape=shape, residual=True)
-    model.graph.node[0].name = "frn"
-    before = model.SerializeToString()
-    read = TensorRTModel.read(model)
-    proto = read.prepared("plugin")
-    assert model.SerializeToString() == before
-    [frn] = [node for node in proto.graph.node if node.domain == DOMAIN]
-    assert (frn.op_type, (frn.name,), attributes(frn)) == (OP_TYPE, read.frn, NODE_ATTRIBUTES)
-    assert not proto.functions
-    onnx.checker.check_model(proto, full_check=dtype == "float32")
-    rng = np.random.default_rng(0)
-    sizes = tuple(size if isinstance(size, int) else 5 for size in shape)
-    x, residual = (rng.normal(size=sizes).astype(NUMPY_DTYPES[dtype]) for _ in range(2))
-    with ReferenceRunner(proto) as runner:
-        got = runner.infer({INPUTS[0]: x, RESIDUAL: residual})[OUTPUT]
-    gamma, beta, tau, eps = frn_parameters().values()
-    total = filter_response_norm(x, gamma, beta, np.full(CHANNELS, -np.inf), eps) + residual
-    wanted = np.maximum(total, tau.astype(x.dtype).reshape(1, -1, *(1,) * (x.ndim - 2)))
-    np.testing.assert_array_equal(got.astype(np.float64), wanted.astype(np.float64))
 
 
 @pytest.mark.parametrize("body", [True, False], ids=["with body", "without body"])
@@ -165,7 +141,7 @@ def test_nodes_in_subgraphs_and_functions_go_the_same_way(op_type: str, way: Way
     conditional, block = proto.graph.node[-1], next(f for f in proto.functions if f.name == "Block")
     graphs = [proto.graph, *(a.g for a in conditional.attribute), block]
     nodes = [node for graph in graphs for node in graph.node if node.domain == DOMAIN]
-    assert [node.op_type for node in nodes] == [OP_TYPE if way == "plugin" else BODIES[op_type]] * 4
+    assert [node.op_type for node in nodes] == [op_type if way == "plugin" else BODIES[op_type]] * 4
     assert all(attributes(node) == (NODE_ATTRIBUTES if way == "plugin" else {}) for node in nodes)
 
 
