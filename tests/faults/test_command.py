@@ -48,7 +48,7 @@ def here(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def usual_signal(number: int) -> Iterator[None]:
-    """The signal does what it does by default: the processes of pytest-xdist ignore SIGINT, and those of nohup SIGHUP."""
+    """The signal does what it does by default: pytest-xdist ignores SIGINT in its processes, and nohup SIGHUP."""
     before = signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
     yield
     signal.signal(number, before)
