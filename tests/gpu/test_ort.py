@@ -12,7 +12,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from cases import CASES, NormCase
+from cases import ADD_CASES, CASES, NormCase
 from graphs import CHANNELS, OPSET, frn_model, frn_parameters
 from references import check_forward, inputs_of
 from tolerances import OP_BFLOAT16, OP_FLOAT16, OP_FLOAT32
