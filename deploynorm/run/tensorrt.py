@@ -222,9 +222,7 @@ class TensorRTRunner(Runner):
         return {name: tensor.clone() for name, tensor in captured.outputs.items()}
 
     def _capture(self, feeds: Mapping[str, Tensor], profile: int) -> _Captured:
-        context = self._new_context(
-            profile
-        )  # a graph is valid only as long as its context is not used for anything else
+        context = self._new_context(profile)  # a graph is valid only as long as nothing else uses its context
         inputs = {spec.name: feeds[spec.name].clone(memory_format=torch.contiguous_format) for spec in self.inputs}
         with listen() as heard:
             outputs, waiting = self._bind(context, inputs, heard)
