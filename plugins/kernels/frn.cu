@@ -4,10 +4,11 @@
 // which a last-level cache that holds the groups in flight serves the second reading. The parameters are nothing beside
 // that, nor is arithmetic: some 10 instructions an element, where a device has time for 50 and more. So the bound is
 // the time of a copy. Measured on an H100 for ResNet-50's shapes at batch 32, the time of PyTorch's copy was 0.81 to
-// 0.95 of ours in float32 NCHW, 0.60 to 0.93 in bfloat16 (benchmarks/README.md, benchmarks/results/gpu_h100.json).
+// 0.95 of ours in float32 NCHW, 0.60 to 0.93 in bfloat16 (benchmarks/README.md, benchmarks/results/gpu_h100.json); that
+// was before "runs", and before the first load came early (benchmarks/results/gpu_code.json).
 //
 // variant     layout  one block has                      runs where
-// packed      NCHW    several planes, shared memory      a plane is at most 4 KiB (2 of 16-bit types of odd size)
+// runs        NCHW    runs of planes, each in a warp     so many planes as are whole vectors are at most 4 KiB
 // registers   both    a group, in registers              a plane is at most 128 KiB; a strip 32 bytes by 4096 rows
 // two_passes  both    a group, read twice                it is larger, and there are groups for all multiprocessors
 // split       both    a part of a group, two launches    it is larger, there are few, and there is a workspace
@@ -27,6 +28,7 @@ struct Forward {
   static constexpr bool kAddsByChannel = false, kPadded = true;
   static constexpr int kPartialSumsBlocks = 3;  // on a multiprocessor
 
+  static constexpr int kMaxRunHeld = 8;  // vectors that a thread of a run holds, of each input
   // Vectors of a strip's row.
   __host__ __device__ static constexpr int max_columns(bool channels_last, int) { return channels_last ? kWarp : 1; }
   // Vectors of each input that a thread holds. Planes are held in whole vectors alone, strips in single elements too.

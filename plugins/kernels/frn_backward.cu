@@ -10,7 +10,7 @@
 // (benchmarks/README.md, benchmarks/results/gpu_h100.json).
 //
 // variant     layout  one block has                      runs where
-// packed      NCHW    several planes, shared memory      a plane is at most 4 KiB (2 of 16-bit types of odd size)
+// runs        NCHW    runs of planes, each in a warp     so many planes as are whole vectors are at most 2 KiB
 // registers   both    a group, in registers              a plane is at most 64 KiB; a strip 32 bytes by 2048 rows
 // two_passes  both    a group, read twice                it is larger, and there are groups for all multiprocessors
 // split       both    a part of a group, two launches    it is larger, and there are few
@@ -35,6 +35,7 @@ struct Backward {
   static constexpr bool kAddsByChannel = true, kPadded = false;
   static constexpr int kPartialSumsBlocks = 0;  // as many as there are registers for
 
+  static constexpr int kMaxRunHeld = 4;  // vectors that a thread of a run holds, of each input
   // Vectors of a strip's row.
   __host__ __device__ static constexpr int max_columns(bool channels_last, int vec_size) {
     return !channels_last ? 1 : vec_size > 1 ? kStripColumns : kWarp;

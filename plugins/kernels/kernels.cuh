@@ -26,12 +26,9 @@
 namespace deploynorm {
 namespace {
 
-constexpr int kUnroll = 4;            // loads in flight, where a group is too large to be held
-constexpr int kSplitThreads = 256;    // of a block that has a chunk of a group
-constexpr int kSubwarpThreads = 256;  // of a block whose subwarps have a plane each
-constexpr int kSubwarpHeld = 4;       // vectors that a thread of a subwarp holds
-constexpr int kPackedThreads = 256;
-constexpr int kPackedBytes = 16384;  // of shared memory for each input, for several small planes
+constexpr int kUnroll = 4;          // loads in flight, where a group is too large to be held
+constexpr int kSplitThreads = 256;  // of a block that has a chunk of a group
+constexpr int kRunThreads = 128;
 
 template <typename Storage, int kInputs>
 struct ProblemOf : Tiling {
@@ -139,13 +136,6 @@ struct Thread {
     share<true>();
   }
 
-  // The same where 2^log2_threads neighbouring threads have the plane.
-  __device__ void finish_in_subwarp(int log2_threads, bool writes) {
-#pragma unroll
-    for (A& sum : sums) sum = sum_of_threads(sum, log2_threads);
-    channels[0].finish(problem, tile.statistic, sums, writes);
-  }
-
   // Gives each channel to all threads. The next tile may follow without a barrier: before it writes to what is read
   // last here, all threads have to come to a barrier of its own.
   template <bool kFinished>
@@ -236,27 +226,6 @@ __global__ void __launch_bounds__(max_threads(kChannelsLast), Op::min_blocks(kCh
     thread.begin();
     held.add_to(thread);
     thread.finish();
-    held.store(thread);
-  }
-}
-
-// "registers" for small planes: a subwarp of 2^log2_threads threads holds a plane, and there is no barrier.
-template <typename Op, int kVecSize>
-__global__ void __launch_bounds__(kSubwarpThreads)
-    frn_in_subwarps(const typename Op::Problem problem, const int log2_threads) {
-  using T = ThreadTile<typename Op::Storage, kVecSize, false, true>;
-  const int lane = threadIdx.x & ((1 << log2_threads) - 1);
-  const int subwarp = threadIdx.x >> log2_threads, subwarps = blockDim.x >> log2_threads;
-  // All threads make the same number of rounds: those of a warp shuffle together.
-  for (int64_t first = int64_t{blockIdx.x} * subwarps; first < problem.tiles; first += int64_t{gridDim.x} * subwarps) {
-    const bool there = first + subwarp < problem.tiles;
-    T tile(problem, problem.inputs[0], there ? first + subwarp : first, lane, 1 << log2_threads);
-    if (!there) tile.leave();
-    Thread<Op, T> thread(problem, tile);
-    Held<Op, T, kSubwarpHeld> held(problem, tile);
-    thread.begin();
-    held.add_to(thread);
-    thread.finish_in_subwarp(log2_threads, there && lane == 0);
     held.store(thread);
   }
 }
@@ -355,80 +324,116 @@ __global__ void __launch_bounds__(kSplitThreads, split_blocks(kChannelsLast, kVe
   }
 }
 
-// A plane in shared memory that a subwarp has, element by element; see ThreadTile.
-template <typename Storage_>
-struct PlaneTile {
-  using Storage = Storage_;
-  using A = Arithmetic<Storage>;
-  using V = Vec<Storage, 1>;
-  static constexpr bool kStrip = false;
-  static constexpr int kChannels = 1;
-  static constexpr int valid = 1;
-  int64_t channel, statistic;
-};
-
-// "packed": small planes of NCHW, several to a block. They lie end to end, so that together they are read and written
-// in whole vectors, and a subwarp of 2^log2_threads threads computes each in shared memory.
-template <typename Op, int kVecSize>
-__global__ void __launch_bounds__(kPackedThreads) frn_packed(const typename Op::Problem problem, const int64_t planes,
-                                                             const int planes_of_a_tile, const int log2_threads) {
+// "runs": small planes of NCHW. They lie end to end, and a warp holds a run of 2^log2_planes of them, so many that they
+// are whole vectors together; a vector has elements of kParts planes, one or two. Of each plane's sums as many threads
+// of the warp take care as it has for one plane. At the end of the tensor a run may be of fewer planes, and not of
+// whole vectors.
+template <typename Op, int kVecSize, int kParts, int kHeld>
+__global__ void __launch_bounds__(kRunThreads)
+    frn_in_runs(const typename Op::Problem problem, const int64_t planes, const int log2_planes) {
   using Storage = typename Op::Storage;
+  using A = Arithmetic<Storage>;
   using V = Vec<Storage, kVecSize>;
-  using T = PlaneTile<Storage>;
-  __shared__ __align__(kVecBytes) Storage memory[Op::kInputs][kPackedBytes / sizeof(Storage)];
+  using Channel = typename Op::Channel;
+  constexpr int kWarps = kRunThreads / kWarp;
+  __shared__ A all_partials[kWarps][Op::kSums][kHeld * kWarp + kVecSize][kParts];  // of each vector, and end's elements
+  __shared__ Channel all_channels[kWarps][kWarp + 1];                              // of each plane
+  const int warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp, lane = threadIdx.x % kWarp;
+  auto& partials = all_partials[warp];
+  auto& channels = all_channels[warp];
   const int length = static_cast<int>(problem.spatial);
-  const int lane = threadIdx.x & ((1 << log2_threads) - 1), lanes = 1 << log2_threads;
-  const int subwarp = threadIdx.x >> log2_threads, subwarps = blockDim.x >> log2_threads;
-  for (int64_t index = blockIdx.x; index < problem.tiles; index += gridDim.x) {
-    const int64_t first = index * planes_of_a_tile, left = planes - first;
-    const int count = static_cast<int>(left < planes_of_a_tile ? left : planes_of_a_tile);
-    const int elements = count * length, whole = elements / kVecSize * kVecSize;
-#pragma unroll 4
-    for (int i = threadIdx.x * kVecSize; i < whole; i += blockDim.x * kVecSize) {
+  const float planes_of_an_element = 1.0f / static_cast<float>(length);
+  const int log2_lanes = 5 - log2_planes;  // threads of a plane
+  const int plane = lane >> log2_lanes, place = lane & ((1 << log2_lanes) - 1);
+
+  for (int64_t run = int64_t{blockIdx.x} * warps + warp; run < problem.tiles; run += int64_t{gridDim.x} * warps) {
+    const int64_t first = run << log2_planes, left = planes - first, offset = first * length;
+    const int count = left < 1 << log2_planes ? static_cast<int>(left) : 1 << log2_planes;
+    const int elements = count * length, whole = elements / kVecSize;
+    const bool has_end = whole * kVecSize + lane < elements;
+    const bool has_plane = plane < count;
+
+    Channel own = {};
+    if (has_plane) own = Channel(problem, Divided(first + plane, problem.channels).remainder, first + plane);
+    V vecs[kHeld][Op::kInputs] = {};
+    Vec<Storage, 1> end[Op::kInputs] = {};
 #pragma unroll
-      for (int input = 0; input < Op::kInputs; ++input) {
-        V::copy(problem.inputs[input] + first * length + i, memory[input] + i);
-      }
+    for (int i = 0; i < kHeld; ++i) {
+      if (i * kWarp + lane < whole) load(problem, offset + (i * kWarp + lane) * kVecSize, vecs[i]);
     }
-    for (int i = whole + threadIdx.x; i < elements; i += blockDim.x) {
+    if (has_end) load(problem, offset + whole * kVecSize + lane, end);
+    const auto share = [&] {
+      if (place == 0) channels[plane] = own;
+      __syncwarp();
+    };
+    // work(input vectors, number, channel_of, is_first) for each held vector, of whose elements i is_first(i) are of
+    // one plane, and the others of the next.
+    const auto for_held = [&](auto work) {
 #pragma unroll
-      for (int input = 0; input < Op::kInputs; ++input) memory[input][i] = problem.inputs[input][first * length + i];
-    }
-    __syncthreads();
-    // All threads make the same number of rounds: those of a warp shuffle together.
-    for (int start = 0; start < count; start += subwarps) {
-      const bool there = start + subwarp < count;
-      const int plane = there ? start + subwarp : start;
-      const int begin = plane * length + lane, end = there ? plane * length + length : 0;
-      const T tile = {Divided(first + plane, problem.channels).remainder, first + plane};
-      Thread<Op, T> thread(problem, tile);
-      thread.begin();
-      const auto load_element = [&](int i, auto& in) {
+      for (int i = 0; i < kHeld; ++i) {
+        const int vec = i * kWarp + lane;
+        if (vec >= whole) continue;
+        // Half an element is further from a whole plane than the product is off.
+        const int of = static_cast<int>((static_cast<float>(vec * kVecSize) + 0.5f) * planes_of_an_element);
+        const int of_first = (of + 1) * length - vec * kVecSize;
+        const Channel one = channels[of], next = channels[of + kParts - 1];
+        const auto is_first = [&](int element) { return kParts == 1 || element < of_first; };
+        work(vecs[i], vec, [&](int element) { return is_first(element) ? one : next; }, is_first);
+      }
+    };
+
+    if constexpr (Op::kAddsByChannel) share();
+    for_held([&](auto& in, int vec, auto channel_of, auto is_first) {
+      A sums[Op::kSums][2] = {};
 #pragma unroll
-        for (int input = 0; input < Op::kInputs; ++input) in[input] = Vec<Storage, 1>::load(&memory[input][i]);
-      };
-#pragma unroll 4
-      for (int i = begin; i < end; i += lanes) {
-        Vec<Storage, 1> in[Op::kInputs];
-        load_element(i, in);
-        thread.add(in);
+      for (int i = 0; i < kVecSize; ++i) {
+        A terms[Op::kSums] = {};
+        channel_of(i).add(in, i, terms);
+#pragma unroll
+        for (int sum = 0; sum < Op::kSums; ++sum) {
+          if (is_first(i)) {
+            sums[sum][0] += terms[sum];
+          } else {
+            sums[sum][1] += terms[sum];
+          }
+        }
       }
-      thread.finish_in_subwarp(log2_threads, there && lane == 0);
-#pragma unroll 4
-      for (int i = begin; i < end; i += lanes) {
-        Vec<Storage, 1> in[Op::kInputs];
-        load_element(i, in);
-        thread.mask(in);
-        thread.store(in, &memory[0][i]);
+#pragma unroll
+      for (int sum = 0; sum < Op::kSums; ++sum) {
+#pragma unroll
+        for (int part = 0; part < kParts; ++part) partials[sum][vec][part] = sums[sum][part];
       }
+    });
+    if (has_end) {
+      A sums[Op::kSums] = {};
+      channels[count - 1].add(end, 0, sums);
+#pragma unroll
+      for (int sum = 0; sum < Op::kSums; ++sum) partials[sum][whole + lane][0] = sums[sum];
     }
-    __syncthreads();
-#pragma unroll 4
-    for (int i = threadIdx.x * kVecSize; i < whole; i += blockDim.x * kVecSize) {
-      V::copy(memory[0] + i, problem.output + first * length + i);
+    __syncwarp();
+    A sums[Op::kSums] = {};
+    const int begin = plane * length, behind = begin + length;
+    const int stop = behind == elements ? whole + elements % kVecSize : (behind + kVecSize - 1) / kVecSize;
+    for (int vec = begin / kVecSize + place; has_plane && vec < stop; vec += 1 << log2_lanes) {
+      const int part = vec * kVecSize < begin ? kParts - 1 : 0;
+#pragma unroll
+      for (int sum = 0; sum < Op::kSums; ++sum) sums[sum] += partials[sum][vec][part];
     }
-    for (int i = whole + threadIdx.x; i < elements; i += blockDim.x) problem.output[first * length + i] = memory[0][i];
-    __syncthreads();  // before the next tile comes in
+#pragma unroll
+    for (A& sum : sums) sum = sum_of_threads(sum, log2_lanes);
+    own.finish(problem, first + plane, sums, has_plane && place == 0);
+    share();
+    for_held([&](auto& in, int vec, auto channel_of, auto) {
+      V out = in[0];
+      out.transform([&](int i, A) { return channel_of(i).apply(in, i); });
+      out.store(problem.output + offset + vec * kVecSize);
+    });
+    if (has_end) {
+      Vec<Storage, 1> out;
+      out.transform([&](int, A) { return channels[count - 1].apply(end, 0); });
+      out.store(problem.output + offset + whole * kVecSize + lane);
+    }
+    __syncwarp();  // before the next run is written over this one
   }
 }
 

@@ -12,16 +12,17 @@
 namespace deploynorm {
 namespace {
 
-constexpr const char* kPacked = "packed";
+constexpr const char* kRuns = "runs";
 constexpr const char* kRegisters = "registers";
 constexpr const char* kTwoPasses = "two_passes";
 constexpr const char* kSplit = "split";
-constexpr const char* kVariants[] = {kPacked, kRegisters, kTwoPasses, kSplit, nullptr};
+constexpr const char* kVariants[] = {kRuns, kRegisters, kTwoPasses, kSplit, nullptr};
 
-constexpr int64_t kSmallPlane = 4096;        // bytes; at least four of them are packed
-constexpr int64_t kBlocksWanted = 1024;      // of a split: some for each multiprocessor of the largest devices
-constexpr int64_t kRowsOfAChunk = 64;        // at least, for each thread's worth of columns
-constexpr int64_t kWorthSplitting = 131072;  // bytes of a plane: two launches take as long as a block with less
+constexpr int kFewestHeld = 2, kUsuallyHeld = 4;  // vectors of a thread in a run
+constexpr int64_t kSmallPlane = 4096;             // bytes; it is never split
+constexpr int64_t kBlocksWanted = 1024;           // of a split: some for each multiprocessor of the largest devices
+constexpr int64_t kRowsOfAChunk = 64;             // at least, for each thread's worth of columns
+constexpr int64_t kWorthSplitting = 131072;       // bytes of a plane: two launches take as long as a block with less
 
 int64_t divided_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -108,9 +109,8 @@ struct Plan {
   bool channels_last = false;
   int vec_size = 1;
   int threads = 0;
-  int held = 0;           // for registers: vectors that a thread holds
-  bool subwarps = false;  // for registers: 2^log2_threads threads have a plane, not a block
-  int log2_threads = 0;
+  int held = 0;         // for registers and runs: vectors that a thread holds
+  int log2_planes = 0;  // for runs: of a warp
   int log2_columns = 0;
   int64_t strips = 1;
   int64_t groups = 0;
@@ -135,33 +135,30 @@ int whole_warps(int64_t threads, int most) {
   return static_cast<int>(smaller(divided_up(larger(threads, 1), kWarp) * kWarp, most));
 }
 
-// For planes of so few vectors that a subwarp holds one, how many threads it has, and false for larger ones. It is as
-// small as can hold them: what a subwarp does once is done for fewer threads. Where planes begin anywhere, it has a
-// thread for each element that may stand before or behind the whole vectors.
-bool fit_subwarp(int64_t spatial, int64_t whole_vec, int* log2_threads) {
-  const int64_t threads = divided_up(divided_up(spatial, whole_vec), kSubwarpHeld);
-  *log2_threads = log2_up(spatial % whole_vec == 0 ? threads : larger(threads, 2 * whole_vec));
-  return threads <= kWarp;
-}
+// How a warp holds planes, so many that they are whole vectors together.
+struct Run {
+  int vec_size = 1;
+  int log2_planes = 0;
+  int held = 0;  // vectors of a thread; 0 where the planes are too large
 
-// Whether small planes are better packed than held by subwarps: most of a subwarp is there for the edges alone.
-bool better_packed(int64_t spatial, int64_t whole_vec) {
-  return spatial % whole_vec != 0 && spatial < 3 * whole_vec * whole_vec;
-}
-
-// How many planes, end to end, make up whole vectors.
-int64_t planes_of_whole_vectors(int64_t spatial, int64_t whole_vec) {
-  int64_t count = 1;
-  while (count * spatial % whole_vec != 0) count *= 2;
-  return count;
-}
-
-// Whether planes of this size are packed.
-bool fit_packed(int64_t spatial, int64_t element_bytes) {
-  const int64_t plane_bytes = spatial * element_bytes;
-  return plane_bytes <= kSmallPlane &&
-         planes_of_whole_vectors(spatial, kVecBytes / element_bytes) * plane_bytes <= kPackedBytes;
-}
+  Run(const Request& request, const Device& device, int whole_vec, int max_held) {
+    const int64_t spatial = request.spatial, planes = request.samples * request.channels;
+    // A vector has elements of two planes at most. Where that cannot be, each element is read by itself.
+    if (request.whole && (spatial >= whole_vec - 1 || 2 * spatial == whole_vec)) vec_size = whole_vec;
+    const auto vectors = [&](int log2) { return divided_up(spatial << log2, vec_size); };
+    while ((spatial << log2_planes) % vec_size != 0) ++log2_planes;
+    // A large plane of whole vectors is better off with a block than with a warp.
+    const int usual = vec_size > 1 ? kUsuallyHeld : max_held;
+    if (vectors(log2_planes) > kWarp * (log2_planes == 0 ? usual : max_held)) return;
+    // What a warp does once pays for more planes, where each multiprocessor still has blocks enough.
+    while (int64_t{kWarp} >> log2_planes > 1 && vectors(log2_planes + 1) <= kWarp * usual &&
+           planes >> (log2_planes + 1) >= int64_t{device.multiprocessors} * kRunThreads / kWarp) {
+      ++log2_planes;
+    }
+    held = vec_size > 1 ? kFewestHeld : max_held;
+    while (vectors(log2_planes) > held * kWarp) held *= 2;
+  }
+};
 
 // Into how many chunks a split cuts a group that has work for at most so many blocks.
 int64_t chunks_of_split(int64_t groups, int64_t most) {
@@ -176,26 +173,29 @@ Plan plan_planes(const Request& request, const Device& device) {
   // Vectors begin at 16 bytes: of tensors that are misaligned differently, elements are read one by one.
   plan.vec_size = request.alike ? kWhole : 1;
   const int64_t vectors = divided_up(request.spatial, kWhole);
-  const bool fits_packed = fit_packed(request.spatial, kElementBytes);
+  const Run run(request, device, kWhole, Op::kMaxRunHeld);
   // Two blocks of half as many threads have room on a multiprocessor: one reads while the other writes.
   const bool fits_registers =
       request.alike && plan.hold(vectors, kMaxThreads / 2, kMaxThreads, Op::max_held(false, kWhole));
   const bool few = plan.groups < device.multiprocessors && request.spatial * kElementBytes >= kWorthSplitting;
-  const char* best = fits_packed && (!fits_registers || better_packed(request.spatial, kWhole)) ? kPacked
-                     : fits_registers                                                           ? kRegisters
-                     : request.workspace && few                                                 ? kSplit
-                                                                                                : kTwoPasses;
+  const char* best = run.held > 0               ? kRuns
+                     : fits_registers           ? kRegisters
+                     : request.workspace && few ? kSplit
+                                                : kTwoPasses;
   const char* variant = request.variant == nullptr ? best : request.variant;
-  if (variant == kPacked && !fits_packed) return plan;
+  if (variant == kRuns && run.held == 0) return plan;
   if (variant == kRegisters && !fits_registers) return plan;
   if (variant == kSplit && (!request.workspace || plan.groups > kBlocksWanted)) return plan;
   plan.variant = variant;
   const int64_t read = request.spatial / plan.vec_size;
-  if (variant == kPacked) {
-    if (!request.whole) plan.vec_size = 1;
+  if (variant == kRuns) {
+    plan.vec_size = run.vec_size;
+    plan.held = run.held;
+    plan.log2_planes = run.log2_planes;
+    const int64_t runs = divided_up(plan.groups, int64_t{1} << run.log2_planes);
+    plan.threads = whole_warps(runs / device.multiprocessors * kWarp, kRunThreads);
   } else if (variant == kRegisters) {
     plan.threads = whole_warps(divided_up(vectors, plan.held), kMaxThreads);
-    plan.subwarps = fit_subwarp(request.spatial, kWhole, &plan.log2_threads);
   } else if (variant == kTwoPasses) {
     plan.threads = whole_warps(divided_up(read, kUnroll), kMaxThreads);
   } else {
@@ -230,7 +230,7 @@ Plan plan_strips(const Request& request, const Device& device) {
                      : request.workspace && groups_if_wide < kBlocksWanted ? kSplit
                                                                            : kTwoPasses;
   const char* variant = request.variant == nullptr ? best : request.variant;
-  if (variant == kPacked) return plan;
+  if (variant == kRuns) return plan;
   if (variant == kRegisters && !fits_registers) return plan;
   if (variant == kSplit && (!request.workspace || groups_if_wide >= kBlocksWanted)) return plan;
   plan.variant = variant;
@@ -261,21 +261,14 @@ cudaError_t launch(const Device& device, int64_t blocks, int threads, cudaStream
   return cudaLaunchKernelEx(&config, kernel, arguments...);
 }
 
-template <typename Op>
-cudaError_t launch_packed(const Plan& plan, const Device& device, typename Op::Problem problem, cudaStream_t stream) {
-  constexpr int kWhole = kWholeVec<typename Op::Storage>;
-  // So many planes to a tile that the next tile begins at 16 bytes, and so few that every multiprocessor has some.
-  const int64_t multiple = planes_of_whole_vectors(problem.spatial, kWhole);
-  const int64_t share = divided_up(plan.groups, int64_t{2} * device.multiprocessors);
-  const int64_t capacity = kPackedBytes / sizeof(typename Op::Storage) / problem.spatial;
-  const int64_t planes = larger(smaller(capacity, share) / multiple * multiple, multiple);
-  problem.tiles = divided_up(plan.groups, planes);
-  // As many threads for a plane as leave none of a block idle.
-  const int64_t most = smaller(larger(kPackedThreads / planes, 1), smaller(problem.spatial, kWarp));
-  const int log2_threads = log2_up(most + 1) - 1;
-  auto* kernel = plan.vec_size > 1 ? frn_packed<Op, kWhole> : frn_packed<Op, 1>;
-  return launch(device, problem.tiles, kPackedThreads, stream, kernel, problem, plan.groups, static_cast<int>(planes),
-                log2_threads);
+template <typename Op, int kVecSize, int kParts, int kHeld>
+cudaError_t launch_runs(const Plan& plan, const Device& device, typename Op::Problem problem, cudaStream_t stream) {
+  if constexpr (2 * kHeld <= Op::kMaxRunHeld) {
+    if (plan.held > kHeld) return launch_runs<Op, kVecSize, kParts, 2 * kHeld>(plan, device, problem, stream);
+  }
+  problem.tiles = divided_up(plan.groups, int64_t{1} << plan.log2_planes);
+  return launch(device, divided_up(problem.tiles, plan.threads / kWarp), plan.threads, stream,
+                frn_in_runs<Op, kVecSize, kParts, kHeld>, problem, plan.groups, plan.log2_planes);
 }
 
 // By the number of vectors that a thread holds: kHeld, or the double, up to what the pass has kernels for.
@@ -306,12 +299,6 @@ cudaError_t launch_groups(const Plan& plan, const Device& device, const typename
     return launch(device, problem.tiles, plan.threads, stream, frn_from_partial_sums<Op, kVecSize, kChannelsLast>,
                   problem);
   }
-  if constexpr (!kChannelsLast && kVecSize > 1) {
-    if (plan.subwarps) {
-      return launch(device, divided_up(problem.tiles, kSubwarpThreads >> plan.log2_threads), kSubwarpThreads, stream,
-                    frn_in_subwarps<Op, kVecSize>, problem, plan.log2_threads);
-    }
-  }
   return launch_in_registers<Op, kVecSize, kChannelsLast, 4>(plan, device, problem, stream);
 }
 
@@ -325,7 +312,11 @@ cudaError_t plan_and_launch(const Request& request, const Device& device, cudaSt
   static_cast<Tiling&>(problem) = plan.tiling(request);
   problem.positions = static_cast<Arithmetic<typename Op::Storage>>(request.spatial);
   fill(plan, &problem);
-  if (plan.variant == kPacked) return launch_packed<Op>(plan, device, problem, stream);
+  if (plan.variant == kRuns) {
+    if (plan.vec_size == 1) return launch_runs<Op, 1, 1, Op::kMaxRunHeld>(plan, device, problem, stream);
+    return request.spatial % kWhole == 0 ? launch_runs<Op, kWhole, 1, kFewestHeld>(plan, device, problem, stream)
+                                         : launch_runs<Op, kWhole, 2, kFewestHeld>(plan, device, problem, stream);
+  }
   if (plan.channels_last) {
     return plan.vec_size > 1 ? launch_groups<Op, kWhole, true>(plan, device, problem, stream)
                              : launch_groups<Op, 1, true>(plan, device, problem, stream);

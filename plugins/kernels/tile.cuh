@@ -60,9 +60,8 @@ struct Tiling {
   int log2_columns;        // vectors of a strip's row; 0 in NCHW
 };
 
-// The part of a tile that one thread reads, in any number of tensors of the same layout. The threads are those of a
-// block, or fewer that number themselves. kHeld: they hold a whole group, and 32 bits count the elements of a sample of
-// NHWC, or of a plane of NCHW.
+// The part of a tile that one thread reads, in any number of tensors of the same layout. kHeld: the
+// threads of a block hold a whole group, and 32 bits count the elements of a sample of NHWC, or of a plane of NCHW.
 template <typename Storage_, int kVecSize, bool kChannelsLast, bool kHeld>
 struct ThreadTile {
   using Index = std::conditional_t<kHeld, int, int64_t>;
@@ -89,8 +88,8 @@ struct ThreadTile {
   int64_t edge;  // its offset in a tensor
 
   // tensor: any of them; all are misaligned to 16 bytes by the same amount.
-  __device__ ThreadTile(const Tiling& tiling, const Storage* tensor, int64_t tile, int thread = threadIdx.x,
-                        int threads = blockDim.x) {
+  __device__ ThreadTile(const Tiling& tiling, const Storage* tensor, int64_t tile) {
+    const int thread = threadIdx.x, threads = blockDim.x;
     int64_t strip = 0, group = tile;
     if constexpr (kChannelsLast) {
       const Divided by_strips(group, tiling.strips);
@@ -163,12 +162,6 @@ struct ThreadTile {
 
   // Its offset in a tensor.
   __device__ int64_t at(Index i) const { return offset + i * stride; }
-
-  // Leaves this thread with nothing.
-  __device__ void leave() {
-    end = 0;
-    has_edge = false;
-  }
 };
 
 // The sum over 2^log2_threads neighbouring threads. All threads of the warp call it.

@@ -66,6 +66,7 @@ struct ThreadIndex {
 inline ThreadIndex threadIdx;
 
 inline void __syncthreads() { emulation::wait_for_block(); }
+inline void __syncwarp() { emulation::wait_for_warp(); }
 
 template <typename T>
 inline T __shfl_xor_sync(unsigned mask, T value, int distance) {

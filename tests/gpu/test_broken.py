@@ -14,9 +14,10 @@ FORWARD = {
     "a barrier is missing": ("    __syncthreads();\n  }\n\n  // Of all threads", "  }\n\n  // Of all threads"),
     "a tail is forgotten": ("const bool in_tail = chunk == tiling.chunks.by - 1 && ", "const bool in_tail = false && "),
     "a vector is not aligned": ("if (head > tiling.spatial)", "head = 0;\n      if (head > tiling.spatial)"),
-    "a warp leaves before its shuffle": ("      const bool there = start + subwarp < count;\n",
-                                         "      const bool there = start + subwarp < count;\n"
-                                         "      if (!there) return;\n"),
+    "a warp leaves before its shuffle": ("    const bool has_plane = plane < count;\n",
+                                         "    const bool has_plane = plane < count;\n    if (!has_plane) return;\n"),
+    "an element of a run's next plane": ("element < of_first", "element <= of_first"),
+    "the end of the last run is forgotten": ("const bool has_end = ", "const bool has_end = false && "),
     "squares in the type itself": ("sums[0] += x * x;", "Storage half; narrow(x * x, &half); sums[0] += widen(half);"),
     "rstd of another group": ("problem.rstd[statistic] = rstd", "problem.rstd[statistic % problem.channels.by] = rstd"),
 }  # fmt: skip
@@ -32,8 +33,7 @@ BACKWARD = {
     "the mean is over a position too many": ("sums[kDot] / problem.positions", "sums[kDot] / (problem.positions + 1)"),
     "a chunk is left out": ("if (channel < tile.valid) thread", "if (channel < tile.valid && chunk > 0) thread"),
     "a sample is left out": ("int64_t sample = row;", "int64_t sample = row + 1;"),
-    "what is packed is not masked": ("        thread.mask(in);\n        thread.store(in, &memory",
-                                     "        thread.store(in, &memory"),
+    "a run's channels are not shared": ("    if constexpr (Op::kAddsByChannel) share();\n", ""),
 }  # fmt: skip
 
 _THERE = "if (head > tiling.spatial)"

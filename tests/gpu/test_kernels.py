@@ -74,7 +74,7 @@ def test_without_scratch_memory_and_without_rstd(case: NormCase, kernel: CudaKer
 def test_y_is_rounded_once_behind_its_scale(dtype: str, kernel: CudaKernel) -> None:
     for layout, variant in product(LAYOUTS, VARIANTS):
         taken = check_one_rounding(kernel, dtype, layout=layout, variant=variant)
-        assert taken or variant in ("packed", "split")  # neither takes planes of all sizes
+        assert taken or variant in ("runs", "split")  # neither takes planes of all sizes
 
 
 @both_passes
@@ -84,7 +84,7 @@ def test_sizes_around_every_turn(dtype: str, which: str, layout: Layout, kernel:
     taken = dict.fromkeys(VARIANTS, 0)
     for size, variant in product(sizes, VARIANTS):
         taken[variant] += CHECK[which](kernel, sized(dtype, *size), [variant], layout=layout)
-    # Packed and split may refuse many of these, and two passes none; the backward pass holds strips in whole packs.
+    # Runs and split may refuse many of these, and two passes none; the backward pass holds strips in whole packs.
     assert taken["two_passes"] == len(sizes)
     assert taken["registers"] >= (3 if (which, layout) == ("backward", "nhwc") else len(CHANNELS))
 
@@ -97,6 +97,14 @@ def test_sizes_around_every_turn_with_a_residual(dtype: str, layout: Layout, ker
         assert check(kernel, sized(dtype, *size, residual=True), (None, *VARIANTS), layout=layout) >= 2
     for shifts in ((1, 1), (0, 1), (1, 0), (5, 2)):
         assert check(kernel, sized(dtype, 2, 8, 49, residual=True), (None, *VARIANTS), layout=layout, shifts=shifts)
+
+
+@pytest.mark.parametrize("which", CHECK)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_runs_of_as_many_planes_as_a_warp_takes(dtype: str, which: str, kernel: CudaKernel) -> None:
+    """And of fewer at the end of the tensor, whose elements are no whole vectors."""
+    for spatial in (1, 3, 4, 7, 16, 25, 49):
+        assert CHECK[which](kernel, sized(dtype, 9, 57, spatial), ["runs"]) == 1
 
 
 @pytest.mark.parametrize("samples", [3, 4, 5, 127, 129, None], ids=["3", "4", "5", "127", "129", "many"])
@@ -150,10 +158,10 @@ def result(kernel: CudaKernel, which: str, case: NormCase, layout: Layout, varia
 
 # What runs on a device of 10 multiprocessors.
 ALIKE: dict[str, tuple[tuple[int, ...], Layout, str]] = {
-    "5x5": ((8, 64, 25), "nchw", "packed"),
-    "7x7": ((8, 64, 49), "nchw", "registers"),
-    "1x1, either layout": ((64, 48, 1), "nhwc", "packed"),
-    "14x14": ((2, 64, 196), "nchw", "registers"),
+    "5x5": ((8, 64, 25), "nchw", "runs"),
+    "7x7": ((8, 64, 49), "nchw", "runs"),
+    "1x1, either layout": ((64, 48, 1), "nhwc", "runs"),
+    "14x14": ((2, 64, 196), "nchw", "runs"),
     "56x56": ((1, 16, 3136), "nchw", "registers"),
     "112x112, few": ((1, 3, 12544), "nchw", "registers"),
     "7x7 channels last": ((3, 128, 49), "nhwc", "registers"),
@@ -174,7 +182,7 @@ CHOICES: dict[str, tuple[str, tuple[int, ...], Layout, str]] = {
 def test_the_variant_is_chosen_by_sizes_and_device(
     name: str, emulated: CudaKernel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The result of a choice is bit-exact the result of the variant when asked for. Packed and split add in an order of
+    """The result of a choice is bit-exact the result of the variant when asked for. Runs and split add in an order of
     their own, and the many sums of the backward pass differ; registers and two passes add in the same."""
     which, shape, layout, expected = CHOICES[name]
     monkeypatch.setenv("EMULATED_MULTIPROCESSORS", "10")

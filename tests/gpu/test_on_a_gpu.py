@@ -20,7 +20,7 @@ from deploynorm.layers import _handwritten
 from deploynorm.layers.functional import filter_response_norm
 from deploynorm.libraries.kernels import TYPES, Backward, Forward
 
-SIZES = {"packed": (64, 256, 49), "registers": (16, 64, 3136), "two_passes": (8, 64, 150528), "split": (1, 3, 1048576)}
+SIZES = {"runs": (64, 256, 49), "registers": (16, 64, 3136), "two_passes": (8, 64, 150528), "split": (1, 3, 1048576)}
 
 
 class OnTensors:

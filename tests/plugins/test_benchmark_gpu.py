@@ -85,7 +85,7 @@ def test_every_variant_is_timed_in_both_passes(
         assert {"copy", "ours"} < set(times["forward"])
         assert {"add", "ours"} < set(times["backward"])
         found |= {(which, name) for which, ways in times.items() for name in ways}
-    expected = {"packed", "registers", "two_passes"} if layout == "nchw" else {"registers", "two_passes"}
+    expected = {"runs", "registers", "two_passes"} if layout == "nchw" else {"registers", "two_passes"}
     assert {(which, name) for which in ("forward", "backward") for name in expected} <= found
 
 
