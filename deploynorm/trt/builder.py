@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from deploynorm import libraries
+from deploynorm.contract import DOMAIN
 from deploynorm.errors import BackendError, ModelError
 from deploynorm.trt import (
     TensorRT,
@@ -18,7 +20,7 @@ from deploynorm.trt import (
     logger,
 )
 from deploynorm.trt.engine import Engine, FrnRecord
-from deploynorm.trt.errors import explain
+from deploynorm.trt.errors import Message, explain
 from deploynorm.trt.importing import tensor_spec
 from deploynorm.trt.layers import Layer, layers_of_inspector, layers_of_log, profiles_listed, types_of_products
 from deploynorm.trt.manifest import origin
@@ -50,7 +52,7 @@ def build_way(trt: TensorRT, model: TensorRTModel, way: Way, settings: Settings,
             builder = trt.module.Builder(logger(trt))
         except (TypeError, RuntimeError) as error:  # raised where there is no driver
             raise explain("build", trt.name, heard or str(error)) from error
-        network = _parse(trt, builder, model, way)
+        network = _parse(trt, builder, model, way, heard)
         expected = _plugins_in(trt, network)
         built = [network.get_output(index) for index in range(network.num_outputs)]
         outputs = tuple(tensor_spec(tensor.name, tensor.shape, tensor.dtype) for tensor in built)
@@ -104,7 +106,7 @@ def build_way(trt: TensorRT, model: TensorRTModel, way: Way, settings: Settings,
     )
 
 
-def _parse(trt: TensorRT, builder: Any, model: TensorRTModel, way: Way) -> Any:
+def _parse(trt: TensorRT, builder: Any, model: TensorRTModel, way: Way, heard: Sequence[Message]) -> Any:
     """The network, with the plugin in it where that is the way."""
     flags = trt.module.NetworkDefinitionCreationFlag
     typed = getattr(flags, "STRONGLY_TYPED", None)  # the only kind since TensorRT 11
@@ -117,8 +119,9 @@ def _parse(trt: TensorRT, builder: Any, model: TensorRTModel, way: Way) -> Any:
     read = parser.parse(content) if model.file.path is None else parser.parse(content, str(model.file.path))
     if not read:
         errors = [parser.get_error(index) for index in range(parser.num_errors)]
-        said = "; ".join(" ".join(f"{e.node_operator()} {e.node_name()}: {e.desc()}".split()) for e in errors)
-        raise explain(model.file.where, trt.name, said)
+        said = [" ".join(f"{e.node_operator()} {e.node_name()}: {e.desc()}".split()) for e in errors]
+        ours = [text for _, text in heard if text.startswith(f"{DOMAIN}::")]  # of a plugin the parser says no more
+        raise explain(model.file.where, trt.name, "; ".join([*ours, *said]))
     for index in range(network.num_inputs):
         if network.get_input(index).is_shape_tensor:
             problem = f"input {network.get_input(index).name!r} holds sizes that other tensors take"

@@ -297,6 +297,14 @@ def test_weights_beside_the_file_are_found(tmp_path: Path) -> None:
     assert "its external data cannot be read" in built.message
 
 
+def test_what_the_plugin_refuses_is_told_by_the_logger_of_tensorrt_rtx(tmp_path: Path, plugin: list[Path]) -> None:
+    model = frn_model(shape=(2, 4, 8, 8))
+    for value in (model.graph.input[0], model.graph.output[0]):
+        value.type.tensor_type.elem_type = onnx.TensorProto.INT32
+    built = build_rtx(saved(model, tmp_path), compute_capabilities=["8.9"], frn="plugin", plugins=plugin)
+    assert "input X is of the wrong type. Got int32; expected float32, float16 or bfloat16" in built.message
+
+
 def _nonsense() -> onnx.ModelProto:
     model = frn_model(body=True)
     model.graph.node[0].op_type, model.graph.node[0].domain = "Nonsense", ""
