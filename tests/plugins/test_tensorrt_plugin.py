@@ -29,7 +29,7 @@ from tensorrt_host import (
     run,
 )
 
-from deploynorm.contract import DOMAIN, INPUTS, NODE_ATTRIBUTES, OP_TYPE, PARAMETERS, VERSION
+from deploynorm.contract import DOMAIN, INPUTS, NODE_ATTRIBUTES, OP_TYPE, OPERATORS, PARAMETERS, VERSION
 from deploynorm.libraries import TENSORRT_LIBRARY, source_folder
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -154,12 +154,16 @@ def test_integers_are_in_no_format_taken(plugin: Plugin) -> None:
 # ---- Names, clones and plans
 
 
-def test_creator_and_plugin_have_the_names_of_the_contract(host: Host, plugin: Plugin) -> None:
-    names = [OP_TYPE, str(VERSION), DOMAIN]
-    assert host.creator_names() == names
-    kinds = ["PLUGIN", "PLUGIN_V3ONE_CORE", "PLUGIN_V3ONE_BUILD", "PLUGIN_V3ONE_RUNTIME"]
-    assert plugin.names() == names + kinds
-    assert host.attribute_count() == 0, "TensorRT warns of each attribute that a node does not have"
+def test_creator_and_plugin_have_the_names_of_the_contract(host: Host) -> None:
+    for each, op_type in zip((host, host.adding()), OPERATORS, strict=True):
+        names = [op_type, str(VERSION), DOMAIN]
+        assert each.creator_names() == names
+        kinds = ["PLUGIN", "PLUGIN_V3ONE_CORE", "PLUGIN_V3ONE_BUILD", "PLUGIN_V3ONE_RUNTIME"]
+        made = each.create()
+        assert made is not None
+        with made as plugin:
+            assert plugin.names() == names + kinds
+        assert each.attribute_count() == 0, "TensorRT warns of each attribute that a node does not have"
 
 
 def test_timings_are_those_of_these_kernels(built: Path, cuda_libraries: Path) -> None:
@@ -362,6 +366,35 @@ def test_a_size_that_only_a_run_gives_is_not_refused_before(position: int, plugi
 def test_an_output_unlike_x(changes: dict[str, Any], refused: Callable[..., None]) -> None:
     words = "the output is not of X's shape, type and format"
     refused(with_input(5, **changes), words, "configure", "shape_change")
+
+
+RESIDUALS: dict[str, tuple[dict[str, Any], str, tuple[str, ...]]] = {
+    "type": ({"type": "float16"}, "is of the wrong type. Got float16; expected that of X, float32", ("types",)),
+    "rank": ({"shape": (2, 12, 4)}, "has the wrong rank. Got 3 axes; expected those of X, 4", ("shapes",)),
+    "shape": ({"shape": (1, 12, 4, 4)}, "is not of X's shape, type and format", ()),
+    "format": ({"format": Format.HWC}, "is not of X's shape, type and format", ()),
+}
+
+
+@pytest.mark.parametrize(("changes", "words", "methods"), RESIDUALS.values(), ids=RESIDUALS)
+def test_a_residual_unlike_x(
+    changes: dict[str, Any], words: str, methods: tuple[str, ...], host: Host, capfd: pytest.CaptureFixture[str]
+) -> None:
+    made = host.adding().create()
+    assert made is not None
+    tensors = inputs_and_output(X, residual=True)
+    right = [*tensors]
+    tensors[5] = replace(X, **changes)
+    with made as plugin:
+        for name in (*methods, "configure", "shape_change"):
+            assert METHODS[name](plugin, tensors, 1) == -1, name
+            assert f"the residual {words}" in capfd.readouterr().err, name
+            assert METHODS[name](plugin, right, 1) == 0, name
+            assert METHODS[name](plugin, inputs_and_output(X), 1) == -1, name
+            assert "expected X, gamma, beta, tau and eps, and the residual, and Y" in capfd.readouterr().err, name
+        if not methods or "types" in methods:
+            assert plugin.supports(5, tensors) == (changes.keys() == {"shape"})
+        assert plugin.supports(5, right)
 
 
 def test_a_format_that_was_not_offered(refused: Callable[..., None]) -> None:
