@@ -16,8 +16,9 @@ from rtx_builds import OPSET, build_rtx, conv_frn_conv, quantized
 
 from deploynorm import checkpoint, fold, libraries
 from deploynorm._export import export
-from deploynorm.contract import DOMAIN, OP_TYPE
+from deploynorm.contract import ADD_OP_TYPE, DOMAIN, OP_TYPE
 from deploynorm.layers.adopt import adopt
+from deploynorm.lowering import function_proto
 
 REPOSITORY = Path(__file__).parents[2]
 FREE = ("N", 64, "H", "W")
@@ -226,6 +227,17 @@ TEXTBOOK = f"""
     Y = Max (shifted, half_tau)
 }}
 """
+
+
+@pytest.mark.parametrize("way", ["native", "plugin"])
+def test_norm_addition_and_threshold_are_one_layer(way: str, plugins: list[Path] | None, tmp_path: Path) -> None:
+    model = conv_frn_conv("float16", (8, 64, 28, 28))
+    model.graph.node[1].op_type = ADD_OP_TYPE
+    model.graph.node[1].input.append("x")
+    model.functions[0].CopyFrom(function_proto(OPSET, ADD_OP_TYPE, half=True))
+    built = build_rtx(saved(model, tmp_path), compute_capabilities=["8.9"], frn=way, plugins=plugins)
+    assert built.error == "", built.message
+    assert len(built.between_products()) == 1
 
 
 def test_the_textbook_body_is_what_ours_avoids(tmp_path: Path) -> None:
