@@ -12,7 +12,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from tolerances import EXACT, OP_FLOAT16
+from tolerances import EXACT
 
 from deploynorm import checkpoint
 from deploynorm._check import DEFAULT_TOLERANCE
@@ -162,9 +162,9 @@ def test_run_of_a_half_file_in_another_backend(frn_pt: Path, deploynorm: Callabl
     for backend in ("half", "onnxruntime", "reference"):
         deploynorm("run", "frn.onnx", "x.npy", "-o", "y.npz", "--backend", backend)
         outputs[backend] = np.load("y.npz")["output"].astype(np.float64)
-    scale = np.abs(outputs["reference"]).max()
+    allowed = DEFAULT_TOLERANCE["float16"].rtol * np.abs(outputs["reference"]).max()  # a network's: each rounds it all
     for backend in ("half", "onnxruntime"):
-        np.testing.assert_allclose(outputs[backend] / scale, outputs["reference"] / scale, **OP_FLOAT16.kwargs())
+        assert np.abs(outputs[backend] - outputs["reference"]).max() <= allowed
 
 
 def test_run_of_a_half_model(frn_pt: Path, deploynorm: Callable) -> None:

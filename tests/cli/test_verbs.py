@@ -15,6 +15,7 @@ import torch
 from tolerances import FOLD_FLOAT32, OP_FLOAT32
 
 from deploynorm import checkpoint, libraries
+from deploynorm.contract import DOMAIN, OPERATORS
 
 
 @pytest.fixture
@@ -111,8 +112,9 @@ def test_inspect_tells_of_a_model_and_of_a_file(frn_pt: Path, deploynorm: Callab
     assert json.loads(Path("model.json").read_text())["layers"]["FRN2d"] == 21
     deploynorm("inspect", "frn.onnx", "--json", "file.json")
     facts = json.loads(Path("file.json").read_text())
-    assert facts["functions"] == ["deploynorm::FilterResponseNormalization"]
-    assert facts["nodes"]["deploynorm::FilterResponseNormalization"] == 21
+    plain, residual = (f"{DOMAIN}::{op_type}" for op_type in OPERATORS)
+    assert facts["functions"] == [plain, residual]
+    assert (facts["nodes"][plain], facts["nodes"][residual]) == (12, 9)
     assert facts["inputs"] == {"x": "float (N, 1, H, W)"}
 
 
