@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from deploynorm.libraries import TENSORRT_LIBRARY, find_tools, source_folder
@@ -42,7 +43,13 @@ KERNEL_SOURCES = ("frn.cu", "frn_backward.cu")
 def build_kernels(folder: Path, sources: Sequence[Path] = (), checks: Sequence[str] = _CHECKS) -> Path:
     """The kernels and their C interface, with checks: a library in the folder, of other sources than ours if given."""
     sources = sources or [source_folder() / "kernels" / name for name in KERNEL_SOURCES]
-    return _compile(folder / "libemulated.so", *_emulation(), "-x", "c++", *sources, *checks)
+
+    def compiled(source: Path) -> Path:
+        return _compile(folder / f"{source.stem}.o", *_emulation(), *checks, "-c", "-x", "c++", source, shared=False)
+
+    with ThreadPoolExecutor() as pool:
+        objects = list(pool.map(compiled, sources))
+    return _compile(folder / "libemulated.so", *_emulation(), *checks, *objects)
 
 
 def build_broken_kernels(folder: Path, source: str, before: str, after: str) -> Path:

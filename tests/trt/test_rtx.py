@@ -175,7 +175,10 @@ QUANTIZED: dict[str, tuple[str, int, dict[str, Any], str, str, int]] = {
 """Type of the graph, that of the Q/DQ nodes, how else, the card; what the products are built in, and how many."""
 
 
-@pytest.mark.parametrize(("dtype", "kind", "how", "card", "precision", "count"), QUANTIZED.values(), ids=QUANTIZED)
+@pytest.mark.parametrize(
+    ("dtype", "kind", "how", "card", "precision", "count"),
+    [pytest.param(*each, id=name, marks=[pytest.mark.slow] if " " in name else []) for name, each in QUANTIZED.items()],
+)
 def test_a_quantized_network_is_built_and_its_type_told(
     dtype: str, kind: int, how: dict[str, Any], card: str, precision: str, count: int, tmp_path: Path
 ) -> None:
