@@ -53,7 +53,7 @@ def build_kernels(folder: Path, sources: Sequence[Path] = (), checks: Sequence[s
 
 
 def build_broken_kernels(folder: Path, source: str, before: str, after: str) -> Path:
-    """The kernels of frn.cu or frn_backward.cu for float16 alone and with fewer checks, with a fault.
+    """The kernels of frn.cu or frn_backward.cu for float16 without a residual, with fewer checks, and with a fault.
 
     That is a text `before`, which stands once in all files of CUDA kernels, replaced by `after`.
     """
@@ -66,6 +66,7 @@ def build_broken_kernels(folder: Path, source: str, before: str, after: str) -> 
             changed += text.count(before)
             text = text.replace(before, after)
             text = re.sub(r"return run\((float|double|__nv_bfloat16)\(\), ", "return run(__half(), ", text)
+            text = text.replace("run<Forward<Storage, true>>", "run<Forward<Storage, false>>")
         (sources / path.name).write_text(text)
     assert changed == 1, before
     return build_kernels(folder, [sources / source], _FEWER_CHECKS)
