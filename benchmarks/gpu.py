@@ -39,7 +39,7 @@ import gpu_variants
 import machine
 import torch
 import torch.nn.functional as F
-from gpu_timing import measure, sets_past_the_cache
+from gpu_timing import measure, sets_past_the_cache, timed
 from torch import Tensor
 
 from deploynorm import libraries
@@ -165,10 +165,7 @@ def row(kernel: Kernel, shape: tuple[int, ...], layout: str, dtype: str, options
     times = measure(calls, sets, size, options.rounds)
     cache = torch.cuda.get_device_properties(0).L2_cache_size
     return {
-        "shape": list(shape),
-        "layout": layout,
-        "dtype": dtype,
-        "microseconds": {name: round(value, 3) for name, value in times.items()},
+        **timed(shape, layout, dtype, times),
         "of_copy": round(times["copy"] / times["ours"], 3),
         "bytes_read_and_written": size,
         "past_the_cache": size > cache,

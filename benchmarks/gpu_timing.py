@@ -6,7 +6,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -47,6 +47,12 @@ def measure(
             if turn > 0:  # the first warms up
                 times[name].append(1e3 * begin.elapsed_time(end) / calls)
     return {name: statistics.median(values) for name, values in times.items()}
+
+
+def timed(shape: Sequence[int], layout: str, dtype: str, times: Mapping[str, float]) -> dict[str, Any]:
+    """What every row of the results begins with."""
+    microseconds = {name: round(value, 3) for name, value in times.items()}
+    return {"shape": list(shape), "layout": layout, "dtype": dtype, "microseconds": microseconds}
 
 
 def _capture(way: Callable[[Set], object], sets: Sequence[Set], calls: int) -> torch.cuda.CUDAGraph:

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from gpu_timing import host_microseconds, measure, sets_past_the_cache
+from gpu_timing import host_microseconds, measure, sets_past_the_cache, timed
 from torch import Tensor, nn
 
 from deploynorm.layers import FRN2d, MABN2d
@@ -182,10 +182,7 @@ def row(shape: tuple[int, ...], layout: str, dtype: str, *, rounds: int, compile
     saved = {name: saved_bytes(step, first[0]) for name, step in steps.items()}
     times = measure(steps, sets, 5 * size, rounds)
     return {
-        "shape": list(shape),
-        "layout": layout,
-        "dtype": dtype,
-        "microseconds": {name: round(value, 3) for name, value in times.items()},
+        **timed(shape, layout, dtype, times),
         "of_batch_norm": round(times["ours"] / times["batch_norm, relu"], 3),
         "of_relu": round(times["relu"] / times["ours"], 3),
         "saved_bytes": saved,
@@ -201,10 +198,7 @@ def mabn_row(shape: tuple[int, ...], layout: str, dtype: str, *, rounds: int, co
     saved = {name: saved_bytes(step, sets[0][0]) for name, step in steps.items()}
     times = measure(steps, sets, 5 * sets[0][0].nbytes, rounds)
     return {
-        "shape": list(shape),
-        "layout": layout,
-        "dtype": dtype,
-        "microseconds": {name: round(value, 3) for name, value in times.items()},
+        **timed(shape, layout, dtype, times),
         "of_batch_norm": round(times["mabn"] / times["batch_norm"], 3),
         "saved_bytes": saved,
     }

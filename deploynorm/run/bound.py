@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from math import prod
 from typing import Any
 
@@ -13,9 +12,7 @@ from torch import Tensor
 from deploynorm.dtypes import numpy_dtype
 from deploynorm.errors import InputError
 from deploynorm.inputs import TensorSpec
-
-_BFLOAT16 = 16  # onnx.TensorProto.BFLOAT16: NumPy has no such type
-
+from deploynorm.run.onnxruntime import BFLOAT16, element_type
 
 _ALIGNMENT = 256  # bytes, of memory on a GPU that ONNX Runtime allocates itself, on which its kernels may rely
 
@@ -41,7 +38,7 @@ def bind(binding: Any, name: str, tensor: Tensor) -> Tensor:
     tensor = tensor.detach().contiguous()
     if tensor.is_cuda and tensor.data_ptr() % _ALIGNMENT:
         tensor = tensor.clone()
-    kind = _BFLOAT16 if tensor.dtype == torch.bfloat16 else numpy_dtype(str(tensor.dtype).removeprefix("torch.")).type
+    kind = BFLOAT16 if tensor.dtype == torch.bfloat16 else numpy_dtype(str(tensor.dtype).removeprefix("torch.")).type
     held = tensor if tensor.numel() else tensor.new_empty(1)  # an empty one has no address, which is asked for
     binding.bind_input(name, tensor.device.type, tensor.device.index or 0, kind, tuple(tensor.shape), held.data_ptr())
     return held
@@ -53,8 +50,7 @@ def outputs_of(binding: Any, device: torch.device, session: Any) -> list[Tensor]
 
 
 def _tensor(value: Any, device: torch.device, session: Any) -> Tensor:
-    name = re.sub(r"tensor\((\w+)\)", r"\1", value.data_type())
-    dtype: torch.dtype = getattr(torch, {"float": "float32", "double": "float64"}.get(name, name))
+    dtype: torch.dtype = getattr(torch, str(element_type(value.data_type())))
     shape = tuple(value.shape())
     if not prod(shape):
         return torch.empty(shape, dtype=dtype, device=device)

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 
     from deploynorm.onnx_file import OnnxFile
 
-_BFLOAT16 = 16  # onnx.TensorProto.BFLOAT16, without importing onnx
+BFLOAT16 = 16
+"""onnx.TensorProto.BFLOAT16, without importing onnx: NumPy has no such type."""
 
 
 class OnnxRuntimeRunner(Runner):
@@ -136,18 +137,25 @@ class OnnxRuntimeRunner(Runner):
         for name, array in feeds.items():
             array = np.ascontiguousarray(array).reshape(array.shape)
             if array.dtype.name == "bfloat16":
-                values[name] = self._value.ortvalue_from_numpy_with_onnx_type(array, _BFLOAT16)
+                values[name] = self._value.ortvalue_from_numpy_with_onnx_type(array, BFLOAT16)
             else:
                 values[name] = self._value.ortvalue_from_numpy(array)
         results = self._session.run_with_ort_values(None, values)
         return [_bfloat16_array(r) if r.data_type() == "tensor(bfloat16)" else r.numpy() for r in results]
 
 
-def _spec(where: str, value: Any) -> TensorSpec:
-    match = re.fullmatch(r"tensor\((\w+)\)", value.type)
+def element_type(kind: str) -> str | None:
+    """Our name of a type that ONNX Runtime calls "tensor(float)" or the like; None for what is no numeric tensor."""
+    match = re.fullmatch(r"tensor\((\w+)\)", kind)
     if match is None or match[1] == "string":
+        return None
+    return {"float": "float32", "double": "float64"}.get(match[1], match[1])
+
+
+def _spec(where: str, value: Any) -> TensorSpec:
+    dtype = element_type(value.type)
+    if dtype is None:
         raise ModelError(where, f"{value.name!r} is not a numeric tensor", got=value.type)
-    dtype = {"float": "float32", "double": "float64"}.get(match[1], match[1])
     shape = ("?" if size is None else size for size in value.shape)
     return TensorSpec(value.name, tuple(shape), dtype)
 
