@@ -6,8 +6,8 @@ Two tables and one picture. The operator: our kernel, and stock ONNX Runtime on 
 on RMSNormalization (opset 23) and on Pow and Div as in the paper. They are compared with a Relu, which is what remains
 of folded BatchNorm and ReLU; with an Identity, a memcpy on one thread plus the cost of a call of a session; and with
 memcpy of as many bytes on as many threads, which do not wait for each other. The networks: FRN as exported, stock and
-with the library (with and without the residual form), and rewritten for this machine; MABN folded; all compared with
-folded BatchNorm and ReLU.
+with the library (with and without the residual form), and as `deploynorm.ort.session` opens it; MABN folded; all
+compared with folded BatchNorm and ReLU.
 
 All variants of a row take turns in every round, in another order each time; figures are medians of the rounds. Buffers
 are aligned as ONNX Runtime aligns its own. Sessions do not spin between runs, so that no session uses another's core.
@@ -36,8 +36,6 @@ from networks import NETWORKS, export_network
 from deploynorm import ort
 from deploynorm.contract import DOMAIN, INPUTS, OP_TYPE, OUTPUT, PARAMETERS, VERSION
 from deploynorm.lowering import function_proto, lower
-from deploynorm.onnx_file import save
-from deploynorm.rewrite.cpu import optimize_for_cpu
 
 SHAPES = (
     (1, 64, 112, 112),
@@ -83,11 +81,11 @@ def aligned(shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
     return memory[start : start + size].reshape(shape)
 
 
-def open_session(model: bytes | Path, threads: int, library: bool) -> Any:
+def open_session(model: bytes | Path, threads: int, library: bool, optimize: bool = False) -> Any:
     options = ort.quiet_options()
     options.intra_op_num_threads = threads
     options.add_session_config_entry("session.force_spinning_stop", "1")
-    return ort.session(model, options=options, plugins=None if library else [])
+    return ort.session(model, options=options, plugins=None if library else [], optimize=optimize)
 
 
 def run_bound(session: Any, x: np.ndarray[Any, Any], out: np.ndarray[Any, Any] | None = None) -> Way:
@@ -181,20 +179,19 @@ def measure_operator(shape: tuple[int, ...], threads: int, rounds: int) -> dict[
 def measure_network(network: str, batch: int, threads: int, rounds: int, folder: Path) -> dict[str, float]:
     builds, size = NETWORKS[network]
     files = {norm: folder / f"{network}-{norm}.onnx" for norm in builds}
-    files |= {way: folder / f"{network}-{way}.onnx" for way in ("rmsnorm", "apart", "rewritten")}
-    if not files["rewritten"].exists():
+    files |= {way: folder / f"{network}-{way}.onnx" for way in ("rmsnorm", "apart")}
+    if not files["apart"].exists():
         for norm in builds:
             export_network(network, norm, files[norm])
         export_network(network, "frn", files["rmsnorm"], lowering="rmsnorm")
         export_network(network, "frn", files["apart"], residual=False)
-        save(optimize_for_cpu(ir.load(files["frn"])).model, files["rewritten"])
     sessions = {
         "BN folded": open_session(files["bn"], threads, library=False),
         "FRN, stock": open_session(files["frn"], threads, library=False),
         "FRN, stock RMSNormalization": open_session(files["rmsnorm"], threads, library=False),
         "FRN, deploynorm": open_session(files["frn"], threads, library=True),
         "FRN, deploynorm, no residual": open_session(files["apart"], threads, library=True),
-        "FRN, rewritten": open_session(files["rewritten"], threads, library=True),
+        "FRN, session": open_session(files["frn"], threads, library=True, optimize=True),
     }
     if "mabn" in files:
         sessions["MABN folded"] = open_session(files["mabn"], threads, library=False)
@@ -217,7 +214,7 @@ def tell_operator(shape: tuple[int, ...], threads: int, times: Mapping[str, floa
 def tell_network(network: str, batch: int, threads: int, times: Mapping[str, float]) -> str:
     base = times["BN folded"]
     columns = ("FRN, stock", "FRN, stock RMSNormalization", "FRN, deploynorm", "FRN, deploynorm, no residual")
-    columns += ("FRN, rewritten", "MABN folded")
+    columns += ("FRN, session", "MABN folded")
     ratios = "".join(f"{times[name] / base:12.3f}" if name in times else f"{'-':>12}" for name in columns)
     return f"{network:>12} {batch:5} {threads:7} {base / 1e3:9.2f}{ratios}"
 
@@ -241,7 +238,7 @@ def draw(path: Path, operators: list[dict[str, Any]], networks: list[dict[str, A
     left.set_title("FRN + TLU, one operator, 1 thread")
     left.set_ylim(0, 120)
     left.legend(ncols=3, loc="upper center")
-    ways = {"FRN, stock": "C1", "FRN, deploynorm": "C0", "FRN, rewritten": "C2", "MABN folded": "C4"}
+    ways = {"FRN, stock": "C1", "FRN, deploynorm": "C0", "FRN, session": "C2", "MABN folded": "C4"}
     labels = [f"{row['network']}\nbatch {row['batch']}, {row['threads']} thr." for row in networks]
     at = np.arange(len(networks))
     for offset, (name, colour) in enumerate(ways.items()):
@@ -272,7 +269,7 @@ def main() -> None:
             operators.append({"shape": shape, "threads": threads, "microseconds": times})
             print(tell_operator(shape, threads, times), flush=True)
     print("Networks: milliseconds with BatchNorm folded; the others' times in that")
-    columns = "".join(f"{name:>12}" for name in ("stock", "RMSNorm", "deploynorm", "no residual", "rewritten", "MABN"))
+    columns = "".join(f"{name:>12}" for name in ("stock", "RMSNorm", "deploynorm", "no residual", "session", "MABN"))
     print(f"{'network':>12} batch threads     BN ms{columns}")
     with tempfile.TemporaryDirectory() as folder:
         for network in options.networks:

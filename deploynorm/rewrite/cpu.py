@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
@@ -57,7 +58,10 @@ def optimize_for_cpu(model: ir.Model, *, source_sha256: str | None = None) -> Re
     _refuse(model)
     runtime = ort.import_onnxruntime()
     note = machine.describe(runtime, source_sha256)
-    optimized = _optimized_by_onnxruntime(model, runtime)
+    with scratch_folder() as folder:
+        save(model, folder / "model.onnx", external_data=True)
+        optimized, _ = _optimized_by_onnxruntime(folder / "model.onnx", folder)
+        ir.external_data.load_to_model(optimized)
     before = node_counts(optimized.graph.all_nodes())
     changes = move_reorders(optimized, machine.block_size(runtime))
     RemoveUnusedOpsetsPass()(optimized)  # ONNX Runtime writes all that it knows
@@ -85,16 +89,32 @@ def _refuse(model: ir.Model) -> None:
             raise ModelError("rewrite", problem, got=x.dtype, fix="export in float32")
 
 
-def _optimized_by_onnxruntime(model: ir.Model, runtime: Any) -> ir.Model:
+def optimize_file(model: str | Path | bytes, folder: Path) -> Path | None:
+    """`optimize_for_cpu` on the way to a session: a file in the folder, of use as long as that session opens.
+
+    Its metadata is the model's, and has no note of this machine. None where nothing in the model can be rewritten.
+
+    Raises:
+        ModelError, BackendError: ONNX Runtime cannot open the model, or does not block channels on this processor.
+    """
+    block = machine.block_size(ort.import_onnxruntime())
+    optimized, about = _optimized_by_onnxruntime(model, folder)
+    if not any(change.outcome == "rewritten" for change in move_reorders(optimized, block)):
+        return None
+    optimized.graph.name, optimized.graph.doc_string = about.graph_name, about.graph_description
+    optimized.domain, optimized.model_version = about.domain, about.version
+    optimized.producer_name, optimized.doc_string = about.producer_name, about.description
+    optimized.metadata_props.update(about.custom_metadata_map)
+    path = folder / "rewritten.onnx"
+    ir.save(optimized, path)  # weights stay in the file that ONNX Runtime has written
+    return path
+
+
+def _optimized_by_onnxruntime(model: str | Path | bytes, folder: Path) -> tuple[ir.Model, Any]:
+    """The model as ONNX Runtime optimizes it, with weights that stand in the folder, and what it says of its file."""
     options = ort.quiet_options()  # it would warn that what it writes is for this machine only, as it should be
-    options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_ENABLE_ALL
-    ort.register(options)
-    with scratch_folder() as folder:
-        save(model, folder / "model.onnx", external_data=True)
-        options.optimized_model_filepath = str(folder / "optimized.onnx")
-        # Weights beside both files: one protobuf holds 2 GB at most.
-        options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "optimized.data")
-        ort.session(folder / "model.onnx", options=options)
-        optimized = ir.load(folder / "optimized.onnx")
-        ir.external_data.load_to_model(optimized)
-    return optimized
+    options.optimized_model_filepath = str(folder / "optimized.onnx")
+    # Weights beside the file: one protobuf holds 2 GB at most.
+    options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "optimized.data")
+    about = ort.session(model, options=options, optimize=False).get_modelmeta()
+    return ir.load(folder / "optimized.onnx"), about

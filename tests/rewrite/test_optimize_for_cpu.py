@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import functools
 import json
 import subprocess
 import sys
@@ -462,6 +464,82 @@ def test_file_without_function_bodies_and_one_with_external_data(tmp_path: Path)
         feeds = {truth.inputs[0].name: x}
         want, got = truth.infer(feeds), candidate.infer(feeds)
     np.testing.assert_allclose(got["output"], want["output"], **LAYOUT_FLOAT32.kwargs())
+
+
+def _session(
+    model: str | Path | bytes, where: Path, feeds: Mapping[str, np.ndarray], **options: object
+) -> tuple[ort.onnxruntime.InferenceSession, list[np.ndarray], set[str]]:
+    """A session, its outputs, and the operators that ran."""
+    settings = ort.quiet_options()
+    settings.enable_profiling, settings.profile_file_prefix = True, str(where / "profile")
+    for name in options.keys() - {"optimize", "plugins"}:
+        setattr(settings, name, options.pop(name))
+    session = ort.session(model, options=settings, **options)
+    outputs = session.run(None, dict(feeds))
+    events = json.loads(Path(session.end_profiling()).read_text())
+    return session, outputs, {event["args"]["op_name"] for event in events if event["name"].endswith("_kernel_time")}
+
+
+@pytest.mark.parametrize("form", ["bytes", "file", "weights beside the file"])
+def test_session_rewrites_as_it_opens(form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(scratch))
+    case = REWRITTEN["FRN between convolutions"]
+    model = case.model()
+    model.metadata_props["deploynorm.labels"] = '["bag", "boot"]'
+    model.graph.name, model.producer_name, model.model_version = "net", "another", 3
+    model.graph.doc_string = "a net"
+    onnx_file.save(model, tmp_path / "net.onnx", external_data=form == "weights beside the file")
+    given = _bytes(model) if form == "bytes" else tmp_path / "net.onnx"
+    plain, want, ran = _session(given, tmp_path, case.feeds(), optimize=False)
+    assert OP_TYPE in ran
+    session, got, ran = _session(given, tmp_path, case.feeds())
+    assert BLOCKED_OP_TYPE in ran
+    assert OP_TYPE not in ran
+    np.testing.assert_allclose(got[0], want[0], **LAYOUT_FLOAT32.kwargs())
+    for ours, theirs in zip((session, session.get_modelmeta()), (plain, plain.get_modelmeta()), strict=True):
+        for name in ("graph_name", "graph_description", "domain", "version", "producer_name", "custom_metadata_map"):
+            assert getattr(ours, name, None) == getattr(theirs, name, None)
+    for ours, theirs in zip(
+        (*session.get_inputs(), *session.get_outputs()), (*plain.get_inputs(), *plain.get_outputs()), strict=True
+    ):
+        assert (ours.name, ours.shape, ours.type) == (theirs.name, theirs.shape, theirs.type)
+    assert not list(scratch.iterdir())
+    np.testing.assert_array_equal(session.run(None, case.feeds())[0], got[0])  # its weights are not gone with the files
+
+
+@pytest.mark.parametrize("why", ["told", "level", "graph", "no blocks", "no package", "full disk", "nothing to do"])
+def test_session_that_opens_the_file_as_it_is(why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = REWRITTEN["FRN between convolutions"] if why != "nothing to do" else LEFT["FRN of an input"][0]
+    options: dict[str, object] = {}
+    if why == "told":
+        options["optimize"] = False
+    elif why == "level":
+        options["graph_optimization_level"] = ort.import_onnxruntime().GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    elif why == "graph":
+        options["optimized_model_filepath"] = str(tmp_path / "optimized.onnx")
+    elif why == "no blocks":
+
+        def refuse(_: object) -> int:
+            raise BackendError("onnxruntime", "does not block channels")
+
+        monkeypatch.setattr(machine, "block_size", refuse)
+    elif why == "no package":
+        monkeypatch.setitem(sys.modules, "deploynorm.rewrite.cpu", None)
+    elif why == "full disk":
+        monkeypatch.setattr(ir, "save", functools.partial(_full, tmp_path))
+    _, got, ran = _session(_bytes(case.model()), tmp_path, case.feeds(), **options)
+    assert ran & set(OPERATORS)
+    assert BLOCKED_OP_TYPE not in ran
+    with OnnxRuntimeRunner(_bytes(case.model())) as truth:
+        want = truth.infer(case.feeds())
+    for array, name in zip(got, truth.output_names, strict=True):
+        np.testing.assert_allclose(array, want[name], **LAYOUT_FLOAT32.kwargs())
+
+
+def _full(where: Path, *arguments: object, **options: object) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device", str(where))
 
 
 def test_model_without_frn_and_one_in_float16_are_refused() -> None:
