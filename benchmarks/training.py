@@ -5,7 +5,7 @@
 One layer, forward and backward, and whole steps of ResNet-20 (forward, backward, SGD), float32 on the CPU. In each
 round all variants take turns, so that other load affects all alike; the tables give medians as ratios to batch
 normalization. FRN, which includes its threshold, is compared with BN and an in-place ReLU; MABN, after its warm-up,
-with BN alone.
+with BN alone; the end of a residual block, in one layer and in three, with BN, an addition and a ReLU.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import machine
 import torch
 from torch import Tensor, nn
 
-from deploynorm.layers import FRN2d, MABN2d, _native
+from deploynorm.layers import TLU, FRN2d, MABN2d, _native
 from deploynorm.layers._composed import composed
 from deploynorm.models import frn_resnet, mabn_resnet
 
@@ -34,8 +34,30 @@ LAYOUTS = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
 class Composed(FRN2d):
     """FRN in PyTorch's own operators, with their autograd."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        assert residual is None
         return composed(x, self.weight, self.bias, self.tau, self.eps)
+
+
+class EndOfBlock(nn.Module):
+    """relu(norm(x) + x), or with TLU: the end of a residual block in three layers."""
+
+    def __init__(self, norm: nn.Module, activation: nn.Module) -> None:
+        super().__init__()
+        self.norm, self.activation = norm, activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(x)
+        y += x
+        z: Tensor = self.activation(y)
+        return z
+
+
+class WithResidual(FRN2d):
+    """The same in one layer."""
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        return super().forward(x, residual=x)
 
 
 LAYERS: dict[str, Callable[[int], nn.Module]] = {
@@ -45,8 +67,12 @@ LAYERS: dict[str, Callable[[int], nn.Module]] = {
     "FRN, composed": Composed,
     "BN": nn.BatchNorm2d,
     "MABN": partial(MABN2d, warmup=0, renorm_start=0),
+    "BN, residual, ReLU": lambda channels: EndOfBlock(nn.BatchNorm2d(channels), nn.ReLU(inplace=True)),
+    "FRN, residual, TLU": lambda channels: EndOfBlock(FRN2d(channels, tlu=False), TLU(channels)),
+    "FRN with residual": WithResidual,
 }
 AGAINST = {"GN + ReLU": "BN + ReLU", "FRN": "BN + ReLU", "FRN, composed": "BN + ReLU", "MABN": "BN"}
+AGAINST |= dict.fromkeys(("FRN, residual, TLU", "FRN with residual"), "BN, residual, ReLU")
 """Variant -> the variant that it is compared with."""
 
 NETWORKS: dict[str, Callable[[], nn.Module]] = {

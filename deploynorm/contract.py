@@ -31,7 +31,9 @@ BLOCK_ATTRIBUTE: Final = "block"
 """Its attribute: the channels of a block."""
 
 TORCH_OP: Final = "filter_response_norm"
-"""Name under the torch.library namespace `DOMAIN`."""
+TORCH_ADD_OP: Final = "filter_response_norm_add"
+TORCH_OPS: Final[Mapping[str, str]] = {TORCH_OP: OP_TYPE, TORCH_ADD_OP: ADD_OP_TYPE}
+"""The operators by their names under the torch.library namespace `DOMAIN`."""
 
 INPUTS: Final = ("X", "gamma", "beta", "tau", "eps")
 """X is (N, C, D1..Dk) with k >= 0; the four parameters are (C,), none of them optional.

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from typing import Final
+
 import numpy as np
 import onnx
 import onnx.parser
@@ -11,6 +14,7 @@ from onnx.defs import OpSchema
 from onnx_ir.passes.common import InlinePass
 
 from deploynorm.contract import (
+    ADD_OP_TYPE,
     DOMAIN,
     INPUTS,
     LOWERINGS,
@@ -20,6 +24,8 @@ from deploynorm.contract import (
     OUTPUT,
     PARAMETERS,
     RESIDUAL,
+    TORCH_ADD_OP,
+    TORCH_OP,
     VERSION,
 )
 from deploynorm.dtypes import ONNX_HALF
@@ -58,6 +64,16 @@ def translate(x: object, gamma: object, beta: object, tau: object, eps: object) 
     """The ONNX node for a call of the torch operator; torch.onnx.export calls it with symbolic values."""
     opset = onnxscript.values.Opset(DOMAIN, VERSION)
     return getattr(opset, OP_TYPE)(x, gamma, beta, tau, eps, **NODE_ATTRIBUTES)
+
+
+def translate_add(x: object, gamma: object, beta: object, tau: object, eps: object, residual: object) -> object:
+    """The same with a residual."""
+    opset = onnxscript.values.Opset(DOMAIN, VERSION)
+    return getattr(opset, ADD_OP_TYPE)(x, gamma, beta, tau, eps, residual, **NODE_ATTRIBUTES)
+
+
+TRANSLATIONS: Final[Mapping[str, Callable[..., object]]] = {TORCH_OP: translate, TORCH_ADD_OP: translate_add}
+"""By the operator's name under the torch.library namespace."""
 
 
 def function_proto(opset: int, op_type: str = OP_TYPE, *, half: bool = False) -> onnx.FunctionProto:

@@ -63,6 +63,49 @@ def _fuse(graph: ir.Graph, frn: ir.Node) -> None:
     )
 
 
+def split_residuals(model: ir.Model) -> None:
+    """Writes each FRN with a residual as FRN without a threshold, an addition and a maximum, in place."""
+    for node in frn_nodes(model.graph):
+        if node.op_type == ADD_OP_TYPE:
+            _split(model.graph, node)
+
+
+def _split(graph: ir.Graph, node: ir.Node) -> None:
+    x, tau, residual = node.inputs[0], node.inputs[TAU], node.inputs[len(INPUTS)]
+    assert x is not None
+    assert tau is not None
+    assert x.shape is not None
+    assert x.dtype is not None
+    assert tau.dtype is not None
+    assert tau.shape is not None
+    rank, name = len(x.shape), node.name
+    unbounded = np.full(tau.shape.numpy(), -np.inf, tau.dtype.numpy())
+    parameters = {"unbounded": unbounded, "axes": np.arange(1, rank - 1)}
+    values = {key: ir.val(f"{name}_{key}", const_value=ir.tensor(array)) for key, array in parameters.items()}
+    for value in values.values():
+        graph.register_initializer(value)
+    frn = ir.node(
+        OP_TYPE,
+        [*node.inputs[:TAU], values["unbounded"], *node.inputs[TAU + 1 : len(INPUTS)]],
+        NODE_ATTRIBUTES,
+        domain=DOMAIN,
+        name=name,
+        metadata_props=dict(node.metadata_props),
+    )
+    add = ir.node("Add", [frn.outputs[0], residual], name=f"{name}_sum")
+    bound = ir.node("Unsqueeze", [tau, values["axes"]], name=f"{name}_bound")
+    cast = ir.node("Cast", [bound.outputs[0]], {"to": x.dtype.value}, name=f"{name}_cast")
+    most = ir.node("Max", [add.outputs[0], cast.outputs[0]], name=f"{name}_max")
+    made = [frn, add, bound, cast, most]
+    for each in made:
+        each.outputs[0].name = f"{each.name}_value"
+        each.outputs[0].dtype = tau.dtype if each is bound else x.dtype
+    for each in (frn, add):
+        each.outputs[0].shape = x.shape
+    assert isinstance(node.graph, ir.Graph)
+    ir.convenience.replace_nodes_and_values(node.graph, node, [node], made, node.outputs, most.outputs)
+
+
 def _only_reader(node: ir.Node | None) -> ir.Node | None:
     """The standard operator that alone reads the node's value, once and in the same graph."""
     value = None if node is None else node.outputs[0]

@@ -1,7 +1,7 @@
 """ResNets with filter response normalization and thresholded linear units, in one file.
 
 Post-activation blocks (He et al., arXiv:1512.03385) with every batch normalization replaced by FRN, and every ReLU by
-a TLU: part of the FRN where the two are adjacent, a layer of its own after an addition.
+a TLU, which is part of the FRN; the last FRN of a block adds the shortcut before its threshold.
 
     from deploynorm.models.frn_resnet import resnet20
     logits = resnet20(num_classes=10, in_channels=1)(torch.randn(8, 1, 28, 28))  # (8, 10)
@@ -16,7 +16,7 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deploynorm.layers import TLU, FRN2d
+from deploynorm.layers import FRN2d
 
 __all__ = ["BasicBlock", "Bottleneck", "ResNet", "resnet20", "resnet50"]
 
@@ -48,14 +48,12 @@ class BasicBlock(nn.Module):
         self.conv1 = conv(in_channels, width, 3, stride)
         self.norm1 = frn(width)
         self.conv2 = conv(width, width, 3)
-        self.norm2 = frn(width, tlu=False)
+        self.norm2 = frn(width)
         self.shortcut = shortcut(in_channels, width, stride, learned_eps)
-        self.act = TLU(width)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.norm1(self.conv1(x))
-        y = self.norm2(self.conv2(y))
-        z: Tensor = self.act(y + self.shortcut(x))
+        z: Tensor = self.norm2(self.conv2(y), residual=self.shortcut(x))
         return z
 
 
@@ -73,15 +71,13 @@ class Bottleneck(nn.Module):
         self.conv2 = conv(width, width, 3, stride)
         self.norm2 = frn(width)
         self.conv3 = conv(width, out_channels, 1)
-        self.norm3 = frn(out_channels, tlu=False)
+        self.norm3 = frn(out_channels)
         self.shortcut = shortcut(in_channels, out_channels, stride, learned_eps)
-        self.act = TLU(out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.norm1(self.conv1(x))
         y = self.norm2(self.conv2(y))
-        y = self.norm3(self.conv3(y))
-        z: Tensor = self.act(y + self.shortcut(x))
+        z: Tensor = self.norm3(self.conv3(y), residual=self.shortcut(x))
         return z
 
 

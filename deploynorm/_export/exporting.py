@@ -30,7 +30,7 @@ from deploynorm.files import as_path, onnx_companions, staging
 from deploynorm.foreign import frn_note, loose_frn, loose_mabn, mabn_note
 from deploynorm.inputs import TensorSpec, sizes_to_dict
 from deploynorm.lowering import lower
-from deploynorm.residual import fuse_residuals
+from deploynorm.residual import fuse_residuals, split_residuals
 from deploynorm.tables import table
 from deploynorm.trace import (
     Dynamic,
@@ -216,8 +216,10 @@ def export(
     name_inputs_and_outputs(onnx_model, inputs, outputs)
     name_axes(onnx_model, axis_names)
     foreign = [*frn_note(loose_frn(onnx_model.graph)), *mabn_note(loose_mabn(program))]
-    if residual and lowering == "custom":  # standard operators would gain nothing
+    if residual and lowering == "custom":
         fuse_residuals(onnx_model)
+    else:  # standard operators would gain nothing
+        split_residuals(onnx_model)
     lower(onnx_model, lowering, function=function)
     specs = tuple(_spec(value, i, sizes) for i, value in enumerate(onnx_model.graph.inputs))
     notes = [f"fixed, since it holds for some sizes only: {axis}" for axis in narrowed]

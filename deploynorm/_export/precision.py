@@ -133,8 +133,8 @@ def first_overflow(model: nn.Module, examples: ExampleInputs | Examples) -> str 
 def _stay_wide(model: nn.Module, kept: Sequence[str]) -> set[str]:
     """Names of the parameters and buffers that stay wide: all of a kept layer, and those that a norm holds."""
     if is_archive(model):  # those that its operators take
-        frn = getattr(getattr(torch.ops, contract.DOMAIN), contract.TORCH_OP).default
-        norms = [node for node in model.graph.nodes if node.target in (frn, torch.ops.aten.batch_norm.default)]
+        frn = [getattr(getattr(torch.ops, contract.DOMAIN), name).default for name in contract.TORCH_OPS]
+        norms = [node for node in model.graph.nodes if node.target in (*frn, torch.ops.aten.batch_norm.default)]
         return {name for node in norms for name in _sources(node.args[1:5])}
     inside = {module for name in kept for module in model.get_submodule(name).modules()}
     return {

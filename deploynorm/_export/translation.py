@@ -11,10 +11,10 @@ import torch
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 from torch.export.graph_signature import ConstantArgument
 
-from deploynorm.contract import DOMAIN, TORCH_OP
+from deploynorm.contract import DOMAIN
 from deploynorm.dtypes import ONNX_HALF
 from deploynorm.errors import ModelError
-from deploynorm.lowering import register_schema, translate
+from deploynorm.lowering import TRANSLATIONS, register_schema
 from deploynorm.quiet import first_line, quiet
 
 BFLOAT16_OPSET = 22
@@ -37,7 +37,8 @@ def to_onnx(program: torch.export.ExportedProgram, opset: int) -> tuple[ir.Model
             problem = "the network returns what is no tensor"
             raise ModelError("export", problem, got=repr(output.arg.value), fix="let forward return tensors alone")
     register_schema()
-    table = {getattr(getattr(torch.ops, DOMAIN), TORCH_OP).default: translate}
+    ours = getattr(torch.ops, DOMAIN)
+    table = {getattr(ours, name).default: translate for name, translate in TRANSLATIONS.items()}
     with quiet("torch.onnx", "onnxscript", "onnx_ir"):
         try:
             onnx_program = torch.onnx.export(

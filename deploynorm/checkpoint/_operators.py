@@ -15,7 +15,7 @@ from typing import Final
 
 import torch
 
-from deploynorm.contract import DOMAIN, TORCH_OP
+from deploynorm.contract import DOMAIN, TORCH_OPS
 
 ADMITTED: Final = {
     "arithmetic": """
@@ -133,7 +133,7 @@ WEIGHT_NORM: Final = {"_weight_norm", "_weight_norm_interface"}
 _NAMES: Final = {
     "aten": {name for names in ADMITTED.values() for name in names.split()},
     "prims": set(PRIMS.split()),
-    DOMAIN: {TORCH_OP},
+    DOMAIN: set(TORCH_OPS),
 }
 
 

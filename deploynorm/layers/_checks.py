@@ -29,6 +29,16 @@ def check_input(layer: str, x: Tensor, num_features: int, ranks: Sequence[int] =
         raise InputError(layer, "the input is not floating point", got=x.dtype, fix="convert it with x.float()")
 
 
+def check_residual(layer: str, residual: object, x: Tensor) -> None:
+    """Raises InputError unless the residual can be added to a result like x without broadcasting or promotion."""
+    like_x = isinstance(residual, Tensor) and (residual.shape, residual.dtype) == (x.shape, x.dtype)
+    if not like_x:
+        got = f"{tuple(residual.shape)} {residual.dtype}" if isinstance(residual, Tensor) else type(residual).__name__
+        expected = f"{tuple(x.shape)} {x.dtype}, as the input"
+        fix = "FRN2d(..., tlu=False), an addition and TLU take others"
+        raise InputError(layer, "the residual is not like the input", got=got, expected=expected, fix=fix)
+
+
 def check_positive(layer: str, name: str, value: object) -> None:
     """Raises InputError unless value is a finite number above 0."""
     if not (_is_number(value) and 0 < value < math.inf):

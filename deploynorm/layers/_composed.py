@@ -13,16 +13,27 @@ from torch import Tensor
 from deploynorm.layers._precision import cast, compute_dtype, per_channel
 
 
-def composed(x: Tensor, gamma: Tensor, beta: Tensor, tau: Tensor | None, eps: float | Tensor) -> Tensor:
-    """y = max(gamma * x / sqrt(mean(x**2) + eps) + beta, tau), with derivatives of any order and kind from PyTorch.
+def composed(
+    x: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    tau: Tensor | None,
+    eps: float | Tensor,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """y = max(gamma * x / sqrt(mean(x**2) + eps) + beta [+ residual], tau), with derivatives of any order and kind.
 
-    Autograd saves three tensors of x's size for it.
+    Autograd saves three tensors of x's size for it. At a tie y == tau the gradient goes to y; with a residual, to tau.
     """
     v = cast(x, compute_dtype(x.dtype))
     epsilon = per_channel(eps, x) if isinstance(eps, Tensor) else eps
     # gamma times the inverse root first: one multiplication fewer for every element of x.
     y = v * (per_channel(gamma, x) * torch.rsqrt(mean_square(v) + epsilon)) + per_channel(beta, x)
-    if tau is not None:
+    if residual is not None:
+        y = y + residual
+        if tau is not None:
+            y = torch.where(y <= (bound := per_channel(tau, x)), bound, y)
+    elif tau is not None:
         # clamp, not maximum: maximum splits the gradient at a tie in two, where eq. 4 gives all of it to y.
         y = torch.clamp(y, min=per_channel(tau, x))
     return cast(y, x.dtype)

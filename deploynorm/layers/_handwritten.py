@@ -12,12 +12,16 @@ from deploynorm.layers._composed import mean_square, positions, spatial_sum
 from deploynorm.layers._precision import cast, per_channel
 
 
-def forward(x: Tensor, gamma: Tensor, beta: Tensor, tau: Tensor, eps: Tensor) -> tuple[Tensor, Tensor]:
+def forward(
+    x: Tensor, gamma: Tensor, beta: Tensor, tau: Tensor, eps: Tensor, residual: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """y, and rstd (N, C), 1 / sqrt(mean(x**2) + eps). All parameters are (C,), in x's compute type."""
     x = dense(x)
     v = cast(x, gamma.dtype)
     rstd = torch.rsqrt(mean_square(v) + per_channel(eps, x))
     y = torch.addcmul(per_channel(beta, x), v, per_channel(gamma, x) * rstd)
+    if residual is not None:
+        y.add_(residual)
     return cast(y.clamp_(min=per_channel(tau, x)), x.dtype), rstd.reshape(x.shape[:2])
 
 

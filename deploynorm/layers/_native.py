@@ -50,14 +50,19 @@ def available(device: torch.device) -> bool:
     return device.type == "cpu" or (device.type == "cuda" and LIBRARY.has_cuda)
 
 
-def forward(x: Tensor, gamma: Tensor, beta: Tensor, tau: Tensor, eps: Tensor) -> tuple[Tensor, Tensor]:
+def forward(
+    x: Tensor, gamma: Tensor, beta: Tensor, tau: Tensor, eps: Tensor, residual: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """y and rstd, as _handwritten.forward. BackendError if the kernel failed."""
     library = _opened()
     x = dense(x)
     y = torch.empty_like(x)
     rstd = torch.empty(x.shape[:2], dtype=gamma.dtype, device=x.device)
     parameters = [parameter.contiguous() for parameter in (gamma, beta, tau, eps)]
-    pointers = [tensor.data_ptr() for tensor in (x, y)] + [None] + [tensor.data_ptr() for tensor in (*parameters, rstd)]
+    if residual is not None:
+        residual = _like(x, residual)
+    tensors = (x, y, residual, *parameters, rstd)
+    pointers = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
     call = ctypes.byref(Forward(*_sizes(x), *pointers))
     if x.device.type == "cpu":
         _check(library.functions.deploynorm_frn_cpu(call, *library.threads(), None), x)
@@ -73,8 +78,7 @@ def backward(
     library = _opened()
     x = dense(x)
     dx = torch.empty_like(x)
-    if dy.stride() != x.stride():
-        dy = torch.empty_like(x).copy_(dy)
+    dy = _like(x, dy)
     parameters = [parameter.contiguous() for parameter in (rstd, gamma, beta, tau)]
     gradients = [torch.empty(gamma.shape, dtype=gamma.dtype, device=x.device) for _ in range(4)]
     pointers = [tensor.data_ptr() for tensor in (dy, x, *parameters, dx, *gradients)]
@@ -87,6 +91,11 @@ def backward(
         _launch("deploynorm_frn_backward_cuda", call, x)
     dgamma, dbeta, dtau, deps = gradients
     return dx, dgamma, dbeta, dtau, deps
+
+
+def _like(x: Tensor, other: Tensor) -> Tensor:
+    """The other tensor in the layout of x, which is dense."""
+    return other if other.stride() == x.stride() else torch.empty_like(x).copy_(other)
 
 
 def _sizes(x: Tensor) -> tuple[int, int, int, int, int]:

@@ -18,28 +18,45 @@ from deploynorm.layers._precision import cast, compute_dtype, per_channel
 __all__ = ["center_weight", "compute_dtype", "filter_response_norm", "normalize_by_second_moment", "tlu"]
 
 
-def filter_response_norm(x: Tensor, weight: Tensor, bias: Tensor, tau: Tensor | None, eps: float | Tensor) -> Tensor:
-    """FRN with its threshold: max(weight * x / sqrt(mean(x**2) + eps) + bias, tau), the mean over all axes >= 2.
+def filter_response_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    tau: Tensor | None,
+    eps: float | Tensor,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """FRN with its threshold: max(weight * x / sqrt(mean(x**2) + eps) + bias [+ residual], tau).
+
+    The mean is over all axes >= 2.
 
     Args:
         x: (N, C, ...) floating point, any strides. With (N, C) every value is its own mean.
         weight, bias: gamma and beta, (C,).
         tau: Threshold (C,), or None for no TLU.
         eps: Effective epsilon, greater than 0: a number, or a tensor () or (C,).
+        residual: A tensor of x's shape and dtype, which is added before the threshold; None for none.
 
     Returns:
         Tensor of x's shape and dtype, computed in float32 (float64 for float64 x) and rounded once, so that float16
-        inputs of any size are safe. At a tie y == tau the gradient goes to y and none to tau (eq. 4).
+        inputs of any size are safe. At a tie y == tau the gradient goes to y and none to tau (eq. 4); with a residual
+        backward saves the output instead of the sum, and it goes to tau, as in `tlu`.
 
     Source: Singh & Krishnan, arXiv:1911.09737, eq. 1 to 3. Their eq. 7 lacks a factor 1/N; autograd has it.
     """
-    if torch.compiler.is_exporting():
-        y: Tensor = ops.filter_response_norm(x, *_operands(x, weight, bias, tau, eps))
-        return y
     # PyTorch must see inside the operator to transform it, or to fuse it where we have no kernel.
-    if transformed() or (torch.compiler.is_compiling() and not _native.available(x.device)):
-        return composed(x, weight, bias, tau, eps)
-    return ops.frn(x, *_operands(x, weight, bias, tau, eps))
+    inside = transformed() or (torch.compiler.is_compiling() and not _native.available(x.device))
+    if torch.compiler.is_exporting():
+        operands = _operands(x, weight, bias, tau, eps)
+        y: Tensor = (
+            ops.filter_response_norm(x, *operands)
+            if residual is None
+            else ops.filter_response_norm_add(x, *operands, residual)
+        )
+        return y
+    if inside:
+        return composed(x, weight, bias, tau, eps, residual)
+    return ops.frn(x, *_operands(x, weight, bias, tau, eps), residual)
 
 
 def tlu(x: Tensor, tau: Tensor) -> Tensor:
@@ -67,8 +84,7 @@ class _TLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
         y, bound = ctx.saved_tensors
-        # The difference of two numbers is zero only if they are equal, also where it is subnormal.
-        dx = torch.ops.aten.threshold_backward.default(dy, y - bound, 0)
+        dx = ops.above(dy, y, bound)
         return dx, dy.sum_to_size(bound.shape) - dx.sum_to_size(bound.shape)
 
 

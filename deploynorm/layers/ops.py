@@ -1,27 +1,31 @@
 """Filter response normalization as operators of torch.library.
 
-    frn_forward(x, gamma, beta, tau, eps) -> (y, rstd)        frn_backward(dy, x, rstd, gamma, beta, tau) -> gradients
+    frn_forward(x, gamma, beta, tau, eps, residual=None) -> (y, rstd)
+    frn_backward(dy, x, rstd, gamma, beta, tau) -> gradients
         what training runs: the native kernels where they are built, else _handwritten.py
     filter_response_norm(x, gamma, beta, tau, eps) -> y
-        what exporters see: the operator of deploynorm/contract.py
+    filter_response_norm_add(x, gamma, beta, tau, eps, residual) -> y
+        what exporters see: the operators of deploynorm/contract.py
 
-x is (N, C, ...); the parameters are (C,), in x's compute type (float32, or float64 for float64); rstd is (N, C). y and
-the gradient of x have the layout of x where this is dense, be it (N, C, ...) or (N, ..., C), else they are contiguous.
+x and residual are (N, C, ...); the parameters are (C,), in x's compute type (float32, or float64 for float64); rstd is
+(N, C). y and the gradient of x have the layout of x where this is dense, be it (N, C, ...) or (N, ..., C), else they
+are contiguous.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from deploynorm.contract import DOMAIN, INPUTS, TORCH_OP
+from deploynorm.contract import DOMAIN, INPUTS, TORCH_ADD_OP, TORCH_OP
 from deploynorm.errors import InputError
 from deploynorm.layers import _handwritten, _native
 from deploynorm.layers._composed import composed
-from deploynorm.layers._precision import cast, compute_dtype
+from deploynorm.layers._precision import cast, compute_dtype, per_channel
 
 _FORWARD = f"{DOMAIN}::frn_forward"
 _BACKWARD = f"{DOMAIN}::frn_backward"
@@ -30,7 +34,9 @@ _BACKWARD = f"{DOMAIN}::frn_backward"
 _TAGS = (torch.Tag.flexible_layout,)
 
 torch.library.define(
-    _FORWARD, "(Tensor x, Tensor gamma, Tensor beta, Tensor tau, Tensor eps) -> (Tensor, Tensor)", tags=_TAGS
+    _FORWARD,
+    "(Tensor x, Tensor gamma, Tensor beta, Tensor tau, Tensor eps, Tensor? residual=None) -> (Tensor, Tensor)",
+    tags=_TAGS,
 )
 torch.library.define(
     _BACKWARD,
@@ -40,18 +46,22 @@ torch.library.define(
 )
 
 
-def _forward(x: Tensor, gamma: Tensor, beta: Tensor, tau: Tensor, eps: Tensor) -> tuple[Tensor, Tensor]:
-    _check_operands(x, gamma, beta, tau, eps)
+def _forward(
+    x: Tensor, gamma: Tensor, beta: Tensor, tau: Tensor, eps: Tensor, residual: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    _check_operands(x, gamma, beta, tau, eps, residual=residual)
     if _native.available(x.device):
-        return _native.forward(x, gamma, beta, tau, eps)
-    return _handwritten.forward(x, gamma, beta, tau, eps)
+        return _native.forward(x, gamma, beta, tau, eps, residual)
+    return _handwritten.forward(x, gamma, beta, tau, eps, residual)
 
 
 torch.library.impl(_FORWARD, "default", _forward)
 
 
-def _forward_shapes(x: Tensor, gamma: Tensor, beta: Tensor, tau: Tensor, eps: Tensor) -> tuple[Tensor, Tensor]:
-    _check_operands(x, gamma, beta, tau, eps)
+def _forward_shapes(
+    x: Tensor, gamma: Tensor, beta: Tensor, tau: Tensor, eps: Tensor, residual: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    _check_operands(x, gamma, beta, tau, eps, residual=residual)
     return torch.empty_like(_handwritten.dense(x)), gamma.new_empty(x.shape[:2])
 
 
@@ -82,18 +92,43 @@ torch.library.register_fake(_BACKWARD, _backward_shapes)
 
 
 def _gradients(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    *inputs, rstd = ctx.saved_tensors
+    x, gamma, beta, tau, eps, rstd, *with_residual = ctx.saved_tensors
+    if not with_residual:
+        return *_gradients_of_frn(dy, x, gamma, beta, tau, eps, rstd), None
+    # The threshold is passed by the output, as in TLU; what passes it is the gradient of FRN and of the residual.
+    [y] = with_residual
+    kept = above(dy, y, per_channel(tau, y))
+    axes = (0, *range(2, y.dim()))
+    dtau = dy.sum(axes, dtype=tau.dtype) - kept.sum(axes, dtype=tau.dtype)
+    unbounded = torch.full_like(tau, -math.inf)
+    dx, dgamma, dbeta, _dtau, deps = _gradients_of_frn(kept, x, gamma, beta, unbounded, eps, rstd)
+    return dx, dgamma, dbeta, dtau, deps, kept
+
+
+def _gradients_of_frn(dy: Tensor, *saved: Tensor) -> tuple[Tensor, ...]:
+    """Gradients of x, gamma, beta, tau and eps, from these and rstd."""
+    inputs, rstd = saved[:-1], saved[-1]
     if torch.is_grad_enabled():  # create_graph=True: the gradient is to be differentiated itself
-        aliases = [t.view_as(t) for t in inputs]
+        aliases = [t.view_as(t) if t.requires_grad else t.detach().requires_grad_() for t in inputs]
         return torch.autograd.grad(composed(*aliases), aliases, dy, create_graph=True)
-    x, gamma, beta, tau, _eps = inputs
+    x, gamma, beta, tau, _ = inputs
     gradients: tuple[Tensor, ...] = torch.ops.deploynorm.frn_backward.default(dy, x, rstd, gamma, beta, tau)
     return gradients
 
 
-def _save(ctx: Any, inputs: Sequence[Tensor], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs, output[1])
-    ctx.mark_non_differentiable(output[1])
+def above(dy: Tensor, y: Tensor, bound: Tensor) -> Tensor:
+    """dy where the output y of a maximum is above its bound (or NaN), and 0 elsewhere."""
+    # The difference of two numbers is zero only if they are equal, also where it is subnormal.
+    kept: Tensor = torch.ops.aten.threshold_backward.default(dy, y - cast(bound, y.dtype), 0)
+    return kept
+
+
+def _save(ctx: Any, inputs: Sequence[Tensor | None], output: tuple[Tensor, Tensor]) -> None:
+    *operands, residual = inputs
+    y, rstd = output
+    # A layer that follows saves y too.
+    ctx.save_for_backward(*operands, rstd, *(() if residual is None else (y,)))
+    ctx.mark_non_differentiable(rstd)
 
 
 torch.library.register_autograd(_FORWARD, _gradients, setup_context=_save)
@@ -103,23 +138,23 @@ class _FRN(torch.autograd.Function):
     """What register_autograd makes of frn_forward, with 60 microseconds less overhead per call, half (torch 2.13)."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, gamma: Tensor, beta: Tensor, tau: Tensor, eps: Tensor) -> Tensor:
+    def forward(ctx: Any, *inputs: Tensor | None) -> Tensor:
         y: Tensor
         with torch._C._AutoDispatchBelowAutograd():  # this is its autograd
-            y, rstd = torch.ops.deploynorm.frn_forward.default(x, gamma, beta, tau, eps)
-        ctx.save_for_backward(x, gamma, beta, tau, eps, rstd)
+            y, rstd = torch.ops.deploynorm.frn_forward.default(*inputs)
+        _save(ctx, inputs, (y, rstd))
         return y
 
     backward = staticmethod(_gradients)
 
 
-def frn(x: Tensor, gamma: Tensor, beta: Tensor, tau: Tensor, eps: Tensor) -> Tensor:
-    """y; saves only x and one scalar per (sample, channel) for backward."""
+def frn(x: Tensor, gamma: Tensor, beta: Tensor, tau: Tensor, eps: Tensor, residual: Tensor | None = None) -> Tensor:
+    """y; saves only x and one scalar per (sample, channel) for backward, and with a residual y."""
     y: Tensor
     if torch.compiler.is_compiling():
-        y = torch.ops.deploynorm.frn_forward.default(x, gamma, beta, tau, eps)[0]
+        y = torch.ops.deploynorm.frn_forward.default(x, gamma, beta, tau, eps, residual)[0]
     else:
-        y = _FRN.apply(x, gamma, beta, tau, eps)  # type: ignore[no-untyped-call]
+        y = _FRN.apply(x, gamma, beta, tau, eps, residual)  # type: ignore[no-untyped-call]
     return y
 
 
@@ -136,6 +171,21 @@ def _(x: Tensor, gamma: Tensor, beta: Tensor, tau: Tensor, eps: Tensor) -> Tenso
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
+@torch.library.custom_op(f"{DOMAIN}::{TORCH_ADD_OP}", mutates_args=())
+def filter_response_norm_add(
+    x: Tensor, gamma: Tensor, beta: Tensor, tau: Tensor, eps: Tensor, residual: Tensor
+) -> Tensor:
+    """The same with a residual."""
+    gamma, beta, tau, eps = _in_compute_type(x, gamma, beta, tau, eps)
+    return _forward(x, gamma, beta, tau, eps, residual)[0].contiguous()
+
+
+@filter_response_norm_add.register_fake
+def _(x: Tensor, gamma: Tensor, beta: Tensor, tau: Tensor, eps: Tensor, residual: Tensor) -> Tensor:
+    # The residual's shape is left to the call: to compare sizes that a trace leaves open would fix them.
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
 def _in_compute_type(x: Tensor, *parameters: Tensor) -> list[Tensor]:
     """A program that torch.export made keeps its constants in their type when it is cast to another."""
     return [cast(parameter, compute_dtype(x.dtype)) for parameter in parameters]
@@ -147,13 +197,16 @@ def _gradients_from_inputs(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return torch.autograd.grad(composed(*inputs), inputs, grad)
 
 
-filter_response_norm.register_autograd(
-    _gradients_from_inputs, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs)
-)
+for _operator in (filter_response_norm, filter_response_norm_add):
+    _operator.register_autograd(
+        _gradients_from_inputs, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs)
+    )
 
 
-def _check_operands(x: Tensor, *parameters: Tensor) -> None:
+def _check_operands(x: Tensor, *parameters: Tensor, residual: Tensor | None = None) -> None:
     """Raises InputError where the kernels, which take addresses, would read beyond an end or on another device."""
+    if residual is not None and (residual.shape, residual.dtype, residual.device) != (x.shape, x.dtype, x.device):
+        raise _misfit(TORCH_OP, {"X": x, "residual": residual}, "a residual of X's shape and type")
     channels, dtype, device = x.shape[1:2], compute_dtype(x.dtype), x.device
     if x.dim() < 2 or any(p.shape != channels or p.dtype != dtype or p.device != device for p in parameters):
         given = dict(zip(INPUTS, (x, *parameters), strict=False))

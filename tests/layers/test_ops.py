@@ -12,6 +12,7 @@ import pytest
 import torch
 from cases import CASES, NUMPY_DTYPES, NormCase, make_dy, make_inputs, to_torch
 from frn_gradient import Gradients, check_gradients, gradients, sizes
+from frn_operators import BACKWARD, FORWARD, RULES, differentiable, operands
 from tolerances import EXACT, FLOAT64, GRADIENT_OF_PLAIN_TORCH, GRADIENT_ROUNDED, GRADIENT_SUMMED
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -23,28 +24,6 @@ from deploynorm.errors import InputError
 from deploynorm.layers import FRN2d, _native, ops
 from deploynorm.layers._composed import composed
 from deploynorm.layers.functional import filter_response_norm
-
-FORWARD = torch.ops.deploynorm.frn_forward.default
-BACKWARD = torch.ops.deploynorm.frn_backward.default
-RULES = ["test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
-"""The tests of opcheck, all of them."""
-
-
-def operands(*shape: int, dtype: torch.dtype = torch.float32, layout: str = "contiguous") -> list[Tensor]:
-    """x, gamma, beta, tau and eps; all but eps, which must stay positive, may be differentiated."""
-    torch.manual_seed(sum(shape))
-    full = torch.float64 if dtype == torch.float64 else torch.float32
-    x = torch.randn(*shape, dtype=torch.float64).to(dtype)
-    if layout == "channels_last":
-        x = x.movedim(1, -1).contiguous().movedim(-1, 1)
-    elif layout == "sliced":
-        x = torch.cat([x, x + 1], -1)[..., ::2]
-    parameters = [torch.randn(shape[1], dtype=full) for _ in range(3)]
-    return [x, *parameters, torch.rand(shape[1], dtype=full) + 0.1]
-
-
-def differentiable(tensors: list[Tensor]) -> list[Tensor]:
-    return [t.requires_grad_() for t in tensors]
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
