@@ -1,25 +1,43 @@
-"""What the tests compile, kept for the next run and shared by pytest-xdist's workers."""
+"""What the tests compile, kept for the next run and shared by pytest-xdist's workers.
+
+    PYTHONPATH=. python tests/compiled.py .pytest_cache/d/compiled
+
+compiles what takes longest, ahead of the tests, with no package but CMake; .ci/run does so while pip installs.
+"""
 
 from __future__ import annotations
 
 import fcntl
 import hashlib
 import shutil
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
+from typing import Final
 
-from deploynorm.libraries import source_folder
+from emulated import build_kernels
+from unoptimized import build_cuda_libraries
+
+from deploynorm import libraries
+
+BUILDS: Final[Mapping[str, Callable[[Path], object]]] = {
+    "emulated": build_kernels,
+    "cuda-libraries": build_cuda_libraries,
+    "sanitized": partial(libraries.build, sanitize="address,undefined"),
+}
+"""What is compiled ahead, by the names that the fixtures have for it: what most tests wait for comes first."""
 
 TESTS = Path(__file__).parent
 
 
 def digest() -> str:
     """Of all sources that the tests compile, and of how."""
-    sources = [path for path in source_folder().rglob("*") if path.is_file()]
-    sources += [path for path in TESTS.rglob("*") if path.suffix in (".cpp", ".cu", ".h")]
-    sources += [TESTS / name for name in ("conftest.py", "emulated.py", "unoptimized.py", "gpu/test_broken.py")]
+    sources = sorted(path for path in libraries.source_folder().rglob("*") if path.is_file())
+    sources += sorted(path for path in TESTS.rglob("*") if path.suffix in (".cpp", ".cu", ".h"))
+    sources += [TESTS / name for name in ("compiled.py", "emulated.py", "unoptimized.py", "gpu/test_broken.py")]
     hashed = hashlib.sha256()
-    for path in sorted(sources):
+    for path in sources:
         hashed.update(path.name.encode() + path.read_bytes())
     return hashed.hexdigest()[:16]
 
@@ -46,3 +64,8 @@ def build_once(parent: Path, key: str, build: Callable[[Path], object]) -> Path:
                     shutil.rmtree(other)
             staging.rename(folder)
     return folder
+
+
+if __name__ == "__main__":
+    for name, build in BUILDS.items():
+        build_once(Path(sys.argv[1]) / name, digest(), build)

@@ -23,8 +23,7 @@ import compiled
 import pytest
 import torch
 from cuda_kernels import CudaKernel
-from emulated import build_kernels
-from unoptimized import unoptimized, unoptimized_kernels
+from unoptimized import unoptimized
 
 from deploynorm import libraries
 from deploynorm.errors import BackendError
@@ -166,14 +165,15 @@ def require() -> Callable[[str], None]:
 
 
 @pytest.fixture(scope="session")
-def build_once(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[str, Callable[[Path], object]], Path]:
-    """build_once(name, build): a folder that build(folder) filled, once for each state of the sources, in any run."""
+def build_once(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """build_once(name, build): a folder that build(folder) filled, once for each state of the sources, in any run.
+
+    What tests/compiled.py compiles ahead is asked for by its name alone.
+    """
     cache = request.config.cache
     parent = tmp_path_factory.mktemp("compiled") if cache is None else cache.mkdir("compiled")
     key = compiled.digest()
-    return lambda name, build: compiled.build_once(parent / name, key, build)
+    return lambda name, build=None: compiled.build_once(parent / name, key, build or compiled.BUILDS[name])
 
 
 @pytest.fixture
@@ -200,22 +200,17 @@ def unoptimized_compiler(require: Callable[[str], None], build_once: Callable[..
 
 @pytest.fixture(scope="session")
 def cuda_libraries(require: Callable[[str], None], build_once: Callable[..., Path]) -> Path:
-    """A folder of our libraries with CUDA, and with PTX for one GPU, which compiles fastest: no test here runs it."""
+    """A folder of our libraries with CUDA, which no test here runs on a GPU."""
     require("nvcc")
     require("trt-headers")
-
-    def build(folder: Path) -> None:
-        with unoptimized_kernels():
-            libraries.build(folder, cuda=True, architectures=["90-virtual"])
-
-    return build_once("cuda-libraries", build)
+    return build_once("cuda-libraries")
 
 
 @pytest.fixture(scope="session")
 def emulated_library(require: Callable[[str], None], build_once: Callable[..., Path]) -> Path:
     """The CUDA kernels, compiled for the CPU."""
     require("compiler")
-    return build_once("emulated", build_kernels) / "libemulated.so"
+    return build_once("emulated") / "libemulated.so"
 
 
 @pytest.fixture(scope="session")

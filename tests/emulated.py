@@ -79,9 +79,13 @@ for library in sys.argv[1:]:
     sys.stderr.flush()
     child = os.fork()
     if child == 0:
-        check(Path(library))
-        os._exit(0)
-    print(os.waitpid(child, 0)[1], flush=True)  # or a child that ends by an error would write it again
+        found = 1
+        try:
+            check(Path(library))
+            found = 0
+        finally:
+            os._exit(found)  # at once: to tear down all that is imported takes longer than the check
+    print(os.waitpid(child, 0)[1], flush=True)
 """
 
 

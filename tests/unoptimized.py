@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import os
 from pathlib import Path
-
-import pytest
+from unittest import mock
 
 from deploynorm import libraries
 
@@ -30,9 +28,7 @@ def unoptimized(folder: Path) -> None:
     script.chmod(0o755)
 
 
-@contextmanager
-def unoptimized_kernels() -> Iterator[None]:
-    """Builds inside the block optimize CUDA's kernels as little as they can; what stands around them is as ever."""
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setenv("NVCC_APPEND_FLAGS", "-Xcicc -O1 -Xptxas -O0")
-        yield
+def build_cuda_libraries(folder: Path) -> None:
+    """Our libraries with CUDA, and with PTX for one GPU, which compiles fastest; its kernels are hardly optimized."""
+    with mock.patch.dict(os.environ, NVCC_APPEND_FLAGS="-Xcicc -O1 -Xptxas -O0"):
+        libraries.build(folder, cuda=True, architectures=["90-virtual"])

@@ -6,6 +6,8 @@ Nothing here imports torch, so that `--help` answers at once: a verb's module im
 from __future__ import annotations
 
 import argparse
+import atexit
+import gc
 import os
 import signal
 import sys
@@ -26,6 +28,8 @@ from deploynorm.errors import DeployNormError, InputError
 from deploynorm.packages import naming_missing_packages
 
 __all__ = ["main"]
+
+atexit.register(gc.freeze)  # or Python would look through all of torch for garbage before it ends
 
 _VERBS: Final[dict[str, Any]] = {
     module.__name__.rpartition(".")[2]: module

@@ -88,7 +88,8 @@ def build(
     else:
         folder.mkdir(parents=True, exist_ok=True)
     with scratch_folder() as work:
-        configure: list[str | Path] = [tools.cmake, "-S", source_folder(), "-B", work, "-DCMAKE_BUILD_TYPE=Release"]
+        sources = source_folder().resolve()  # as pip finds them in a clone: a compiler's cache then serves both
+        configure: list[str | Path] = [tools.cmake, "-S", sources, "-B", work, "-DCMAKE_BUILD_TYPE=Release"]
         configure += [f"-DCMAKE_CXX_COMPILER={tools.compiler}", *options]
         if (ninja := find_program("ninja")) is not None:
             configure += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]

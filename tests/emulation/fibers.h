@@ -13,9 +13,6 @@
 #include <string.h>
 #include <ucontext.h>
 
-#include <functional>
-#include <memory>
-
 namespace emulation {
 
 constexpr unsigned kMaxThreads = 1024, kWarp = 32;
@@ -28,8 +25,9 @@ struct Fibers {
   jmp_buf contexts[kMaxThreads];
   jmp_buf scheduler;
   uint64_t slots[kMaxThreads];  // what a thread offers to its warp
-  std::unique_ptr<char[]> stacks{new char[kMaxThreads * kStack]};
-  const std::function<void()>* body;
+  char* stacks = new char[kMaxThreads * kStack];
+  void (*run)(const void* body);
+  const void* body;
   unsigned count;
   unsigned current;
 };
@@ -72,7 +70,7 @@ inline T exchange(unsigned mask, T value, unsigned partner) {
 
 inline void start() {
   Fibers& all = fibers();
-  (*all.body)();
+  all.run(all.body);
   all.states[all.current] = State::kDone;
   _longjmp(all.scheduler, 1);
 }
@@ -87,7 +85,7 @@ inline void step(unsigned thread) {
   if (!fresh) _longjmp(all.contexts[thread], 1);
   ucontext_t context;
   getcontext(&context);
-  context.uc_stack.ss_sp = all.stacks.get() + thread * kStack;
+  context.uc_stack.ss_sp = all.stacks + thread * kStack;
   context.uc_stack.ss_size = kStack;
   context.uc_link = nullptr;
   makecontext(&context, start, 0);
@@ -110,8 +108,11 @@ inline bool all_at(State barrier, unsigned begin, unsigned end, const char* left
   return waiting > 0;
 }
 
-inline void run_block(unsigned threads, const std::function<void()>& body) {
+// Without std::function, whose header would take a third of the time to compile a kernel.
+template <typename Body>
+void run_block(unsigned threads, const Body& body) {
   Fibers& all = fibers();
+  all.run = [](const void* body) { (*static_cast<const Body*>(body))(); };
   all.body = &body;
   all.count = threads;
   for (unsigned thread = 0; thread < threads; ++thread) all.states[thread] = State::kNew;

@@ -17,7 +17,7 @@ from kernels import Kernel
 from references import inputs_of, want_of
 
 from deploynorm.contract import DTYPES, INPUTS
-from deploynorm.libraries import ORT_LIBRARY, TORCH_LIBRARY, build, find_tools
+from deploynorm.libraries import ORT_LIBRARY, TORCH_LIBRARY, find_tools
 
 pytestmark = pytest.mark.slow  # a build with sanitizers takes minutes
 
@@ -30,7 +30,7 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 def sanitized(require: Callable[[str], None], build_once: Callable[..., Path]) -> Path:
     """The libraries, built with sanitizers: the path of the operators', beside which the other lies."""
     require("compiler")
-    return build_once("sanitized", lambda folder: build(folder, sanitize="address,undefined")) / ORT_LIBRARY
+    return build_once("sanitized") / ORT_LIBRARY
 
 
 @pytest.fixture(scope="session")
