@@ -43,7 +43,7 @@ Layout = Literal["nchw", "nhwc", "nhwc8"]
 
 LAYOUTS: tuple[Layout, ...] = ("nchw", "nhwc", "nhwc8")
 BACKWARD_LAYOUTS: tuple[Layout, ...] = ("nchw", "nhwc")
-VARIANTS = ("runs", "registers", "two_passes", "split")
+VARIANTS = ("runs", "registers", "clusters", "two_passes", "split")
 
 # Where the kernels' code turns: a plane or row beside a multiple of a pack, a warp, a block, and what a block holds.
 SPATIAL = (1, 2, 3, 7, 8, 9, 31, 33, 49, 127, 196, 255, 257, 1023, 1025, 2048, 2049, 4097)

@@ -5,11 +5,13 @@
 // that, nor is arithmetic: some 10 instructions an element, where a device has time for 50 and more. So the bound is
 // the time of a copy. Measured on an H100 for ResNet-50's shapes at batch 32, the time of PyTorch's copy was 0.81 to
 // 0.95 of ours in float32 NCHW, 0.60 to 0.93 in bfloat16 (benchmarks/README.md, benchmarks/results/gpu_h100.json); that
-// was before "runs", and before the first load came early (benchmarks/results/gpu_code.json).
+// was before "runs" and "clusters", and before the first load came early (benchmarks/results/gpu_code.json).
 //
 // variant     layout  one block has                      runs where
 // runs        NCHW    runs of planes, each in a warp     so many planes as are whole vectors are at most 4 KiB
 // registers   both    a group, in registers              a plane is at most 128 KiB; a strip 32 bytes by 4096 rows
+// clusters    NHWC    a part of a group, in shared       a strip has more than 1024 rows, and 32 bytes by 55,000 at
+//                     memory, of a cluster of blocks     most, on devices of compute capability 9.0 and later
 // two_passes  both    a group, read twice                it is larger, and there are groups for all multiprocessors
 // split       both    a part of a group, two launches    it is larger, there are few, and there is a workspace
 
@@ -24,9 +26,11 @@ struct Forward {
   using Storage = Storage_;
   using A = Arithmetic<Storage>;
   static constexpr int kInputs = kResidual ? 2 : 1;  // x, residual
+  static constexpr int kAdded = 1;                   // x
   static constexpr int kSums = 1;                    // sum of squares
   static constexpr bool kAddsByChannel = false, kPadded = true;
   static constexpr int kPartialSumsBlocks = 3;  // on a multiprocessor
+  static constexpr int kClusterThreads = 512;   // of a block
 
   static constexpr int kMaxRunHeld = 8;  // vectors that a thread of a run holds, of each input
   // Vectors of a strip's row.

@@ -12,6 +12,8 @@
 // variant     layout  one block has                      runs where
 // runs        NCHW    runs of planes, each in a warp     so many planes as are whole vectors are at most 2 KiB
 // registers   both    a group, in registers              a plane is at most 64 KiB; a strip 32 bytes by 2048 rows
+// clusters    NHWC    a part of a group, in shared       a strip has more than 1024 rows, and 32 bytes by 27,000 at
+//                     memory, of a cluster of blocks     most, on devices of compute capability 9.0 and later
 // two_passes  both    a group, read twice                it is larger, and there are groups for all multiprocessors
 // split       both    a part of a group, two launches    it is larger, and there are few
 
@@ -30,10 +32,11 @@ template <typename Storage_>
 struct Backward {
   using Storage = Storage_;
   using A = Arithmetic<Storage>;
-  static constexpr int kInputs = 2;  // dy, x
+  static constexpr int kInputs = 2, kAdded = 2;  // dy, x
   static constexpr int kSums = kGradientSums;
   static constexpr bool kAddsByChannel = true, kPadded = false;
   static constexpr int kPartialSumsBlocks = 0;  // as many as there are registers for
+  static constexpr int kClusterThreads = 256;   // of a block
 
   static constexpr int kMaxRunHeld = 4;  // vectors that a thread of a run holds, of each input
   // Vectors of a strip's row.

@@ -4,7 +4,7 @@
 // A pass (Op: Forward, Backward) sums over a group and then computes each output element from that element and the
 // sums. It has
 //
-//     kInputs, kSums                 tensors that are read, and sums for each channel
+//     kInputs, kAdded, kSums         tensors that are read, of them the first that add reads, and sums for each channel
 //     kAddsByChannel, kPadded        whether add needs the channel, and whether the rows of NHWC may have padding
 //     Problem                        the kernels' argument: a ProblemOf with what else the pass needs
 //     Channel                        numbers of type A of one channel of a sample, `statistic` in (samples, channels):
@@ -20,8 +20,19 @@
 #ifndef DEPLOYNORM_KERNELS_KERNELS_CUH_
 #define DEPLOYNORM_KERNELS_KERNELS_CUH_
 
+#include <cooperative_groups.h>
+
 #include "element.cuh"
 #include "tile.cuh"
+
+// Whether the device that this is compiled for has clusters of blocks; the host's side is compiled with them.
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+#define DEPLOYNORM_CLUSTERS 1
+#else
+#define DEPLOYNORM_CLUSTERS 0
+#endif
+
+extern __shared__ uint4 dynamic_shared[];  // of a size that the launch says
 
 namespace deploynorm {
 namespace {
@@ -29,6 +40,9 @@ namespace {
 constexpr int kUnroll = 4;          // loads in flight, where a group is too large to be held
 constexpr int kSplitThreads = 256;  // of a block that has a chunk of a group
 constexpr int kRunThreads = 128;
+constexpr int kMostOfACluster = 8;  // blocks, that every device with clusters has room for
+constexpr int kClusterColumns = 8;  // vectors of a strip's row at most: 128 bytes
+constexpr int kClusterBlocks = 2;   // on a multiprocessor, of which one reads while the other writes
 
 template <typename Storage, int kInputs>
 struct ProblemOf : Tiling {
@@ -50,13 +64,14 @@ __device__ __forceinline__ void load(const Problem& problem, int64_t at, V (&in)
 
 // What a thread of a block has of the channels of its vectors, and its sums for them. Every thread reads the channel of
 // a plane; those of a strip's row are each read by one thread, which also finishes them, and shares them.
-template <typename Op, typename T>
+template <typename Op, typename T, int kMaxThreads = max_threads(T::kStrip),
+          int kMaxColumns = Op::max_columns(T::kStrip, T::V::kSize)>
 struct Thread {
   using A = typename T::A;
   using Channel = typename Op::Channel;
   static constexpr int kSums = Op::kSums;
   static constexpr int kFields = sizeof(Channel) / sizeof(A);
-  static constexpr int kValues = Op::max_columns(T::kStrip, T::V::kSize) * T::kChannels;
+  static constexpr int kValues = kMaxColumns * T::kChannels;
   const typename Op::Problem& problem;
   const T& tile;
   Channel own = {}, channels[T::kChannels];
@@ -117,8 +132,7 @@ struct Thread {
   // The sums over the block: work(sums), by the thread that the channel is of.
   template <typename Work>
   __device__ void with_block_sums(Work work) {
-    const BlockSums<A, T::kChannels * kSums, Op::max_columns(T::kStrip, T::V::kSize), T::kThreads> block(
-        tile.log2_columns, sums);
+    const BlockSums<A, T::kChannels * kSums, kMaxColumns, kMaxThreads> block(tile.log2_columns, sums);
     if (!owns()) return;
     A totals[kSums];
 #pragma unroll
@@ -128,12 +142,41 @@ struct Thread {
 
   // Between add and apply.
   __device__ void finish() {
-    with_block_sums([&](const A(&totals)[kSums]) {
-      // What add needs of a strip's channels is shared already, and takes no registers meanwhile.
-      if constexpr (T::kStrip && Op::kAddsByChannel) read(&own, shared<false>(), threadIdx.x);
-      own.finish(problem, tile.statistic + threadIdx.x, totals, tile.chunk == 0);
-    });
+    with_block_sums([&](const A(&totals)[kSums]) { finish_own(totals); });
     share<true>();
+  }
+
+#if DEPLOYNORM_CLUSTERS
+  // The same of the sums over all blocks of a cluster, each of which gives its own to all. Every thread has arrived at
+  // the cluster's barrier before: when it had read what others gave of the last tile.
+  __device__ void finish(const cooperative_groups::cluster_group& cluster) {
+    __shared__ A of_blocks[kMostOfACluster][kValues][kSums];
+    const int blocks = static_cast<int>(cluster.num_blocks());
+    cluster.barrier_wait();
+    with_block_sums([&](const A(&totals)[kSums]) {
+      for (int rank = 0; rank < blocks; ++rank) {
+        A* const to = cluster.map_shared_rank(of_blocks[cluster.block_rank()][threadIdx.x], rank);
+#pragma unroll
+        for (int sum = 0; sum < kSums; ++sum) to[sum] = totals[sum];
+      }
+    });
+    cluster.sync();
+    if (owns()) {
+      A totals[kSums] = {};
+      for (int rank = 0; rank < blocks; ++rank) {
+#pragma unroll
+        for (int sum = 0; sum < kSums; ++sum) totals[sum] += of_blocks[rank][threadIdx.x][sum];
+      }
+      finish_own(totals);
+    }
+    share<true>();
+  }
+#endif
+
+  __device__ void finish_own(const A (&totals)[kSums]) {
+    // What add needs of a strip's channels is shared already, and takes no registers meanwhile.
+    if constexpr (T::kStrip && Op::kAddsByChannel) read(&own, shared<false>(), threadIdx.x);
+    own.finish(problem, tile.statistic + threadIdx.x, totals, tile.chunk == 0);
   }
 
   // Gives each channel to all threads. The next tile may follow without a barrier: before it writes to what is read
@@ -218,7 +261,7 @@ struct Held {
 template <typename Op, int kVecSize, bool kChannelsLast, int kHeld>
 __global__ void __launch_bounds__(max_threads(kChannelsLast), Op::min_blocks(kChannelsLast, kVecSize, kHeld))
     frn_in_registers(const typename Op::Problem problem) {
-  using T = ThreadTile<typename Op::Storage, kVecSize, kChannelsLast, true>;
+  using T = ThreadTile<typename Op::Storage, kVecSize, kChannelsLast, Group::kHeldByBlock>;
   for (int64_t index = blockIdx.x; index < problem.tiles; index += gridDim.x) {
     const T tile(problem, problem.inputs[0], index);
     Thread<Op, T> thread(problem, tile);
@@ -230,22 +273,30 @@ __global__ void __launch_bounds__(max_threads(kChannelsLast), Op::min_blocks(kCh
   }
 }
 
-// work(in, at) for all that a thread has of a tile: vectors, kUnroll of them in flight, and one element at the edge.
-template <typename Op, typename T, typename Work>
-__device__ void for_rows(const typename Op::Problem& problem, const T& tile, Work work) {
-  int64_t i = 0;
+// work(in, i) for each vector that a thread has of a tile, where read(in, i) reads it: kUnroll of them are in flight.
+template <typename Op, int kUnroll, typename T, typename Read, typename Work>
+__device__ __forceinline__ void for_vectors(const T& tile, Read read, Work work) {
+  typename T::Index i = 0;
   for (; tile.has(i + kUnroll - 1); i += kUnroll) {
     typename T::V in[kUnroll][Op::kInputs];
 #pragma unroll
-    for (int j = 0; j < kUnroll; ++j) load(problem, tile.at(i + j), in[j]);
+    for (int j = 0; j < kUnroll; ++j) read(in[j], i + j);
 #pragma unroll
-    for (int j = 0; j < kUnroll; ++j) work(in[j], tile.at(i + j));
+    for (int j = 0; j < kUnroll; ++j) work(in[j], i + j);
   }
   for (; tile.has(i); ++i) {
     typename T::V in[Op::kInputs];
-    load(problem, tile.at(i), in);
-    work(in, tile.at(i));
+    read(in, i);
+    work(in, i);
   }
+}
+
+// work(in, at) for all that a thread has of a tile: vectors, and one element at the edge.
+template <typename Op, typename T, typename Work>
+__device__ void for_rows(const typename Op::Problem& problem, const T& tile, Work work) {
+  for_vectors<Op, kUnroll>(
+      tile, [&](auto& in, int64_t i) { load(problem, tile.at(i), in); },
+      [&](auto& in, int64_t i) { work(in, tile.at(i)); });
   if constexpr (!T::kStrip) {
     if (!tile.has_edge) return;
     Vec<typename T::Storage, 1> edge[Op::kInputs];
@@ -271,7 +322,7 @@ __device__ void store_rows(const Thread<Op, T>& thread) {
 // "two_passes": a block reads its group twice, for the sums and for the output, which is written once.
 template <typename Op, int kVecSize, bool kChannelsLast>
 __global__ void __launch_bounds__(max_threads(kChannelsLast)) frn_in_two_passes(const typename Op::Problem problem) {
-  using T = ThreadTile<typename Op::Storage, kVecSize, kChannelsLast, false>;
+  using T = ThreadTile<typename Op::Storage, kVecSize, kChannelsLast, Group::kNotHeld>;
   for (int64_t index = blockIdx.x; index < problem.tiles; index += gridDim.x) {
     const T tile(problem, problem.inputs[0], index);
     Thread<Op, T> thread(problem, tile);
@@ -288,7 +339,7 @@ constexpr int split_blocks(bool channels_last, int vec_size) { return channels_l
 template <typename Op, int kVecSize, bool kChannelsLast>
 __global__ void __launch_bounds__(kSplitThreads, Op::kPartialSumsBlocks)
     frn_partial_sums(const typename Op::Problem problem) {
-  using T = ThreadTile<typename Op::Storage, kVecSize, kChannelsLast, false>;
+  using T = ThreadTile<typename Op::Storage, kVecSize, kChannelsLast, Group::kNotHeld>;
   for (int64_t index = blockIdx.x; index < problem.tiles; index += gridDim.x) {
     const T tile(problem, problem.inputs[0], index);
     Thread<Op, T> thread(problem, tile);
@@ -306,7 +357,7 @@ __global__ void __launch_bounds__(kSplitThreads, Op::kPartialSumsBlocks)
 template <typename Op, int kVecSize, bool kChannelsLast>
 __global__ void __launch_bounds__(kSplitThreads, split_blocks(kChannelsLast, kVecSize))
     frn_from_partial_sums(const typename Op::Problem problem) {
-  using T = ThreadTile<typename Op::Storage, kVecSize, kChannelsLast, false>;
+  using T = ThreadTile<typename Op::Storage, kVecSize, kChannelsLast, Group::kNotHeld>;
   for (int64_t index = blockIdx.x; index < problem.tiles; index += gridDim.x) {
     const T tile(problem, problem.inputs[0], problem.tiles - 1 - index);
     Thread<Op, T> thread(problem, tile);
@@ -322,6 +373,48 @@ __global__ void __launch_bounds__(kSplitThreads, split_blocks(kChannelsLast, kVe
     thread.finish();
     store_rows(thread);
   }
+}
+
+// "clusters": NHWC on devices that have clusters of blocks. A cluster has a group, and a block holds its chunk of it in
+// shared memory, `vectors` of each input that is added up; what is not, it reads for the output alone. Each input is
+// read once, the output written once.
+template <typename Op>
+__global__ void __launch_bounds__(Op::kClusterThreads, kClusterBlocks)
+    frn_in_clusters(const typename Op::Problem problem, const int vectors) {
+#if DEPLOYNORM_CLUSTERS
+  using T = ThreadTile<typename Op::Storage, kWholeVec<typename Op::Storage>, true, Group::kHeldByCluster>;
+  using V = typename T::V;
+  const auto cluster = cooperative_groups::this_cluster();
+  V* const mine = reinterpret_cast<V*>(dynamic_shared) + threadIdx.x;  // no other thread reads or writes these
+  const auto held = [&](int input, int i) -> V& { return mine[input * vectors + i * static_cast<int>(blockDim.x)]; };
+  for (int64_t index = blockIdx.x; index < problem.tiles; index += gridDim.x) {
+    cluster.barrier_arrive();
+    const T tile(problem, problem.inputs[0], index);
+    Thread<Op, T, Op::kClusterThreads, kClusterColumns> thread(problem, tile);
+    thread.begin();
+    for_vectors<Op, kUnroll>(
+        tile,
+        [&](auto& in, int i) {
+#pragma unroll
+          for (int input = 0; input < Op::kAdded; ++input) in[input] = V::load(problem.inputs[input] + tile.at(i));
+        },
+        [&](auto& in, int i) {
+          thread.add(in);
+#pragma unroll
+          for (int input = 0; input < Op::kAdded; ++input) held(input, i) = in[input];
+        });
+    thread.finish(cluster);
+    for_vectors<Op, kUnroll / 2>(
+        tile,
+        [&](auto& in, int i) {
+#pragma unroll
+          for (int input = 0; input < Op::kInputs; ++input) {
+            in[input] = input < Op::kAdded ? held(input, i) : V::load(problem.inputs[input] + tile.at(i));
+          }
+        },
+        [&](auto& in, int i) { thread.store(in, problem.output + tile.at(i)); });
+  }
+#endif
 }
 
 // "runs": small planes of NCHW. They lie end to end, and a warp holds a run of 2^log2_planes of them, so many that they

@@ -14,11 +14,14 @@ namespace {
 
 constexpr const char* kRuns = "runs";
 constexpr const char* kRegisters = "registers";
+constexpr const char* kClusters = "clusters";
 constexpr const char* kTwoPasses = "two_passes";
 constexpr const char* kSplit = "split";
-constexpr const char* kVariants[] = {kRuns, kRegisters, kTwoPasses, kSplit, nullptr};
+constexpr const char* kVariants[] = {kRuns, kRegisters, kClusters, kTwoPasses, kSplit, nullptr};
 
 constexpr int kFewestHeld = 2, kUsuallyHeld = 4;  // vectors of a thread in a run
+constexpr int kFewRows = 1024;                    // of a strip: a block holds 64 bytes of each in registers
+constexpr int64_t kReservedShared = 1024;         // bytes of each block's shared memory, by the system
 constexpr int64_t kSmallPlane = 4096;             // bytes; it is never split
 constexpr int64_t kBlocksWanted = 1024;           // of a split: some for each multiprocessor of the largest devices
 constexpr int64_t kRowsOfAChunk = 64;             // at least, for each thread's worth of columns
@@ -66,14 +69,23 @@ int run_with_type(int32_t type, const char* name, Run run) {
 struct Device {
   int multiprocessors = 0;
   int max_grid = 0;
+  int has_clusters = 0;
+  int shared_bytes = 0;  // that a block may have
 
   cudaError_t read() {
     int device = 0;
     if (const cudaError_t error = cudaGetDevice(&device)) return error;
-    if (const cudaError_t error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device)) {
-      return error;
+    const struct {
+      int* value;
+      cudaDeviceAttr attribute;
+    } all[] = {{&multiprocessors, cudaDevAttrMultiProcessorCount},
+               {&max_grid, cudaDevAttrMaxGridDimX},
+               {&has_clusters, cudaDevAttrClusterLaunch},
+               {&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin}};
+    for (const auto& each : all) {
+      if (const cudaError_t error = cudaDeviceGetAttribute(each.value, each.attribute, device)) return error;
     }
-    return cudaDeviceGetAttribute(&max_grid, cudaDevAttrMaxGridDimX, device);
+    return cudaSuccess;
   }
 };
 
@@ -109,7 +121,7 @@ struct Plan {
   bool channels_last = false;
   int vec_size = 1;
   int threads = 0;
-  int held = 0;         // for registers and runs: vectors that a thread holds
+  int held = 0;  // vectors of an input: for registers and runs that a thread holds, for clusters that a block holds
   int log2_planes = 0;  // for runs: of a warp
   int log2_columns = 0;
   int64_t strips = 1;
@@ -160,6 +172,79 @@ struct Run {
   }
 };
 
+// How a kernel is launched: blocks, in clusters of so many, each with so much dynamic shared memory.
+struct Grid {
+  cudaLaunchConfig_t config = {};
+  cudaLaunchAttribute cluster = {};
+
+  Grid(const Device& device, int64_t blocks, int threads, cudaStream_t stream = nullptr, int cluster_size = 1,
+       int64_t dynamic_bytes = 0) {
+    const int most = device.max_grid / cluster_size * cluster_size;
+    config.gridDim = dim3(static_cast<unsigned>(smaller(blocks, most)), 1, 1);
+    config.blockDim = dim3(static_cast<unsigned>(threads), 1, 1);
+    config.dynamicSmemBytes = static_cast<size_t>(dynamic_bytes);
+    config.stream = stream;
+    if (cluster_size == 1) return;
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim.x = static_cast<unsigned>(cluster_size);
+    cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+    config.attrs = &cluster;
+    config.numAttrs = 1;
+  }
+  Grid(const Grid&) = delete;
+};
+
+// How clusters of blocks hold strips of NHWC.
+template <typename Op>
+struct Clusters {
+  static constexpr int kWhole = kWholeVec<typename Op::Storage>;
+  int size = 0;  // blocks of a cluster; 0 where there are none, or none that strips fit into
+  int threads = 0;
+  int log2_columns = 0;
+  int64_t held = 0;    // vectors of an input in a block
+  bool fills = false;  // whether there are blocks for all multiprocessors
+
+  int64_t bytes() const { return Op::kAdded * held * kVecBytes; }
+
+  Clusters(const Request& request, const Device& device) {
+    const int64_t columns = request.channel_block / kWhole;
+    const bool vectors = request.whole && request.channel_block % kWhole == 0;
+    if (!vectors || request.spatial * request.channel_block > INT_MAX || device.has_clusters == 0) return;
+    const auto kernel = frn_in_clusters<Op>;
+    cudaFuncAttributes compiled = {};
+    // Code for earlier devices, compiled again by the driver, is without them.
+    if (cudaFuncGetAttributes(&compiled, kernel) != cudaSuccess || compiled.ptxVersion < 90) return;
+    const int64_t own = static_cast<int64_t>(compiled.sharedSizeBytes), most = device.shared_bytes - own;
+    const int64_t most_of_two = (device.shared_bytes + kReservedShared) / kClusterBlocks - kReservedShared - own;
+    // As wide as fits, and as few blocks as have room two by two, but no multiprocessor idle.
+    const int widest = static_cast<int>(log2_up(smaller(columns, kClusterColumns)));
+    const int narrowest = static_cast<int>(smaller(widest, 1));
+    int blocks = 0;
+    for (log2_columns = widest;; --log2_columns) {
+      const int64_t groups = request.samples * divided_up(columns, int64_t{1} << log2_columns);
+      for (blocks = 2;; blocks *= 2) {
+        held = divided_up(request.spatial, blocks) << log2_columns;
+        fills = groups * blocks >= device.multiprocessors;
+        if (blocks == kMostOfACluster || (fills && bytes() <= most_of_two)) break;
+      }
+      if (log2_columns == narrowest || (fills && bytes() <= most)) break;
+    }
+    const int64_t row = int64_t{1} << log2_columns;
+    threads = whole_warps(larger(divided_up(held, kUnroll), row * kWhole), Op::kClusterThreads);
+    if (bytes() > most || blocks > device.max_grid) return;
+    // A part of a device may have no room for as many blocks side by side.
+    int room = 0;
+    const Grid grid(device, blocks, threads, nullptr, blocks, bytes());
+    if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(most)) ==
+            cudaSuccess &&
+        cudaOccupancyMaxActiveClusters(&room, kernel, &grid.config) == cudaSuccess && room > 0) {
+      size = blocks;
+    } else {
+      cudaGetLastError();  // another kernel is launched
+    }
+  }
+};
+
 // Into how many chunks a split cuts a group that has work for at most so many blocks.
 int64_t chunks_of_split(int64_t groups, int64_t most) {
   return larger(1, smaller(divided_up(kBlocksWanted, groups), most));
@@ -183,7 +268,7 @@ Plan plan_planes(const Request& request, const Device& device) {
                      : request.workspace && few ? kSplit
                                                 : kTwoPasses;
   const char* variant = request.variant == nullptr ? best : request.variant;
-  if (variant == kRuns && run.held == 0) return plan;
+  if ((variant == kRuns && run.held == 0) || variant == kClusters) return plan;
   if (variant == kRegisters && !fits_registers) return plan;
   if (variant == kSplit && (!request.workspace || plan.groups > kBlocksWanted)) return plan;
   plan.variant = variant;
@@ -226,13 +311,26 @@ Plan plan_strips(const Request& request, const Device& device) {
     if (width == narrowest || (fits_registers && blocks >= device.multiprocessors)) break;
   }
   const int64_t groups_if_wide = request.samples * divided_up(columns, int64_t{1} << widest);
-  const char* best = fits_registers                                        ? kRegisters
-                     : request.workspace && groups_if_wide < kBlocksWanted ? kSplit
-                                                                           : kTwoPasses;
+  const bool fits_split = request.workspace && groups_if_wide < kBlocksWanted;
+  const char* best = fits_registers ? kRegisters : fits_split ? kSplit : kTwoPasses;
   const char* variant = request.variant == nullptr ? best : request.variant;
-  if (variant == kRuns) return plan;
+  if (variant == kClusters || (request.variant == nullptr && request.spatial > kFewRows)) {
+    const Clusters<Op> clusters(request, device);
+    // A split alone has blocks for all multiprocessors where clusters have not.
+    if (clusters.size > 0 && (variant == kClusters || clusters.fills || best != kSplit)) {
+      plan.variant = kClusters;
+      plan.log2_columns = clusters.log2_columns;
+      plan.strips = divided_up(columns, int64_t{1} << clusters.log2_columns);
+      plan.groups = request.samples * plan.strips;
+      plan.chunks = clusters.size;
+      plan.threads = clusters.threads;
+      plan.held = static_cast<int>(clusters.held);
+      return plan;
+    }
+  }
+  if (variant == kRuns || variant == kClusters) return plan;
   if (variant == kRegisters && !fits_registers) return plan;
-  if (variant == kSplit && (!request.workspace || groups_if_wide >= kBlocksWanted)) return plan;
+  if (variant == kSplit && !fits_split) return plan;
   plan.variant = variant;
   plan.log2_columns = variant == kSplit ? widest : width;
   const int64_t row = int64_t{1} << plan.log2_columns;
@@ -254,11 +352,8 @@ Plan plan_strips(const Request& request, const Device& device) {
 template <typename... Parameters, typename... Arguments>
 cudaError_t launch(const Device& device, int64_t blocks, int threads, cudaStream_t stream,
                    void (*kernel)(Parameters...), Arguments&&... arguments) {
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(smaller(blocks, device.max_grid)), 1, 1);
-  config.blockDim = dim3(static_cast<unsigned>(threads), 1, 1);
-  config.stream = stream;
-  return cudaLaunchKernelEx(&config, kernel, arguments...);
+  const Grid grid(device, blocks, threads, stream);
+  return cudaLaunchKernelEx(&grid.config, kernel, arguments...);
 }
 
 template <typename Op, int kVecSize, int kParts, int kHeld>
@@ -316,6 +411,11 @@ cudaError_t plan_and_launch(const Request& request, const Device& device, cudaSt
     if (plan.vec_size == 1) return launch_runs<Op, 1, 1, Op::kMaxRunHeld>(plan, device, problem, stream);
     return request.spatial % kWhole == 0 ? launch_runs<Op, kWhole, 1, kFewestHeld>(plan, device, problem, stream)
                                          : launch_runs<Op, kWhole, 2, kFewestHeld>(plan, device, problem, stream);
+  }
+  if (plan.variant == kClusters) {
+    const int64_t bytes = int64_t{Op::kAdded} * plan.held * kVecBytes;
+    const Grid grid(device, problem.tiles, plan.threads, stream, static_cast<int>(plan.chunks), bytes);
+    return cudaLaunchKernelEx(&grid.config, frn_in_clusters<Op>, problem, plan.held);
   }
   if (plan.channels_last) {
     return plan.vec_size > 1 ? launch_groups<Op, kWhole, true>(plan, device, problem, stream)

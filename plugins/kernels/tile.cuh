@@ -60,17 +60,19 @@ struct Tiling {
   int log2_columns;        // vectors of a strip's row; 0 in NCHW
 };
 
-// The part of a tile that one thread reads, in any number of tensors of the same layout. kHeld: the
-// threads of a block hold a whole group, and 32 bits count the elements of a sample of NHWC, or of a plane of NCHW.
-template <typename Storage_, int kVecSize, bool kChannelsLast, bool kHeld>
+// Who has a group. Where it is held on the chip, 32 bits count the elements of a sample of NHWC, or of a plane of NCHW.
+enum class Group { kHeldByBlock, kHeldByCluster, kNotHeld };
+
+// The part of a tile that one thread reads, in any number of tensors of the same layout.
+template <typename Storage_, int kVecSize, bool kChannelsLast, Group kGroup>
 struct ThreadTile {
-  using Index = std::conditional_t<kHeld, int, int64_t>;
+  static constexpr bool kInChunks = kGroup != Group::kHeldByBlock;
+  using Index = std::conditional_t<kGroup == Group::kNotHeld, int64_t, int>;
   using Storage = Storage_;
   using A = Arithmetic<Storage>;
   using V = Vec<Storage, kVecSize>;
   static constexpr bool kStrip = kChannelsLast;
   static constexpr int kChannels = kChannelsLast ? kVecSize : 1;  // of a vector
-  static constexpr int kThreads = max_threads(kChannelsLast);     // at most
 
   int64_t offset;        // of this thread's first vector in a tensor,
   Index stride;          // and from there to its next
@@ -91,16 +93,16 @@ struct ThreadTile {
   __device__ ThreadTile(const Tiling& tiling, const Storage* tensor, int64_t tile) {
     const int thread = threadIdx.x, threads = blockDim.x;
     int64_t strip = 0, group = tile;
+    chunk = 0;
+    if constexpr (kInChunks) {
+      const Divided by_chunks(group, tiling.chunks);
+      chunk = by_chunks.remainder;
+      group = by_chunks.quotient;
+    }
     if constexpr (kChannelsLast) {
       const Divided by_strips(group, tiling.strips);
       strip = by_strips.remainder;
       group = by_strips.quotient;
-    }
-    chunk = 0;
-    if constexpr (!kHeld) {
-      const Divided by_chunks(group, tiling.chunks);
-      chunk = by_chunks.remainder;
-      group = by_chunks.quotient;
     }
     log2_columns = kChannelsLast ? tiling.log2_columns : 0;
     column = thread & ((1 << log2_columns) - 1);
@@ -147,10 +149,11 @@ struct ThreadTile {
     }
     first_row = row;
     end = rows;
-    if constexpr (!kHeld) {
-      const int64_t share = Divided(rows + tiling.chunks.by - 1, tiling.chunks).quotient;
-      first_row += chunk * share;
-      if ((chunk + 1) * share < rows) end = (chunk + 1) * share;
+    if constexpr (kInChunks) {
+      const Index share = static_cast<Index>(Divided(rows + tiling.chunks.by - 1, tiling.chunks).quotient);
+      const Index begin = static_cast<Index>(chunk) * share;
+      first_row += begin;
+      if (begin + share < rows) end = begin + share;
     }
     offset = first + first_row * pitch;
     stride = step * pitch;

@@ -74,7 +74,7 @@ def test_without_scratch_memory_and_without_rstd(case: NormCase, kernel: CudaKer
 def test_y_is_rounded_once_behind_its_scale(dtype: str, kernel: CudaKernel) -> None:
     for layout, variant in product(LAYOUTS, VARIANTS):
         taken = check_one_rounding(kernel, dtype, layout=layout, variant=variant)
-        assert taken or variant in ("runs", "split")  # neither takes planes of all sizes
+        assert taken or variant in ("runs", "clusters", "split")  # none of them takes planes of all sizes
 
 
 @both_passes
@@ -84,7 +84,7 @@ def test_sizes_around_every_turn(dtype: str, which: str, layout: Layout, kernel:
     taken = dict.fromkeys(VARIANTS, 0)
     for size, variant in product(sizes, VARIANTS):
         taken[variant] += CHECK[which](kernel, sized(dtype, *size), [variant], layout=layout)
-    # Runs and split may refuse many of these, and two passes none; the backward pass holds strips in whole packs.
+    # Runs, clusters and split may refuse many of these, two passes none; the backward pass holds strips in whole packs.
     assert taken["two_passes"] == len(sizes)
     assert taken["registers"] >= (3 if (which, layout) == ("backward", "nhwc") else len(CHANNELS))
 
@@ -105,6 +105,35 @@ def test_runs_of_as_many_planes_as_a_warp_takes(dtype: str, which: str, kernel: 
     """And of fewer at the end of the tensor, whose elements are no whole vectors."""
     for spatial in (1, 3, 4, 7, 16, 25, 49):
         assert CHECK[which](kernel, sized(dtype, 9, 57, spatial), ["runs"]) == 1
+
+
+@pytest.mark.parametrize("size", [2, 4, 8])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_clusters_of_every_size(dtype: str, size: int, emulated: CudaKernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One for each tile, and one for all of them; with rows in some of its blocks alone, too."""
+    monkeypatch.setenv("EMULATED_MULTIPROCESSORS", str(size))
+    for grid, *sizes in ((10**6, 1, 40, 5), (size, 2, 8, 5), (size, 2, 24, 301)):
+        monkeypatch.setenv("EMULATED_MAX_GRID", str(grid))
+        for layout, residual in product(LAYOUTS_OF["forward"][1:], (False, True)):
+            case = sized(dtype, *sizes, residual=residual)
+            assert check(emulated, case, ["clusters"], layout=layout) == 1
+        assert check_backward(emulated, sized(dtype, *sizes), ["clusters"], layout="nhwc") == 1
+
+
+@pytest.mark.parametrize("which", CHECK)
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("CLUSTER", "0"), ("CLUSTER", "4"), ("PTX", "80"), ("SHARED", "30000")],
+    ids=["a device without them", "no room for eight blocks", "code for earlier devices", "little shared memory"],
+)
+def test_where_clusters_cannot_run_another_variant_does(
+    name: str, value: str, which: str, emulated: CudaKernel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EMULATED_MULTIPROCESSORS", "10")
+    case = NormCase("strips", (1, 16, 5000))
+    assert CHECK[which](emulated, case, ["clusters"], layout="nhwc") == 1
+    monkeypatch.setenv(f"EMULATED_{name}", value)
+    assert CHECK[which](emulated, case, ["clusters", None], layout="nhwc") == 1
 
 
 @pytest.mark.parametrize("samples", [3, 4, 5, 127, 129, None], ids=["3", "4", "5", "127", "129", "many"])
@@ -167,12 +196,12 @@ ALIKE: dict[str, tuple[tuple[int, ...], Layout, str]] = {
     "7x7 channels last": ((3, 128, 49), "nhwc", "registers"),
     "28x28 channels last": ((1, 80, 784), "nhwc", "registers"),
     "few that no block holds": ((1, 3, 33000), "nchw", "split"),
-    "112x112 channels last": ((1, 16, 12544), "nhwc", "split"),
+    "56x56 channels last": ((1, 16, 3136), "nhwc", "clusters"),
+    "112x112 channels last": ((1, 16, 12544), "nhwc", "clusters"),
+    "112x112 channels last, few": ((1, 8, 12544), "nhwc", "split"),
 }
 CHOICES: dict[str, tuple[str, tuple[int, ...], Layout, str]] = {
     **{f"{which}, {name}": (which, *choice) for which in CHECK for name, choice in ALIKE.items()},
-    "forward, 56x56 channels last": ("forward", (1, 16, 3136), "nhwc", "registers"),
-    "backward, 56x56 channels last": ("backward", (1, 16, 3136), "nhwc", "split"),
     "forward, a plane that no block holds": ("forward", (1, 10, 33000), "nchw", "two_passes"),
     "backward, a plane that no block holds": ("backward", (1, 10, 17000), "nchw", "two_passes"),
 }
@@ -182,8 +211,8 @@ CHOICES: dict[str, tuple[str, tuple[int, ...], Layout, str]] = {
 def test_the_variant_is_chosen_by_sizes_and_device(
     name: str, emulated: CudaKernel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The result of a choice is bit-exact the result of the variant when asked for. Runs and split add in an order of
-    their own, and the many sums of the backward pass differ; registers and two passes add in the same."""
+    """The result of a choice is bit-exact the result of the variant when asked for. Runs, clusters and split add in an
+    order of their own, and the many sums of the backward pass differ; registers and two passes add in the same."""
     which, shape, layout, expected = CHOICES[name]
     monkeypatch.setenv("EMULATED_MULTIPROCESSORS", "10")
     case = NormCase(name, shape)
