@@ -22,7 +22,8 @@ std::map<const void*, std::string>& names() {
 
 extern "C" {
 
-// Since the last call: the kernel's mangled name, blocks and threads of a block, a line each.
+// Since the last call: the kernel's mangled name, threads of a block, blocks of a cluster and bytes of dynamic shared
+// memory, a line each.
 const char* take_launches() {
   static std::string taken;
   taken = launches();
@@ -47,13 +48,30 @@ cudaError_t cudaGetDevice(int* device) {
 }
 
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  *value = attribute == cudaDevAttrMultiProcessorCount ? 132 : 0x7fffffff;
+  *value = attribute == cudaDevAttrMultiProcessorCount            ? 132
+           : attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin ? 227 * 1024
+           : attribute == cudaDevAttrClusterLaunch                ? 1
+                                                                  : 0x7fffffff;
   return cudaSuccess;
 }
 
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {
+  *attributes = {};
+  attributes->sharedSizeBytes = 15 * 1024;  // at least what ptxas says of every kernel in clusters
+  attributes->ptxVersion = 90;
+  return cudaSuccess;
+}
+cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) { return cudaSuccess; }
+cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, const void*, const cudaLaunchConfig_t*) {
+  *clusters = 1;
+  return cudaSuccess;
+}
+cudaError_t cudaGetLastError() { return cudaSuccess; }
+
 cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* kernel, void**) {
-  launches() +=
-      names()[kernel] + " " + std::to_string(config->gridDim.x) + " " + std::to_string(config->blockDim.x) + "\n";
+  const unsigned cluster = config->numAttrs == 0 ? 1 : config->attrs[0].val.clusterDim.x;
+  launches() += names()[kernel] + " " + std::to_string(config->blockDim.x) + " " + std::to_string(cluster) + " " +
+                std::to_string(config->dynamicSmemBytes) + "\n";
   return cudaSuccess;
 }
 }

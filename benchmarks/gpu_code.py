@@ -2,9 +2,10 @@
 
     PYTHONPATH=. python benchmarks/gpu_code.py --before OLD/plugins/kernels --out benchmarks/results/gpu_code.json
 
-For ResNet-50's shapes with 32 images, a row has the kernel, how many vectors a thread holds, the threads of a block,
-their registers and the bytes they spill, how many blocks have room on a multiprocessor, the instructions before the
-first load of a tensor, and how often the bytes of x are moved, by all tensors together. Nothing is timed.
+For ResNet-50's shapes with 32 images, a row has the kernel, how many vectors a thread holds or blocks a cluster has, the
+threads of a block, their registers and the bytes they spill, how many blocks have room on a multiprocessor, the
+instructions before the first load of a tensor, and how often the bytes of x are moved, by all tensors together. Nothing
+is timed.
 Needs nvcc and, for the instructions, nvdisasm (`pip install nvidia-cuda-nvdisasm`).
 """
 
@@ -22,12 +23,12 @@ import sysconfig
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from deploynorm import libraries
 from deploynorm.libraries.kernels import TYPES, Backward, Forward, open_kernels
 
-__all__ = ["Compiled", "Resources", "compile_kernels", "rows"]
+__all__ = ["Compiled", "Launch", "Resources", "compile_kernels", "rows"]
 
 SHAPES = ((64, 112, 112), (64, 56, 56), (256, 56, 56), (128, 28, 28), (512, 28, 28), (256, 14, 14), (1024, 14, 14),
           (512, 7, 7), (2048, 7, 7))  # fmt: skip
@@ -58,11 +59,31 @@ class Resources:
         self.shared = int(_found(r"(\d+) bytes smem", report, "0"))
         self.first_load: int | None = None
 
-    def blocks(self, threads: int) -> int:
-        """How many have room on a multiprocessor at once."""
+    def blocks(self, threads: int, dynamic: int) -> int:
+        """How many, with so many bytes of dynamic shared memory, have room on a multiprocessor at once."""
         warps = threads // 32
         by_registers = REGISTERS // (math.ceil(self.registers * 32 / 256) * 256) // warps
-        return min(BLOCKS, THREADS // threads, by_registers, SHARED_BYTES // (self.shared + SHARED_BYTES_OF_A_BLOCK))
+        by_shared = SHARED_BYTES // (self.shared + dynamic + SHARED_BYTES_OF_A_BLOCK)
+        return min(BLOCKS, THREADS // threads, by_registers, by_shared)
+
+
+class Launch(NamedTuple):
+    """Of a kernel.
+
+    Attributes:
+        cluster: Blocks of a cluster; 1 without any.
+        dynamic: Bytes of dynamic shared memory of a block.
+    """
+
+    kernel: Resources
+    threads: int
+    cluster: int
+    dynamic: int
+
+    @property
+    def blocks(self) -> int:
+        """How many have room on a multiprocessor at once."""
+        return self.kernel.blocks(self.threads, self.dynamic)
 
 
 class Compiled:
@@ -73,8 +94,8 @@ class Compiled:
         self._functions = open_kernels(library)
         self._functions.take_launches.restype = ctypes.c_char_p
 
-    def launches(self, which: str, shape: tuple[int, ...], layout: str, dtype: str) -> Iterator[tuple[Resources, int]]:
-        """Each kernel that a call launches, with the threads of its blocks."""
+    def launches(self, which: str, shape: tuple[int, ...], layout: str, dtype: str) -> Iterator[Launch]:
+        """What a call launches."""
         sizes = (shape[0], shape[1], math.prod(shape[2:]), shape[1] if layout == "nhwc" else 1, TYPES[dtype])
         somewhere = 4096  # no kernel runs, so that nothing is there
         fields = (Forward if which == "forward" else Backward)._fields_
@@ -85,8 +106,8 @@ class Compiled:
         if code != 0:
             raise RuntimeError(f"CUDA error {code} for {shape} {layout} {dtype}")
         for line in self._functions.take_launches().decode().splitlines():
-            name, _, threads = line.split()
-            yield self.resources[name], int(threads)
+            name, *sizes = line.split()
+            yield Launch(self.resources[name], *map(int, sizes))
 
 
 def _found(pattern: str, text: str, otherwise: str | None = None) -> str:
@@ -149,21 +170,23 @@ def rows(compiled: Compiled) -> Iterator[dict[str, Any]]:
         for shape in SHAPES:
             for layout in ("nchw", "nhwc"):
                 for dtype in DTYPES:
-                    for kernel, threads in compiled.launches(which, (BATCH, *shape), layout, dtype):
+                    for launch in compiled.launches(which, (BATCH, *shape), layout, dtype):
+                        kernel = launch.kernel
                         short = re.search(r"frn_(packed|partial_sums|from_partial_sums|in_[a-z_]+)I", kernel.name)
                         if short is None:  # the sums over the samples
                             continue
                         held = re.search(r"in_(?:registers|runs).*Li(\d+)EEEv", kernel.name)
+                        number = launch.cluster if launch.cluster > 1 else held[1] if held else ""
                         yield {
                             "pass": which,
                             "shape": "x".join(map(str, shape)),
                             "layout": layout,
                             "dtype": dtype,
-                            "kernel": short[1].removeprefix("in_") + (f" {held[1]}" if held else ""),
-                            "threads": threads,
+                            "kernel": f"{short[1].removeprefix('in_')} {number}".rstrip(),
+                            "threads": launch.threads,
                             "registers": kernel.registers,
                             "spilled": kernel.spilled,
-                            "blocks": kernel.blocks(threads),
+                            "blocks": launch.blocks,
                             "first_load": kernel.first_load,
                             "moved": _moved(which, short[1]),
                         }
