@@ -9,7 +9,8 @@
 //
 // variant     layout  one block has                      runs where
 // runs        NCHW    runs of planes, each in a warp     so many planes as are whole vectors are at most 4 KiB
-// registers   both    a group, in registers              a plane is at most 128 KiB; a strip 32 bytes by 4096 rows
+// registers   both    a group, in registers              a plane is at most 128 KiB, of float64 64 KiB; a strip 32
+//                                                       bytes by 4096 rows
 // clusters    NHWC    a part of a group, in shared       a strip has more than 1024 rows, and 32 bytes by 55,000 at
 //                     memory, of a cluster of blocks     most, on devices of compute capability 9.0 and later
 // two_passes  both    a group, read twice                it is larger, and there are groups for all multiprocessors

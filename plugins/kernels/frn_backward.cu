@@ -11,7 +11,8 @@
 //
 // variant     layout  one block has                      runs where
 // runs        NCHW    runs of planes, each in a warp     so many planes as are whole vectors are at most 2 KiB
-// registers   both    a group, in registers              a plane is at most 64 KiB; a strip 32 bytes by 2048 rows
+// registers   both    a group, in registers              a plane is at most 64 KiB, of float64 32 KiB; a strip 32
+//                                                       bytes by 2048 rows
 // clusters    NHWC    a part of a group, in shared       a strip has more than 1024 rows, and 32 bytes by 27,000 at
 //                     memory, of a cluster of blocks     most, on devices of compute capability 9.0 and later
 // two_passes  both    a group, read twice                it is larger, and there are groups for all multiprocessors
@@ -52,7 +53,8 @@ struct Backward {
   static int max_held_of_strip(int vec_size, int log2_columns, bool) {
     return vec_size == 1 ? 0 : log2_columns > 2 ? 2 : 8;
   }
-  static constexpr int min_blocks(bool, int, int) { return 0; }  // left to the compiler
+  // On a multiprocessor; 0 leaves it to the compiler, which in float64 would rather spill than have one.
+  static constexpr int min_blocks(bool, int vec_size, int) { return vec_size == 2 ? 1 : 0; }
 
   struct Problem : ProblemOf<Storage, kInputs> {
     const A* rstd;

@@ -64,7 +64,7 @@ __device__ __forceinline__ void load(const Problem& problem, int64_t at, V (&in)
 
 // What a thread of a block has of the channels of its vectors, and its sums for them. Every thread reads the channel of
 // a plane; those of a strip's row are each read by one thread, which also finishes them, and shares them.
-template <typename Op, typename T, int kMaxThreads = max_threads(T::kStrip),
+template <typename Op, typename T, int kMaxThreads = max_threads(T::kStrip, T::V::kSize),
           int kMaxColumns = Op::max_columns(T::kStrip, T::V::kSize)>
 struct Thread {
   using A = typename T::A;
@@ -259,7 +259,7 @@ struct Held {
 
 // "registers": a block holds its group. Each input is read once, the output written once.
 template <typename Op, int kVecSize, bool kChannelsLast, int kHeld>
-__global__ void __launch_bounds__(max_threads(kChannelsLast), Op::min_blocks(kChannelsLast, kVecSize, kHeld))
+__global__ void __launch_bounds__(max_threads(kChannelsLast, kVecSize), Op::min_blocks(kChannelsLast, kVecSize, kHeld))
     frn_in_registers(const typename Op::Problem problem) {
   using T = ThreadTile<typename Op::Storage, kVecSize, kChannelsLast, Group::kHeldByBlock>;
   for (int64_t index = blockIdx.x; index < problem.tiles; index += gridDim.x) {
@@ -321,7 +321,8 @@ __device__ void store_rows(const Thread<Op, T>& thread) {
 
 // "two_passes": a block reads its group twice, for the sums and for the output, which is written once.
 template <typename Op, int kVecSize, bool kChannelsLast>
-__global__ void __launch_bounds__(max_threads(kChannelsLast)) frn_in_two_passes(const typename Op::Problem problem) {
+__global__ void __launch_bounds__(max_threads(kChannelsLast, kVecSize), 1)
+    frn_in_two_passes(const typename Op::Problem problem) {
   using T = ThreadTile<typename Op::Storage, kVecSize, kChannelsLast, Group::kNotHeld>;
   for (int64_t index = blockIdx.x; index < problem.tiles; index += gridDim.x) {
     const T tile(problem, problem.inputs[0], index);

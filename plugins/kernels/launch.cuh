@@ -135,8 +135,8 @@ struct Plan {
 
   // Whether the vectors of a group fit into the registers of a block whose threads hold so many at most; the kernels
   // are compiled for 4, 8 and so on. They hold more rather than be more threads than wanted.
-  bool hold(int64_t vectors, int wanted_threads, int max_threads, int max_held) {
-    if (vectors > int64_t{max_held} * max_threads) return false;
+  bool hold(int64_t vectors, int wanted_threads, int most_threads, int max_held) {
+    if (vectors > int64_t{max_held} * most_threads) return false;
     for (held = 4; held < max_held && vectors > int64_t{held} * wanted_threads;) held *= 2;
     return true;
   }
@@ -261,7 +261,7 @@ Plan plan_planes(const Request& request, const Device& device) {
   const Run run(request, device, kWhole, Op::kMaxRunHeld);
   // Two blocks of half as many threads have room on a multiprocessor: one reads while the other writes.
   const bool fits_registers =
-      request.alike && plan.hold(vectors, kMaxThreads / 2, kMaxThreads, Op::max_held(false, kWhole));
+      request.alike && plan.hold(vectors, kMaxThreads / 2, max_threads(false, kWhole), Op::max_held(false, kWhole));
   const bool few = plan.groups < device.multiprocessors && request.spatial * kElementBytes >= kWorthSplitting;
   const char* best = run.held > 0               ? kRuns
                      : fits_registers           ? kRegisters
@@ -280,9 +280,9 @@ Plan plan_planes(const Request& request, const Device& device) {
     const int64_t runs = divided_up(plan.groups, int64_t{1} << run.log2_planes);
     plan.threads = whole_warps(runs / device.multiprocessors * kWarp, kRunThreads);
   } else if (variant == kRegisters) {
-    plan.threads = whole_warps(divided_up(vectors, plan.held), kMaxThreads);
+    plan.threads = whole_warps(divided_up(vectors, plan.held), max_threads(false, kWhole));
   } else if (variant == kTwoPasses) {
-    plan.threads = whole_warps(divided_up(read, kUnroll), kMaxThreads);
+    plan.threads = whole_warps(divided_up(read, kUnroll), max_threads(false, plan.vec_size));
   } else {
     plan.threads = kSplitThreads;
     plan.chunks = chunks_of_split(plan.groups, divided_up(read, int64_t{plan.threads} * kUnroll));
@@ -292,7 +292,7 @@ Plan plan_planes(const Request& request, const Device& device) {
 
 template <typename Op>
 Plan plan_strips(const Request& request, const Device& device) {
-  constexpr int kWhole = kWholeVec<typename Op::Storage>;
+  constexpr int kWhole = kWholeVec<typename Op::Storage>, kMost = max_threads(true, kWhole);
   Plan plan;
   plan.channels_last = true;
   plan.vec_size = request.whole && request.channel_block % kWhole == 0 ? kWhole : 1;
@@ -307,7 +307,7 @@ Plan plan_strips(const Request& request, const Device& device) {
     const int64_t blocks = request.samples * divided_up(columns, int64_t{1} << width);
     const int max_held = Op::max_held_of_strip(plan.vec_size, width, width == narrowest);
     fits_registers = request.spatial * request.channel_block <= INT_MAX &&
-                     plan.hold(request.spatial << width, kMaxStripThreads, kMaxStripThreads, max_held);
+                     plan.hold(request.spatial << width, kMost, kMost, max_held);
     if (width == narrowest || (fits_registers && blocks >= device.multiprocessors)) break;
   }
   const int64_t groups_if_wide = request.samples * divided_up(columns, int64_t{1} << widest);
@@ -338,9 +338,9 @@ Plan plan_strips(const Request& request, const Device& device) {
   plan.groups = request.samples * plan.strips;
   const int64_t owners = row * plan.vec_size;  // a thread for each channel of the row
   if (variant == kRegisters) {
-    plan.threads = whole_warps(larger(divided_up(request.spatial, plan.held) * row, owners), kMaxStripThreads);
+    plan.threads = whole_warps(larger(divided_up(request.spatial, plan.held) * row, owners), kMost);
   } else if (variant == kTwoPasses) {
-    plan.threads = whole_warps(larger(divided_up(request.spatial, kUnroll) * row, owners), kMaxStripThreads);
+    plan.threads = whole_warps(larger(divided_up(request.spatial, kUnroll) * row, owners), kMost);
   } else {
     plan.threads = kSplitThreads;
     const int64_t rows = larger(kRowsOfAChunk, kUnroll * plan.threads / row);

@@ -19,11 +19,12 @@ namespace deploynorm {
 namespace {
 
 constexpr int kWarp = 32;
-constexpr int kMaxThreads = 1024;      // of a block over a plane
-constexpr int kMaxStripThreads = 512;  // of a block over a strip, whose threads need twice the registers
+constexpr int kMaxThreads = 1024;
 
-__host__ __device__ constexpr int max_threads(bool channels_last) {
-  return channels_last ? kMaxStripThreads : kMaxThreads;
+// Of a block. Threads need twice the registers over a strip, and for vectors of float64.
+__host__ __device__ constexpr int max_threads(bool channels_last, int vec_size) {
+  const bool of_float64 = vec_size == 2;
+  return channels_last || of_float64 ? kMaxThreads / 2 : kMaxThreads;
 }
 
 // What sizes are divided by. A division of 64 bits takes a device some hundred instructions, which would stand before
