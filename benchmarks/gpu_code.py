@@ -2,8 +2,8 @@
 
     PYTHONPATH=. python benchmarks/gpu_code.py --before OLD/plugins/kernels --out benchmarks/results/gpu_code.json
 
-For ResNet-50's shapes with 32 images, a row has the kernel, how many vectors a thread holds or blocks a cluster has, the
-threads of a block, their registers and the bytes they spill, how many blocks have room on a multiprocessor, the
+For ResNet-50's shapes with 32 images, a row has the kernel, how many vectors a thread holds or blocks a cluster has,
+the threads of a block, their registers and the bytes they spill, how many blocks have room on a multiprocessor, the
 instructions before the first load of a tensor, and how often the bytes of x are moved, by all tensors together. Nothing
 is timed.
 Needs nvcc and, for the instructions, nvdisasm (`pip install nvidia-cuda-nvdisasm`).

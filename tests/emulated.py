@@ -52,8 +52,8 @@ def build_kernels(folder: Path, sources: Sequence[Path] = (), checks: Sequence[s
     return _compile(folder / "libemulated.so", *_emulation(), *checks, *objects)
 
 
-def build_broken_kernels(folder: Path, source: str, before: str, after: str) -> Path:
-    """The kernels of frn.cu or frn_backward.cu for float16 without a residual, with fewer checks, and with a fault.
+def build_broken_kernels(folder: Path, source: str, before: str, after: str, *, residual: bool = False) -> Path:
+    """The kernels of frn.cu or frn_backward.cu for float16, always or never with a residual, fewer checks and a fault.
 
     That is a text `before`, which stands once in all files of CUDA kernels, replaced by `after`.
     """
@@ -66,7 +66,7 @@ def build_broken_kernels(folder: Path, source: str, before: str, after: str) -> 
             changed += text.count(before)
             text = text.replace(before, after)
             text = re.sub(r"return run\((float|double|__nv_bfloat16)\(\), ", "return run(__half(), ", text)
-            text = text.replace("run<Forward<Storage, true>>", "run<Forward<Storage, false>>")
+            text = re.sub("run<Forward<Storage, (true|false)>>", f"run<Forward<Storage, {residual:d}>>", text)
         (sources / path.name).write_text(text)
     assert changed == 1, before
     return build_kernels(folder, [sources / source], _FEWER_CHECKS)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from emulated import KERNEL_SOURCES, build_broken_kernels, find_faults
+from emulated import build_broken_kernels, find_faults
 
 pytestmark = pytest.mark.slow  # each fault is a build of its own
 
@@ -19,6 +19,7 @@ FORWARD = {
     "an element of a run's next plane": ("element < of_first", "element <= of_first"),
     "the end of the last run is forgotten": ("const bool has_end = ", "const bool has_end = false && "),
     "squares in the type itself": ("sums[0] += x * x;", "Storage half; narrow(x * x, &half); sums[0] += widen(half);"),
+    "a cluster does not wait for all sums": ("    cluster.sync();\n", ""),
     "rstd of another group": ("problem.rstd[statistic] = rstd", "problem.rstd[statistic % problem.channels.by] = rstd"),
 }  # fmt: skip
 
@@ -36,29 +37,35 @@ BACKWARD = {
     "a run's channels are not shared": ("    if constexpr (Op::kAddsByChannel) share();\n", ""),
 }  # fmt: skip
 
-_THERE = "if (head > tiling.spatial)"
-SOUND = {f"{source}, no fault": (source, _THERE, _THERE) for source in KERNEL_SOURCES}
-BROKEN = {f"forward, {fault}": ("frn.cu", *change) for fault, change in FORWARD.items()} | {
-    f"backward, {fault}": ("frn_backward.cu", *change) for fault, change in BACKWARD.items()
+RESIDUAL = {
+    "a cluster takes what it holds for it": ("input < Op::kAdded ? held(input, i) :", "true ? held(0, i) :"),
 }
+
+_THERE = "if (head > tiling.spatial)"
+FAULTS = {"forward": FORWARD, "residual": RESIDUAL, "backward": BACKWARD}
+SOURCES = dict(zip(FAULTS, ("frn.cu", "frn.cu", "frn_backward.cu"), strict=True))
+SOUND = {(which, "no fault"): (_THERE, _THERE) for which in FAULTS}
+BROKEN = {(which, fault): change for which, faults in FAULTS.items() for fault, change in faults.items()}
 
 _CHECK = """
 from math import prod
-from cases import CASES
+from cases import ADD_CASES, CASES
 from cuda_kernels import BACKWARD_LAYOUTS, VARIANTS, CudaKernel, check_backward, check_ties, sized
 from cuda_kernels import check as check_case
 
 def check(library):
     kernel = CudaKernel(library, "cpu")
-    cases = [case for case in CASES if case.dtype == "float16" and prod(case.shape) < 10**5]
-    if hasattr(kernel.functions, "deploynorm_frn_cuda"):
-        for case in cases:
-            check_case(kernel, case, VARIANTS)
-    if hasattr(kernel.functions, "deploynorm_frn_backward_cuda"):
-        for layout in BACKWARD_LAYOUTS:
-            check_ties(kernel, "float16", VARIANTS, layout=layout)
-            for case in (sized("float16", 1, 2, 5000), *cases):
-                check_backward(kernel, case, VARIANTS, layout=layout)
+    which = library.parent.parent.name
+    all_cases = ADD_CASES if which == "residual" else CASES
+    cases = [case for case in all_cases if case.dtype == "float16" and prod(case.shape) < 10**5]
+    for layout in BACKWARD_LAYOUTS:
+        if which != "backward":
+            for case in cases:
+                check_case(kernel, case, VARIANTS, layout=layout)
+            continue
+        check_ties(kernel, "float16", VARIANTS, layout=layout)
+        for case in (sized("float16", 1, 2, 5000), *cases):
+            check_backward(kernel, case, VARIANTS, layout=layout)
 """
 
 
@@ -69,10 +76,10 @@ def test_the_emulation_finds_every_fault_and_nothing_without_one(
     changes = SOUND | BROKEN
 
     def build(folder: Path) -> None:
-        for number, change in enumerate(changes.values()):
-            build_broken_kernels(folder / str(number), *change)
+        for number, ((which, _), change) in enumerate(changes.items()):
+            build_broken_kernels(folder / which / str(number), SOURCES[which], *change, residual=which == "residual")
 
     folder = build_once("broken", build)
-    libraries = [folder / str(number) / "libemulated.so" for number in range(len(changes))]
+    libraries = [folder / which / str(number) / "libemulated.so" for number, (which, _) in enumerate(changes)]
     found = dict(zip(changes, find_faults(libraries, _CHECK), strict=True))
     assert found == dict.fromkeys(SOUND, False) | dict.fromkeys(BROKEN, True)
