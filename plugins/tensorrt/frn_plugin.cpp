@@ -23,17 +23,21 @@ using namespace nvinfer1;
 // ---- What it takes. What it refuses goes to the logger of the TensorRT that asked, and where there is none to stderr:
 // TensorRT's own error names no more than the method that did not return 0.
 
-// The code that called last in this thread; set by every method that may refuse.
-__thread const void* caller = nullptr;
+// The code that called last in this thread, and of which operator; set by every method that may refuse.
+struct Caller {
+  const void* address;
+  const char* op_type;
+};
+__thread Caller caller = {nullptr, kOpType};
 
 __attribute__((format(printf, 1, 2))) int32_t refuse(const char* format, ...) noexcept {
   char message[384];
-  const int named = snprintf(message, sizeof message, "%s::%s: ", kDomain, kOpType);
+  const int named = snprintf(message, sizeof message, "%s::%s: ", kDomain, caller.op_type);
   va_list values;
   va_start(values, format);
   vsnprintf(message + named, sizeof message - named, format, values);
   va_end(values);
-  if (!log_error(caller, message)) fprintf(stderr, "%s\n", message);
+  if (!log_error(caller.address, message)) fprintf(stderr, "%s\n", message);
   return -1;
 }
 
@@ -254,7 +258,7 @@ class FrnPlugin final : public IPluginV3,
 
   int32_t getOutputDataTypes(DataType* out, int32_t outputs, const DataType* in,
                              int32_t inputs) const noexcept override {
-    caller = __builtin_return_address(0);
+    caller = {__builtin_return_address(0), kOperators[kAdd]};
     if (!has_arity(inputs, outputs)) return refuse_arity(inputs, outputs, kAdd);
     if (check_types(in, inputs) != 0) return -1;
     out[0] = in[0];
@@ -263,7 +267,7 @@ class FrnPlugin final : public IPluginV3,
 
   int32_t getOutputShapes(const DimsExprs* in, int32_t inputs, const DimsExprs*, int32_t, DimsExprs* out,
                           int32_t outputs, IExprBuilder&) noexcept override {
-    caller = __builtin_return_address(0);
+    caller = {__builtin_return_address(0), kOperators[kAdd]};
     if (!has_arity(inputs, outputs)) return refuse_arity(inputs, outputs, kAdd);
     int32_t ranks[kCount];
     for (int32_t input = 0; input < kCount; ++input) ranks[input] = in[input].nbDims;
@@ -291,7 +295,7 @@ class FrnPlugin final : public IPluginV3,
 
   int32_t configurePlugin(const DynamicPluginTensorDesc* in, int32_t inputs, const DynamicPluginTensorDesc* out,
                           int32_t outputs) noexcept override {
-    caller = __builtin_return_address(0);
+    caller = {__builtin_return_address(0), kOperators[kAdd]};
     if (!has_arity(inputs, outputs)) return refuse_arity(inputs, outputs, kAdd);
     PluginTensorDesc tensors[kCount];
     for (int32_t input = 0; input < kCount; ++input) tensors[input] = in[input].desc;
@@ -309,13 +313,13 @@ class FrnPlugin final : public IPluginV3,
 
   int32_t onShapeChange(const PluginTensorDesc* in, int32_t inputs, const PluginTensorDesc* out,
                         int32_t outputs) noexcept override {
-    caller = __builtin_return_address(0);
+    caller = {__builtin_return_address(0), kOperators[kAdd]};
     return has_arity(inputs, outputs) ? check(in, out[0], kCount) : refuse_arity(inputs, outputs, kAdd);
   }
 
   int32_t enqueue(const PluginTensorDesc* in, const PluginTensorDesc* out, const void* const* inputs,
                   void* const* outputs, void* workspace, cudaStream_t stream) noexcept override {
-    caller = __builtin_return_address(0);
+    caller = {__builtin_return_address(0), kOperators[kAdd]};
     if (check(in, out[0], kCount) != 0) return -1;
     deploynorm_frn call = call_of(in[0].dims, in[0].type, in[0].format);
     call.x = inputs[0];
@@ -346,7 +350,7 @@ class FrnCreator final : public IPluginCreatorV3One {
   const PluginFieldCollection* getFieldNames() noexcept override { return &kNoFields; }
 
   IPluginV3* createPlugin(const char*, const PluginFieldCollection* fields, TensorRTPhase phase) noexcept override {
-    caller = __builtin_return_address(0);
+    caller = {__builtin_return_address(0), kOperators[kAdd]};
     if (phase == TensorRTPhase::kRUNTIME) {
       const int32_t version = plan_version(fields);
       if (version != kPlanVersion) {

@@ -29,7 +29,7 @@ from tensorrt_host import (
     run,
 )
 
-from deploynorm.contract import DOMAIN, INPUTS, NODE_ATTRIBUTES, OP_TYPE, OPERATORS, PARAMETERS, VERSION
+from deploynorm.contract import ADD_OP_TYPE, DOMAIN, INPUTS, NODE_ATTRIBUTES, OP_TYPE, OPERATORS, PARAMETERS, VERSION
 from deploynorm.libraries import TENSORRT_LIBRARY, source_folder
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -221,6 +221,8 @@ def test_a_plan_that_is_not_ours_is_refused(
     words = capfd.readouterr().err
     assert words.startswith(f"{DOMAIN}::{OP_TYPE}: the engine was built with another version of this plugin. Got ")
     assert words.endswith("Fix: build the engine again\n")
+    assert host.adding().create(fields, RUNTIME) is None
+    assert capfd.readouterr().err == words.replace(OP_TYPE, ADD_OP_TYPE)
 
 
 # ---- What it refuses while an engine is built
@@ -388,7 +390,7 @@ def test_a_residual_unlike_x(
     with made as plugin:
         for name in (*methods, "configure", "shape_change"):
             assert METHODS[name](plugin, tensors, 1) == -1, name
-            assert f"the residual {words}" in capfd.readouterr().err, name
+            assert capfd.readouterr().err.startswith(f"{DOMAIN}::{ADD_OP_TYPE}: the residual {words}"), name
             assert METHODS[name](plugin, right, 1) == 0, name
             assert METHODS[name](plugin, inputs_and_output(X), 1) == -1, name
             assert "expected X, gamma, beta, tau and eps, and the residual, and Y" in capfd.readouterr().err, name
