@@ -1,5 +1,5 @@
 // The CUDA kernels of both passes: frn.cu has the arithmetic of the forward pass, frn_backward.cu that of the backward
-// pass, tile.cuh says how a tensor is cut, thread.cuh what a thread does, and launch.cuh picks the kernel.
+// pass, tile.cuh says how a tensor is cut, thread.cuh what a thread does; plan.cuh picks the kernel.
 //
 // Each kernel replaces the vectors of the first input by those of the output, which may lie over it in memory.
 
