@@ -89,16 +89,17 @@ class OnnxFile:
         if self.proto.producer_name == PRODUCER:  # the export has said so
             return ()
         try:
-            return tuple(frn_note(loose_frn(self.to_ir().graph)))
+            return tuple(f"{note}; or rewrite the file with --fuse" for note in frn_note(loose_frn(self.to_ir().graph)))
         except ModelError:  # who runs the file learns of it
             return ()
 
-    def begin(self, *, accept_changed: bool = False) -> None:
+    def begin(self, *, accept_changed: bool = False, loose: bool = True) -> None:
         """What every stage that makes another file of this one does first: ModelError where it is not the file that the
-        manifest beside it was written for, or a warning with `accept_changed`; and a warning for each of its notes."""
+        manifest beside it was written for, or a warning with `accept_changed`; and, where layers that are loose are
+        not what it is about, a warning for each of its notes."""
         if self.path is not None:
             check_unchanged(self.path, accept=accept_changed)
-        for note in self.notes:
+        for note in self.notes if loose else ():
             warnings.warn(f"{self.where}: {note}", RuntimeWarning, stacklevel=3)
 
     def check_external_data(self) -> None:

@@ -44,10 +44,9 @@ def _fuse(graph: ir.Graph, frn: ir.Node) -> None:
     tau = None if bound is None else per_channel(bound, y.shape)
     if tau is None or np.isnan(tau).any():  # a maximum gives NaN there, the operator the sum
         return
-    name = f"{frn.name}_tau"
+    name = f"{frn.name or y.name}_tau"
     dtype = constant(frn.inputs[TAU]).dtype  # type: ignore[union-attr]  # which has_no_threshold has seen
-    value = ir.val(name, const_value=ir.tensor(tau.astype(dtype), name=name))
-    graph.register_initializer(value)
+    value = _constant(graph, name, tau.astype(dtype))
     made = ir.node(
         ADD_OP_TYPE,
         [*frn.inputs[:TAU], value, *frn.inputs[TAU + 1 :], residual],
@@ -104,6 +103,42 @@ def _split(graph: ir.Graph, node: ir.Node) -> None:
         each.outputs[0].shape = x.shape
     assert isinstance(node.graph, ir.Graph)
     ir.convenience.replace_nodes_and_values(node.graph, node, [node], made, node.outputs, most.outputs)
+
+
+def split_known_residuals(model: ir.Model) -> list[ir.Node]:
+    """The inverse of fuse_residuals, in place; returns the nodes that stay, of a rank or a tau that is not known.
+
+    Given:  FRNAdd(x, residual)
+    Result: max(FRN(x) + residual, tau), FRN without a threshold of its own
+    """
+    left = []
+    for node in frn_nodes(model.graph):
+        y, tau = node.outputs[0], constant(node.inputs[TAU])
+        if node.op_type != ADD_OP_TYPE:
+            continue
+        if y.shape is None or y.dtype is None or tau is None:
+            left.append(node)
+            continue
+        *parameters, residual = node.inputs
+        column = tau.astype(y.dtype.numpy()).reshape(-1, *(1,) * (len(y.shape) - 2))
+        parameters[TAU] = _constant(model.graph, f"{y.name}_no_tau", np.full_like(tau, -np.inf))
+        bound = _constant(model.graph, f"{y.name}_tau", column)
+        values = [ir.Value(name=f"{y.name}_{part}", type=y.type, shape=y.shape) for part in ("frn", "sum")]
+        made = [
+            ir.node(OP_TYPE, parameters, NODE_ATTRIBUTES, domain=DOMAIN, outputs=values[:1], name=node.name),
+            ir.node("Add", [values[0], residual], outputs=values[1:], name=values[1].name),
+            ir.node("Max", [values[1], bound], name=bound.name),
+        ]
+        assert isinstance(node.graph, ir.Graph)
+        # The new output takes the name, shape and type of the old one.
+        ir.convenience.replace_nodes_and_values(node.graph, node, [node], made, node.outputs, made[-1].outputs)
+    return left
+
+
+def _constant(graph: ir.Graph, name: str, array: _Array) -> ir.Value:
+    value = ir.val(name, const_value=ir.tensor(array, name=name))
+    graph.register_initializer(value)
+    return value
 
 
 def _only_reader(node: ir.Node | None) -> ir.Node | None:

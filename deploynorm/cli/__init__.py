@@ -63,6 +63,7 @@ def _main(arguments: Sequence[str] | None) -> int:
         with _terminable(), warnings.catch_warnings(), naming_missing_packages():
             warnings.showwarning = lambda message, *_, **__: print(message, file=sys.stderr)  # without its line of code
             if ending is not None and given["output"] is None:
+                ending = ending(given)
                 given["output"] = given["model"].with_suffix(ending)
                 if given["output"] == given["model"]:
                     raise InputError(str(given["model"]), f"ends in {ending} already, as what {verb} writes does")

@@ -195,10 +195,12 @@ def add_parity(parser: argparse.ArgumentParser, *, backend: bool = True) -> argp
     return group
 
 
-def add_output(parser: argparse.ArgumentParser, default: str) -> None:
-    """The output of a verb that writes MODEL in another form."""
+def add_output(
+    parser: argparse.ArgumentParser, default: str, ending: Callable[[Mapping[str, Any]], str] | None = None
+) -> None:
+    """The output of a verb that writes MODEL in another form; `ending` tells it from the other options."""
     parser.add_argument("-o", "--output", type=output_file, help=f"default: MODEL with the ending {default}")
-    parser.set_defaults(ending=default)
+    parser.set_defaults(ending=ending or (lambda given: default))
 
 
 def add_output_control(parser: argparse.ArgumentParser) -> None:

@@ -14,9 +14,7 @@ from deploynorm.changes import Change
 from deploynorm.contract import BLOCK_ATTRIBUTE, BLOCKED_OP_TYPE, DOMAIN, INPUTS, OPERATORS, PARAMETERS
 from deploynorm.lowering import frn_nodes
 from deploynorm.residual import TAU, constant, has_no_threshold, per_channel, same_shape
-
-NCHWC: Final = "com.microsoft.nchwc"
-"""Domain of ONNX Runtime's operators on (N, C/block, H, W, block), whose shape stands in the graph as (N, C, H, W)."""
+from deploynorm.rewrite.intake import NCHWC
 
 _PADDING: Final = dict(zip(PARAMETERS, (0.0, 0.0, -np.inf, 1.0), strict=True))
 """Parameters of the channels that fill up the last block: any input gives zero, or the residual."""

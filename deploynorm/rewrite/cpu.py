@@ -10,13 +10,14 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedOpsetsPass
 
 from deploynorm import ort
-from deploynorm.contract import BLOCKED_OP_TYPE, DOMAIN, METADATA_CPU, OP_TYPE, PRODUCER
+from deploynorm.contract import DOMAIN, METADATA_CPU, OP_TYPE, PRODUCER
 from deploynorm.errors import ModelError
 from deploynorm.files import scratch_folder
 from deploynorm.lowering import frn_nodes
 from deploynorm.onnx_file import node_counts, save
 from deploynorm.ort import machine
-from deploynorm.rewrite.blocking import NCHWC, move_reorders
+from deploynorm.rewrite.blocking import move_reorders
+from deploynorm.rewrite.intake import refuse_blocked
 from deploynorm.rewrite.result import RewriteResult
 
 
@@ -72,11 +73,7 @@ def optimize_for_cpu(model: ir.Model, *, source_sha256: str | None = None) -> Re
 
 
 def _refuse(model: ir.Model) -> None:
-    for node in model.graph.all_nodes():
-        if node.domain == NCHWC or (node.domain, node.op_type) == (DOMAIN, BLOCKED_OP_TYPE):
-            problem = "the file is rewritten already, or ONNX Runtime has optimised it"
-            got = f"{node.domain}::{node.op_type}"
-            raise ModelError("rewrite", problem, got=got, fix="rewrite the file as exported")
+    refuse_blocked(model)
     nodes = frn_nodes(model.graph)
     if not nodes:
         problem = f"the file has no node {DOMAIN}::{OP_TYPE}, without which this has no use"

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deploynorm.contract import METADATA_CPU
-from deploynorm.errors import InputError, ModelError, check_choice
+from deploynorm.errors import InputError, ModelError
 from deploynorm.files import as_path, onnx_companions, scratch_folder, sha256, staging
 from deploynorm.inputs import Shape
 from deploynorm.packages import load
-from deploynorm.rewrite.passes import PASSES, sequence
+from deploynorm.rewrite.passes import load_pass, row, sequence
 from deploynorm.run import open_runner
 
 if TYPE_CHECKING:
@@ -39,10 +39,15 @@ class Rewritten:
     parity: Report | None
 
     def __bool__(self) -> bool:
-        return bool(self.parity)
+        return self.is_source if self.parity is None else bool(self.parity)
 
     def __str__(self) -> str:
         return self.tables()
+
+    @property
+    def is_source(self) -> bool:
+        """Whether nothing was to be done, and the file is what it was."""
+        return self.parity is None and not any(row(name).needs_change for name in self.passes)
 
     @property
     def machine(self) -> dict[str, Any] | None:
@@ -81,15 +86,16 @@ class Rewritten:
         if path is None:
             if source is None:
                 raise InputError("rewrite", "a model in memory gives no name to its file", fix="pass a path to save")
-            path = source.with_suffix(PASSES[self.passes[-1]].suffix)
+            path = source.with_suffix(row(self.passes[-1]).suffix)
         path = as_path("save", path)
-        if self.parity is None:
+        if self.parity is None and not self.is_source:
             problem = "nothing in it can be rewritten, for the reasons above"
             raise ModelError(self.source.where, problem, fix="use it as it is")
-        self.parity.raise_if_broken()
+        if self.parity is not None:
+            self.parity.raise_if_broken()
         with staging(path, inputs=self.source.files, companions=onnx_companions(path)) as folder:
             save(self.result.model, folder / path.name, external_data=external_data)
-        text = "wrote {path}"
+        text = "wrote {path}, as MODEL is: nothing in it was to be rewritten" if self.is_source else "wrote {path}"
         if self.machine is not None:
             text += ", only for onnxruntime {onnxruntime} on {machine} processors with blocks of {block} channels"
         return text.format(path=path, **self.machine or {})
@@ -108,8 +114,8 @@ def rewrite(
     """Rewrites an ONNX file and checks the result against it, on several shapes. Nothing is written before `save`.
 
     Args:
-        model: A file that `deploynorm export` has written, or what OnnxFile.read has read.
-        passes: Names in `PASSES`, in the order in which they run.
+        model: A file that `deploynorm export` or another tool has written, or what OnnxFile.read has read.
+        passes: Names in `PASSES`, in the order in which they run; "expand=primitives" with a choice.
         input_shapes: A shape by input that the network takes, "" for the only one; by default what the metadata says.
         accept_changed: Take a file that is not the one that its manifest was written for; a warning says so.
         seed: Of the random inputs.
@@ -125,10 +131,11 @@ def rewrite(
     from deploynorm.samples import sample_inputs
 
     for name in passes or ["none"]:
-        check_choice("rewrite", "unknown pass", name, PASSES)
+        row(name)
     source = OnnxFile.read(model)
-    source.begin(accept_changed=accept_changed)
-    run = sequence(*(load(PASSES[name].function) for name in passes))
+    source.begin(accept_changed=accept_changed, loose="fuse" not in passes)
+    load("deploynorm.rewrite.intake.check_graph")(source)
+    run = sequence(*map(load_pass, passes))
     # Opening the source first reports what is wrong with it under its own name.
     with open_runner(source) as truth:
         result = run(source.to_ir(), source_sha256=None if source.path is None else sha256(source.path))
