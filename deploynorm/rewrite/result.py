@@ -38,7 +38,7 @@ class RewriteResult:
         rows = ((kind, count, became) for (kind, became), count in done.items())
         unchanged = [(x.name, x.kind, x.detail) for x in self.changes if x.outcome == "unchanged"]
         nodes = ((n, self.before[n] or "-", self.after[n] or "-") for n in sorted(self.before | self.after))
-        parts = [table("Rewritten", ("operator", "count", "is now"), rows)]
+        parts = [table("Rewritten", ("operator", "count", "is now"), rows)] if done else []
         if unchanged:
             parts.append(table("Unchanged, and why", ("value", "operator", "reason"), unchanged))
         parts.append(table("Nodes", ("operator", "before", "rewritten"), nodes))

@@ -94,7 +94,10 @@ class Rewritten:
         if self.parity is not None:
             self.parity.raise_if_broken()
         with staging(path, inputs=self.source.files, companions=onnx_companions(path)) as folder:
-            save(self.result.model, folder / path.name, external_data=external_data)
+            if self.is_source and source is not None and self.source.files == (source,) and not external_data:
+                (folder / path.name).write_bytes(source.read_bytes())  # equal to the last byte
+            else:
+                save(self.result.model, folder / path.name, external_data=external_data)
         text = "wrote {path}, as MODEL is: nothing in it was to be rewritten" if self.is_source else "wrote {path}"
         if self.machine is not None:
             text += ", only for onnxruntime {onnxruntime} on {machine} processors with blocks of {block} channels"

@@ -3,19 +3,31 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import loose_forms
 import onnx
+import onnx.helper
+import onnx.parser
 import onnx_ir as ir
 import pytest
 import torch
 from graphs import frn_model
+from loose_forms import exported as exported_form
 from torch import nn
 
 from deploynorm._export import export
-from deploynorm.contract import ADD_OP_TYPE, METADATA_CPU, METADATA_IMAGE, METADATA_LABELS, METADATA_SIZES
+from deploynorm.contract import (
+    ADD_OP_TYPE,
+    METADATA_CPU,
+    METADATA_IMAGE,
+    METADATA_LABELS,
+    METADATA_SIZES,
+    OP_TYPE,
+)
 from deploynorm.files import sha256
 from deploynorm.layers import FRN2d
 from deploynorm.rewrite.cpu import optimize_for_cpu
@@ -125,3 +137,68 @@ def test_file_of_another_machine_does_not_run(exported: Path, deploynorm: Callab
     entry.value = json.dumps(json.loads(entry.value) | {"block": 64})
     onnx.save(model, "frn.cpu.onnx")
     refused(3, "rewrite ORIGINAL.onnx --optimize-for-cpu", "run", "frn.cpu.onnx", "x.npy")
+
+
+def test_a_foreign_file_is_fused_expanded_and_written_as_it_is_where_nothing_is_to_be_done(
+    deploynorm: Callable, refused: Callable
+) -> None:
+    Path("net.onnx").write_bytes(exported_form("paper", "TorchScript 17") or b"")
+    shape = ("--input-shape", f"2x{loose_forms.CHANNELS}x9x7")
+    result = deploynorm("rewrite", "net.onnx", "--fuse", *shape, "--json", "record.json")
+    assert "in loose operators" not in result.err  # what to do about them is being done
+    assert OP_TYPE in result.out
+    assert "wrote net.fused.onnx" in result.out
+    assert json.loads(Path("record.json").read_text())["checks"][0]["ok"]
+    again = deploynorm("rewrite", "net.fused.onnx", "--fuse", "-o", "again.onnx")
+    assert "wrote again.onnx, as MODEL is" in again.out
+    assert Path("again.onnx").read_bytes() == Path("net.fused.onnx").read_bytes()
+    deploynorm("rewrite", "net.fused.onnx", "--expand", "primitives", *shape, "-q")
+    assert {node.domain for node in onnx.load("net.fused.expanded.onnx").graph.node} == {""}
+    refused(2, "no choice of expand", "rewrite", "net.onnx", "--expand", "custom", *shape)
+
+
+def test_the_reasons_of_a_mean_that_stays_are_listed(deploynorm: Callable) -> None:
+    onnx.save(onnx.parser.parse_model(GRAPH.format(nodes=MEAN, more="")), "net.onnx")
+    result = deploynorm("rewrite", "net.onnx", "--fuse", "--fold")
+    assert "more than the axes of space" in result.out
+    assert Path("net.folded.onnx").read_bytes() == Path("net.onnx").read_bytes()
+
+
+GRAPH = """
+<ir_version: 10, opset_import: ["": 20]>
+net (float[N, 4, H, W] x) => (float[N, 4, H, W] y) <int64[3] axes = {{1, 2, 3}} {more}> {{ {nodes} }}"""
+MEAN = "s = Mul (x, x) m = ReduceMean (s, axes) r = Sqrt (m) y = Div (x, r)"
+
+
+def _sparse(model: onnx.ModelProto) -> None:
+    values = onnx.helper.make_tensor("w", onnx.TensorProto.FLOAT, [1], [2.0])
+    indices = onnx.helper.make_tensor("w_indices", onnx.TensorProto.INT64, [1], [0])
+    model.graph.sparse_initializer.append(onnx.helper.make_sparse_tensor(values, indices, [1]))
+
+
+def _outside(model: onnx.ModelProto) -> None:
+    tensor = model.graph.initializer[0]
+    tensor.ClearField("raw_data")
+    tensor.ClearField("int64_data")
+    tensor.data_location = onnx.TensorProto.EXTERNAL
+    tensor.external_data.add(key="location", value="../secret")
+
+
+HOSTILE = {
+    "cycle": (lambda model: model.graph.node[0].input.__setitem__(0, "r"), "topologically sorted"),
+    "missing": (lambda model: model.graph.initializer.pop(), "topologically sorted|not output of any previous"),
+    "double": (lambda model: model.graph.node[1].output.__setitem__(0, "s"), "SSA"),
+    "sparse": (_sparse, "a sparse weight"),
+    "outside": (_outside, "not beside the model"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_graph_is_refused_before_anything_is_touched(name: str, refused: Callable) -> None:
+    change, reason = HOSTILE[name]
+    model = onnx.parser.parse_model(GRAPH.format(nodes=MEAN, more=""))
+    change(model)
+    Path("net.onnx").write_bytes(model.SerializeToString())
+    result = refused(2, "net.onnx", "rewrite", "net.onnx", "--fuse", "--fold", "-o", "new.onnx")
+    assert re.search(reason, result.err)
+    assert not Path("new.onnx").exists()
