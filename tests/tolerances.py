@@ -28,6 +28,9 @@ PLANE_FLOAT32 = Tolerance(1e-6, 0.0, "y = x / sqrt(mean(x^2)): roundings of x, o
 PLANE_OF_ONE_VALUE_FLOAT32 = Tolerance(
     1e-5, 0.0, "as PLANE_FLOAT32; up to 512 equal squares in a partial sum round one way"
 )
+FUSED = Tolerance(
+    2e-6, 0.0, "FRN in one node against loose operators, relative to the largest value: float32's rounding"
+)
 FOLD_FLOAT32 = Tolerance(1e-5, 1e-5, "folded in float64 and cast back: only float32's own rounding differs")
 LAYOUT_FLOAT32 = Tolerance(1e-5, 1e-5, "one float32 network in two memory layouts: its sums run in another order")
 MABN_LOOP = Tolerance(1e-6, 1e-6, "a float64 layer against a literal float64 loop, over hundreds of dependent steps")

@@ -82,7 +82,9 @@ class Formula:
             return replace(self, scale=self.scale + by)
         if self.power:
             raise UnknownError("it adds a constant to x")
-        if self.exponent != 1 or self.counts:
+        if self.exponent == 1 and self.counts:
+            raise UnknownError("it adds a constant to a sum that is no mean at every size")
+        if self.exponent != 1:
             raise UnknownError("it adds a constant to what is not the mean: an epsilon outside of the root")
         with np.errstate(all="ignore"):
             return replace(self, eps=self.eps + by / self.scale)

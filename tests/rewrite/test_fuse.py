@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
+import fuse as fuse_benchmark
 import loose_forms
 import numpy as np
 import onnx
@@ -15,10 +18,13 @@ import onnx_ir as ir
 import pytest
 import torch
 from loose_forms import CHANNELS, EXPORTERS, FORMS, exported
-from tolerances import OP_FLOAT16, OP_FLOAT32, Tolerance
+from tolerances import FUSED, OP_FLOAT16, OP_FLOAT32, Tolerance
 from torch import nn
 
 from deploynorm.contract import ADD_OP_TYPE, DOMAIN, OP_TYPE
+from deploynorm.errors import InputError
+from deploynorm.onnx_file import OnnxFile
+from deploynorm.rewrite import rewrite
 from deploynorm.rewrite.fuse import fuse
 from deploynorm.rewrite.result import RewriteResult
 from deploynorm.run.onnxruntime import OnnxRuntimeRunner
@@ -435,3 +441,88 @@ def test_graph_is_left(name: str) -> None:
     assert not result.modified
     assert result.model is model
     assert any(reason in change.detail for change in result.changes), result.changes
+
+
+def test_a_layer_in_a_branch_is_fused_there() -> None:
+    values = f"float[N, {CHANNELS}, H, W]"
+    branch = onnx.parser.parse_graph(f"taken () => ({values} z) {{ {AFFINE.replace(';', '')} z = Relu (c) }}")
+    other = onnx.parser.parse_graph(f"other () => ({values} z) {{ z = Neg (x) }}")
+    proto = Graph(f"{AFFINE}y = Relu (c)", inputs=", bool yes").model()
+    del proto.graph.node[:]
+    proto.graph.node.append(onnx.helper.make_node("If", ["yes"], ["y"], then_branch=branch, else_branch=other))
+    result = _fused(proto)
+    assert result.after == Counter({"If": 1, FRN: 1, "Neg": 1})
+    for yes in (True, False):
+        feeds = {"x": _maps(SHAPES[0]), "yes": np.array(yes)}
+        _compare(proto.SerializeToString(), result.model, feeds)
+
+
+def test_local_functions_are_inlined_and_notes_are_kept() -> None:
+    """Our own function stays, so that a file that was fused is not looked at again within it."""
+    text = f"""<domain: "other", opset_import: ["": 20]>
+        layer (x, g, b, axes, eps) => (c) {{ {AFFINE.replace(";", "")} }}"""
+    proto = Graph("c = other.layer (x, g, b, axes, eps); y = Relu (c)").model()
+    proto.functions.append(onnx.parser.parse_function(text))
+    proto.metadata_props.add(key="labels", value="bag, boot")
+    proto.graph.doc_string = "a graph"
+    result = _fused(proto)
+    assert result.after == Counter({FRN: 1})
+    assert [function.name for function in result.model.functions.values()] == [OP_TYPE]
+    assert result.model.metadata_props == {"labels": "bag, boot"}
+    assert result.model.graph.doc_string == "a graph"
+
+
+def test_sizes_that_inference_makes_up_do_not_stay() -> None:
+    nodes = AFFINE.replace("(x, ", "(k, ").replace(", x)", ", k)")
+    proto = Graph(f"k = MaxPool <kernel_shape = [3, 3]> (x); {nodes}y = Max (c, t)").model()
+    del proto.graph.output[0].type.tensor_type.shape.dim[2:]
+    for _ in range(2):
+        proto.graph.output[0].type.tensor_type.shape.dim.add()
+    result = _fused(proto)
+    assert result.after == Counter({"MaxPool": 1, FRN: 1})
+    assert b"unk__" not in _bytes(result.model)
+
+
+@pytest.mark.slow
+def test_ten_thousand_nodes_take_seconds() -> None:
+    """1,000 layers one after the other, without names or shapes of their values."""
+    calls = [line.strip().split(" = ") for line in f"{AFFINE}d = Relu (c)".split(";")]
+    nodes, value = [], "x"
+    for i in range(1000):
+        for output, call in calls:
+            op_type, arguments = call.rstrip(")").split(" (")
+            inputs = [value if name == "x" else f"{name}{i}" if name in "smvriuac" else name
+                      for name in arguments.split(", ")]  # fmt: skip
+            nodes.append(onnx.helper.make_node(op_type, inputs, [f"{output}{i}"]))
+        value = f"d{i}"
+    nodes[-1].output[0] = "y"
+    proto = Graph(f"{AFFINE}y = Relu (c)").model()
+    del proto.graph.node[:]
+    proto.graph.node.extend(nodes)
+    model = ir.from_proto(proto)
+    start = time.process_time()
+    assert fuse(model).after == Counter({FRN: 1000})
+    assert time.process_time() - start < 30
+
+
+@pytest.mark.parametrize("seeds", [range(60), pytest.param(range(60, 1000), marks=pytest.mark.slow)])
+def test_nothing_is_fused_wrongly_in_random_graphs(seeds: range) -> None:
+    """benchmarks/fuse.py has 10,000."""
+    found = fuse_benchmark.fuzz(seeds)
+    assert found["fused"] > len(seeds) / 3
+    assert found["fused_again"] == 0
+    assert found["worst_error"] < FUSED.rtol
+
+
+def test_a_file_is_fused_and_checked(tmp_path: Path) -> None:
+    (tmp_path / "net.onnx").write_bytes(exported("paper", "TorchScript 17") or b"")
+    with pytest.raises(InputError, match="give a shape"):
+        rewrite(tmp_path / "net.onnx", ["fuse"])
+    shapes = {"": SHAPES[0]}
+    rewritten = rewrite(tmp_path / "net.onnx", ["fold", "fuse", "expand=primitives"], input_shapes=shapes)
+    assert rewritten
+    rewritten.save()
+    assert "ReduceMean" in OnnxFile.read(tmp_path / "net.expanded.onnx").node_counts
+    for wrong in ("fuse=all", "expand", "expand=custom", "melt"):
+        with pytest.raises(InputError, match="rewrite: "):
+            rewrite(tmp_path / "net.onnx", [wrong])
