@@ -7,8 +7,8 @@ import logging
 import warnings
 from collections.abc import Callable
 from functools import cache
+from typing import Any
 
-import onnx
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -166,23 +166,20 @@ def exported(form: str, exporter: str, dynamic: bool = True) -> bytes | None:
     return export(layer, torch.randn(_SIZES).to(layer.g.dtype), exporter, dynamic)  # type: ignore[arg-type]
 
 
-def export(layer: nn.Module, x: Tensor, exporter: str, dynamic: bool = True) -> bytes:
+def export(layer: nn.Module, x: Tensor, exporter: str, dynamic: bool = True, optimize: bool = True) -> bytes:
+    """The file of an exporter, perhaps without what it folds on its own."""
     dynamo, opset = EXPORTERS[exporter]
     names = {0: "N", 2: "H", 3: "W"} if dynamic else {}
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        options: dict[str, Any] = {"opset_version": opset, "input_names": ["x"], "verbose": False}
         if not dynamo:
-            file = io.BytesIO()
-            axes = {"x": names} if dynamic else None
-            torch.onnx.export(
-                layer, (x,), file, dynamo=False, opset_version=opset, input_names=["x"], dynamic_axes=axes
-            )
+            file, axes = io.BytesIO(), {"x": names} if dynamic else None
+            options |= {"dynamic_axes": axes, "do_constant_folding": optimize}
+            torch.onnx.export(layer, (x,), file, dynamo=False, **options)
             return file.getvalue()
         shapes = (dict.fromkeys(names, torch.export.Dim.DYNAMIC),) if dynamic else None
-        program = torch.onnx.export(
-            layer, (x,), None, dynamo=True, opset_version=opset, input_names=["x"], dynamic_shapes=shapes, verbose=False
-        )
+        program = torch.onnx.export(layer, (x,), dynamo=True, dynamic_shapes=shapes, optimize=optimize, **options)
         assert program is not None
-        model: onnx.ModelProto = program.model_proto
-        return model.SerializeToString()
+        return bytes(program.model_proto.SerializeToString())

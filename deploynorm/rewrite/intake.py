@@ -51,6 +51,12 @@ def prepared(model: ir.Model, opset: int = MIN_OPSET) -> ir.Model:
         ModelError: The opset cannot be raised.
     """
     model = model.clone()
+    for node in model.graph.all_nodes():  # a copy has its constants in common with the model, and onnx_ir names them
+        value = node.attributes.get("value") if node.op_type == "Constant" else None
+        if value is not None and value.as_tensor().dtype != ir.DataType.STRING:
+            tensor = value.as_tensor()
+            own = ir.Tensor(tensor.numpy(), dtype=tensor.dtype, name=tensor.name)
+            node.attributes["value"] = ir.AttrTensor("value", own)
     with quiet("onnx_ir", "onnxscript"):
         InlinePass(lambda function: (function.domain, function.name) not in _OURS)(model)
         raise_opset(model, opset)
