@@ -81,8 +81,14 @@ def _compare(proto: bytes | onnx.ModelProto, model: ir.Model, x: np.ndarray) -> 
         np.testing.assert_allclose(outputs[1][name], want, **FOLD_FLOAT32.kwargs())
 
 
-@pytest.mark.parametrize("optimize", [True, False])
-@pytest.mark.parametrize("exporter", ["TorchScript 11", "TorchScript 17", "dynamo 20"])
+@pytest.mark.parametrize(
+    ("exporter", "optimize"),
+    [
+        *((f"TorchScript {opset}", optimize) for opset in (11, 17) for optimize in (True, False)),
+        ("dynamo 20", False),
+        pytest.param("dynamo 20", True, marks=pytest.mark.slow),
+    ],
+)
 def test_exports_of_the_official_mabn_become_convolutions(exporter: str, optimize: bool) -> None:
     """With and without what the exporter folds on its own, which is the square root and a part of the centring."""
     proto = loose_forms.export(_network(), torch.randn(2, 3, 9, 7), exporter, optimize=optimize)

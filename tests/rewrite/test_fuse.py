@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import fuse as fuse_benchmark
@@ -116,10 +116,17 @@ class Network(nn.Module):
         return [form(conv(x)) for conv, form in zip(self.convolutions, self.forms, strict=True)]
 
 
-@pytest.mark.parametrize("exporter", [pytest.param("dynamo 20", marks=pytest.mark.slow), "dynamo 23"])
-def test_one_network_of_all_forms(exporter: str) -> None:
+VIEWS = ("all flattened", "rms_norm of a view", "sum by the size", "residual")
+
+
+@pytest.mark.parametrize(
+    ("exporter", "forms"),
+    [("dynamo 23", VIEWS), *(pytest.param(f"dynamo {n}", FORMS, marks=pytest.mark.slow) for n in (20, 23))],
+    ids=["views", "opset 20", "opset 23"],
+)
+def test_one_network_of_many_forms(exporter: str, forms: Iterable[str]) -> None:
     """The new exporter takes seconds for each call, and knows sizes by names and sums of names."""
-    names = [name for name in FORMS if not name.startswith("float16")]
+    names = [name for name in forms if not name.startswith("float16")]
     names = [name for name in names if exporter != "dynamo 20" or not name.startswith("rms_norm")]
     torch.manual_seed(0)
     proto = loose_forms.export(Network(names).eval(), torch.randn(2, 3, 9, 7), exporter)
