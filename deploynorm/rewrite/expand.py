@@ -39,8 +39,9 @@ def expand(model: ir.Model, lowering: str = "primitives", *, source_sha256: str 
     changes = [Change(str(node.outputs[0].name), node.op_type, "rewritten", became=lowering) for node in nodes]
     before = node_counts(model.graph.all_nodes())
     bare = model.clone()
-    drop_bodies(bare)  # which other versions may have written otherwise
-    work = prepared(bare, LOWERINGS[lowering].min_opset)
+    drop_bodies(bare)  # case 1: other versions may have written them otherwise
+    work = prepared(bare, LOWERINGS[lowering].min_opset)  # case 3
+    # Case 2.
     if split_known_residuals(work) and lowering != "primitives":
         problem = f"{lowering} has no residual, and the rank or the threshold of one is not known"
         raise ModelError("rewrite", problem, fix="use --expand primitives")

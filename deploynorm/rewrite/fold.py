@@ -86,6 +86,7 @@ class _Folding:
         channels = weight.shape[1] * node.attributes.get_int("group", 1) if transposed else weight.shape[0]
         shape = ir.Shape([None, channels, *[None] * (weight.ndim - 2)])
         scale, shift = np.ones(channels), np.zeros(channels) if bias is None else bias.astype(np.float64)
+        # Case 1.
         computed = any(value is not None and not _stored(value) for value in inputs[1:])
         names = [f"{node.op_type} of a computed weight" if computed else node.op_type]
         end, left = node.outputs[0], []
@@ -130,7 +131,7 @@ class _Folding:
             return self._batch_normalization(node, shape)  # case 3
         if node.op_type not in ("Mul", "Div", "Add", "Sub") or len(node.inputs) != 2:
             return None
-        first = node.inputs[0] is value
+        first = node.inputs[0] is value  # case 2
         array = self._values.constant(node.inputs[1] if first else node.inputs[0])
         if array is None:
             return None

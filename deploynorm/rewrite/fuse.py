@@ -67,7 +67,7 @@ def fuse(model: ir.Model, *, source_sha256: str | None = None) -> RewriteResult:
     for graph in (work.graph, *work.graph.subgraphs()):
         changes += _Fusing(work, graph).run()
     RemoveUnusedNodesPass()(work)
-    fuse_residuals(work)
+    fuse_residuals(work)  # case 5
     added = [node for node in frn_nodes(work.graph) if node.op_type == ADD_OP_TYPE][residuals:]
     changes += [Change(str(node.outputs[0].name), "Add", "rewritten", became=ADD_OP_TYPE) for node in added]
     if not any(change.outcome == "rewritten" for change in changes):
@@ -177,7 +177,7 @@ class _Fusing:
         """Walks from x, and again without comparisons that lead nowhere."""
         blocked: set[ir.Node] = set()
         while True:
-            walk = Walk(self._values, x, space, self._order, RULES, blocked)
+            walk = Walk(self._values, x, space, self._order, RULES, blocked)  # cases 1 and 2
             formulas = walk.formulas
             inner = {value: formula for value, formula in formulas.items() if formula.means}
             read = {value: reader for value in inner if (reader := self._outside(value, walk)) is not None}
@@ -228,17 +228,14 @@ class _Fusing:
             assert node is not None
             self._done |= found.walk.formulas[end].means
             self._changes.append(Change(str(end.name), mean.op_type, "rewritten", became=OP_TYPE))
-            if end.is_graph_output():  # keeps its name, and is the same value for If and Loop
-                self._graph.insert_before(node, nodes)
-                _take_name(end, output)
-                end.replace_all_uses_with(output, replace_graph_outputs=True)
-            else:
-                ir.convenience.replace_nodes_and_values(self._graph, node, [], nodes, [end], [output])
+            # The new output takes the name, shape and type of the old one.
+            ir.convenience.replace_nodes_and_values(self._graph, node, [], nodes, [end], [output])
 
     def _replacement(self, walk: Walk, end: ir.Value) -> tuple[list[ir.Node], ir.Value]:
         """The nodes that compute a value by the operator, and the output of the last."""
         formula, name = walk.formulas[end], str(end.name)
         for value, other in walk.formulas.items():
+            # Case 4.
             on_the_way = other.means & formula.means or other.power == 2
             if on_the_way and other.above is None and precision(value) < precision(end):
                 raise _RefusedError(f"{value.name} is computed in {value.dtype}, and the operator would not round it")
@@ -281,6 +278,7 @@ class _Fusing:
         for value, layout in forms:
             if layout == wanted and layout[:2] == first:
                 return value, None, None
+        # Case 3, and the next.
         for value, layout in forms:
             if layout[:2] == first and (behind := _order(layout, wanted)) is not None:
                 return value, None, behind
@@ -318,8 +316,3 @@ def _order(given: Layout, wanted: Layout) -> list[int] | None:
         free.remove(place)
         found.append(place)
     return found
-
-
-def _take_name(old: ir.Value, new: ir.Value) -> None:
-    new.name, new.type, new.shape = old.name, old.type, old.shape
-    old.name = f"{old.name}_loose"

@@ -124,6 +124,8 @@ class Values:
         arrays = [array for array in inputs if array is not None]
         if any(array.size > _LARGEST for array in arrays):
             return False
+        if node.op_type == "Gather" and math.prod(array.size for array in arrays) > _LARGEST:
+            return False
         shapes: list[Any] = [array.shape for array in arrays]
         if node.op_type in _FILLED:
             target = inputs[_FILLED[node.op_type]]
