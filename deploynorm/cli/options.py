@@ -99,8 +99,9 @@ def json_object(text: str) -> dict[str, Any]:
     return value
 
 
-def add_onnx_file(parser: argparse.ArgumentParser) -> None:
-    text = "an ONNX file that deploynorm export has written"
+def add_onnx_file(
+    parser: argparse.ArgumentParser, text: str = "an ONNX file that deploynorm export has written"
+) -> None:
     parser.add_argument("model", metavar="MODEL", type=existing_file, help=text)
 
 

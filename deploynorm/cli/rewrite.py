@@ -26,7 +26,7 @@ from deploynorm.rewrite.passes import PASSES, row
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    options.add_onnx_file(parser)
+    options.add_onnx_file(parser, "an ONNX file of deploynorm export, or of another tool")
     options.add_accept_changed(parser)
     options.add_output(parser, f"of the last rewrite: {', '.join(each.suffix for each in PASSES.values())}", _ending)
     passes = parser.add_argument_group("rewrites, in the order in which they are given")
