@@ -166,6 +166,9 @@ def write_rmsnorm(model: ir.Model, nodes: list[ir.Node], half: bool, function: b
     """
     opset = model.opset_imports[""]
     for node in nodes:
+        if node.op_type == ADD_OP_TYPE:  # those of a constant threshold are split before
+            problem = "rmsnorm has no residual, and the rank or the threshold of this one is not known"
+            raise ModelError("export", f"node {node.name}: {problem}", fix="use primitives")
         x, eps = node.inputs[0], node.inputs[4]
         constant = None if eps is None else ir.convenience.get_const_tensor(eps)
         if constant is None:

@@ -62,50 +62,7 @@ def _fuse(graph: ir.Graph, frn: ir.Node) -> None:
     )
 
 
-def split_residuals(model: ir.Model) -> None:
-    """Writes each FRN with a residual as FRN without a threshold, an addition and a maximum, in place."""
-    for node in frn_nodes(model.graph):
-        if node.op_type == ADD_OP_TYPE:
-            _split(model.graph, node)
-
-
-def _split(graph: ir.Graph, node: ir.Node) -> None:
-    x, tau, residual = node.inputs[0], node.inputs[TAU], node.inputs[len(INPUTS)]
-    assert x is not None
-    assert tau is not None
-    assert x.shape is not None
-    assert x.dtype is not None
-    assert tau.dtype is not None
-    assert tau.shape is not None
-    rank, name = len(x.shape), node.name
-    unbounded = np.full(tau.shape.numpy(), -np.inf, tau.dtype.numpy())
-    parameters = {"unbounded": unbounded, "axes": np.arange(1, rank - 1)}
-    values = {key: ir.val(f"{name}_{key}", const_value=ir.tensor(array)) for key, array in parameters.items()}
-    for value in values.values():
-        graph.register_initializer(value)
-    frn = ir.node(
-        OP_TYPE,
-        [*node.inputs[:TAU], values["unbounded"], *node.inputs[TAU + 1 : len(INPUTS)]],
-        NODE_ATTRIBUTES,
-        domain=DOMAIN,
-        name=name,
-        metadata_props=dict(node.metadata_props),
-    )
-    add = ir.node("Add", [frn.outputs[0], residual], name=f"{name}_sum")
-    bound = ir.node("Unsqueeze", [tau, values["axes"]], name=f"{name}_bound")
-    cast = ir.node("Cast", [bound.outputs[0]], {"to": x.dtype.value}, name=f"{name}_cast")
-    most = ir.node("Max", [add.outputs[0], cast.outputs[0]], name=f"{name}_max")
-    made = [frn, add, bound, cast, most]
-    for each in made:
-        each.outputs[0].name = f"{each.name}_value"
-        each.outputs[0].dtype = tau.dtype if each is bound else x.dtype
-    for each in (frn, add):
-        each.outputs[0].shape = x.shape
-    assert isinstance(node.graph, ir.Graph)
-    ir.convenience.replace_nodes_and_values(node.graph, node, [node], made, node.outputs, most.outputs)
-
-
-def split_known_residuals(model: ir.Model) -> list[ir.Node]:
+def split_residuals(model: ir.Model) -> list[ir.Node]:
     """The inverse of fuse_residuals, in place; returns the nodes that stay, of a rank or a tau that is not known.
 
     Given:  FRNAdd(x, residual)
@@ -125,7 +82,15 @@ def split_known_residuals(model: ir.Model) -> list[ir.Node]:
         bound = _constant(model.graph, f"{y.name}_tau", column)
         values = [ir.Value(name=f"{y.name}_{part}", type=y.type, shape=y.shape) for part in ("frn", "sum")]
         made = [
-            ir.node(OP_TYPE, parameters, NODE_ATTRIBUTES, domain=DOMAIN, outputs=values[:1], name=node.name),
+            ir.node(
+                OP_TYPE,
+                parameters,
+                NODE_ATTRIBUTES,
+                domain=DOMAIN,
+                outputs=values[:1],
+                name=node.name,
+                metadata_props=dict(node.metadata_props),
+            ),
             ir.node("Add", [values[0], residual], outputs=values[1:], name=values[1].name),
             ir.node("Max", [values[1], bound], name=bound.name),
         ]

@@ -6,10 +6,9 @@ import onnx_ir as ir
 
 from deploynorm.changes import Change
 from deploynorm.contract import LOWERINGS
-from deploynorm.errors import ModelError
 from deploynorm.lowering import frn_nodes, lower
 from deploynorm.onnx_file import node_counts
-from deploynorm.residual import split_known_residuals
+from deploynorm.residual import split_residuals
 from deploynorm.rewrite.intake import drop_bodies, prepared, refuse_blocked, unchanged, without_inferred_sizes
 from deploynorm.rewrite.result import RewriteResult
 
@@ -41,10 +40,7 @@ def expand(model: ir.Model, lowering: str = "primitives", *, source_sha256: str 
     bare = model.clone()
     drop_bodies(bare)  # case 1: other versions may have written them otherwise
     work = prepared(bare, LOWERINGS[lowering].min_opset)  # case 3
-    # Case 2.
-    if split_known_residuals(work) and lowering != "primitives":
-        problem = f"{lowering} has no residual, and the rank or the threshold of one is not known"
-        raise ModelError("rewrite", problem, fix="use --expand primitives")
+    split_residuals(work)  # case 2
     lower(work, lowering)
     without_inferred_sizes(work, model)
     return RewriteResult(work, tuple(changes), before, node_counts(work.graph.all_nodes()))
