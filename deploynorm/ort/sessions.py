@@ -55,10 +55,10 @@ def _register_library(options: onnxruntime.SessionOptions, library: Path) -> Non
 
 def session(
     model: str | Path | bytes,
+    options: onnxruntime.SessionOptions | None = None,
     *,
     providers: Sequence[str] = ("cpu",),
     plugins: Sequence[Path] | None = None,
-    options: onnxruntime.SessionOptions | None = None,
     optimize: bool = True,
 ) -> onnxruntime.InferenceSession:
     """An onnxruntime.InferenceSession of the model, on CPU and CUDA with our fused operator where its library is there.
@@ -71,11 +71,11 @@ def session(
 
     Args:
         model: A file, with its external data beside it, or the bytes of a model.
+        options: Options of the session; ours are registered on them.
         providers: Short names (cpu, cuda, tensorrt) or ONNX Runtime's own, the preferred first. ONNX Runtime itself
             puts nodes that none of them takes on the CPU. It has no switch for TF32 under TensorRT: set
             NVIDIA_TF32_OVERRIDE=0 in the environment.
         plugins: Libraries of custom operators instead of ours; empty for the stock runtime.
-        options: Options of the session; ours are registered on them.
         optimize: False leaves the graph to ONNX Runtime alone, as do options with a lower level of optimization, or
             with `optimized_model_filepath`.
 

@@ -81,8 +81,10 @@ def fill_onnxruntime(folder: Path, work: Path, python: str, architecture: int) -
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("folder", type=Path, nargs="?", default=ROOT / "build" / "prove" / "parts")
+    parser = argparse.ArgumentParser(prog="tests/gpu/fill", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument(
+        "folder", type=Path, nargs="?", default=ROOT / "build" / "prove" / "parts", help="for the parts"
+    )
     parser.add_argument("--python", default="3.12", help="the other machine's (default: 3.12)")
     parser.add_argument("--architecture", type=int, default=90, help="of its GPU (default: 90)")
     options = parser.parse_args()

@@ -339,7 +339,9 @@ def _stop(number: int, frame: object) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="tests/gpu/prove", description=(__doc__ or "").partition("\n")[0])
     names = [step.name for step in STEPS]
-    parser.add_argument("steps", nargs="*", metavar="STEP", help=f"only these, and again: {' '.join(names)}")
+    parser.add_argument(
+        "steps", nargs="*", metavar="STEP", help=f"run these alone, even if they have results: {' '.join(names)}"
+    )
     work = ROOT / "build" / "prove"
     parser.add_argument("--minutes", type=float, default=15.0, help="after which all is over (default: 15)")
     parser.add_argument("--parts", type=Path, default=work / "parts", help="what tests/gpu/fill made")

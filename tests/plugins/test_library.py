@@ -206,7 +206,7 @@ SYSTEM = {"dlfcn.h", "limits.h", "link.h", "math.h", "new", "stdarg.h", "stddef.
 @pytest.mark.parametrize(
     ("folder", "others"),
     [
-        ("kernels", {"cuda_runtime.h", "cuda_fp16.h", "cuda_bf16.h", "immintrin.h"}),
+        ("kernels", {"cooperative_groups.h", "cuda_runtime.h", "cuda_fp16.h", "cuda_bf16.h", "immintrin.h"}),
         ("onnxruntime", set()),
         ("torch", set()),
         ("tensorrt", {"NvInferRuntime.h"}),
