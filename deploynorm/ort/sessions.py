@@ -149,9 +149,14 @@ def _open_rewritten(
 
         with scratch_folder() as folder:
             rewritten = optimize_file(model, folder)
-            return None if rewritten is None else open_here(rewritten)
+            if rewritten is None:
+                return None
+            opened: Any = open_here(rewritten)
     except (ImportError, OSError, DeployNormError):
         return None  # a fault of the model itself is met again as it is opened
+    # Its method set_providers opens the model again, when the folder is gone.
+    opened._model_path, opened._model_bytes = (None, model) if isinstance(model, bytes) else (str(model), None)
+    return opened
 
 
 def _missing_kernels(providers: set[str]) -> str | None:

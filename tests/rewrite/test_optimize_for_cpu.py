@@ -507,6 +507,8 @@ def test_session_rewrites_as_it_opens(form: str, tmp_path: Path, monkeypatch: py
         assert (ours.name, ours.shape, ours.type) == (theirs.name, theirs.shape, theirs.type)
     assert not list(scratch.iterdir())
     np.testing.assert_array_equal(session.run(None, case.feeds())[0], got[0])  # its weights are not gone with the files
+    session.set_providers(["CPUExecutionProvider"])  # which opens the model again
+    np.testing.assert_array_equal(session.run(None, case.feeds())[0], want[0])
 
 
 @pytest.mark.parametrize("why", ["told", "level", "graph", "no blocks", "no package", "full disk", "nothing to do"])
