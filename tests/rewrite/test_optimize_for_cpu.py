@@ -452,6 +452,16 @@ def test_network_keeps_one_reorder(name: str, dynamic: str) -> None:
         _compare(model, result.model, {next(v.name for v in model.graph.inputs): x})
 
 
+def test_names_that_the_pass_would_give_may_be_taken() -> None:
+    case = Graph(f"{ONE}y = Conv(f, w); z = Neg(a)", channels=PARTIAL, outputs=("y", "z"))
+    model = case.model()
+    model.graph.initializers["t"].name = "f:tau"
+    model.graph.outputs[1].name = "f:blocked"
+    result = optimize_for_cpu(model)
+    assert result.after[BLOCKED] == 1
+    _compare(model, result.model, case.feeds())
+
+
 def test_file_without_function_bodies_and_one_with_external_data(tmp_path: Path) -> None:
     """ONNX Runtime's own optimised file could not hold weights of 2 GB, so its weights lie beside it."""
     model = _exported("ResNet", dynamic="none", function=False)
