@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import functools
 import json
+import os
 import subprocess
 import sys
 from collections import Counter
@@ -521,7 +522,9 @@ def test_session_rewrites_as_it_opens(form: str, tmp_path: Path, monkeypatch: py
     np.testing.assert_array_equal(session.run(None, case.feeds())[0], want[0])
 
 
-@pytest.mark.parametrize("why", ["told", "level", "graph", "no blocks", "no package", "full disk", "nothing to do"])
+@pytest.mark.parametrize(
+    "why", ["told", "level", "graph", "no blocks", "no package", "full disk", "folder not in UTF-8", "nothing to do"]
+)
 def test_session_that_opens_the_file_as_it_is(why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     case = REWRITTEN["FRN between convolutions"] if why != "nothing to do" else LEFT["FRN of an input"][0]
     options: dict[str, object] = {}
@@ -541,6 +544,9 @@ def test_session_that_opens_the_file_as_it_is(why: str, tmp_path: Path, monkeypa
         monkeypatch.setitem(sys.modules, "deploynorm.rewrite.cpu", None)
     elif why == "full disk":
         monkeypatch.setattr(ir, "save", functools.partial(_full, tmp_path))
+    elif why == "folder not in UTF-8":  # a TypeError of ONNX Runtime
+        (folder := tmp_path / os.fsdecode(b"\xff")).mkdir()
+        monkeypatch.setattr("tempfile.tempdir", str(folder))
     _, got, ran = _session(_bytes(case.model()), tmp_path, case.feeds(), **options)
     assert ran & set(OPERATORS)
     assert BLOCKED_OP_TYPE not in ran
