@@ -56,6 +56,16 @@ def test_a_piece_is_there_as_soon_as_its_parts_are(filled: Path, tmp_path: Path)
     assert "contents.json" in str(Parts(tmp_path / "nowhere", tmp_path / "other").missing("rtx"))
 
 
+def test_a_filling_replaces_an_earlier_one_and_nothing_else(filled: Path, tmp_path: Path) -> None:
+    from parts import Parts, pack
+
+    for name in ("notes.txt", "part1.txt"):
+        (filled / name).touch()
+    pack({"rtx": tmp_path / "rtx"}, filled)
+    assert {path.name for path in filled.iterdir()} == {"contents.json", "part1", "notes.txt", "part1.txt"}
+    assert Parts(filled, tmp_path / "arrived").missing("rtx") is None
+
+
 def _entry(kind: int, architecture: int, code: bytes) -> bytes:
     return struct.pack("<HHIQ12xI32x", kind, 0x101, 64, len(code), architecture) + code
 

@@ -10,6 +10,7 @@ import hashlib
 import io
 import json
 import lzma
+import re
 import shutil
 import tarfile
 from collections.abc import Mapping
@@ -27,10 +28,12 @@ _CONTENTS = "contents.json"
 def pack(pieces: Mapping[str, Path], folder: Path, largest: int = LARGEST_PART) -> dict[str, int]:
     """Packs a folder for each piece into parts in `folder`, the first piece into the first; returns the bytes of each.
 
-    What was in `folder` before is gone.
+    Those of an earlier filling are gone; what else is in `folder` stays.
     """
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in folder.iterdir():
+        if re.fullmatch(rf"part\d+|{re.escape(_CONTENTS)}", path.name):
+            path.unlink()
     sizes, where, at = {}, {}, 0
     for name, content in pieces.items():
         packed = io.BytesIO()
