@@ -54,6 +54,9 @@ def test_a_piece_is_there_as_soon_as_its_parts_are(filled: Path, tmp_path: Path)
         assert arrived.read_bytes() == (tmp_path / name / arrived.name).read_bytes()
     assert there.missing("data") == "data: it is not among rtx, ort"
     assert "contents.json" in str(Parts(tmp_path / "nowhere", tmp_path / "other").missing("rtx"))
+    for damaged in ("[]", "{}", '{"part": 3000, "pieces": {"rtx": {}}}', '{"part"'):
+        (filled / "contents.json").write_text(damaged)
+        assert "contents.json" in str(Parts(filled, tmp_path / "other").missing("rtx"))
 
 
 def test_a_filling_replaces_an_earlier_one_and_nothing_else(filled: Path, tmp_path: Path) -> None:
