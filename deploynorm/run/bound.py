@@ -28,9 +28,19 @@ def check_tensor(where: str, spec: TensorSpec, value: Any, *, device: torch.devi
         got, expected, fix = str(value.dtype), spec.dtype, f"convert it with .to(torch.{spec.dtype})"
     elif value.layout != torch.strided:
         got, expected, fix = str(value.layout), "a dense tensor", "convert it with .to_dense()"
+    elif value.numel() and not _address(value):
+        got, expected, fix = f"{type(value).__name__} without memory", "a tensor that holds values", "run it untraced"
     else:
         return
     raise InputError(where, f"input {spec.name!r} is none that can be bound", got=got, expected=expected, fix=fix)
+
+
+def _address(tensor: Tensor) -> int:
+    """Of its values; 0 for a tensor that stands for another while PyTorch traces or transforms a function."""
+    try:
+        return tensor.data_ptr()
+    except RuntimeError:
+        return 0
 
 
 def bind(binding: Any, name: str, tensor: Tensor) -> Tensor:
