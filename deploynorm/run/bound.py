@@ -45,7 +45,7 @@ def _address(tensor: Tensor) -> int:
 
 def bind(binding: Any, name: str, tensor: Tensor) -> Tensor:
     """Binds an input to a tensor's memory, or to that of a copy where its elements lie apart; returns what is bound."""
-    tensor = tensor.detach().contiguous()
+    tensor = tensor.detach().resolve_neg().contiguous()  # the sign of a conjugate's imaginary part is not in memory
     if tensor.is_cuda and tensor.data_ptr() % _ALIGNMENT:
         tensor = tensor.clone()
     kind = BFLOAT16 if tensor.dtype == torch.bfloat16 else numpy_dtype(str(tensor.dtype).removeprefix("torch.")).type

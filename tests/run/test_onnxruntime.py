@@ -267,6 +267,7 @@ def test_a_size_that_values_decide_and_a_scalar() -> None:
             assert torch.equal(runner.run({"x": torch.tensor(values)})["y"], torch.tensor(values).nonzero().T)
     with OnnxRuntimeRunner(one_node("Neg", {"x": ("float32", ())}, ("float32", ())).SerializeToString()) as runner:
         assert runner.run({"x": torch.tensor(2.0)})["y"].tolist() == -2.0
+        assert runner.run({"x": torch.tensor(1 + 3j).conj().imag})["y"].tolist() == 3.0  # in memory it is 3, not -3
 
 
 NONE = torch.zeros(X.shape)
