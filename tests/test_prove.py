@@ -8,6 +8,7 @@ import struct
 import subprocess
 import sys
 import time
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,19 @@ def test_a_piece_is_there_as_soon_as_its_parts_are(filled: Path, tmp_path: Path)
         assert arrived.read_bytes() == (tmp_path / name / arrived.name).read_bytes()
     assert there.missing("data") == "data: it is not among rtx, ort"
     assert "contents.json" in str(Parts(tmp_path / "nowhere", tmp_path / "other").missing("rtx"))
+    for damaged in ("[]", "{}", '{"part": 3000, "pieces": {"rtx": {}}}', '{"part"'):
+        (filled / "contents.json").write_text(damaged)
+        assert "contents.json" in str(Parts(filled, tmp_path / "other").missing("rtx"))
+
+
+def test_a_filling_replaces_an_earlier_one_and_nothing_else(filled: Path, tmp_path: Path) -> None:
+    from parts import Parts, pack
+
+    for name in ("notes.txt", "part1.txt"):
+        (filled / name).touch()
+    pack({"rtx": tmp_path / "rtx"}, filled)
+    assert {path.name for path in filled.iterdir()} == {"contents.json", "part1", "notes.txt", "part1.txt"}
+    assert Parts(filled, tmp_path / "arrived").missing("rtx") is None
 
 
 def _entry(kind: int, architecture: int, code: bytes) -> bytes:
@@ -133,6 +147,31 @@ def test_every_step_ends_in_a_result(prover: Callable[..., Any], filled: Path, t
     assert prover(1).prove(steps["wrong"]).said == "no time is left"
     time.sleep(max(0.0, begin + 4 - time.monotonic()))
     assert not (tmp_path / "alive").exists(), "what a stopped step has started runs on"
+
+
+def test_wheels_that_were_installed_in_part_are_installed_again(
+    prover: Callable[..., Any], filled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from parts import pack
+
+    names = ("not_here", "not_there")
+    (tmp_path / "wheels").mkdir()
+    for name in names:
+        with zipfile.ZipFile(tmp_path / "wheels" / f"{name}-1.0-py3-none-any.whl", "w") as wheel:
+            wheel.writestr(f"{name}.py", "")
+    pack({"wheels": tmp_path / "wheels"}, filled)
+    whole = zipfile.ZipFile.extractall
+
+    def interrupted(archive: zipfile.ZipFile, *arguments: Any) -> None:
+        whole(archive, *arguments)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(zipfile.ZipFile, "extractall", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        prover(600)
+    monkeypatch.setattr(zipfile.ZipFile, "extractall", whole)
+    prover(600)
+    assert {path.stem for path in (tmp_path / "work" / "site").iterdir()} == set(names)
 
 
 def test_the_steps_are_well_formed() -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deploynorm.contract import METADATA_CPU, OP_TYPE
-from deploynorm.errors import BackendError, DeployNormError, ModelError
+from deploynorm.errors import BackendError, ModelError
 from deploynorm.files import scratch_folder
 from deploynorm.libraries import cuda_variants, find_library, library_path
 from deploynorm.ort.errors import explain, plain
@@ -149,9 +149,14 @@ def _open_rewritten(
 
         with scratch_folder() as folder:
             rewritten = optimize_file(model, folder)
-            return None if rewritten is None else open_here(rewritten)
-    except (ImportError, OSError, DeployNormError):
-        return None  # a fault of the model itself is met again as it is opened
+            if rewritten is None:
+                return None
+            opened: Any = open_here(rewritten)
+    except Exception:
+        return None  # a fault of the model itself is met again as it is opened; any other must not keep it from that
+    # Its method set_providers opens the model again, when the folder is gone.
+    opened._model_path, opened._model_bytes = (None, model) if isinstance(model, bytes) else (str(model), None)
+    return opened
 
 
 def _missing_kernels(providers: set[str]) -> str | None:

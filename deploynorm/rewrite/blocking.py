@@ -60,6 +60,8 @@ class _Blocking:
         self._graph = graph
         self._block = block
         self._made: list[ir.Node] = []
+        values = (value for node in graph.all_nodes() for value in (*node.inputs, *node.outputs))
+        self._names = {str(value.name) for value in (*values, *graph.inputs) if value} | set(graph.initializers)
         self._rules: dict[str, Callable[[ir.Node], str]] = {
             **{f"{DOMAIN}::{op_type}": self._frn for op_type in OPERATORS},
             f"{NCHWC}::ReorderInput": self._reorder_input,
@@ -200,7 +202,7 @@ class _Blocking:
         self._need_gain(node)
         [channels] = {x.channels for x in map(_reordered, node.inputs) if x}
         output = node.outputs[0]
-        blocked = ir.Value(name=f"{output.name}:blocked")
+        blocked = ir.Value(name=self._unused(f"{output.name}:blocked"))
         made = ir.node(op_type, inputs, attributes, domain=domain, outputs=[blocked], name=blocked.name)
         reorder = ir.node("ReorderOutput", [blocked], {"channels": channels, "channels_last": 0}, domain=NCHWC)
         self._made.append(made)
@@ -209,10 +211,17 @@ class _Blocking:
 
     def _parameter(self, node: ir.Node, name: str, array: _Array) -> ir.Value:
         """A constant of the blocked FRN that takes the place of `node`, with the last block filled up."""
-        name_here = f"{node.outputs[0].name}:{name}"
+        name_here = self._unused(f"{node.outputs[0].name}:{name}")
         value = ir.Value(name=name_here, const_value=ir.tensor(self._fill(array, _PADDING[name]), name=name_here))
         self._graph.register_initializer(value)
         return value
+
+    def _unused(self, name: str) -> str:
+        """The name, longer where the graph has a value of that name already."""
+        while name in self._names:
+            name += "_"
+        self._names.add(name)
+        return name
 
     def _fill(self, array: _Array, filler: float) -> _Array:
         missing = self._padded(array.size) - array.size

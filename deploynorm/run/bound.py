@@ -28,14 +28,24 @@ def check_tensor(where: str, spec: TensorSpec, value: Any, *, device: torch.devi
         got, expected, fix = str(value.dtype), spec.dtype, f"convert it with .to(torch.{spec.dtype})"
     elif value.layout != torch.strided:
         got, expected, fix = str(value.layout), "a dense tensor", "convert it with .to_dense()"
+    elif value.numel() and not _address(value):
+        got, expected, fix = f"{type(value).__name__} without memory", "a tensor that holds values", "run it untraced"
     else:
         return
     raise InputError(where, f"input {spec.name!r} is none that can be bound", got=got, expected=expected, fix=fix)
 
 
+def _address(tensor: Tensor) -> int:
+    """Of its values; 0 for a tensor that stands for another while PyTorch traces or transforms a function."""
+    try:
+        return tensor.data_ptr()
+    except RuntimeError:
+        return 0
+
+
 def bind(binding: Any, name: str, tensor: Tensor) -> Tensor:
     """Binds an input to a tensor's memory, or to that of a copy where its elements lie apart; returns what is bound."""
-    tensor = tensor.detach().contiguous()
+    tensor = tensor.detach().resolve_neg().contiguous()  # the sign of a conjugate's imaginary part is not in memory
     if tensor.is_cuda and tensor.data_ptr() % _ALIGNMENT:
         tensor = tensor.clone()
     kind = BFLOAT16 if tensor.dtype == torch.bfloat16 else numpy_dtype(str(tensor.dtype).removeprefix("torch.")).type

@@ -10,6 +10,7 @@ import hashlib
 import io
 import json
 import lzma
+import re
 import shutil
 import tarfile
 from collections.abc import Mapping
@@ -27,10 +28,12 @@ _CONTENTS = "contents.json"
 def pack(pieces: Mapping[str, Path], folder: Path, largest: int = LARGEST_PART) -> dict[str, int]:
     """Packs a folder for each piece into parts in `folder`, the first piece into the first; returns the bytes of each.
 
-    What was in `folder` before is gone.
+    Those of an earlier filling are gone; what else is in `folder` stays.
     """
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in folder.iterdir():
+        if re.fullmatch(rf"part\d+|{re.escape(_CONTENTS)}", path.name):
+            path.unlink()
     sizes, where, at = {}, {}, 0
     for name, content in pieces.items():
         packed = io.BytesIO()
@@ -61,19 +64,19 @@ class Parts:
             return None
         try:
             contents = json.loads((self.folder / _CONTENTS).read_text())
-        except (OSError, ValueError):
-            return f"{name}: {self.folder} has no {_CONTENTS} (tests/gpu/fill makes it)"
-        if name not in contents["pieces"]:
-            return f"{name}: it is not among {', '.join(contents['pieces'])}"
-        largest, piece = contents["part"], contents["pieces"][name]
-        at, end = piece["at"], piece["at"] + piece["size"]
+            largest, pieces = contents["part"], contents["pieces"]
+            if name not in pieces:
+                return f"{name}: it is not among {', '.join(pieces)}"
+            at, end, sha256 = pieces[name]["at"], pieces[name]["at"] + pieces[name]["size"], pieces[name]["sha256"]
+        except (OSError, ValueError, TypeError, LookupError):
+            return f"{name}: {self.folder} has no {_CONTENTS} (tests/gpu/fill makes it), or a damaged one"
         parts = {index: self.folder / f"part{1 + index}" for index in range(at // largest, (end - 1) // largest + 1)}
         if absent := [path.name for path in parts.values() if not path.is_file()]:
             return f"{name}: {' and '.join(absent)} not arrived"
         data = b"".join(
             path.read_bytes()[max(at - index * largest, 0) : end - index * largest] for index, path in parts.items()
         )
-        if hashlib.sha256(data).hexdigest() != piece["sha256"]:
+        if hashlib.sha256(data).hexdigest() != sha256:
             return f"{name}: {' or '.join(path.name for path in parts.values())} is damaged, or of another filling"
         self._unpack(name, io.BytesIO(data))
         return None

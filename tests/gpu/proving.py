@@ -288,14 +288,17 @@ class Prover:
 
     def _install_wheels(self) -> None:
         """Those that this Python lacks."""
-        if self._parts.missing("wheels") or (self._work / "site").is_dir():
+        site, incomplete = self._work / "site", self._work / "site.incomplete"
+        if self._parts.missing("wheels") or site.is_dir():
             return
         for wheel in (self._work / "wheels").glob("*.whl"):
             try:
                 importlib.metadata.version(wheel.name.partition("-")[0])
             except importlib.metadata.PackageNotFoundError:
                 with zipfile.ZipFile(wheel) as archive:
-                    archive.extractall(self._work / "site")
+                    archive.extractall(incomplete)
+        if incomplete.is_dir():
+            incomplete.rename(site)
 
 
 _GRACE = 5.0

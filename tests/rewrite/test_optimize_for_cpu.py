@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import functools
 import json
+import os
 import subprocess
 import sys
 from collections import Counter
@@ -452,6 +453,16 @@ def test_network_keeps_one_reorder(name: str, dynamic: str) -> None:
         _compare(model, result.model, {next(v.name for v in model.graph.inputs): x})
 
 
+def test_names_that_the_pass_would_give_may_be_taken() -> None:
+    case = Graph(f"{ONE}y = Conv(f, w); z = Neg(a)", channels=PARTIAL, outputs=("y", "z"))
+    model = case.model()
+    model.graph.initializers["t"].name = "f:tau"
+    model.graph.outputs[1].name = "f:blocked"
+    result = optimize_for_cpu(model)
+    assert result.after[BLOCKED] == 1
+    _compare(model, result.model, case.feeds())
+
+
 def test_file_without_function_bodies_and_one_with_external_data(tmp_path: Path) -> None:
     """ONNX Runtime's own optimised file could not hold weights of 2 GB, so its weights lie beside it."""
     model = _exported("ResNet", dynamic="none", function=False)
@@ -507,9 +518,13 @@ def test_session_rewrites_as_it_opens(form: str, tmp_path: Path, monkeypatch: py
         assert (ours.name, ours.shape, ours.type) == (theirs.name, theirs.shape, theirs.type)
     assert not list(scratch.iterdir())
     np.testing.assert_array_equal(session.run(None, case.feeds())[0], got[0])  # its weights are not gone with the files
+    session.set_providers(["CPUExecutionProvider"])  # which opens the model again
+    np.testing.assert_array_equal(session.run(None, case.feeds())[0], want[0])
 
 
-@pytest.mark.parametrize("why", ["told", "level", "graph", "no blocks", "no package", "full disk", "nothing to do"])
+@pytest.mark.parametrize(
+    "why", ["told", "level", "graph", "no blocks", "no package", "full disk", "folder not in UTF-8", "nothing to do"]
+)
 def test_session_that_opens_the_file_as_it_is(why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     case = REWRITTEN["FRN between convolutions"] if why != "nothing to do" else LEFT["FRN of an input"][0]
     options: dict[str, object] = {}
@@ -529,6 +544,9 @@ def test_session_that_opens_the_file_as_it_is(why: str, tmp_path: Path, monkeypa
         monkeypatch.setitem(sys.modules, "deploynorm.rewrite.cpu", None)
     elif why == "full disk":
         monkeypatch.setattr(ir, "save", functools.partial(_full, tmp_path))
+    elif why == "folder not in UTF-8":  # a TypeError of ONNX Runtime
+        (folder := tmp_path / os.fsdecode(b"\xff")).mkdir()
+        monkeypatch.setattr("tempfile.tempdir", str(folder))
     _, got, ran = _session(_bytes(case.model()), tmp_path, case.feeds(), **options)
     assert ran & set(OPERATORS)
     assert BLOCKED_OP_TYPE not in ran

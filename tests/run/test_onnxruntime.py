@@ -11,6 +11,7 @@ import pytest
 import torch
 from graphs import CHANNELS, frn_model, one_node
 from tolerances import OP_FLOAT32
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from deploynorm.contract import DOMAIN, OP_TYPE
 from deploynorm.errors import BackendError, DeployNormError, InputError, ModelError
@@ -266,6 +267,7 @@ def test_a_size_that_values_decide_and_a_scalar() -> None:
             assert torch.equal(runner.run({"x": torch.tensor(values)})["y"], torch.tensor(values).nonzero().T)
     with OnnxRuntimeRunner(one_node("Neg", {"x": ("float32", ())}, ("float32", ())).SerializeToString()) as runner:
         assert runner.run({"x": torch.tensor(2.0)})["y"].tolist() == -2.0
+        assert runner.run({"x": torch.tensor(1 + 3j).conj().imag})["y"].tolist() == 3.0  # in memory it is 3, not -3
 
 
 NONE = torch.zeros(X.shape)
@@ -294,6 +296,18 @@ def test_tensors_that_cannot_be_bound(value: Any, message: str) -> None:
         assert runner.run({"X": torch.from_numpy(X)})["Y"].shape == X.shape
     with pytest.raises(InputError, match=r"OnnxRuntimeRunner\.run: the runner is closed"):
         runner.run({"X": torch.from_numpy(X)})
+
+
+@pytest.mark.usefixtures("ort")
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
+def test_tensors_that_hold_no_values_are_refused() -> None:
+    with OnnxRuntimeRunner(MODEL.SerializeToString()) as runner:
+        with FakeTensorMode():
+            fake = torch.zeros(X.shape)
+        with pytest.raises(InputError, match=r"Got FakeTensor without memory; expected a tensor that holds values"):
+            runner.run({"X": fake})
+        with pytest.raises(InputError, match=r"without memory"):
+            torch.func.vmap(lambda x: runner.run({"X": x})["Y"])(torch.from_numpy(X)[None])
 
 
 @pytest.mark.usefixtures("ort")
