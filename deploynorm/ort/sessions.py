@@ -71,7 +71,8 @@ def session(
 
     Args:
         model: A file, with its external data beside it, or the bytes of a model.
-        options: Options of the session; ours are registered on them.
+        options: Options of the session; ours are registered on them. Where they replace values of the file
+            (`add_initializer`), pass optimize=False: the rewritten graph may hold what it computed from these.
         providers: Short names (cpu, cuda, tensorrt) or ONNX Runtime's own, the preferred first. ONNX Runtime itself
             puts nodes that none of them takes on the CPU. It has no switch for TF32 under TensorRT: set
             NVIDIA_TF32_OVERRIDE=0 in the environment.

@@ -79,7 +79,7 @@ class Gpu:
     @staticmethod
     def dense(tensor: Tensor) -> Tensor:
         """The tensor itself where its rows lie one after the other from an aligned address on, else a copy."""
-        tensor = tensor.contiguous()
+        tensor = tensor.resolve_neg().contiguous()  # a sign may stand in a flag and not in memory
         return tensor.clone() if tensor.data_ptr() % _ALIGNMENT else tensor
 
 
