@@ -67,6 +67,11 @@ class Formula:
         plain = self.power == 1 and not (self.exponent or self.absolute or self.above) and not np.any(self.shift)
         return plain and bool(np.all(self.scale == 1))
 
+    @property
+    def finite(self) -> bool:
+        """Whether its numbers are, but the threshold; a division by zero has others."""
+        return all(bool(np.isfinite(number).all()) for number in (self.scale, self.eps, self.shift))
+
     def scaled(self, factor: Any) -> Formula:
         if np.isneginf(self.tau).all():
             return replace(self, scale=self.scale * factor, shift=self.shift * factor)
@@ -86,8 +91,7 @@ class Formula:
             raise UnknownError("it adds a constant to a sum that is no mean at every size")
         if self.exponent != 1:
             raise UnknownError("it adds a constant to what is not the mean: an epsilon outside of the root")
-        with np.errstate(all="ignore"):
-            return replace(self, eps=self.eps + by / self.scale)
+        return replace(self, eps=self.eps + by / self.scale)
 
     def powered(self, exponent: float) -> Formula:
         self.need_whole()
@@ -95,8 +99,7 @@ class Formula:
             raise UnknownError(f"it takes the power {exponent:g} of what is no mean")
         if not (float(exponent).is_integer() or (self.scale > 0).all()):
             raise UnknownError("it takes the root of a number that may be negative")
-        with np.errstate(all="ignore"):
-            scale = np.power(self.scale, exponent)
+        scale = np.power(self.scale, exponent)
         counts = {name: count * exponent for name, count in self.counts.items()}
         power = 2 * self.power  # of x itself or of none
         return replace(self, scale=scale, power=power, absolute=False, exponent=self.exponent * exponent, counts=counts)

@@ -69,7 +69,10 @@ class Walk:
             try:
                 if rule is None:
                     raise UnknownError(f"{node.op_type} is not understood")
-                formula = rule(self, node)
+                with np.errstate(all="ignore"):
+                    formula = rule(self, node)
+                if not formula.finite:
+                    raise UnknownError("it computes with numbers that are not finite")
                 if formula.above is None and precision(node.outputs[0]) < 0:
                     raise UnknownError("its result is no floating-point number")
             except UnknownError as error:

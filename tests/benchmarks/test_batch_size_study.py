@@ -158,8 +158,8 @@ class Unnormalized(FRN2d):
     def rstd(self, x):
         return 1
 
-    def forward(self, x):
-        y = self.weight.view(1, -1, 1, 1) * x * self.rstd(x) + self.bias.view(1, -1, 1, 1)
+    def forward(self, x, residual=0):
+        y = self.weight.view(1, -1, 1, 1) * x * self.rstd(x) + self.bias.view(1, -1, 1, 1) + residual
         return y if self.tau is None else torch.maximum(y, self.tau.view(1, -1, 1, 1))
 
 
