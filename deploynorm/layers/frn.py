@@ -128,7 +128,7 @@ class FRN2d(_FRN):
 
     At the end of a residual block, `norm(x, residual=shortcut)` computes in one
     pass what FRN2d without tlu, an addition and a TLU do in three: the same
-    gradients, in half to nine tenths of their time. Backward then saves z too,
+    gradients, in seven to nine tenths of their time. Backward then saves z too,
     as the layer after does.
 
     Args:
