@@ -54,7 +54,7 @@ class EndOfBlock(nn.Module):
 
 
 class WithResidual(FRN2d):
-    """The same in one layer."""
+    """The end of a residual block in one layer: FRN that adds its own input before the threshold."""
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         return super().forward(x, residual=x)

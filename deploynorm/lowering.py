@@ -67,7 +67,7 @@ def translate(x: object, gamma: object, beta: object, tau: object, eps: object) 
 
 
 def translate_add(x: object, gamma: object, beta: object, tau: object, eps: object, residual: object) -> object:
-    """The same with a residual."""
+    """The ONNX node for a call of the torch operator with a residual."""
     opset = onnxscript.values.Opset(DOMAIN, VERSION)
     return getattr(opset, ADD_OP_TYPE)(x, gamma, beta, tau, eps, residual, **NODE_ATTRIBUTES)
 

@@ -46,7 +46,7 @@ def _fuse(graph: ir.Graph, frn: ir.Node) -> None:
         return
     name = f"{frn.name or y.name}_tau"
     dtype = constant(frn.inputs[TAU]).dtype  # type: ignore[union-attr]  # which has_no_threshold has seen
-    value = _constant(graph, name, tau.astype(dtype))
+    value = new_initializer(graph, name, tau.astype(dtype))
     made = ir.node(
         ADD_OP_TYPE,
         [*frn.inputs[:TAU], value, *frn.inputs[TAU + 1 :], residual],
@@ -78,8 +78,8 @@ def split_residuals(model: ir.Model) -> list[ir.Node]:
             continue
         *parameters, residual = node.inputs
         column = tau.astype(y.dtype.numpy()).reshape(-1, *(1,) * (len(y.shape) - 2))
-        parameters[TAU] = _constant(model.graph, f"{y.name}_no_tau", np.full_like(tau, -np.inf))
-        bound = _constant(model.graph, f"{y.name}_tau", column)
+        parameters[TAU] = new_initializer(model.graph, f"{y.name}_no_tau", np.full_like(tau, -np.inf))
+        bound = new_initializer(model.graph, f"{y.name}_tau", column)
         values = [ir.Value(name=f"{y.name}_{part}", type=y.type, shape=y.shape) for part in ("frn", "sum")]
         made = [
             ir.node(
@@ -100,7 +100,10 @@ def split_residuals(model: ir.Model) -> list[ir.Node]:
     return left
 
 
-def _constant(graph: ir.Graph, name: str, array: _Array) -> ir.Value:
+def new_initializer(graph: ir.Graph, name: str, array: _Array) -> ir.Value:
+    """A constant of the graph, under this name or one like it that is free."""
+    taken = graph.initializers
+    name = next(each for each in (name, *(f"{name}_{n}" for n in range(1, len(taken) + 2))) if each not in taken)
     value = ir.val(name, const_value=ir.tensor(array, name=name))
     graph.register_initializer(value)
     return value

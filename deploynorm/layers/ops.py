@@ -175,7 +175,7 @@ def _(x: Tensor, gamma: Tensor, beta: Tensor, tau: Tensor, eps: Tensor) -> Tenso
 def filter_response_norm_add(
     x: Tensor, gamma: Tensor, beta: Tensor, tau: Tensor, eps: Tensor, residual: Tensor
 ) -> Tensor:
-    """The same with a residual."""
+    """FRN with a residual, as exporters see it."""
     gamma, beta, tau, eps = _in_compute_type(x, gamma, beta, tau, eps)
     return _forward(x, gamma, beta, tau, eps, residual)[0].contiguous()
 

@@ -10,8 +10,8 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from deploynorm.changes import Change
 from deploynorm.onnx_file import node_counts
-from deploynorm.residual import per_channel
-from deploynorm.rewrite.intake import new_initializer, prepared, unchanged, without_inferred_sizes
+from deploynorm.residual import new_initializer, per_channel
+from deploynorm.rewrite.intake import prepared, unchanged, without_inferred_sizes
 from deploynorm.rewrite.result import RewriteResult
 from deploynorm.rewrite.values import Array, Values
 
@@ -110,9 +110,9 @@ class _Folding:
             detail = f"folded, its weight is no finite number in {weight.dtype}"
             return [Change(str(end.name), names[0], "unchanged", detail=detail)]
         name = str(end.name)
-        given = [inputs[0], new_initializer(self._model, f"{name}_weight", folded)]
+        given = [inputs[0], new_initializer(self._model.graph, f"{name}_weight", folded)]
         if bias is not None or shift.any():
-            given.append(new_initializer(self._model, f"{name}_bias", shifted))
+            given.append(new_initializer(self._model.graph, f"{name}_bias", shifted))
         made = ir.node(node.op_type, given, node.attributes, name=node.name, metadata_props=dict(node.metadata_props))
         # The new output takes the name, shape and type of the old one.
         ir.convenience.replace_nodes_and_values(self._graph, node, [], [made], [end], made.outputs)

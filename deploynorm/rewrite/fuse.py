@@ -15,9 +15,9 @@ from deploynorm.changes import Change
 from deploynorm.contract import ADD_OP_TYPE, DOMAIN, NODE_ATTRIBUTES, OP_TYPE, PARAMETERS
 from deploynorm.lowering import frn_nodes, lower
 from deploynorm.onnx_file import node_counts
-from deploynorm.residual import fuse_residuals
+from deploynorm.residual import fuse_residuals, new_initializer
 from deploynorm.rewrite.formula import Layout
-from deploynorm.rewrite.intake import drop_bodies, new_initializer, prepared, unchanged, without_inferred_sizes
+from deploynorm.rewrite.intake import drop_bodies, prepared, unchanged, without_inferred_sizes
 from deploynorm.rewrite.operators import REDUCTIONS, RULES
 from deploynorm.rewrite.result import RewriteResult
 from deploynorm.rewrite.values import Values
@@ -251,7 +251,7 @@ class _Fusing:
         with np.errstate(over="ignore", under="ignore"):
             arrays = {key: np.broadcast_to(number, channels).astype(wide) for key, number in given.items()}
         _check_parameters(arrays)
-        parameters = [new_initializer(self._model, f"{name}_{key}", array) for key, array in arrays.items()]
+        parameters = [new_initializer(self._model.graph, f"{name}_{key}", array) for key, array in arrays.items()]
         nodes: list[ir.Node] = []
         if before is not None:
             nodes.append(_transpose(x, before, f"{name}_channels_first"))

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from typing import Any, Final
+from typing import Final
 
-import numpy.typing as npt
 import onnx
 import onnx_ir as ir
 import onnxscript.version_converter
@@ -84,15 +83,6 @@ def drop_bodies(model: ir.Model) -> None:
     """Takes the bodies of our operators out of the model, in place."""
     for key in [key for key, each in model.functions.items() if (each.domain, each.name) in _OURS]:
         del model.functions[key]
-
-
-def new_initializer(model: ir.Model, name: str, array: npt.NDArray[Any]) -> ir.Value:
-    """A constant of the graph, under this name or one like it that is free."""
-    taken = model.graph.initializers
-    name = next(each for each in (name, *(f"{name}_{n}" for n in range(1, len(taken) + 2))) if each not in taken)
-    value = ir.val(name, const_value=ir.tensor(array, name=name))
-    model.graph.register_initializer(value)
-    return value
 
 
 def unchanged(model: ir.Model, changes: Iterable[Change]) -> RewriteResult:

@@ -140,7 +140,7 @@ struct Thread {
   }
 
 #if DEPLOYNORM_CLUSTERS
-  // The same of the sums over all blocks of a cluster, each of which gives its own to all. Every thread has arrived at
+  // Finishes the sums over all blocks of a cluster, each of which gives its own to all. Every thread has arrived at
   // the cluster's barrier before: when it had read what others gave of the last tile.
   __device__ void finish(const cooperative_groups::cluster_group& cluster) {
     __shared__ A of_blocks[kMostOfACluster][kValues][kSums];
