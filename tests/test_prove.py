@@ -184,6 +184,13 @@ def test_the_steps_are_well_formed() -> None:
                 assert (FOLDER.parents[1] / word).exists(), word
 
 
+def test_results_do_not_go_into_a_file(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    done = subprocess.run([FOLDER / "prove", "--out", tmp_path / "file"], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr == f"tests/gpu/prove: cannot make the folder {tmp_path / 'file'}: File exists\n"
+
+
 @pytest.mark.slow
 def test_without_a_gpu_each_step_runs_a_little_or_says_why_not(require: Callable[[str], None], tmp_path: Path) -> None:
     for name in ("ort", "native", "compiler", "trt-headers", "trt-rtx"):

@@ -190,7 +190,10 @@ class Prover:
         self._end = time.monotonic() + seconds
         self._out, self._work = out, work
         for folder in (out, work):
-            folder.mkdir(parents=True, exist_ok=True)
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                sys.exit(f"tests/gpu/prove: cannot make the folder {folder}: {error.strerror}")
         self._parts = Parts(parts, work)
         self._install_wheels()
         self.device: dict[str, object] | None = None
