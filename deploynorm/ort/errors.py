@@ -30,6 +30,12 @@ _KNOWN: Final[tuple[tuple[str, type[DeployNormError], str, str], ...]] = (
         "register it with deploynorm.ort.register(options) only, which knows what it has registered",
     ),
     (
+        r"was rewritten for a processor with blocks of \d+ channels",
+        BackendError,
+        "was rewritten for another machine or another onnxruntime",
+        "",
+    ),
+    (
         "Unsupported model IR version|is under development and support for this is limited|unknown model IR version",
         BackendError,
         "is newer than onnxruntime {version} reads",
@@ -60,16 +66,20 @@ _KNOWN: Final[tuple[tuple[str, type[DeployNormError], str, str], ...]] = (
         "export it in float32, or build the plugin library for that type",
     ),
 )
-"""Errors that we foresee: a pattern of their text, our class, the problem and the fix; `{version}` is filled in."""
+"""Errors that we foresee: a pattern of their text, our class, the problem and the fix; `{version}` is filled in.
+
+Our own libraries give the fix themselves.
+"""
 
 
 def explain(where: str, error: Exception) -> DeployNormError:
     """The error of ONNX Runtime as one of ours."""
-    version, text = import_onnxruntime().__version__, plain(error)
+    version = import_onnxruntime().__version__
+    got, _, own_fix = plain(error).partition(". Fix: ")
     for pattern, kind, problem, fix in _KNOWN:
         if re.search(pattern, str(error)):
-            return kind(where, problem.format(version=version), got=text, fix=fix)
-    return ModelError(where, f"onnxruntime {version} cannot run the model", got=text)
+            return kind(where, problem.format(version=version), got=got, fix=fix or own_fix)
+    return ModelError(where, f"onnxruntime {version} cannot run the model", got=got, fix=own_fix or None)
 
 
 def plain(error: Exception) -> str:

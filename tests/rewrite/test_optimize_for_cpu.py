@@ -606,6 +606,19 @@ def test_file_of_another_machine_is_refused(key: str, value: object, tmp_path: P
         OnnxRuntimeRunner(tmp_path / "net.onnx")
 
 
+def test_file_of_another_processor_is_refused_by_its_operator_too(tmp_path: Path) -> None:
+    """The library refuses it while ONNX Runtime opens it, before its note can be read."""
+    here = machine.block_size(ort.import_onnxruntime())
+    result = optimize_for_cpu(REWRITTEN["FRN as the output"].model())
+    for node in result.model.graph:
+        if node.op_type == BLOCKED_OP_TYPE:
+            node.attributes["block"] = ir.AttrInt64("block", 24 - here)
+    onnx_file.save(result.model, tmp_path / "net.onnx")
+    with pytest.raises(BackendError, match="was rewritten for another machine") as caught:
+        OnnxRuntimeRunner(tmp_path / "net.onnx")
+    assert caught.value.fix == "run deploynorm rewrite --optimize-for-cpu here, on the file it was made from"
+
+
 @pytest.mark.parametrize("text", ["", "{}", "[]", "3", '{"onnxruntime": "1.32.0", "machine": "x86_64"}'])
 def test_note_that_is_damaged(text: str) -> None:
     with pytest.raises(ModelError, match="damaged"):
