@@ -31,6 +31,9 @@ PLANE_OF_ONE_VALUE_FLOAT32 = Tolerance(
 FUSED = Tolerance(
     2e-6, 0.0, "FRN in one node against loose operators, relative to the largest value: float32's rounding"
 )
+IMPORTED = Tolerance(
+    1e-6, 0.0, "float64 layers against a formula, relative to the largest value: an epsilon rounded to float32"
+)
 FOLD_FLOAT32 = Tolerance(1e-5, 1e-5, "folded in float64 and cast back: only float32's own rounding differs")
 LAYOUT_FLOAT32 = Tolerance(1e-5, 1e-5, "one float32 network in two memory layouts: its sums run in another order")
 MABN_LOOP = Tolerance(1e-6, 1e-6, "a float64 layer against a literal float64 loop, over hundreds of dependent steps")

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final, NamedTuple
 
+from deploynorm.checkpoint._numpy import is_npy, is_npz, is_pickle, read_npy, read_npz, read_pickle
 from deploynorm.checkpoint._pickle import unpickle
 from deploynorm.checkpoint._pt2 import load_program
 from deploynorm.checkpoint._safetensors import is_safetensors, load_tensors
 from deploynorm.checkpoint._zip import whole_members
 from deploynorm.errors import ModelError
 
-ACCEPTED = "a file written by torch.save, by torch.export.save, by safetensors or by deploynorm"
+ACCEPTED = "a file written by torch.save, by torch.export.save, by safetensors, by numpy.savez or by deploynorm"
 
 
 class Format(NamedTuple):
@@ -31,6 +32,9 @@ FORMATS: Final = {
     "torch.save": Format(lambda data, members: "data.pkl" in members, unpickle),
     "safetensors": Format(lambda data, _: is_safetensors(data), load_tensors),
     "torch.save before 1.6": Format(lambda data, _: data[:1] == b"\x80" and _LEGACY_MAGIC in data[:64], unpickle),
+    ".npz": Format(lambda data, _: is_npz(data), read_npz),
+    ".npy": Format(lambda data, _: is_npy(data), read_npy),
+    "pickle of arrays": Format(lambda data, _: is_pickle(data), read_pickle),
 }
 """The formats that `load` reads; the first that recognises a file has it."""
 
@@ -38,11 +42,13 @@ _FOREIGN = {
     b"\x89PNG": "a PNG image",
     b"\xff\xd8\xff": "a JPEG image",
     b"\x89HDF": "an HDF5 file, as Keras writes",
-    b"\x93NUMPY": "a NumPy array",
     b"\x1f\x8b": "a gzip file",
     b"\x7fELF": "a compiled program or library",
     b"version https://git-lfs": "a Git LFS pointer, not the file it points to",
 }
+
+_OF_OTHERS = (".ckpt", ".keras", ".h5", ".hdf5", ".index", ".data-00000-of-00001", ".msgpack", ".pdparams")
+"""Endings of what TensorFlow, Keras, MindSpore, Flax and Paddle write."""
 
 
 def detect(data: bytes, where: str) -> Format:
@@ -60,19 +66,21 @@ def detect(data: bytes, where: str) -> Format:
     if "serialized_exported_program.json" in members:
         fix = "load it with that version, or trace the network again with this one, and torch.export.save it"
         raise ModelError(where, "a torch.export archive of PyTorch 2.7 or older", fix=fix)
-    if data[:1] == b"\x80":
-        fix = "load it where it was made and write it with torch.save(model.state_dict(), path)"
-        raise ModelError(where, "a pickle that torch.save did not write", expected=ACCEPTED, fix=fix)
-    raise ModelError(where, "not a checkpoint", got=_describe(data, members, where), expected=ACCEPTED)
+    of_another = data.startswith(b"\x89HDF") or where.endswith(_OF_OTHERS)
+    fix = (
+        "write its arrays into an .npz where it was made, in two lines of Python: docs/import.md"
+        if of_another
+        else None
+    )
+    raise ModelError(where, "not a checkpoint", got=_describe(data, where), expected=ACCEPTED, fix=fix)
 
 
-def _describe(data: bytes, members: list[str], where: str) -> str:
+def _describe(data: bytes, where: str) -> str:
     for magic, name in _FOREIGN.items():
         if data.startswith(magic):
             return name
     if data[:2] == b"PK":
-        is_npz = members and all(member.endswith(".npy") for member in members)
-        return "a NumPy .npz" if is_npz else "another zip archive"
+        return "another zip archive"
     if where.endswith(".onnx"):
         return "an ONNX model"
     start = data[:512].lstrip()

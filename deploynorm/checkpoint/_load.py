@@ -102,7 +102,7 @@ def load(
     if not (kwargs is None or isinstance(kwargs, Mapping)):
         raise InputError("load", "kwargs are no dict by names of arguments", got=repr(kwargs))
     where = str(path)
-    data = _read(path)
+    data = read_file(path)
     found = partial(Checkpoint, path=path, sha256=hashlib.sha256(data).hexdigest())
     # A pickle that is trusted may name the user's modules, as a factory may.
     with current_directory_on_path() if trust_pickle else nullcontext():
@@ -136,7 +136,8 @@ def load(
     return found(model, "state_dict", factory=factory, notes=(*notes, *more))
 
 
-def _read(path: Path) -> bytes:
+def read_file(path: Path) -> bytes:
+    """The bytes of a file; ModelError for none."""
     try:
         return path.read_bytes()
     except OSError as error:

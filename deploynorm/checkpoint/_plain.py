@@ -10,7 +10,7 @@ from typing import Any, Final
 import numpy as np
 
 
-class _NumberType:
+class NumberType:
     """Takes the place of numpy.dtype, whose own reading of a pickle trusts what it says."""
 
     def __init__(self, code: str, *_: object) -> None:
@@ -20,7 +20,7 @@ class _NumberType:
         self.order = state[1]
 
 
-def _number(kind: _NumberType, data: bytes) -> Any:
+def _number(kind: NumberType, data: bytes) -> Any:
     """A number of NumPy's, as Python's."""
     if not re.fullmatch(r"[<>=|][biuf][1248]", f"{kind.order}{kind.code}"):
         raise ValueError(f"{kind.code!r} is not a type of numbers")
@@ -29,7 +29,7 @@ def _number(kind: _NumberType, data: bytes) -> Any:
 
 
 PLAIN: Final[dict[str, Callable[..., Any]]] = {
-    "numpy.dtype": _NumberType,
+    "numpy.dtype": NumberType,
     "numpy._core.multiarray.scalar": _number,
     "numpy.core.multiarray.scalar": _number,  # as NumPy before 2.0 wrote it
     "argparse.Namespace": Namespace,

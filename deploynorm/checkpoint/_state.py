@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable, Mapping
 from itertools import chain
 from typing import Any
@@ -14,6 +15,8 @@ from deploynorm.checkpoint._wrappers import prefix_that_fits, without_prefix, wi
 from deploynorm.errors import ModelError
 
 _SHOWN = 5
+_COMPARED = 500
+"""Names of the file that are compared with one that is missing: each takes some 50 us."""
 
 
 def load_strictly(model: nn.Module, state: Mapping[str, Any], where: str, strip_prefix: str | None = None) -> list[str]:
@@ -61,12 +64,20 @@ def load_strictly(model: nn.Module, state: Mapping[str, Any], where: str, strip_
         return notes
     kinds = {"missing from the file": missing, "unknown to the network": unexpected, "of another shape": shapes}
     problems = "; ".join(f"{len(names)} {kind}: {_some(names)}" for kind, names in kinds.items() if names)
+    if alike := _alike(missing, unexpected):
+        problems += f"; alike: {', '.join(alike)}"
     problem = f"the state dict does not fit {type(model).__name__}"
     wanted = f"the {len(expected)} tensors of the network, strictly"
     fix = "give the factory (--factory) and its arguments that the file was trained with"
     if (prefix := prefix_that_fits(state, expected)) is not None:
         fix = f"pass --strip-prefix {prefix} if the network is that part of the file"
     raise ModelError(where, problem, got=problems or str(cause), expected=wanted, fix=fix) from cause
+
+
+def _alike(missing: list[str], unexpected: list[str]) -> list[str]:
+    """For some names of the network that the file lacks, the closest of the file that the network lacks."""
+    pairs = ((name, difflib.get_close_matches(name, unexpected[:_COMPARED], 1)) for name in missing[:_SHOWN])
+    return [f"{close[0]} in the file and {name} in the network" for name, close in pairs if close]
 
 
 def check_finite(model: nn.Module, where: str) -> None:

@@ -22,7 +22,7 @@ from types import FrameType
 from typing import Any, Final, NoReturn
 
 import deploynorm
-from deploynorm.cli import build, check, doctor, export, fold, inspect, options, plugins, rewrite, run
+from deploynorm.cli import build, check, doctor, export, fold, import_, inspect, options, plugins, rewrite, run
 from deploynorm.cli.terminal import Terminal, steady_output
 from deploynorm.errors import DeployNormError, InputError
 from deploynorm.packages import naming_missing_packages
@@ -32,8 +32,8 @@ __all__ = ["main"]
 atexit.register(gc.freeze)  # or Python would look through all of torch for garbage before it ends
 
 _VERBS: Final[dict[str, Any]] = {
-    module.__name__.rpartition(".")[2]: module
-    for module in (fold, export, rewrite, build, check, run, inspect, plugins, doctor)
+    module.__name__.rpartition(".")[2].rstrip("_"): module
+    for module in (import_, fold, export, rewrite, build, check, run, inspect, plugins, doctor)
 }
 """In the order of the pipeline, which is the order of --help. Each has `add_arguments`, and `run`, which takes a
 Terminal and by name the options that `add_arguments` added, and returns the exit code, or None for 0."""

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from deploynorm.sources import OF_THE_AUTHORS
+
 if TYPE_CHECKING:
     from deploynorm.layers.mabn import _MABN
 
 _HISTORIES = ("recent_x2", "recent_gz")
-_OF_THE_AUTHORS = ("iters", "buffer_x2", "buffer_gz", "sta_matrix", "pre_x2", "pre_gz")
-"""Buffers of megvii-model/MABN@995e8f5 beside running_var: histories, in forms that depend on the batch size."""
 
 
 def fit(state: dict[str, Any], prefix: str, layer: _MABN) -> None:
@@ -29,7 +29,7 @@ def fit(state: dict[str, Any], prefix: str, layer: _MABN) -> None:
     R = state.get(f"{prefix}running_var")
     if not isinstance(R, Tensor):
         return
-    for name in _OF_THE_AUTHORS:
+    for name in OF_THE_AUTHORS:
         state.pop(prefix + name, None)
     if R.numel() == layer.num_features:
         state[f"{prefix}running_var"] = R.reshape(-1)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from deploynorm.errors import InputError
+from deploynorm.layers import _frn_checkpoints as checkpoints
 from deploynorm.layers import functional
 from deploynorm.layers._checks import check_count, check_dtype, check_input, check_positive, check_residual
 from deploynorm.layers._precision import FullPrecisionBuffers, cast, compute_dtype
@@ -98,6 +99,10 @@ class _FRN(FullPrecisionBuffers):
         eps = self.effective_eps()
         return functional.filter_response_norm(x, self.weight, self.bias, self.tau, eps, residual)
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        checkpoints.fit(state_dict, prefix, self)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def extra_repr(self) -> str:
         eps = self.eps if isinstance(self.eps, float) else "per channel"
         return f"{self.num_features}, eps={eps}, learned_eps={self.learned_eps!r}, tlu={self.tau is not None}"
@@ -150,8 +155,9 @@ class FRN2d(_FRN):
         eps_l () or (C,): 1e-4 at the start; None without learned_eps.
 
     Buffers:
-        eps (C,): Where eps was given as a tensor; float32 (float64 for float64)
-            whatever the layer is cast to.
+        eps (C,): Where eps was given as a tensor, or came with a state dict, as
+            that of an imported checkpoint; float32 (float64 for float64) whatever
+            the layer is cast to.
 
     Raises:
         InputError: Wrong rank, number of channels or type of the input; a residual

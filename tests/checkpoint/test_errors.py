@@ -84,7 +84,7 @@ FILES: dict[str, tuple[bytes, dict[str, Any], tuple[str, ...]]] = {
     "safetensors": ((16).to_bytes(8, "little") + b'{"a":1}         ' + bytes(9), {}, ("file cannot be read",)),
     "onnx": (b"\x08\x08\x12\x07pytorch", {}, ("not a checkpoint", "unknown bytes")),
     "other zip": (zipped("a/b.txt"), {}, ("not a checkpoint", "another zip archive")),
-    "npz": (zipped("a.npy", "b.npy"), {}, ("a NumPy .npz",)),
+    "npz": (zipped("a.npy", "b.npy"), {}, ("a NumPy .npz, and what is in it is no dict of arrays",)),
     "torchscript": (
         zipped("m/data.pkl", "m/constants.pkl", "m/code/a.py"), {}, ("a TorchScript archive", "torch.jit.load"),
     ),
