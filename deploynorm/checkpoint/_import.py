@@ -112,8 +112,7 @@ def import_checkpoint(
         return Import(translate(state, source, eps=eps, where=where), notes=notes)
     network = unwrapped(build(factory, factory_kwargs or {}, where, typed=True))
     known = {*network.state_dict(), *(f"{name}." for name, _ in network.named_modules())}
-    stripped = () if strip_prefix is None else without_prefix(state, strip_prefix, where)
-    state, more = stripped or (state, [])
+    state, more = (state, []) if strip_prefix is None else without_prefix(state, strip_prefix, where)
     state, removed = without_wrappers(state, known)
     translation = translate(state, source, eps=eps, network=network, where=where)
     for layer in translation.layers:
@@ -121,7 +120,7 @@ def import_checkpoint(
     loaded = load_strictly(network, translation.state_dict, where)
     check_finite(network, where)
     notes = (*notes, *more, *removed, *loaded)
-    if any(isinstance(m, _MABN) for m in network.modules()) and not _has(network, _CenConv):
+    if _has(network, _MABN) and not _has(network, _CenConv):
         notes = (*notes, "the network has no CenConv2d: with plain convolutions it computes something else than theirs")
     return Import(translation, network.cpu().eval(), factory, factory_kwargs, notes)
 
@@ -152,16 +151,13 @@ def _check_fits(layer: TranslatedLayer, network: nn.Module, where: str) -> None:
         module = network.get_submodule(layer.name)
     except AttributeError:
         return
-    is_frn = layer.kind.startswith("FRN")
-    kind = _FRN if is_frn else TLU if layer.kind == "TLU" else _MABN
+    kind = _FRN if layer.kind.startswith("FRN") else _MABN if layer.kind.startswith("MABN") else TLU
     found, built, fix = f"{type(module).__module__}.{type(module).__qualname__}", "", None
     if not isinstance(module, kind):
         fix = "build the network with our layers in place of theirs"
     elif isinstance(module, _FRN) and (module.tau is not None) != layer.has_tau:
-        found, built = (
-            f"{layer.kind} with {'' if module.tau is not None else 'no '}threshold",
-            "" if layer.has_tau else ", tlu=False",
-        )
+        found = f"{layer.kind} with {'no' if layer.has_tau else 'a'} threshold"
+        built = "" if layer.has_tau else ", tlu=False"
         fix = "build it so; a threshold that is a layer of its own is a deploynorm.layers.TLU"
     elif isinstance(module, _MABN) and layer.eps and not math.isclose(module.eps, layer.eps[0], rel_tol=1e-6):
         found, built, fix = f"{layer.kind} with eps={module.eps:g}", f", eps={layer.eps[0]:g}", "build it so"

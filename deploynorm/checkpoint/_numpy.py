@@ -170,6 +170,7 @@ _CALLED: Mapping[str, Callable[..., Any]] = {
     **{f"numpy.{core}.multiarray._reconstruct": lambda *_: _Array() for core in ("core", "_core")},
     **{f"numpy.{core}.numeric._frombuffer": _array for core in ("core", "_core")},
     "_codecs.encode": _bytes,
+    "__builtin__.bytes": lambda: b"",
     "collections.OrderedDict": OrderedDict,
 }
 """What a pickle of arrays may name, and what is called in its place."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from deploynorm.checkpoint._wrappers import prefix_that_fits, without_prefix, without_wrappers
-from deploynorm.errors import ModelError
+from deploynorm.errors import DeployNormError, ModelError
 
 _SHOWN = 5
 _COMPARED = 500
@@ -62,6 +62,10 @@ def load_strictly(model: nn.Module, state: Mapping[str, Any], where: str, strip_
         cause = error
     if not (cause or missing or unexpected):
         return notes
+    if isinstance(cause, DeployNormError):  # of a layer of ours
+        raise ModelError(
+            where, f"{cause.where}: {cause.problem}", got=cause.got, expected=cause.expected, fix=cause.fix
+        ) from cause
     kinds = {"missing from the file": missing, "unknown to the network": unexpected, "of another shape": shapes}
     problems = "; ".join(f"{len(names)} {kind}: {_some(names)}" for kind, names in kinds.items() if names)
     if alike := _alike(missing, unexpected):

@@ -8,7 +8,6 @@ from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from torch import Tensor, nn
 
 from deploynorm.arrays import to_tensor
@@ -91,12 +90,21 @@ def translate(
 def _as_tensors(state_dict: Mapping[str, Any], where: str) -> dict[str, Any]:
     if not isinstance(state_dict, Mapping) or not all(isinstance(name, str) for name in state_dict):
         raise InputError(where, "no state dict", got=type(state_dict).__name__, expected="tensors by their names")
-    state = {n: to_tensor(value) if isinstance(value, np.ndarray) else value for n, value in state_dict.items()}
+    state = {name: _as_tensor(name, value, where) for name, value in state_dict.items()}
     odd = [name for name, value in state.items() if not isinstance(value, Tensor) and not is_extra_state(name)]
     if odd:
         got = f"{odd[0]!r}, {type(state[odd[0]]).__name__}"
         raise InputError(where, "a state dict with what is no tensor", got=got, expected="tensors by their names")
     return state
+
+
+def _as_tensor(name: str, value: Any, where: str) -> Any:
+    if not isinstance(value, np.ndarray | np.generic):
+        return value
+    try:
+        return to_tensor(np.asarray(value))
+    except TypeError as error:
+        raise InputError(where, f"{name!r} is no array of numbers", got=value.dtype) from error
 
 
 def _check_eps(source: str, eps: float | None, where: str) -> None:
@@ -156,8 +164,6 @@ def _translated(
     if assumed and eps is None:
         default = f"{assumed.pop():.3g} is what layers of {row.project} have by default"
         notes.append(f"the file stores no epsilon: {default}, and --eps takes another")
-    if any(layer.kind == "TLU" for layer in layers):
-        notes.append("thresholds are layers of their own, TLU, and FRN is built with tlu=False")
     if bare:
         notes.append(f"an FRN without a threshold and a GroupNorm have the same names: {_some(bare)} stay as they are")
     if turned:
@@ -200,9 +206,12 @@ def _detected(state: Mapping[str, Any], where: str, eps: float | None, frn_paths
 
 def _agree(one: Translation, other: Translation) -> bool:
     a, b = one.state_dict, other.state_dict
-    return a.keys() == b.keys() and all(
-        torch.equal(a[name], b[name]) for name in a if isinstance(a[name], Tensor) and isinstance(b[name], Tensor)
-    )
+    return a.keys() == b.keys() and all(a[name] is b[name] or _equal(a[name], b[name]) for name in a)
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    """Whether both hold the same values, NaN among them."""
+    return a.shape == b.shape and a.dtype == b.dtype and bool(((a == b) | (a.isnan() & b.isnan())).all())
 
 
 def _not_found(state: Mapping[str, Any], source: str, where: str) -> ModelError:

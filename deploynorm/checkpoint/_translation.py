@@ -65,9 +65,8 @@ class Translation:
         if not merged:
             return self
         kept = tuple(layer for layer in layers if not (layer.kind == "TLU" and layer.name in merged))
-        notes = [note for note in self.notes if not note.startswith("thresholds") or any(x.kind == "TLU" for x in kept)]
-        notes.append(f"{len(merged)} thresholds went into the FRN before them, where the network has them")
-        return replace(self, state_dict=OrderedDict(state), layers=kept, notes=tuple(notes))
+        note = f"{len(merged)} thresholds went into the FRN before them, where the network has them"
+        return replace(self, state_dict=OrderedDict(state), layers=kept, notes=(*self.notes, note))
 
     def __str__(self) -> str:
         rows = [
@@ -79,6 +78,8 @@ class Translation:
         if self.dropped:
             kinds = dict.fromkeys(key.replace("/", ".").rpartition(".")[2] for key in self.dropped)
             lines.append(f"dropped: {', '.join(kinds)} of {self.norms} layers, which only training needs")
+        if any(layer.kind == "TLU" for layer in self.layers):
+            lines.append("note: thresholds are layers of their own, TLU; FRN is built with tlu=False")
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
 
     def to_dict(self) -> dict[str, Any]:
