@@ -73,7 +73,7 @@ class LayerReader:
         Raises:
             ModelError: It has their names and wrong shapes, an epsilon of 0, or a threshold that ours cannot have.
         """
-        if self.source.tlu and "tau" in tensors and tensors.keys() <= _TLU:
+        if self.source.tlu and "tau" in tensors and tensors.keys() <= _TLU and tensors["tau"].dim():
             return self._tlu(path, tensors)
         if not self._has_names(path, tensors):
             return None

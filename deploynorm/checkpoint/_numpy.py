@@ -75,9 +75,9 @@ def read_pickle(data: bytes, where: str, *, trust: bool) -> dict[str, Tensor]:
 
 
 def _tensors(content: object, where: str, kind: str) -> dict[str, Tensor]:
-    named = isinstance(content, Mapping) and all(isinstance(name, str) for name in content)
-    arrays = {name: value for name, value in content.items() if isinstance(value, np.ndarray)} if named else {}
-    if not named or not arrays or len(arrays) < len(content):  # type: ignore[arg-type]
+    items: Mapping[object, object] = content if isinstance(content, Mapping) else {}
+    arrays = {k: value for k, value in items.items() if isinstance(k, str) and isinstance(value, np.ndarray)}
+    if not arrays or len(arrays) < len(items):
         got = f"a dict of {len(content)}" if isinstance(content, Mapping) else type(content).__name__
         problem = f"{kind}, and what is in it is no dict of arrays"
         fix = "load it where it was made and write it with torch.save(model.state_dict(), path)"
@@ -148,7 +148,7 @@ class _Array:
             self.value = _array(content, kind, shape, "F" if fortran else "C")
 
 
-def _array(content: Any, kind: NumberType, shape: tuple[int, ...], order: str) -> npt.NDArray[Any]:
+def _array(content: Any, kind: NumberType, shape: Any, order: str) -> npt.NDArray[Any]:
     sizes = isinstance(shape, tuple) and all(type(size) is int and size >= 0 for size in shape)
     if not re.fullmatch(r"[<>=|][biuf][1248]", f"{kind.order}{kind.code}") or not sizes or len(shape) > _MOST_AXES:
         raise ValueError(f"{kind.order}{kind.code} {shape} is no array of numbers")

@@ -34,7 +34,7 @@ def load_strictly(model: nn.Module, state: Mapping[str, Any], where: str, strip_
         What was done to make it fit.
     """
     _check_allocated(chain(model.named_parameters(), model.named_buffers()), where, "build the network on the CPU")
-    _check_allocated(_tensors(state), where, "write the file again from a network that has its values")
+    check_allocated(state, where)
     _check_versions(state, where)
     expected = model.state_dict()
     notes: list[str] = []
@@ -102,6 +102,11 @@ def check_finite(model: nn.Module, where: str) -> None:
         problem, expected = f"NaN or infinity in {len(broken)} tensors", "finite parameters and running statistics"
         fix = "take an earlier checkpoint: the training has diverged"
         raise ModelError(where, problem, got=_some(broken), expected=expected, fix=fix)
+
+
+def check_allocated(state: Mapping[str, Any], where: str) -> None:
+    """Raises ModelError for tensors of a state dict that have no values."""
+    _check_allocated(_tensors(state), where, "write the file again from a network that has its values")
 
 
 def _check_allocated(tensors: Iterable[tuple[str, Tensor]], where: str, fix: str) -> None:

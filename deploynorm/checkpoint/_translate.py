@@ -14,6 +14,7 @@ from deploynorm.arrays import to_tensor
 from deploynorm.checkpoint._channels_last import channels_first, plain_name
 from deploynorm.checkpoint._find import is_extra_state
 from deploynorm.checkpoint._foreign_layers import LayerReader
+from deploynorm.checkpoint._state import check_allocated
 from deploynorm.checkpoint._translation import Translation
 from deploynorm.errors import InputError, ModelError, check_choice
 from deploynorm.layers._checks import check_positive
@@ -87,7 +88,7 @@ def translate(
     return translation
 
 
-def _as_tensors(state_dict: Mapping[str, Any], where: str) -> dict[str, Any]:
+def _as_tensors(state_dict: Any, where: str) -> dict[str, Any]:
     if not isinstance(state_dict, Mapping) or not all(isinstance(name, str) for name in state_dict):
         raise InputError(where, "no state dict", got=type(state_dict).__name__, expected="tensors by their names")
     state = {name: _as_tensor(name, value, where) for name, value in state_dict.items()}
@@ -95,10 +96,13 @@ def _as_tensors(state_dict: Mapping[str, Any], where: str) -> dict[str, Any]:
     if odd:
         got = f"{odd[0]!r}, {type(state[odd[0]]).__name__}"
         raise InputError(where, "a state dict with what is no tensor", got=got, expected="tensors by their names")
+    check_allocated(state, where)
     return state
 
 
 def _as_tensor(name: str, value: Any, where: str) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach()
     if not isinstance(value, np.ndarray | np.generic):
         return value
     try:
@@ -147,6 +151,9 @@ def _translated(
             dropped += [group[last][0] for last in reading.dropped]
             entries = dict(reading.entries)
         elif row.channels_last:
+            if row.eps.name in group:
+                key, fix = group[row.eps.name][0], "put the layer's name before it, as docs/import.md does"
+                raise ModelError(where, f"the epsilon {key} is under the name of no layer", fix=fix)
             passed = channels_first({last: tensor for last, (_, tensor) in group.items()})
             turned += sum(new is not group[last][1] for last, (_, new) in passed.items())
             entries = dict(passed.values())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -10,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from pages import text_of
 from tolerances import IMPORTED
 from torch import Tensor, nn
 
@@ -276,8 +278,10 @@ def test_our_layers_compute_the_formula_of_the_project(case: Case) -> None:
         assert_close(again(torch.from_numpy(x)), want)
 
 
-def test_every_source_has_a_case() -> None:
+def test_every_source_has_a_case_and_a_row_on_the_page() -> None:
     assert {case.source for case in CASES.values()} | {"unified-normalization", "deploynorm"} == set(SOURCES)
+    rows = re.findall(r"^\| `([\w-]+)` \|", text_of("docs/import.md"), re.MULTILINE)
+    assert sorted(rows) == sorted(SOURCES)
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
@@ -368,11 +372,14 @@ def test_eps_takes_the_place_of_what_no_file_stores() -> None:
 
 
 def test_what_is_no_norm_layer_passes_through() -> None:
-    others = {**nn.BatchNorm2d(2).state_dict(), **nn.Conv2d(1, C, 1).state_dict(prefix="a.")}
-    others |= {**nn.GroupNorm(1, C).state_dict(prefix="b."), "c.gamma": torch.ones(C), "d.tau": torch.ones(1)}
-    translation = translate({**theirs(CASES["knjcode"]), **others}, "knjcode")
-    assert all(torch.equal(translation.state_dict[name], tensor) for name, tensor in others.items())
-    assert [layer.name for layer in translation.layers] == ["norm"]
+    others: dict[str, Any] = {**nn.BatchNorm2d(2).state_dict(), **nn.Conv2d(1, C, 1).state_dict(prefix="a.")}
+    others |= {**nn.GroupNorm(1, C).state_dict(prefix="b."), "c.gamma": torch.ones(C), "d.tau": torch.tensor(0.1)}
+    others |= {"e.weight": torch.ones(1, C, 1, 1), "e.bias": torch.ones(1), "f._extra_state": {"seen": 3}}
+    for source, layers in (("knjcode", ["norm"]), ("kornia", ["norm", "act"])):
+        translation = translate({**theirs(CASES[source]), **others}, source)
+        assert translation.state_dict["f._extra_state"] == {"seen": 3}
+        assert all(torch.equal(translation.state_dict[n], t) for n, t in others.items() if isinstance(t, Tensor))
+        assert [layer.name for layer in translation.layers] == layers
 
 
 def test_kernels_and_norms_of_tensorflow_take_the_layout_of_pytorch() -> None:
@@ -453,6 +460,10 @@ REFUSED: dict[str, tuple[Mapping[str, Any], str, str]] = {
         r"act.tau has a threshold for each position \(H, W, C\) of one input size; FRN's is for each channel",
     ),
     "affine thresholds": (addons(np.zeros((4, 4, C)), POSITIONS), "auto", r"max\(x, alpha \* x \+ tau\)"),
+    "an epsilon of no layer": (
+        {**addons(np.zeros(C)), "learned_epsilon:0": np.ones(1)}, "auto", "learned_epsilon:0 is under the name of no lay",
+    ),
+    "without values": (FRN2d(C, device="meta").state_dict(), "timm", "tensors without values .on the meta device"),
     "no state dict": ([1], "kornia", "no state dict. Got list"),
     "an array of text": ({"a": np.array(["b"])}, "kornia", "'a' is no array of numbers. Got <U1"),
     "what is no tensor": ({"a": 1}, "kornia", "a state dict with what is no tensor. Got 'a', int"),

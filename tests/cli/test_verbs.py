@@ -173,11 +173,11 @@ def test_help_imports_nothing_heavy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=os.environ)
     assert done.returncode == 0, done.stderr
-    for verb in ("fold", "export", "rewrite", "check", "run", "inspect"):
+    for verb in ("import", "fold", "export", "rewrite", "check", "run", "inspect"):
         assert f"\n    {verb} " in done.stdout
 
 
-@pytest.mark.parametrize("verb", ["fold", "export", "rewrite", "check", "run", "inspect"])
+@pytest.mark.parametrize("verb", ["import", "fold", "export", "rewrite", "check", "run", "inspect"])
 def test_help_of_each_verb(verb: str, deploynorm: Callable) -> None:
     assert "exit codes: 0 done" in deploynorm(verb, "--help").out
 

@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import io
 import json
+import pickle
 import random
 import warnings
 from collections.abc import Callable, Mapping
@@ -121,6 +122,10 @@ def safetensors() -> bytes:
     from safetensors.torch import save
 
     return save(dict(network().state_dict()))
+
+
+def arrays() -> dict[str, Any]:
+    return {name: value.numpy() for name, value in network().state_dict().items()}
 
 
 def archive() -> bytes:
@@ -256,7 +261,7 @@ def weights(**form: Any) -> dict[str, bytes]:
 
 
 def with_input(name: str, make: Callable[[], bytes]) -> Callable[[], dict[str, bytes]]:
-    return lambda: {name: make(), "x.npz": fed(name="input" if name.endswith((".pt", ".pt2", "tensors")) else "X")}
+    return lambda: {name: make(), "x.npz": fed(name="X" if name.endswith(".onnx") else "input")}
 
 
 RUN = "-o y.npz --json y.json -q"
@@ -293,6 +298,19 @@ KINDS: dict[str, Kind] = {
         with_input("w.safetensors", safetensors),
         read_weights,
         f"run w.safetensors x.npz {RUN} {NETWORK}",
+    ),
+    "weights in an .npz": Kind(
+        "w.npz",
+        with_input("w.npz", lambda: written(lambda buffer: np.savez(buffer, **arrays()))),
+        read_weights,
+        f"run w.npz x.npz {RUN} {NETWORK}",
+        guarded=True,
+    ),
+    "pickles of arrays": Kind(
+        "w.pkl",
+        with_input("w.pkl", lambda: pickle.dumps(arrays(), 4)),
+        read_weights,
+        f"run w.pkl x.npz {RUN} {NETWORK}",
     ),
     ".pt2 archives": Kind("m.pt2", with_input("m.pt2", archive), read_archive, f"run m.pt2 x.npz {RUN}", guarded=True),
     "last.pt of a training": Kind("last.pt", lambda: {"last.pt": last()}, read_last, None, guarded=True),
