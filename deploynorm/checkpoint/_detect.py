@@ -67,12 +67,9 @@ def detect(data: bytes, where: str) -> Format:
         fix = "load it with that version, or trace the network again with this one, and torch.export.save it"
         raise ModelError(where, "a torch.export archive of PyTorch 2.7 or older", fix=fix)
     of_another = data.startswith(b"\x89HDF") or where.endswith(_OF_OTHERS)
-    fix = (
-        "write its arrays into an .npz where it was made, in two lines of Python: docs/import.md"
-        if of_another
-        else None
-    )
-    raise ModelError(where, "not a checkpoint", got=_describe(data, where), expected=ACCEPTED, fix=fix)
+    convert = "write its arrays into an .npz where it was made, in two lines of Python: docs/import.md"
+    got = _describe(data, where)
+    raise ModelError(where, "not a checkpoint", got=got, expected=ACCEPTED, fix=convert if of_another else None)
 
 
 def _describe(data: bytes, where: str) -> str:

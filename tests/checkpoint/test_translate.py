@@ -166,6 +166,15 @@ CASES = {
         frn(),
         found=("timm", "deploynorm"),
     ),
+    "deploynorm": Case(
+        "deploynorm",
+        {"weight": (C,), "bias": (C,), "tau": (C,)},
+        lambda x, v: np.maximum(
+            rms(x, 1e-6) * column(v["norm.weight"]) + column(v["norm.bias"]), column(v["norm.tau"])
+        ),
+        frn(),
+        found=("timm", "deploynorm"),
+    ),
     "tensorflow-addons": Case(
         "tensorflow-addons",
         {"gamma": LAST, "beta": LAST, "learned_epsilon": (1,)},
@@ -189,6 +198,13 @@ CASES = {
         lambda x, v: np.maximum(
             v["norm.gamma"] * rms(x, np.abs(v["norm.eps"]), (1, 2)) + v["norm.beta"], v["norm.tau"]
         ),
+        frn(),
+        found=("tensorflow-listing",),
+    ),
+    "tensorflow-listing, epsilon fixed": Case(
+        "tensorflow-listing",
+        {"tau": LAST, "beta": LAST, "gamma": LAST},
+        lambda x, v: np.maximum(v["norm.gamma"] * rms(x, 1e-6, (1, 2)) + v["norm.beta"], v["norm.tau"]),
         frn(),
         found=("tensorflow-listing",),
     ),
@@ -272,6 +288,8 @@ def test_our_layers_compute_the_formula_of_the_project(case: Case) -> None:
     want = expected(case, file, x)
     with torch.no_grad():
         assert_close(ours(torch.from_numpy(x)), want)
+    norm = ours.get_submodule("norm")
+    assert isinstance(norm, FRN2d) or translation.layers[0].eps == (norm.eps, norm.eps)  # which MABN does not store
     again = network(case)
     again.load_state_dict(ours.state_dict())  # as from a file of deploynorm.save
     with torch.no_grad():
@@ -279,7 +297,7 @@ def test_our_layers_compute_the_formula_of_the_project(case: Case) -> None:
 
 
 def test_every_source_has_a_case_and_a_row_on_the_page() -> None:
-    assert {case.source for case in CASES.values()} | {"unified-normalization", "deploynorm"} == set(SOURCES)
+    assert {case.source for case in CASES.values()} | {"unified-normalization"} == set(SOURCES)
     rows = re.findall(r"^\| `([\w-]+)` \|", text_of("docs/import.md"), re.MULTILINE)
     assert sorted(rows) == sorted(SOURCES)
 
@@ -347,6 +365,7 @@ def test_unified_normalization() -> None:
     x = draw.normal(size=(2, 7, C))  # (N, L, C), as theirs takes it
     got = ours(torch.from_numpy(x).mT).mT
     assert_close(got, weight * x / np.sqrt(moment + 1e-5) + bias)
+    assert translation.layers[0].eps == (1e-5, 1e-5)
 
 
 def test_training_goes_on_from_an_imported_second_moment() -> None:
@@ -461,7 +480,7 @@ REFUSED: dict[str, tuple[Mapping[str, Any], str, str]] = {
     ),
     "affine thresholds": (addons(np.zeros((4, 4, C)), POSITIONS), "auto", r"max\(x, alpha \* x \+ tau\)"),
     "an epsilon of no layer": (
-        {**addons(np.zeros(C)), "learned_epsilon:0": np.ones(1)}, "auto", "learned_epsilon:0 is under the name of no lay",
+        {**addons(np.zeros(C)), "learned_epsilon:0": np.ones(1)}, "auto", "learned_epsilon:0 is under the name of no",
     ),
     "without values": (FRN2d(C, device="meta").state_dict(), "timm", "tensors without values .on the meta device"),
     "no state dict": ([1], "kornia", "no state dict. Got list"),
