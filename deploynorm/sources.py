@@ -108,7 +108,14 @@ SOURCES: Final[Mapping[str, Source]] = {
     "mx-font": Source("clovaai/mxfont", _PLAIN, "1C11", Epsilon(None, "eps"), tlu=True),
     "fast-reid": Source("JDAI-CV/fast-reid", _PLAIN, "C", Epsilon(None, "eps"), tlu=True),
     "timm": Source("timm", _PLAIN_TAU, "C", Epsilon(1e-5), optional=("tau",), telling=("tau",)),
-    "deploynorm": Source("deploynorm itself", _PLAIN_TAU, "C", Epsilon(1e-6), optional=("tau",), telling=("tau",)),
+    "deploynorm": Source(
+        "deploynorm itself",
+        _PLAIN_TAU,
+        "C",
+        Epsilon(1e-6, "eps", per_channel=True),
+        optional=("tau",),
+        telling=("tau",),
+    ),
     "tensorflow-addons": Source(
         "tensorflow/addons", _GREEK, "111C", Epsilon(0.0, "learned_epsilon", floor=1e-6), tlu=True, channels_last=True
     ),

@@ -28,7 +28,7 @@ def test_no_other_module_spells_the_operator_out() -> None:
     # The checkpoint format and the program bear the project's name for reasons of their own.
     allowed = """
         _convert/conversion.py checkpoint/_own.py checkpoint/_load.py cli/__init__.py _export/exporting.py
-        libraries/find.py packages.py ort/machine.py rewrite/cpu.py
+        libraries/find.py packages.py ort/machine.py rewrite/cpu.py sources.py
     """
     assert set(spelled) <= set(allowed.split()), spelled
     assert not any(contract.OP_TYPE in text for found in spelled.values() for text in found)

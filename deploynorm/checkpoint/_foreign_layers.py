@@ -139,7 +139,7 @@ class LayerReader:
             expected = _SHAPES[self.source.shape].replace("C", str(channels) if channels else "C")
         else:
             expected = "the shape of the others" if self.source.eps.per_channel else "one number"
-        problem = f"{_joined(path, name)} has not the shape that it has in {self.source.project}"
+        problem = f"{joined(path, name)} has not the shape that it has in {self.source.project}"
         fix = "the file is damaged, or of another source: try --from auto"
         return ModelError(self.where, problem, got=tuple(tensors[name].shape), expected=expected, fix=fix)
 
@@ -150,12 +150,12 @@ class LayerReader:
             stored = tensors[rule.name].double().abs().reshape(-1)
         else:
             stored = torch.full((1,), self._built_with(rule.absent or 0.0), dtype=torch.float64)
-        eps = (stored + self._built_with(rule.floor)).expand(c)
+        eps = (stored + self._built_with(rule.floor)).to(compute_dtype(dtype)).expand(c).clone()
         if not bool((torch.isfinite(eps) & (eps > 0)).all()):
             problem = f"the epsilon of {path or 'the layer'} is not positive: a channel of zeros would become NaN"
             fix = "set it in the file to what the training began with, such as 1e-6"
             raise ModelError(self.where, problem, got=f"{float(eps.min()):g}", expected="a number above 0", fix=fix)
-        return eps.to(compute_dtype(dtype)).clone()
+        return eps
 
     def _built_with(self, default: float) -> float:
         return self.eps if default and self.eps is not None else default
@@ -173,9 +173,9 @@ class LayerReader:
 
     def _tlu(self, path: str, tensors: Mapping[str, Tensor]) -> Reading:
         tau, alpha = tensors["tau"], tensors.get("alpha")
-        name = _joined(path, "tau")
+        name = joined(path, "tau")
         if alpha is not None and bool(alpha.any()):
-            problem = f"{_joined(path, 'alpha')} makes the threshold max(x, alpha * x + tau), which ours is not"
+            problem = f"{joined(path, 'alpha')} makes the threshold max(x, alpha * x + tau), which ours is not"
             raise ModelError(self.where, problem, fix="train it again with affine=False")
         if self.source.shape == "111C" and tau.dim() == 3:
             if not bool((tau == tau[:1, :1]).all()):
@@ -193,5 +193,6 @@ class LayerReader:
         return Reading(layer, {"tau": tau.reshape(-1)}, ("alpha",) if alpha is not None else ())
 
 
-def _joined(path: str, name: str) -> str:
+def joined(path: str, name: str) -> str:
+    """The key of a tensor of the layer at a path, which is "" for the network itself."""
     return f"{path}.{name}" if path else name

@@ -67,7 +67,7 @@ def load_strictly(model: nn.Module, state: Mapping[str, Any], where: str, strip_
             where, f"{cause.where}: {cause.problem}", got=cause.got, expected=cause.expected, fix=cause.fix
         ) from cause
     kinds = {"missing from the file": missing, "unknown to the network": unexpected, "of another shape": shapes}
-    problems = "; ".join(f"{len(names)} {kind}: {_some(names)}" for kind, names in kinds.items() if names)
+    problems = "; ".join(f"{len(names)} {kind}: {some(names)}" for kind, names in kinds.items() if names)
     if alike := _alike(missing, unexpected):
         problems += f"; alike: {', '.join(alike)}"
     problem = f"the state dict does not fit {type(model).__name__}"
@@ -101,7 +101,7 @@ def check_finite(model: nn.Module, where: str) -> None:
     if broken:
         problem, expected = f"NaN or infinity in {len(broken)} tensors", "finite parameters and running statistics"
         fix = "take an earlier checkpoint: the training has diverged"
-        raise ModelError(where, problem, got=_some(broken), expected=expected, fix=fix)
+        raise ModelError(where, problem, got=some(broken), expected=expected, fix=fix)
 
 
 def check_allocated(state: Mapping[str, Any], where: str) -> None:
@@ -120,9 +120,9 @@ def _check_allocated(tensors: Iterable[tuple[str, Tensor]], where: str, fix: str
             without.append(name)
     if lazy:
         lazy_fix = "run it once where it is made: network(torch.zeros(1, 3, 224, 224)) with your sizes"
-        raise ModelError(where, "the network has Lazy layers that have not run", got=_some(lazy), fix=lazy_fix)
+        raise ModelError(where, "the network has Lazy layers that have not run", got=some(lazy), fix=lazy_fix)
     if without:
-        raise ModelError(where, "tensors without values (on the meta device)", got=_some(without), fix=fix)
+        raise ModelError(where, "tensors without values (on the meta device)", got=some(without), fix=fix)
 
 
 def _check_versions(state: Mapping[str, Any], where: str) -> None:
@@ -139,5 +139,6 @@ def _tensors(state: Mapping[str, Any]) -> Iterable[tuple[str, Tensor]]:
     return ((name, value) for name, value in state.items() if isinstance(value, Tensor))
 
 
-def _some(names: list[str]) -> str:
+def some(names: list[str]) -> str:
+    """The first names of a list, for a message."""
     return ", ".join(names[:_SHOWN]) + (f", ... ({len(names) - _SHOWN} more)" if len(names) > _SHOWN else "")

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from deploynorm.arrays import to_tensor
 from deploynorm.checkpoint._channels_last import channels_first, plain_name
 from deploynorm.checkpoint._find import is_extra_state
-from deploynorm.checkpoint._foreign_layers import LayerReader
-from deploynorm.checkpoint._state import check_allocated
+from deploynorm.checkpoint._foreign_layers import LayerReader, joined
+from deploynorm.checkpoint._state import check_allocated, some
 from deploynorm.checkpoint._translation import Translation
 from deploynorm.errors import InputError, ModelError, check_choice
 from deploynorm.layers._checks import check_positive
@@ -74,7 +74,7 @@ def translate(
     state = _as_tensors(state_dict, where)
     if ours := [name for name in state if name.rpartition(".")[2] in _OURS]:
         problem, fix = "it has layers of deploynorm already", "give it to deploynorm export, with --factory"
-        raise ModelError(where, problem, got=_some(ours), fix=fix)
+        raise ModelError(where, problem, got=some(ours), fix=fix)
     frn_paths = [] if network is None else [path for path, m in network.named_modules() if isinstance(m, _FRN)]
     if source == "auto":
         translation = _detected(state, where, eps, frn_paths)
@@ -162,7 +162,7 @@ def _translated(
             if "tau" in row.optional and _is_bare(entries):
                 bare.append(path)
         for last, tensor in entries.items():
-            name = f"{path}.{last}" if path else last
+            name = joined(path, last)
             if name in result:
                 raise ModelError(where, f"two tensors of the file are {name}", fix="name the source with --from")
             result[name] = tensor
@@ -172,7 +172,7 @@ def _translated(
         default = f"{assumed.pop():.3g} is what layers of {row.project} have by default"
         notes.append(f"the file stores no epsilon: {default}, and --eps takes another")
     if bare:
-        notes.append(f"an FRN without a threshold and a GroupNorm have the same names: {_some(bare)} stay as they are")
+        notes.append(f"an FRN without a threshold and a GroupNorm have the same names: {some(bare)} stay as they are")
     if turned:
         notes.append(f"{turned} kernels have the layout of PyTorch now, (out, in, H, W)")
     return Translation(source, result, tuple(layers), tuple(dropped), tuple(notes))
@@ -224,9 +224,5 @@ def _equal(a: Tensor, b: Tensor) -> bool:
 def _not_found(state: Mapping[str, Any], source: str, where: str) -> ModelError:
     of = "a project that we know" if source == "auto" else SOURCES[source].project
     fix = f"name the source, one of {', '.join(SOURCES)}" if source == "auto" else "pass --from auto, which finds out"
-    got = f"{len(state)} tensors: {_some(list(state), 8)}"
+    got = f"{len(state)} tensors: {some(list(state))}"
     return ModelError(where, f"no FRN and no MABN layer of {of} is in it", got=got, fix=fix)
-
-
-def _some(names: list[str], count: int = 5) -> str:
-    return ", ".join(names[:count]) + (f", ... ({len(names) - count} more)" if len(names) > count else "")

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from deploynorm.checkpoint._foreign_layers import TranslatedLayer
+from deploynorm.checkpoint._foreign_layers import TranslatedLayer, joined
 from deploynorm.layers.frn import _FRN
 from deploynorm.sources import SOURCES
 from deploynorm.tables import table
@@ -56,7 +56,7 @@ class Translation:
         state: dict[str, Any] = dict(self.state_dict)
         layers, merged = list(self.layers), set[str]()
         for index, (frn, tlu) in enumerate(zip(self.layers, self.layers[1:], strict=False)):
-            module, tau, own = modules.get(frn.name), _key(frn.name, "tau"), _key(tlu.name, "tau")
+            module, tau, own = modules.get(frn.name), joined(frn.name, "tau"), joined(tlu.name, "tau")
             asked = isinstance(module, _FRN) and module.tau is not None and own not in wanted
             if asked and tlu.kind == "TLU" and not frn.has_tau and frn.eps is not None and frn.channels == tlu.channels:
                 state[tau] = state.pop(own)
@@ -98,7 +98,3 @@ def _range(low: float, high: float) -> str:
     if not high:
         return "-"
     return f"{low:.3g}" if f"{low:.3g}" == f"{high:.3g}" else f"{low:.3g} to {high:.3g}"
-
-
-def _key(path: str, name: str) -> str:
-    return f"{path}.{name}" if path else name

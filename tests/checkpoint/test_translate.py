@@ -175,6 +175,16 @@ CASES = {
         frn(),
         found=("timm", "deploynorm"),
     ),
+    "deploynorm, epsilon by channel": Case(
+        "deploynorm",
+        {"weight": (C,), "bias": (C,), "tau": (C,), "eps": (C,)},
+        lambda x, v: np.maximum(
+            rms(x, column(np.abs(v["norm.eps"]))) * column(v["norm.weight"]) + column(v["norm.bias"]),
+            column(v["norm.tau"]),
+        ),
+        frn(),
+        found=("deploynorm",),
+    ),
     "tensorflow-addons": Case(
         "tensorflow-addons",
         {"gamma": LAST, "beta": LAST, "learned_epsilon": (1,)},
