@@ -71,12 +71,18 @@ class LayerReader:
         """The layer that these tensors of one path are; None for no norm layer of the source.
 
         Raises:
-            ModelError: It has their names and wrong shapes, an epsilon of 0, or a threshold that ours cannot have.
+            ModelError: It has their names and wrong shapes, no dense tensors, an epsilon of 0, or a threshold that ours
+                cannot have.
         """
-        if self.source.tlu and "tau" in tensors and tensors.keys() <= _TLU and tensors["tau"].dim():
-            return self._tlu(path, tensors)
-        if not self._has_names(path, tensors):
+        is_tlu = self.source.tlu and "tau" in tensors and tensors.keys() <= _TLU and tensors["tau"].dim() > 0
+        if not is_tlu and not self._has_names(path, tensors):
             return None
+        for name, tensor in tensors.items():
+            if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
+                problem = f"{joined(path, name)} is no dense tensor"
+                raise ModelError(self.where, problem, got=f"{tensor.layout} {tensor.dtype} {tensor.device}")
+        if is_tlu:
+            return self._tlu(path, tensors)
         theirs = {ours: name for ours, name in self.source.names.items() if name in tensors}
         channels = {name: self._channels(tensors[name], ours) for ours, name in theirs.items()}
         c = channels[theirs["weight"]]

@@ -18,6 +18,7 @@ from deploynorm.checkpoint._factory import build, current_directory_on_path
 from deploynorm.checkpoint._find import check_dicts, find_weights
 from deploynorm.checkpoint._own import is_own_format, outline, unpacked
 from deploynorm.checkpoint._state import check_finite, load_strictly
+from deploynorm.checkpoint._translate import is_foreign
 from deploynorm.errors import InputError, ModelError
 from deploynorm.files import as_path
 from deploynorm.image import ImageSpec
@@ -193,7 +194,13 @@ def _build(
     strip_prefix: str | None = None,
 ) -> tuple[nn.Module, tuple[str, ...]]:
     model, notes = _bare(build(factory, kwargs, where, typed=typed))
-    loaded = load_strictly(model, state, where, strip_prefix)
+    try:
+        loaded = load_strictly(model, state, where, strip_prefix)
+    except ModelError as error:
+        if not is_foreign(state):
+            raise
+        fix = "its FRN or MABN layers are another project's: deploynorm import makes it one for ours"
+        raise ModelError(where, error.problem, got=error.got, expected=error.expected, fix=fix) from error
     return _ready(model, where), (*notes, *loaded)
 
 

@@ -182,8 +182,16 @@ def _is_bare(tensors: Mapping[str, Tensor]) -> bool:
     return tensors.keys() == {"weight", "bias"} and all(tensor.dim() == 1 for tensor in tensors.values())
 
 
-def _detected(state: Mapping[str, Any], where: str, eps: float | None, frn_paths: Collection[str]) -> Translation:
-    """By the rules of the source that knows most of its layers; of several that agree about every number, the first."""
+def is_foreign(state: Mapping[str, Any]) -> bool:
+    """Whether there are FRN or MABN layers in a state dict that another project stores so, and we do not."""
+    best, refused = _candidates(state, "", None, ())
+    return bool(refused or best) and "deploynorm" not in best
+
+
+def _candidates(
+    state: Mapping[str, Any], where: str, eps: float | None, frn_paths: Collection[str]
+) -> tuple[dict[str, Translation], list[ModelError]]:
+    """What the sources that know most layers of a state dict make of it, and why others refused it."""
     slashes = any("/" in name for name in state)
     found: dict[str, Translation] = {}
     refused: list[ModelError] = []
@@ -195,7 +203,12 @@ def _detected(state: Mapping[str, Any], where: str, eps: float | None, frn_paths
             except ModelError as error:
                 refused.append(error)
     most = max((each.norms for each in found.values()), default=0)
-    best = {name: each for name, each in found.items() if each.norms == most and most}
+    return {name: each for name, each in found.items() if each.norms == most and most}, refused
+
+
+def _detected(state: Mapping[str, Any], where: str, eps: float | None, frn_paths: Collection[str]) -> Translation:
+    """By the rules of the source that knows most of its layers; of several that agree about every number, the first."""
+    best, refused = _candidates(state, where, eps, frn_paths)
     if not best:
         raise refused[0] if refused else _not_found(state, "auto", where)
     first, *others = best

@@ -179,6 +179,19 @@ def test_refused(content: Callable[[], Any], given: dict[str, Any], message: str
         import_checkpoint("theirs.pth", **given)
 
 
+@pytest.mark.usefixtures("nets")
+def test_load_of_layers_of_another_project_names_import() -> None:
+    torch.save(greek(), "theirs.pth")
+    with pytest.raises(ModelError, match=r"Fix: its FRN or MABN layers are another project's: deploynorm import makes"):
+        load("theirs.pth", factory="import_nets:frn")
+    torch.save({**greek(), "norm.eps": torch.ones(1, device="meta")}, "theirs.pth")
+    with pytest.raises(ModelError, match="tensors without values"):
+        load("theirs.pth", factory="import_nets:frn")
+    torch.save(without(FRN2d(4).state_dict(prefix="norm."), "norm.bias"), "ours.pth")
+    with pytest.raises(ModelError, match="Fix: give the factory"):
+        load("ours.pth", factory="import_nets:frn")
+
+
 @pytest.mark.usefixtures("here")
 def test_our_own_checkpoints_and_archives_are_refused() -> None:
     save("own.pt", factory="nets:frn", model=FRN2d(4))
