@@ -184,6 +184,8 @@ def _is_bare(tensors: Mapping[str, Tensor]) -> bool:
 
 def is_foreign(state: Mapping[str, Any]) -> bool:
     """Whether there are FRN or MABN layers in a state dict that another project stores so, and we do not."""
+    if any(isinstance(tensor, Tensor) and tensor.is_meta for tensor in state.values()):
+        return False
     best, refused = _candidates(state, "", None, ())
     return bool(refused or best) and "deploynorm" not in best
 

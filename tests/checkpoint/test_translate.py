@@ -493,7 +493,7 @@ REFUSED: dict[str, tuple[Mapping[str, Any], str, str]] = {
         {**addons(np.zeros(C)), "learned_epsilon:0": np.ones(1)}, "auto", "learned_epsilon:0 is under the name of no",
     ),
     "a sparse tensor": (
-        {**theirs(CASES["knjcode"]), "norm.tau": torch.zeros(ROW).to_sparse()}, "knjcode", "norm.tau is no dense tensor",
+        {**theirs(CASES["knjcode"]), "norm.tau": torch.zeros(ROW).to_sparse()}, "knjcode", "norm.tau is no dense",
     ),
     "without values": (FRN2d(C, device="meta").state_dict(), "timm", "tensors without values .on the meta device"),
     "no state dict": ([1], "kornia", "no state dict. Got list"),
