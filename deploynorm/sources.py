@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
+OURS: Final = "deploynorm"
 OF_THE_AUTHORS: Final = ("iters", "buffer_x2", "buffer_gz", "sta_matrix", "pre_x2", "pre_gz")
 """Buffers of megvii-model/MABN@995e8f5 beside running_var: histories, in forms that depend on the batch size."""
 
@@ -108,7 +109,7 @@ SOURCES: Final[Mapping[str, Source]] = {
     "mx-font": Source("clovaai/mxfont", _PLAIN, "1C11", Epsilon(None, "eps"), tlu=True),
     "fast-reid": Source("JDAI-CV/fast-reid", _PLAIN, "C", Epsilon(None, "eps"), tlu=True),
     "timm": Source("timm", _PLAIN_TAU, "C", Epsilon(1e-5), optional=("tau",), telling=("tau",)),
-    "deploynorm": Source(
+    OURS: Source(
         "deploynorm itself",
         _PLAIN_TAU,
         "C",

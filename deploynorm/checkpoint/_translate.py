@@ -19,7 +19,7 @@ from deploynorm.checkpoint._translation import Translation
 from deploynorm.errors import InputError, ModelError, check_choice
 from deploynorm.layers._checks import check_positive
 from deploynorm.layers.frn import _FRN
-from deploynorm.sources import SOURCES
+from deploynorm.sources import OURS, SOURCES
 from deploynorm.trace import check_network
 
 _OURS: Final = {"eps_l", "recent_x2", "recent_gz"}
@@ -187,7 +187,7 @@ def is_foreign(state: Mapping[str, Any]) -> bool:
     if any(isinstance(tensor, Tensor) and tensor.is_meta for tensor in state.values()):
         return False
     best, refused = _candidates(state, "", None, ())
-    return bool(refused or best) and "deploynorm" not in best
+    return bool(refused or best) and OURS not in best
 
 
 def _candidates(
