@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from deploynorm._convert import Conversion as Conversion
     from deploynorm._convert import convert as convert
     from deploynorm._export import export as export
+    from deploynorm._export import onnx_translations as onnx_translations
     from deploynorm._fold import fold as fold
     from deploynorm._swap import swap as swap
     from deploynorm.checkpoint import load as load
@@ -52,7 +53,7 @@ _HOME = {
     **dict.fromkeys(("load", "save"), "deploynorm.checkpoint"),
     "swap": "deploynorm._swap",
     "fold": "deploynorm._fold",
-    "export": "deploynorm._export",
+    **dict.fromkeys(("export", "onnx_translations"), "deploynorm._export"),
     "build": "deploynorm._build",
     "open_runner": "deploynorm.run",
     "EagerRunner": "deploynorm.run.eager",

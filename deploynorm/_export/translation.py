@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import chain
+from typing import Any
 
 import numpy as np
 import onnx
@@ -25,6 +27,21 @@ _STACK_TRACE = "pkg.torch.onnx.stack_trace"
 """Metadata in which torch writes the paths of the user's own source files into each node."""
 
 
+def onnx_translations() -> dict[Callable[..., Any], Callable[..., Any]]:
+    """The `custom_translation_table` with which torch.onnx.export writes each FRN layer as one custom node.
+
+        torch.onnx.export(network, example, dynamo=True, custom_translation_table=deploynorm.onnx_translations())
+
+    Without it, torch.onnx.export writes the layers in standard operators, which every runtime takes. The nodes come
+    without their bodies: they run where our library, plugin or extension is. `deploynorm.export` writes the bodies too.
+    """
+    import deploynorm.layers.ops  # noqa: F401  which defines the operators
+
+    register_schema()
+    operators = getattr(torch.ops, DOMAIN)
+    return {getattr(operators, name).default: translate for name, translate in TRANSLATIONS.items()}
+
+
 def to_onnx(program: torch.export.ExportedProgram, opset: int) -> tuple[ir.Model, tuple[str, ...]]:
     """Translates a traced network; with the model come the names of the buffers and parameters that forward changes.
 
@@ -36,13 +53,15 @@ def to_onnx(program: torch.export.ExportedProgram, opset: int) -> tuple[ir.Model
         if isinstance(output.arg, ConstantArgument) and output.arg.value is not None:
             problem = "the network returns what is no tensor"
             raise ModelError("export", problem, got=repr(output.arg.value), fix="let forward return tensors alone")
-    register_schema()
-    ours = getattr(torch.ops, DOMAIN)
-    table = {getattr(ours, name).default: translate for name, translate in TRANSLATIONS.items()}
     with quiet("torch.onnx", "onnxscript", "onnx_ir"):
         try:
             onnx_program = torch.onnx.export(
-                program, (), opset_version=opset, custom_translation_table=table, dynamo=True, verbose=False
+                program,
+                (),
+                opset_version=opset,
+                custom_translation_table=onnx_translations(),
+                dynamo=True,
+                verbose=False,
             )
         except Exception as error:
             cause: BaseException = error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from numbers import Integral, Real
 from typing import TypeGuard
@@ -17,12 +18,13 @@ def check_input(layer: str, x: Tensor, num_features: int, ranks: Sequence[int] =
     """Raises InputError unless x has one of the ranks (by default any) and num_features channels on axis 1."""
     if not isinstance(x, Tensor):
         raise InputError(layer, "the input is not a tensor", got=type(x).__name__, fix="torch.from_numpy makes one")
-    got = f"a tensor of shape {tuple(x.shape)}"
+    shape = _sizes(x)
+    got = f"a tensor of shape {shape}"
     if x.dim() < 2 or (ranks and x.dim() not in ranks):
         expected = " or ".join(f"{rank}-D" for rank in ranks) or f"(N, {num_features}, ...)"
         fix = "use the 1d, 2d or 3d layer that matches the data, channels on axis 1" if ranks else None
         raise InputError(layer, "wrong rank", got=got, expected=expected, fix=fix)
-    if x.shape[1] != num_features:
+    if shape[1] != num_features:
         fix = "set num_features to the channels of the layer before"
         raise InputError(layer, "wrong number of channels", got=got, expected=f"{num_features} on axis 1", fix=fix)
     if not x.is_floating_point():
@@ -31,12 +33,21 @@ def check_input(layer: str, x: Tensor, num_features: int, ranks: Sequence[int] =
 
 def check_residual(layer: str, residual: object, x: Tensor) -> None:
     """Raises InputError unless the residual can be added to a result like x without broadcasting or promotion."""
-    like_x = isinstance(residual, Tensor) and (residual.shape, residual.dtype) == (x.shape, x.dtype)
+    like_x = isinstance(residual, Tensor) and (_sizes(residual), residual.dtype) == (_sizes(x), x.dtype)
     if not like_x:
         got = f"{tuple(residual.shape)} {residual.dtype}" if isinstance(residual, Tensor) else type(residual).__name__
         expected = f"{tuple(x.shape)} {x.dtype}, as the input"
         fix = "FRN2d(..., tlu=False), an addition and TLU take others"
         raise InputError(layer, "the residual is not like the input", got=got, expected=expected, fix=fix)
+
+
+def _sizes(x: Tensor) -> tuple[int, ...]:
+    """The shape, in numbers also where torch.jit.trace has tensors in it, of which each comparison warns."""
+    if not torch.jit.is_tracing():
+        return tuple(x.shape)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)
+        return tuple(map(int, x.shape))
 
 
 def check_positive(layer: str, name: str, value: object) -> None:

@@ -9,6 +9,8 @@ import math
 
 import torch
 from torch import Tensor
+from torch._C._functorch import peek_interpreter_stack
+from torch.autograd import forward_ad
 
 from deploynorm.layers._precision import cast, compute_dtype, per_channel
 
@@ -26,9 +28,7 @@ def composed(
     Autograd saves three tensors of x's size for it. At a tie y == tau the gradient goes to y; with a residual, to tau.
     """
     v = cast(x, compute_dtype(x.dtype))
-    epsilon = per_channel(eps, x) if isinstance(eps, Tensor) else eps
-    # gamma times the inverse root first: one multiplication fewer for every element of x.
-    y = v * (per_channel(gamma, x) * torch.rsqrt(mean_square(v) + epsilon)) + per_channel(beta, x)
+    y = _scaled(v, mean_square(v), gamma, beta, eps)
     if residual is not None:
         y = y + residual
         if tau is not None:
@@ -37,6 +37,36 @@ def composed(
         # clamp, not maximum: maximum splits the gradient at a tie in two, where eq. 4 gives all of it to y.
         y = torch.clamp(y, min=per_channel(tau, x))
     return cast(y, x.dtype)
+
+
+def for_exporters(
+    x: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    tau: Tensor | None,
+    eps: float | Tensor,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """`composed` in the operators that exporters and runtimes know best: a mean over axes, and a maximum.
+
+    Sizes are not read, so that a trace holds for all of them. The parameters' gradients are NaN for maps without a
+    position; at a tie y == tau the gradient is split.
+    """
+    v = cast(x, compute_dtype(x.dtype))
+    square, spatial = v.square(), tuple(range(2, v.dim()))
+    y = _scaled(v, square.mean(spatial, keepdim=True) if spatial else square, gamma, beta, eps)
+    if residual is not None:
+        y = y + residual
+    if tau is not None:
+        y = torch.maximum(y, per_channel(tau, x))
+    return cast(y, x.dtype)
+
+
+def _scaled(v: Tensor, mean: Tensor, gamma: Tensor, beta: Tensor, eps: float | Tensor) -> Tensor:
+    """gamma * v / sqrt(mean + eps) + beta."""
+    epsilon = per_channel(eps, v) if isinstance(eps, Tensor) else eps
+    # gamma times the inverse root first: one multiplication fewer for every element of v.
+    return v * (per_channel(gamma, v) * torch.rsqrt(mean + epsilon)) + per_channel(beta, v)
 
 
 def positions(x: Tensor) -> int:
@@ -53,3 +83,10 @@ def spatial_sum(values: Tensor) -> Tensor:
 def mean_square(v: Tensor) -> Tensor:
     """Mean of v**2 over the spatial axes of v (N, C, ...), which stay with size 1."""
     return spatial_sum(v.square()) / positions(v)
+
+
+def transformed() -> bool:
+    """Whether torch.func or forward-mode differentiation is active: both require a function of PyTorch's operators."""
+    if torch.compiler.is_compiling():
+        return False
+    return peek_interpreter_stack() is not None or forward_ad._current_level >= 0

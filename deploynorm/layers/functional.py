@@ -8,11 +8,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._C._functorch import peek_interpreter_stack
-from torch.autograd import forward_ad
 
 from deploynorm.layers import _native, ops
-from deploynorm.layers._composed import composed
+from deploynorm.layers._composed import composed, for_exporters, transformed
 from deploynorm.layers._precision import cast, compute_dtype, per_channel
 
 __all__ = ["center_weight", "compute_dtype", "filter_response_norm", "normalize_by_second_moment", "tlu"]
@@ -54,6 +52,8 @@ def filter_response_norm(
             else ops.filter_response_norm_add(x, *operands, residual)
         )
         return y
+    if torch.jit.is_tracing():
+        return for_exporters(x, weight, bias, tau, eps, residual)
     if inside:
         return composed(x, weight, bias, tau, eps, residual)
     return ops.frn(x, *_operands(x, weight, bias, tau, eps), residual)
@@ -66,7 +66,7 @@ def tlu(x: Tensor, tau: Tensor) -> Tensor:
     eq. 4 of arXiv:1911.09737 has it go to x: that of a ReLU is zero there too.
     """
     bound = cast(per_channel(tau, x), x.dtype)
-    if torch.compiler.is_exporting():
+    if torch.compiler.is_exporting() or torch.jit.is_tracing():
         return torch.clamp(x, min=bound)
     if transformed():
         return torch.where(x <= bound, bound, x)
@@ -124,13 +124,6 @@ def center_weight(weight: Tensor, *, groups: int = 1, transposed: bool = False) 
     else:
         centred = w - w.mean(tuple(range(1, w.dim())), keepdim=True)
     return cast(centred, weight.dtype)
-
-
-def transformed() -> bool:
-    """Whether torch.func or forward-mode differentiation is active: both require a function of PyTorch's operators."""
-    if torch.compiler.is_compiling():
-        return False
-    return peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
 def _operands(

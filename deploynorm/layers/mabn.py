@@ -15,6 +15,7 @@ from deploynorm.errors import InputError
 from deploynorm.layers import _mabn_checkpoints as checkpoints
 from deploynorm.layers import functional
 from deploynorm.layers._checks import check_count, check_dtype, check_input, check_positive, check_range
+from deploynorm.layers._composed import transformed
 from deploynorm.layers._mabn_training import FIX, MABNFunction, step
 from deploynorm.layers._precision import FullPrecisionBuffers, compute_dtype
 from deploynorm.layers._recomputation import may_run_again
@@ -121,7 +122,7 @@ class _MABN(FullPrecisionBuffers):
         check_input(type(self).__name__, x, self.num_features, self._ranks)
         if not self.training or self.frozen:
             return functional.normalize_by_second_moment(x, self.running_var, self.weight, self.bias, self.eps)
-        if functional.transformed():
+        if transformed():
             problem = "it cannot train under a transform of torch.func or in forward mode"
             raise InputError(type(self).__name__, problem, fix=FIX)
         if x.numel() == 0:

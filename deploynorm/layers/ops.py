@@ -24,7 +24,7 @@ from torch import Tensor
 from deploynorm.contract import DOMAIN, INPUTS, TORCH_ADD_OP, TORCH_OP
 from deploynorm.errors import InputError
 from deploynorm.layers import _handwritten, _native
-from deploynorm.layers._composed import composed
+from deploynorm.layers._composed import composed, for_exporters, transformed
 from deploynorm.layers._precision import cast, compute_dtype, per_channel
 
 _FORWARD = f"{DOMAIN}::frn_forward"
@@ -158,49 +158,32 @@ def frn(x: Tensor, gamma: Tensor, beta: Tensor, tau: Tensor, eps: Tensor, residu
     return y
 
 
-@torch.library.custom_op(f"{DOMAIN}::{TORCH_OP}", mutates_args=())
-def filter_response_norm(x: Tensor, gamma: Tensor, beta: Tensor, tau: Tensor, eps: Tensor) -> Tensor:
-    """The operator that exporters see, so that a traced graph holds one node for it."""
-    # contiguous: an operator's output must have the strides that its fake kernel promises.
-    return _forward(x, *_in_compute_type(x, gamma, beta, tau, eps))[0].contiguous()
-
-
-@filter_response_norm.register_fake
-def _(x: Tensor, gamma: Tensor, beta: Tensor, tau: Tensor, eps: Tensor) -> Tensor:
-    _check_operands(x, *_in_compute_type(x, gamma, beta, tau, eps))
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
-@torch.library.custom_op(f"{DOMAIN}::{TORCH_ADD_OP}", mutates_args=())
-def filter_response_norm_add(
-    x: Tensor, gamma: Tensor, beta: Tensor, tau: Tensor, eps: Tensor, residual: Tensor
+def _exported(
+    x: Tensor, gamma: Tensor, beta: Tensor, tau: Tensor, eps: Tensor, residual: Tensor | None = None
 ) -> Tensor:
-    """FRN with a residual, as exporters see it."""
-    gamma, beta, tau, eps = _in_compute_type(x, gamma, beta, tau, eps)
-    return _forward(x, gamma, beta, tau, eps, residual)[0].contiguous()
+    """An exported operator: the kernels where x has data, torch's own operators where a tracer asks what is in it."""
+    # A program that torch.export made keeps its constants in their type when it is cast to another.
+    operands = [cast(parameter, compute_dtype(x.dtype)) for parameter in (gamma, beta, tau, eps)]
+    # The residual's shape is left to the addition: to compare sizes that a trace leaves open would fix them.
+    _check_operands(x, *operands)
+    if type(x) is not Tensor or torch.jit.is_tracing() or transformed():  # tracers have classes of tensors of their own
+        return for_exporters(x, *operands, residual)
+    return frn(x, *operands, residual)
 
 
-@filter_response_norm_add.register_fake
-def _(x: Tensor, gamma: Tensor, beta: Tensor, tau: Tensor, eps: Tensor, residual: Tensor) -> Tensor:
-    # The residual's shape is left to the call: to compare sizes that a trace leaves open would fix them.
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
-def _in_compute_type(x: Tensor, *parameters: Tensor) -> list[Tensor]:
-    """A program that torch.export made keeps its constants in their type when it is cast to another."""
-    return [cast(parameter, compute_dtype(x.dtype)) for parameter in parameters]
-
-
-def _gradients_from_inputs(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    with torch.enable_grad():
-        inputs = [t.detach().requires_grad_() for t in ctx.saved_tensors]
-        return torch.autograd.grad(composed(*inputs), inputs, grad)
-
-
-for _operator in (filter_response_norm, filter_response_norm_add):
-    _operator.register_autograd(
-        _gradients_from_inputs, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs)
+def _define_exported(name: str, residual: str = "") -> torch._ops.OpOverload:
+    """An operator that torch.export keeps whole, and that is taken apart for exporters that do not know it."""
+    qualified = f"{DOMAIN}::{name}"
+    torch.library.define(
+        qualified, f"(Tensor x, Tensor gamma, Tensor beta, Tensor tau, Tensor eps{residual}) -> Tensor"
     )
+    torch.library.impl(qualified, "CompositeImplicitAutograd", _exported)
+    operator: torch._ops.OpOverload = getattr(getattr(torch.ops, DOMAIN), name).default
+    return operator
+
+
+filter_response_norm = _define_exported(TORCH_OP)
+filter_response_norm_add = _define_exported(TORCH_ADD_OP, ", Tensor residual")
 
 
 def _check_operands(x: Tensor, *parameters: Tensor, residual: Tensor | None = None) -> None:
