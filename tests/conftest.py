@@ -37,6 +37,7 @@ OPTIONAL = {
     "data": ("sklearn", "pip install 'deploynorm[train]'"),
     "trt-rtx": ("tensorrt_rtx", "pip install tensorrt_rtx_cu13"),
     "polygraphy": ("polygraphy", "pip install polygraphy"),
+    "openvino": ("openvino", "pip install 'deploynorm[openvino]'"),
 }
 """Name in DEPLOYNORM_REQUIRE -> the module that it means, and how to install it."""
 

@@ -47,14 +47,19 @@ def for_exporters(
     eps: float | Tensor,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """`composed` in the operators that exporters and runtimes know best: a mean over axes, and a maximum.
+    """`composed` in the operators that exporters and runtimes know best: products, a mean over axes, a maximum.
 
     Sizes are not read, so that a trace holds for all of them. The parameters' gradients are NaN for maps without a
     position; at a tie y == tau the gradient is split.
     """
     v = cast(x, compute_dtype(x.dtype))
-    square, spatial = v.square(), tuple(range(2, v.dim()))
-    y = _scaled(v, square.mean(spatial, keepdim=True) if spatial else square, gamma, beta, eps)
+    # (N, C, L, 1) for (N, C, L): after a mean over (N, C, L), OpenVINO 2026.4 on a CPU adds the epsilons of channels to
+    # samples instead.
+    wide = v.unsqueeze(-1) if v.dim() == 3 else v
+    spatial = tuple(range(2, wide.dim()))
+    mean = (wide * wide).mean(spatial, keepdim=True) if spatial else wide * wide
+    y = _scaled(wide, mean, gamma, beta, eps)
+    y = y.squeeze(-1) if v.dim() == 3 else y
     if residual is not None:
         y = y + residual
     if tau is not None:
