@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from deploynorm.errors import ModelError as ModelError
     from deploynorm.errors import ParityError as ParityError
     from deploynorm.image import ImageSpec as ImageSpec
+    from deploynorm.openvino import openvino_extension as openvino_extension
     from deploynorm.run import open_runner as open_runner
     from deploynorm.run.eager import EagerRunner as EagerRunner
     from deploynorm.samples import sample_inputs as sample_inputs
@@ -56,6 +57,7 @@ _HOME = {
     **dict.fromkeys(("export", "onnx_translations"), "deploynorm._export"),
     "build": "deploynorm._build",
     "open_runner": "deploynorm.run",
+    "openvino_extension": "deploynorm.openvino",
     "EagerRunner": "deploynorm.run.eager",
     "check": "deploynorm._check",
     "sample_inputs": "deploynorm.samples",

@@ -176,7 +176,7 @@ class Checks:
 
         Args:
             model: The file, with its external data beside it.
-            backend: "onnxruntime", "half" or "reference" alone; by default half and onnxruntime as above, or reference
+            backend: One of the backends of ONNX files alone; by default half and onnxruntime as above, or reference
                 where onnxruntime is not installed.
 
         Raises:
@@ -190,7 +190,7 @@ class Checks:
                 import_onnxruntime()
             except BackendError:
                 backend = "reference"
-        if backend in ("half", "reference"):
+        if backend not in (None, "onnxruntime"):
             self._add_runner(file, backend)
             return
         precision = file.half_type

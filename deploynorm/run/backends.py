@@ -37,6 +37,7 @@ BACKENDS: Final[Mapping[str, Backend]] = {
         "deploynorm.run.half", "HalfRunner", "onnx", ("threads",), "every half tensor rounded, as on a GPU"
     ),
     "reference": Backend("deploynorm.run.reference", "ReferenceRunner", "onnx", (), "ONNX's own evaluator, slow"),
+    "openvino": Backend("deploynorm.run.openvino", "OpenVinoRunner", "onnx", ("threads",), "OpenVINO on the CPU"),
     "tensorrt": Backend(
         "deploynorm.run.tensorrt", "TensorRTRunner", "engine", ("plugins", "trust_engine"), "a TensorRT engine"
     ),
@@ -80,7 +81,7 @@ def open_runner(
         providers: For onnxruntime: cpu, cuda, tensorrt, the preferred first.
         plugins: For onnxruntime and tensorrt: libraries instead of ours, which is used where it is built; empty for the
             stock runtime, which runs the function body of our operator.
-        threads: For onnxruntime and half: threads within an operator; None leaves it to ONNX Runtime.
+        threads: For onnxruntime, half and openvino: threads within an operator; None leaves it to the runtime.
         trust_engine: For tensorrt: lets an engine that holds code for the processor run it.
 
     Raises:

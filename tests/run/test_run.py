@@ -20,11 +20,13 @@ from deploynorm.reference import filter_response_norm
 from deploynorm.run.base import check_feeds
 from deploynorm.run.half import HalfRunner
 from deploynorm.run.onnxruntime import OnnxRuntimeRunner
+from deploynorm.run.openvino import OpenVinoRunner
 from deploynorm.run.reference import ReferenceRunner
 
-RUNNERS: dict[str, type[OnnxRuntimeRunner | HalfRunner | ReferenceRunner]] = {
+RUNNERS: dict[str, type[OnnxRuntimeRunner | HalfRunner | OpenVinoRunner | ReferenceRunner]] = {
     "onnxruntime": OnnxRuntimeRunner,
     "half": HalfRunner,
+    "openvino": OpenVinoRunner,
     "reference": ReferenceRunner,
 }
 X = np.random.default_rng(0).normal(size=(2, CHANNELS, 3, 5)).astype(np.float32)
@@ -34,7 +36,7 @@ X = np.random.default_rng(0).normal(size=(2, CHANNELS, 3, 5)).astype(np.float32)
 def backend(request: pytest.FixtureRequest, require: Callable[[str], None]) -> str:
     """Each runner of ONNX files, by name."""
     if request.param != "reference":
-        require("ort")
+        require("openvino" if request.param == "openvino" else "ort")
     return str(request.param)
 
 
@@ -83,8 +85,8 @@ def test_feeds_are_checked_and_a_closed_runner_says_so(backend: str) -> None:
 
 
 def test_an_unknown_backend_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(InputError, match=re.escape("Got 'openvino'; expected 'onnxruntime', 'half'")):
-        run.open_runner("model.onnx", "openvino")
+    with pytest.raises(InputError, match=re.escape("Got 'onnx'; expected 'onnxruntime', 'half', 'reference', 'openv")):
+        run.open_runner("model.onnx", "onnx")
 
 
 @pytest.mark.parametrize("option", [{"providers": ("cuda",)}, {"plugins": ("lib.so",)}, {"threads": 1}], ids=str)
@@ -94,12 +96,14 @@ def test_the_reference_backend_refuses_options_that_it_would_ignore(option: dict
 
 
 def test_a_backend_that_is_missing_is_listed_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    for module in ("onnxruntime", "openvino"):
+        monkeypatch.setitem(sys.modules, module, None)
     available = run.available()
     assert available["eager"] is None
     assert available["reference"] is None
     for backend in ("onnxruntime", "half"):
         assert "pip install 'deploynorm[cpu]'" in str(available[backend])
+    assert "pip install 'deploynorm[openvino]'" in str(available["openvino"])
 
 
 IMAGE = TensorSpec("image", ("N", 3, "S", "S"), "float32")
