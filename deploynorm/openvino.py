@@ -40,19 +40,21 @@ def openvino_extension() -> list[Any]:
     import_openvino()
     from openvino.frontend.onnx import ConversionExtension
 
-    return [ConversionExtension(op_type, DOMAIN, _converter(RESIDUAL in names)) for op_type, names in OPERATORS.items()]
+    return [ConversionExtension(op_type, DOMAIN, _converter(op_type)) for op_type in OPERATORS]
 
 
-def _converter(with_residual: bool) -> Any:
+def _converter(op_type: str) -> Any:
     """The function by which OpenVINO translates a node."""
     from openvino import Type
     from openvino import opset13 as ops
+
+    names = OPERATORS[op_type]
 
     def axes(*numbers: int) -> Any:
         return ops.constant(np.array(numbers, np.int64))
 
     def convert(node: Any) -> list[Any]:
-        x, *parameters = (node.get_input(position) for position in range(6 if with_residual else 5))
+        x, *parameters = (node.get_input(position) for position in range(len(names)))
         given = x.get_element_type()
         compute = Type.f64 if given == Type.f64 else Type.f32
 
@@ -61,7 +63,7 @@ def _converter(with_residual: bool) -> Any:
 
         shape = x.get_partial_shape()
         if shape.rank.is_dynamic:
-            raise ModelError(node.get_op_type(), "the rank of X is not known", fix="export it with a shape")
+            raise ModelError(op_type, "the rank of X is not known", fix="export it with a shape")
         rank = shape.rank.get_length()
         # (N, C, L, 1) for (N, C, L): behind a mean over (N, C, L), OpenVINO 2026.4 adds the epsilons of channels to
         # samples instead.
@@ -79,7 +81,7 @@ def _converter(with_residual: bool) -> Any:
         square = ops.multiply(v, v)
         mean = ops.reduce_mean(square, axes(*range(2, inner)), keep_dims=True) if inner > 2 else square
         y = ops.add(ops.multiply(v, ops.divide(gamma, ops.sqrt(ops.add(mean, eps)))), beta)
-        if with_residual:
+        if RESIDUAL in names:
             y = ops.add(y, prepared(parameters[4]))
         # No maximum, which would take the threshold for a NaN.
         y = ops.select(ops.less(y, tau), tau, y)

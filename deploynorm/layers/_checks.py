@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from deploynorm.errors import InputError
+from deploynorm.layers._composed import recorded
 
 
 def check_input(layer: str, x: Tensor, num_features: int, ranks: Sequence[int] = ()) -> None:
@@ -43,10 +44,10 @@ def check_residual(layer: str, residual: object, x: Tensor) -> None:
 
 def _sizes(x: Tensor) -> tuple[int, ...]:
     """The shape, in numbers also where torch.jit.trace has tensors in it, of which each comparison warns."""
-    if not torch.jit.is_tracing():
+    if not recorded():
         return tuple(x.shape)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", torch.jit.TracerWarning)
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)  # type: ignore[attr-defined]
         return tuple(map(int, x.shape))
 
 

@@ -95,3 +95,8 @@ def transformed() -> bool:
     if torch.compiler.is_compiling():
         return False
     return peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+
+
+def recorded() -> bool:
+    """Whether torch.jit.trace records what is computed, for itself or for torch.onnx.export by TorchScript."""
+    return bool(torch.jit.is_tracing())  # type: ignore[attr-defined, no-untyped-call]

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deploynorm.layers import _native, ops
-from deploynorm.layers._composed import composed, for_exporters, transformed
+from deploynorm.layers._composed import composed, for_exporters, recorded, transformed
 from deploynorm.layers._precision import cast, compute_dtype, per_channel
 
 __all__ = ["center_weight", "compute_dtype", "filter_response_norm", "normalize_by_second_moment", "tlu"]
@@ -52,7 +52,7 @@ def filter_response_norm(
             else ops.filter_response_norm_add(x, *operands, residual)
         )
         return y
-    if torch.jit.is_tracing():
+    if recorded():
         return for_exporters(x, weight, bias, tau, eps, residual)
     if inside:
         return composed(x, weight, bias, tau, eps, residual)
@@ -66,7 +66,7 @@ def tlu(x: Tensor, tau: Tensor) -> Tensor:
     eq. 4 of arXiv:1911.09737 has it go to x: that of a ReLU is zero there too.
     """
     bound = cast(per_channel(tau, x), x.dtype)
-    if torch.compiler.is_exporting() or torch.jit.is_tracing():
+    if torch.compiler.is_exporting() or recorded():
         return torch.clamp(x, min=bound)
     if transformed():
         return torch.where(x <= bound, bound, x)

@@ -24,7 +24,7 @@ from torch import Tensor
 from deploynorm.contract import DOMAIN, INPUTS, TORCH_ADD_OP, TORCH_OP
 from deploynorm.errors import InputError
 from deploynorm.layers import _handwritten, _native
-from deploynorm.layers._composed import composed, for_exporters, transformed
+from deploynorm.layers._composed import composed, for_exporters, recorded, transformed
 from deploynorm.layers._precision import cast, compute_dtype, per_channel
 
 _FORWARD = f"{DOMAIN}::frn_forward"
@@ -163,12 +163,12 @@ def _exported(
 ) -> Tensor:
     """An exported operator: the kernels where x has data, torch's own operators where a tracer asks what is in it."""
     # A program that torch.export made keeps its constants in their type when it is cast to another.
-    operands = [cast(parameter, compute_dtype(x.dtype)) for parameter in (gamma, beta, tau, eps)]
+    gamma, beta, tau, eps = (cast(parameter, compute_dtype(x.dtype)) for parameter in (gamma, beta, tau, eps))
     # The residual's shape is left to the addition: to compare sizes that a trace leaves open would fix them.
-    _check_operands(x, *operands)
-    if type(x) is not Tensor or torch.jit.is_tracing() or transformed():  # tracers have classes of tensors of their own
-        return for_exporters(x, *operands, residual)
-    return frn(x, *operands, residual)
+    _check_operands(x, gamma, beta, tau, eps)
+    with_data = type(x) is Tensor and not recorded() and not transformed()  # torch.export has tensors of other classes
+    compute = frn if with_data else for_exporters
+    return compute(x, gamma, beta, tau, eps, residual)
 
 
 def _define_exported(name: str, residual: str = "") -> torch._ops.OpOverload:
