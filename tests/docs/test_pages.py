@@ -27,6 +27,7 @@ def test_the_readme_is_short() -> None:
     assert len(text_of("README.md").split()) <= 1500
 
 
+@pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec:FutureWarning")  # of torch.onnx.export about itself
 @pytest.mark.parametrize(
     "page",
     [pytest.param(page, marks=[] if page == "README.md" else pytest.mark.slow) for page in PAGES if blocks(page)],
