@@ -56,6 +56,21 @@ def test_check_in_onnx_reference_evaluator(small: Callable, deploynorm: Callable
     assert "reference" in deploynorm("check", *network, "weights.onnx", "--backend", "reference").out
 
 
+@pytest.mark.usefixtures("ort")
+def test_openvino_checks_and_runs_a_file_with_our_nodes(
+    frn_pt: Path, png: Path, deploynorm: Callable, export: Callable, require: Callable[[str], None]
+) -> None:
+    require("openvino")
+    export(frn_pt)
+    deploynorm("check", frn_pt, "frn.onnx", "--backend", "openvino", "--json", "check.json")
+    assert {each["candidate"] for each in json.loads(Path("check.json").read_text())["checks"]} == {"openvino (cpu)"}
+    for backend in ("onnxruntime", "openvino"):
+        deploynorm("run", "frn.onnx", png, "--backend", backend, "-o", f"{backend}.npz")
+    got, want = (np.load(f"{backend}.npz") for backend in ("openvino", "onnxruntime"))
+    for name in want.files:
+        np.testing.assert_allclose(got[name], want[name], **OP_FLOAT32.kwargs())
+
+
 def test_run_prints_the_classes_of_an_image(frn_pt: Path, png: Path, deploynorm: Callable, export: Callable) -> None:
     export(frn_pt)
     shown = deploynorm("run", "frn.onnx", png, "--json", "onnx.json").out
