@@ -44,6 +44,17 @@ def test_a_core_reads_our_file_by_the_extension(sizes: tuple[int | str, ...], bo
     np.testing.assert_allclose(got, filter_response_norm(X, *frn_parameters().values()), **OP_FLOAT32.kwargs())
 
 
+@pytest.mark.parametrize("shape", [(4, 3), (4, 3, 7), (4, 3, 5, 6), (4, 3, 2, 3, 4)], ids=str)
+def test_each_channel_has_its_own_epsilon(shape: tuple[int, ...]) -> None:
+    """Of a mean over (N, C, L) OpenVINO fuses the addition that follows, with another axis than that of channels."""
+    x = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    values = ([1, 0.5, 2], [0, 1, -1], [-np.inf, 0, -0.5], [0.1, 0.5, 2])
+    parameters = {name: np.array(value, np.float32) for name, value in zip(PARAMETERS, values, strict=True)}
+    with OpenVinoRunner(frn_model(parameters=parameters, shape=shape)) as runner:
+        got = runner.infer({"X": x})["Y"]
+    np.testing.assert_allclose(got, filter_response_norm(x, *parameters.values()), **OP_FLOAT32.kwargs())
+
+
 @pytest.mark.parametrize(
     "case", [case for case in (*CASES, *ADD_CASES) if case.dtype == "bfloat16" and "plain" in case.name], ids=str
 )
