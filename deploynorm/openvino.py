@@ -11,9 +11,9 @@ from deploynorm.errors import BackendError, ModelError
 
 
 def import_openvino() -> Any:
-    """The module openvino; BackendError where it cannot be imported."""
+    """The module openvino, its reader of ONNX with it; BackendError where it cannot be imported."""
     try:
-        import openvino
+        import openvino.frontend.onnx
     except ImportError as error:
         fix = "pip install 'deploynorm[openvino]'"
         raise BackendError("openvino", f"the package cannot be imported: {error}", fix=fix) from error
@@ -37,18 +37,14 @@ def openvino_extension() -> list[Any]:
     Raises:
         BackendError: The package openvino is not installed.
     """
-    import_openvino()
-    from openvino.frontend.onnx import ConversionExtension
+    openvino = import_openvino()
+    extension = openvino.frontend.onnx.ConversionExtension
+    return [extension(op_type, DOMAIN, _converter(openvino, op_type)) for op_type in OPERATORS]
 
-    return [ConversionExtension(op_type, DOMAIN, _converter(op_type)) for op_type in OPERATORS]
 
-
-def _converter(op_type: str) -> Any:
+def _converter(openvino: Any, op_type: str) -> Any:
     """The function by which OpenVINO translates a node."""
-    from openvino import Type
-    from openvino import opset13 as ops
-
-    names = OPERATORS[op_type]
+    names, kinds, ops = OPERATORS[op_type], openvino.Type, openvino.opset13
 
     def axes(*numbers: int) -> Any:
         return ops.constant(np.array(numbers, np.int64))
@@ -56,7 +52,7 @@ def _converter(op_type: str) -> Any:
     def convert(node: Any) -> list[Any]:
         x, *parameters = (node.get_input(position) for position in range(len(names)))
         given = x.get_element_type()
-        compute = Type.f64 if given == Type.f64 else Type.f32
+        compute = kinds.f64 if given == kinds.f64 else kinds.f32
 
         def widened(tensor: Any) -> Any:
             return tensor if given == compute else ops.convert(tensor, compute.get_type_name())
@@ -74,8 +70,7 @@ def _converter(op_type: str) -> Any:
             wide = widened(tensor)
             return wide if added is None else ops.unsqueeze(wide, added)
 
-        # (1, C, 1, ...)
-        columns = axes(0, *range(2, inner))
+        columns = axes(0, *range(2, inner))  # of (1, C, 1, ...)
         gamma, beta, tau, eps = (ops.unsqueeze(parameter, columns) for parameter in parameters[:4])
         v = prepared(x)
         square = ops.multiply(v, v)
