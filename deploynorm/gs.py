@@ -84,7 +84,7 @@ def frn(
         InputError: An argument is not as above.
     """
     gs = graphsurgeon()
-    for name, tensor in {"x": x, **({} if residual is None else {"residual": residual})}.items():
+    for name, tensor in (("x", x), *([] if residual is None else [("residual", residual)])):
         if not isinstance(tensor, gs.Tensor):
             raise InputError(_WHERE, f"{name} is no tensor of the graph", got=type(tensor).__name__)
         if type_name(tensor) not in DTYPES:
@@ -92,16 +92,17 @@ def frn(
             raise InputError(_WHERE, f"the type of {tensor.name}", got=type_name(tensor), expected=expected)
         if tensor.shape is not None and len(tensor.shape) < 2:
             raise InputError(_WHERE, f"{tensor.name} has no channels", got=list(tensor.shape), expected="(N, C, ...)")
-        if output is tensor:
-            raise InputError(_WHERE, f"{tensor.name} would be computed from itself")
+        if tensor is output:
+            raise InputError(_WHERE, f"{name} would be computed from itself")
     if residual is not None and (type_name(residual) != type_name(x) or not _may_be_equal(residual.shape, x.shape)):
         got, expected = (f"{type_name(each)} {each.shape}" for each in (residual, x))
         raise InputError(_WHERE, f"{residual.name} has not the type and shape of x", got=got, expected=expected)
 
     given = dict(zip(PARAMETERS, (gamma, beta, tau, eps), strict=True))
     arrays = {name: _numbers(name, value) for name, value in given.items()}
-    channels = x.shape[1] if x.shape is not None and isinstance(x.shape[1], int) else None
-    if channels is None and (channels := max(array.size for array in arrays.values())) == 1:
+    known = x.shape[1] if x.shape is not None and isinstance(x.shape[1], int) else None
+    channels: int = known or max(array.size for array in arrays.values())
+    if known is None and channels == 1:
         fix = "give a parameter for each channel"
         raise InputError(_WHERE, f"the number of channels of {x.name} is not known", fix=fix)
     for name, array in arrays.items():
@@ -109,23 +110,22 @@ def frn(
             raise InputError(_WHERE, f"{name} is not one number for each channel", got=array.size, expected=channels)
 
     taken = vars(graph).setdefault("_deploynorm_names", set(graph.tensors()))
-    if not isinstance(output, gs.Tensor):
-        output = gs.Variable(_free(output or f"{x.name}_frn", taken))
-    for other in list(output.inputs):
-        place = next(place for place, each in enumerate(other.outputs) if each is output)
+    y: Any = output if isinstance(output, gs.Tensor) else gs.Variable(_free(output or f"{x.name}_frn", taken))
+    for other in list(y.inputs):
+        place = next(place for place, each in enumerate(other.outputs) if each is y)
         other.outputs[place] = gs.Variable.empty()  # so that further outputs keep their places
-    if output.dtype is None:
-        output.dtype, output.shape = x.dtype, x.shape
+    if y.dtype is None:
+        y.dtype, y.shape = x.dtype, x.shape
     wide = np.float64 if type_name(x) == "float64" else np.float32
     inputs = [x]
     for name, array in arrays.items():
         value = np.broadcast_to(array, channels).astype(wide)
-        inputs.append(gs.Constant(_free(f"{output.name}_{name}", taken), value))
+        inputs.append(gs.Constant(_free(f"{y.name}_{name}", taken), value))
     if residual is not None:
         inputs.append(residual)
     op_type = OP_TYPE if residual is None else ADD_OP_TYPE
-    graph.nodes.append(gs.Node(op_type, f"{output.name}_frn", dict(NODE_ATTRIBUTES), inputs, [output], DOMAIN))
-    return output
+    graph.nodes.append(gs.Node(op_type, f"{y.name}_frn", dict(NODE_ATTRIBUTES), inputs, [y], DOMAIN))
+    return y
 
 
 def _numbers(name: str, given: object) -> _Array:

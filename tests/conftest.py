@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 OPTIONAL = {
     "ort": ("onnxruntime", "pip install 'deploynorm[cpu]'"),
     "timm": ("timm", "pip install timm"),
+    "graphsurgeon": ("onnx_graphsurgeon", "pip install 'deploynorm[surgery]'"),
     "data": ("sklearn", "pip install 'deploynorm[train]'"),
     "trt-rtx": ("tensorrt_rtx", "pip install tensorrt_rtx_cu13"),
     "polygraphy": ("polygraphy", "pip install polygraphy"),

@@ -20,7 +20,17 @@ MODULES = sorted(
     for path in PACKAGE.rglob("*.py")
     if path.name != "__main__.py"
 )
-OPTIONAL = ("onnxruntime", "tensorrt", "tensorrt_rtx", "triton", "timm", "PIL", "matplotlib", "sklearn")
+OPTIONAL = (
+    "onnxruntime",
+    "tensorrt",
+    "tensorrt_rtx",
+    "triton",
+    "timm",
+    "PIL",
+    "matplotlib",
+    "sklearn",
+    "onnx_graphsurgeon",
+)
 
 
 def _run(program: str, *arguments: object, absent: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:

@@ -44,6 +44,7 @@ def check_files(given: Mapping[str, Any]) -> None:
     inputs = [Path(parse_named_file(str(text))[1]) for text in texts]
     if factory := given.get("factory"):
         inputs.append(Path(f"{factory.partition(':')[0].replace('.', '/')}.py"))  # looked for in this folder first
+    inputs += [Path(name.partition("=")[2].rpartition(":")[0]) for name in given.get("passes") or () if ":" in name]
     check_outputs(_with_companions(written), _with_companions(inputs))
 
 

@@ -3,7 +3,7 @@
 --fuse finds FRN that another exporter left in loose operators, and makes each layer one node, with its body beside it.
 --fold computes what stands behind a convolution for each channel into its weight: MABN, CenConv, BatchNormalization.
 --expand is the inverse of --fuse. What cannot be rewritten is listed, with the reason; a file in which these find
-nothing is written as it is.
+nothing is written as it is. --surgery is for what you do yourself.
 
 --optimize-for-cpu puts FRN, its residual additions and its thresholds on the layout that ONNX Runtime's convolutions
 use on this processor, so that nothing is reordered between them. The result runs only on this kind of processor, with
@@ -32,8 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     passes = parser.add_argument_group("rewrites, in the order in which they are given")
     for name, each in PASSES.items():
         kind: dict[str, Any]
-        if each.choices:
-            kind = {"action": "append", "type": _with(name), "metavar": f"{{{','.join(each.choices)}}}"}
+        if each.choices or each.argument:
+            kind = {"action": "append", "type": _with(name)}
+            kind["metavar"] = each.argument or f"{{{','.join(each.choices)}}}"
         else:
             kind = {"action": "append_const", "const": name}
         passes.add_argument(_option(name), dest="passes", help=each.summary, **kind)

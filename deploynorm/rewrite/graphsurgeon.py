@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import onnx
+import onnx.numpy_helper
 import onnx_ir as ir
 from google.protobuf.message import Message
 from onnx_ir.passes.common import RemoveUnusedNodesPass, ShapeInferencePass
@@ -72,7 +73,7 @@ class Operation:
     graph: gs.Graph
 
     def __init__(self, model: ir.Model) -> None:
-        gs = graphsurgeon()
+        surgeon = graphsurgeon()
         model = model.clone()  # its weights are those of the model
         with quiet("onnx_ir", "onnxscript"):
             raise_opset(model, MIN_OPSET)
@@ -87,8 +88,8 @@ class Operation:
             if len(kept) < len(node.attribute):
                 del node.attribute[:]
                 node.attribute.extend(kept)
-        with _hushed(gs):
-            self.graph = gs.import_onnx(read)
+        with _hushed():
+            self.graph = surgeon.import_onnx(read)
         # What each object of the graph was read from, by its id; with the object, or another could get its id.
         self._nodes: dict[int, tuple[gs.Node, onnx.NodeProto]] = {}
         self._values: dict[int, tuple[gs.Tensor, object, onnx.ValueInfoProto | None]] = {}
@@ -96,7 +97,7 @@ class Operation:
         self._remember(self.graph, self._source.graph)
         for function, proto in zip(self.graph.functions, self._source.functions, strict=True):
             self._remember(function, proto)
-        constants = {name: each for name, each in self.graph.tensors().items() if isinstance(each, gs.Constant)}
+        constants = {name: each for name, each in self.graph.tensors().items() if isinstance(each, surgeon.Constant)}
         inputs = enumerate(self._source.graph.input)
         self._fed = [(place, constants[info.name], info) for place, info in inputs if info.name in constants]
 
@@ -111,8 +112,8 @@ class Operation:
                 info = ends.get(tensor.name, info)
                 if tensor.type not in _KINDS:
                     tensor.dtype = tensor.shape = None
-            elif (weight := self._weight(getattr(tensor._values, "tensor", None))) is not None:
-                tensor._values.load = partial(_array, weight)
+            elif isinstance(stub := getattr(tensor._values, "tensor", None), onnx.TensorProto):
+                tensor._values.load = partial(_array, self._weight(stub) or stub)
             self._values.setdefault(id(tensor), (tensor, _kind(tensor), info))
         for node, source in zip(body.nodes, proto.node, strict=True):
             self._nodes[id(node)] = node, source
@@ -138,7 +139,7 @@ class Operation:
         gs = graphsurgeon()
         held = self._set_new_weights_aside()
         try:
-            with _hushed(gs):
+            with _hushed():
                 proto = gs.export_onnx(self.graph, do_type_check=False)
         except Exception as error:
             raise ModelError("surgery", f"onnx-graphsurgeon cannot write the graph: {first_line(error)}") from error
@@ -175,8 +176,7 @@ class Operation:
                 _put_rest(source, written)
                 if (source.op_type, source.domain) == (written.op_type, written.domain):
                     written.overload = source.overload
-                    left = (x for x in source.attribute if _is_unreadable(x) and x.name not in node.attrs)
-                    written.attribute.extend(left)
+                    _put_back_attributes(source, written)
             for attribute in written.attribute:
                 if attribute.type == onnx.AttributeProto.GRAPH:
                     self._put_back(node.attrs[attribute.name], attribute.g, {*outer, *map(id, tensors.values())})
@@ -225,9 +225,11 @@ class Operation:
         halves = {node.inputs[0].name: type_name(node.inputs[0]) for node in ours}
         try:
             model = ir.from_proto(proto)
+            changed = _canonical(ir.to_proto(model)) != _canonical(self._source)
             RemoveUnusedNodesPass()(model)
-            for body in (model.graph, *model.functions.values()):
-                body.sort()
+            model.graph.sort()
+            for function in model.functions.values():
+                function.sort()
         except Exception as error:  # onnx_ir has no error of its own for a cycle, or a name that is there twice
             raise ModelError("surgery", f"the graph is not valid any more: {first_line(error)}") from error
         for node in frn_nodes(model.graph):
@@ -236,16 +238,15 @@ class Operation:
                 x.dtype = ir.DataType[halves[str(x.name)].upper()]  # which the body depends on
         drop_bodies(model)
         lower(model, "custom")
-        final = ir.to_proto(model)
         try:
-            check_graph(OnnxFile("surgery", None, final))
+            check_graph(OnnxFile("surgery", None, ir.to_proto(model)))
         except ModelError as error:
             raise ModelError("surgery", f"the graph is not valid any more: {error.problem}") from error
         for graph in (model.graph, *model.graph.subgraphs()):
             for value in graph.initializers.values():
                 if (weight := self._weight(value.const_value)) is not None:
                     value.const_value = weight
-        return model, _canonical(final) != _canonical(self._source)
+        return model, changed
 
 
 def _set_aside(model: ir.Model) -> list[ir.TensorProtocol]:
@@ -270,8 +271,8 @@ def _stub(tensor: ir.TensorProtocol, place: int) -> ir.ExternalTensor:
     return ir.ExternalTensor(location, None, None, tensor.dtype, shape=tensor.shape, name=str(tensor.name))  # type: ignore[arg-type]
 
 
-def _array(tensor: ir.TensorProtocol) -> np.ndarray[Any, Any]:
-    return np.array(tensor.numpy())
+def _array(tensor: ir.TensorProtocol | onnx.TensorProto) -> np.ndarray[Any, Any]:
+    return np.array(onnx.numpy_helper.to_array(tensor) if isinstance(tensor, onnx.TensorProto) else tensor.numpy())
 
 
 def _bodies(proto: onnx.ModelProto) -> Iterator[Any]:
@@ -304,6 +305,17 @@ def _kind(tensor: gs.Tensor) -> object:
     return tensor.dtype, None if tensor.shape is None else tuple(tensor.shape)
 
 
+def _put_back_attributes(source: onnx.NodeProto, written: onnx.NodeProto) -> None:
+    """Attributes that were not read, and the docs of the others; in the order of the source."""
+    found = {attribute.name: attribute for attribute in written.attribute}
+    for attribute in source.attribute:
+        if attribute.name in found:
+            found[attribute.name].doc_string = attribute.doc_string
+    left = {attribute.name: attribute for attribute in source.attribute if _is_unreadable(attribute)} | found
+    names = [attribute.name for attribute in source.attribute if attribute.name in left]
+    _set(written.attribute, [left[name] for name in dict.fromkeys([*names, *left])])
+
+
 def _put_rest(source: Any, written: Any) -> None:
     """Sets the fields of a message that onnx-graphsurgeon leaves out, as they were in the message that it read."""
     for field, value in source.ListFields():
@@ -332,9 +344,9 @@ def _canonical(model: onnx.ModelProto) -> bytes:
 
 
 @contextmanager
-def _hushed(gs: Any) -> Iterator[None]:
+def _hushed() -> Iterator[None]:
     """Keeps what onnx-graphsurgeon prints from the user: what matters is raised."""
-    logger = gs.logger.G_LOGGER
+    logger = graphsurgeon().logger.G_LOGGER
     level = logger.severity
     logger.severity = logger.CRITICAL
     try:

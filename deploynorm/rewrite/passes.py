@@ -29,6 +29,7 @@ class Pass(NamedTuple):
         suffix: The ending of the file that it makes by default.
         summary: What it does, for --help.
         choices: The values of its second argument, one of which is chosen: "expand=primitives".
+        argument: What its second argument is, where it may be any text: "surgery=edit.py:shorten".
         needs_change: Whether a file in which it finds nothing to do is refused, and not written as it is.
     """
 
@@ -36,6 +37,7 @@ class Pass(NamedTuple):
     suffix: str
     summary: str
     choices: tuple[str, ...] = ()
+    argument: str = ""
     needs_change: bool = False
 
 
@@ -62,6 +64,12 @@ PASSES: Final[Mapping[str, Pass]] = {
         "each FRN node becomes operators of ONNX",
         choices=tuple(name for name in LOWERINGS if name != "custom"),
     ),
+    "surgery": Pass(
+        "deploynorm.rewrite.surgery.surgery",
+        ".surgery.onnx",
+        "your function changes the graph, with onnx-graphsurgeon; FILE.py is run, so name only code you trust",
+        argument="FILE.py:FUNCTION",
+    ),
 }
 """By name, which is also the option of the command line: --optimize-for-cpu, --expand primitives."""
 
@@ -73,7 +81,9 @@ def row(name: str) -> Pass:
     found = PASSES[key]
     if found.choices:
         check_choice("rewrite", f"no choice of {key}", choice, found.choices)
-    elif equals:
+    elif found.argument and not choice:
+        raise InputError("rewrite", f"{key} needs an argument", got=repr(name), expected=f"{key}={found.argument}")
+    elif equals and not found.argument:
         raise InputError("rewrite", f"{key} has no choices", got=repr(name), expected=key)
     return found
 
