@@ -77,6 +77,7 @@ class Operation:
         model = model.clone()  # its weights are those of the model
         with quiet("onnx_ir", "onnxscript"):
             raise_opset(model, MIN_OPSET)
+            RemoveUnusedNodesPass()(model)  # or what nothing reads, and is not read here, would seem to be changed
             self._weights = _set_aside(model)
             inferred = model.clone()
             with suppress(Exception):  # then less is known of its values
@@ -225,8 +226,8 @@ class Operation:
         halves = {node.inputs[0].name: type_name(node.inputs[0]) for node in ours}
         try:
             model = ir.from_proto(proto)
-            changed = _canonical(ir.to_proto(model)) != _canonical(self._source)
             RemoveUnusedNodesPass()(model)
+            changed = _canonical(ir.to_proto(model)) != _canonical(self._source)
             model.graph.sort()
             for function in model.functions.values():
                 function.sort()

@@ -136,7 +136,7 @@ def rewrite(
     for name in passes or ["none"]:
         row(name)
     source = OnnxFile.read(model)
-    source.begin(accept_changed=accept_changed, loose="fuse" not in passes)
+    source.begin(accept_changed=accept_changed, loose=not {"fuse", "surgery"} & {name.split("=")[0] for name in passes})
     load("deploynorm.rewrite.intake.check_graph")(source)
     run = sequence(*map(load_pass, passes))
     # Opening the source first reports what is wrong with it under its own name.

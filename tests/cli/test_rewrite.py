@@ -199,6 +199,88 @@ def test_a_hostile_graph_is_refused_before_anything_is_touched(name: str, refuse
     model = onnx.parser.parse_model(GRAPH.format(nodes=MEAN, more=""))
     change(model)
     Path("net.onnx").write_bytes(model.SerializeToString())
-    result = refused(2, "net.onnx", "rewrite", "net.onnx", "--fuse", "--fold", "-o", "new.onnx")
-    assert re.search(reason, result.err)
+    Path("edit.py").write_text("print('was run')\ndef edit(graph): pass\n")
+    for passes in (("--fuse", "--fold"), ("--surgery", "edit.py:edit")):
+        result = refused(2, "net.onnx", "rewrite", "net.onnx", *passes, "-o", "new.onnx")
+        assert re.search(reason, result.err)
+        assert "was run" not in result.out
     assert not Path("new.onnx").exists()
+
+
+EDIT = """
+import beside
+
+def shorten(graph):
+    root = next(node for node in graph.nodes if node.op == "Sqrt")
+    x, end = root.i().i().inputs[0], root.o().outputs[0]
+    graph.frn(x, 1, 0, float("-inf"), beside.EPS, output=end)
+    return graph.cleanup()
+
+def leave(graph):
+    pass
+
+def break_it(graph):
+    graph.nodes[-1].op = "Mul"
+
+def fail(graph):
+    nodes = {node.name: node for node in graph.nodes}
+    return nodes["gone"]
+
+def leave_the_process(graph):
+    raise SystemExit("that is all")
+
+def count(graph):
+    return len(graph.nodes)
+"""
+
+
+@pytest.fixture
+def edited(require: Callable[[str], None]) -> None:
+    """A network, and the user's functions for it."""
+    require("graphsurgeon")
+    nodes = "s = Mul (x, x) m = ReduceMean (s, space) r = Sqrt (m) y = Div (x, r)"
+    onnx.save(onnx.parser.parse_model(GRAPH.format(nodes=nodes, more=", int64[2] space = {2, 3}")), "net.onnx")
+    Path("edit.py").write_text(EDIT)
+    Path("beside.py").write_text("EPS = 1e-8\n")
+
+
+SHAPE = ("--input-shape", "2x4x9x7")
+
+
+@pytest.mark.usefixtures("edited")
+def test_a_function_of_the_users_changes_the_graph(deploynorm: Callable) -> None:
+    result = deploynorm("rewrite", "net.onnx", "--surgery", "edit.py:shorten", *SHAPE, "--json", "record.json")
+    assert "Parity with net.onnx" in result.out
+    assert "wrote net.surgery.onnx" in result.out
+    assert [node.op_type for node in onnx.load("net.surgery.onnx").graph.node] == [OP_TYPE]
+    assert json.loads(Path("record.json").read_text())["checks"][0]["ok"]
+    assert "beside" not in sys.modules or "edit" not in sys.modules
+    result = deploynorm("rewrite", "net.onnx", "--surgery", "edit.py:leave", *SHAPE, "-o", "equal.onnx")
+    assert "the function changed nothing" in result.out
+    assert Path("equal.onnx").read_bytes() == Path("net.onnx").read_bytes()
+
+
+@pytest.mark.usefixtures("edited")
+@pytest.mark.parametrize(
+    ("named", "problem"),
+    {
+        "gone.py:shorten": "no such file. Got gone.py; expected FILE.py:FUNCTION",
+        "edit.py": "no function is named. Got 'edit.py'; expected FILE.py:FUNCTION",
+        "edit.py:shortens": "edit.py has no function shortens. Got functions shorten, leave,",
+        "edit.py:fail": """edit.py, line 18: return nodes["gone"]: KeyError: 'gone'.""",
+        "edit.py:leave_the_process": 'edit.py, line 21: raise SystemExit("that is all"): SystemExit: that is all.',
+        "edit.py:count": "edit.py:count: it returns another thing. Got int; expected None or the graph",
+        "wrong.py:edit": "wrong.py, line 2: def edit(graph)",
+    }.items(),
+)
+def test_what_a_users_file_lacks_is_said_with_its_line(named: str, problem: str, refused: Callable) -> None:
+    Path("wrong.py").write_text("\ndef edit(graph)\n    pass\n")
+    result = refused(2, problem, "rewrite", "net.onnx", "--surgery", named, *SHAPE)
+    assert "deploynorm/rewrite" not in result.err
+
+
+@pytest.mark.usefixtures("edited")
+def test_surgery_that_changes_the_numbers_is_not_written(deploynorm: Callable, refused: Callable) -> None:
+    result = refused(1, "", "rewrite", "net.onnx", "--surgery", "edit.py:break_it", *SHAPE)
+    assert "BROKEN" in result.out
+    refused(2, "which is read", "rewrite", "net.onnx", "--surgery", "edit.py:leave", *SHAPE, "-o", "edit.py")
