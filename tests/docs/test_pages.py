@@ -32,6 +32,7 @@ def test_the_readme_is_short() -> None:
     "page",
     [pytest.param(page, marks=[] if page == "README.md" else pytest.mark.slow) for page in PAGES if blocks(page)],
 )
+@pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # of torch's own exporter
 def test_blocks(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, require: Callable[[str], None]) -> None:
     require("ort")
     require("native")
