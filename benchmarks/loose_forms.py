@@ -107,6 +107,11 @@ def _residual(m: Loose, x: Tensor) -> Tensor:
     return torch.max(_affine(m, y * _inverse(y)) + x, m.t)
 
 
+def _residual_of_a_difference(m: Loose, x: Tensor) -> Tensor:
+    y = F.relu(x - 0.5)
+    return F.relu(_affine(m, y * _inverse(y)) + x - m.t) + m.t
+
+
 FORMS: dict[str, Callable[[], Loose]] = {
     "paper": lambda: Loose(lambda m, x: _tlu(m, _affine(m, x * _inverse(x)))),
     "gupta-abhay": lambda: Loose(lambda m, x: _tlu(m, m.g * (x * torch.rsqrt(_mean(x) + m.e.abs())) + m.b)),
@@ -137,6 +142,7 @@ FORMS: dict[str, Callable[[], Loose]] = {
     "sum by the size": lambda: Loose(_sum_by_size),
     "norm by the size": lambda: Loose(_norm_by_size),
     "residual": lambda: Loose(_residual),
+    "residual, ReLU of a difference": lambda: Loose(_residual_of_a_difference),
 }
 """By name; each is one FRN."""
 

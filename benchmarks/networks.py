@@ -15,7 +15,7 @@ from deploynorm.contract import Lowering
 from deploynorm.layers import FRN2d
 from deploynorm.models import frn_resnet, mabn_resnet
 
-__all__ = ["NETWORKS", "export_network", "make_network", "timm_resnet"]
+__all__ = ["NETWORKS", "export_network", "make_network", "timm_network", "timm_resnet"]
 
 
 def _conv_norm(
@@ -81,6 +81,11 @@ NETWORKS: dict[str, tuple[dict[str, Callable[[], nn.Module]], int]] = {
 
 def timm_resnet() -> nn.Module:
     """timm's resnetv2_50d_frn, with random weights."""
+    return timm_network("resnetv2_50d_frn")
+
+
+def timm_network(name: str, norm: str | None = None) -> nn.Module:
+    """A network of timm with random weights, its norm layers perhaps of another class of timm.layers."""
     try:
         import timm
     except RuntimeError:  # PyPI's torchvision with a CPU torch lacks two operators that it registers shapes for
@@ -88,7 +93,8 @@ def timm_resnet() -> nn.Module:
         for operator in ("nms", "qnms"):
             library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         import timm
-    network: nn.Module = timm.create_model("resnetv2_50d_frn").eval()
+    chosen = {} if norm is None else {"norm_layer": getattr(timm.layers, norm)}
+    network: nn.Module = timm.create_model(name, **chosen).eval()
     return network
 
 

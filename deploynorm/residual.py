@@ -20,7 +20,8 @@ TAU: Final = INPUTS.index("tau")
 def fuse_residuals(model: ir.Model) -> None:
     """Writes the residual into the FRN where a graph proves that this computes the same, in place.
 
-    Given:  max(FRN(x) + residual, tau), FRN without a threshold of its own, tau for each channel or 0 (ReLU)
+    Given:  max(FRN(x) + residual, tau), FRN without a threshold of its own, tau for each channel or 0 (ReLU); also
+            written as relu(FRN(x) + residual - tau) + tau
     Result: FRNAdd(x, residual) with that tau
 
     The sum and FRN's value have no other reader and are no outputs; the residual has FRN's shape at every size, so that
@@ -33,14 +34,13 @@ def fuse_residuals(model: ir.Model) -> None:
 
 def _fuse(graph: ir.Graph, frn: ir.Node) -> None:
     y, add = frn.outputs[0], _only_reader(frn)
-    threshold = _only_reader(add)
-    if frn.op_type != OP_TYPE or not has_no_threshold(frn) or add is None or threshold is None:
+    if frn.op_type != OP_TYPE or not has_no_threshold(frn) or add is None or add.op_type != "Add":
         return
     residual = next((value for value in add.inputs if value is not y), None)
-    if add.op_type != "Add" or residual is None or residual.dtype != y.dtype or not same_shape(residual, y):
+    if residual is None or residual.dtype != y.dtype or not same_shape(residual, y):
         return
     assert y.shape is not None
-    bound = _bound(threshold, add.outputs[0])
+    threshold, bound = _threshold(add)
     tau = None if bound is None else per_channel(bound, y.shape)
     if tau is None or np.isnan(tau).any():  # a maximum gives NaN there, the operator the sum
         return
@@ -58,7 +58,7 @@ def _fuse(graph: ir.Graph, frn: ir.Node) -> None:
     assert isinstance(frn.graph, ir.Graph)
     # The new output takes the name, shape and type of the old one.
     ir.convenience.replace_nodes_and_values(
-        frn.graph, threshold, [frn, add, threshold], [made], threshold.outputs, made.outputs
+        frn.graph, threshold[-1], [frn, add, *threshold], [made], threshold[-1].outputs, made.outputs
     )
 
 
@@ -118,13 +118,29 @@ def _only_reader(node: ir.Node | None) -> ir.Node | None:
     return reader if reader.graph is node.graph and reader.domain == "" else None
 
 
-def _bound(threshold: ir.Node, value: ir.Value) -> _Array | None:
-    """What a ReLU, or a maximum with a constant, makes the least of the value; None for another node."""
-    if threshold.op_type == "Relu":
-        return np.zeros(1, np.float32)
-    if threshold.op_type != "Max" or len(threshold.inputs) != 2:
-        return None
-    return constant(next(each for each in threshold.inputs if each is not value))
+def _threshold(add: ir.Node) -> tuple[list[ir.Node], _Array | None]:
+    """The nodes behind a sum that bound it from below, and by what; None where nothing does."""
+    first = _only_reader(add)
+    if first is None:
+        return [], None
+    if first.op_type == "Relu":
+        return [first], np.zeros(1, np.float32)
+    bound = _operand(first, add.outputs[0])
+    if first.op_type == "Max" or (first.op_type == "Clip" and first.inputs[0] is add.outputs[0]):
+        return [first], bound
+    relu = _only_reader(first)
+    last = _only_reader(relu)
+    if first.op_type != "Sub" or first.inputs[0] is not add.outputs[0] or relu is None or last is None:
+        return [], None
+    back = _operand(last, relu.outputs[0])
+    same = bound is not None and back is not None and np.isfinite(bound).all() and np.array_equal(bound, back)
+    return [first, relu, last], bound if same and (relu.op_type, last.op_type) == ("Relu", "Add") else None
+
+
+def _operand(node: ir.Node, value: ir.Value) -> _Array | None:
+    """The constant that a node of two inputs reads beside the value."""
+    others = [each for each in node.inputs if each is not value]
+    return constant(others[0]) if len(node.inputs) == 2 and len(others) == 1 else None
 
 
 def has_no_threshold(frn: ir.Node) -> bool:

@@ -93,7 +93,7 @@ def test_form_of_the_new_exporter_is_fused(form: str, exporter: str) -> None:
 
 def _is_one_node(form: str, proto: bytes) -> None:
     result = _fused(proto)
-    if form == "residual":  # of a ReLU of a difference, and that of x itself
+    if form.startswith("residual"):  # of a ReLU of a difference, and that of x itself
         assert result.after == Counter({"Sub": 1, "Relu": 1, ADDED: 1}) | Counter(Constant=result.after["Constant"])
     else:
         assert result.after == Counter({FRN: 1})
@@ -282,6 +282,24 @@ ONE_NODE = {
         outputs=f", bool[N, {CHANNELS}, H, W] p",
     ),
     "a residual": Graph(f"k = Neg (x); {AFFINE}d = Add (k, c); y = Max (d, t)", {FRN: 0, ADDED: 1, "Neg": 1}),
+    "a residual and the ReLU of a difference": Graph(
+        f"k = Neg (x); {AFFINE}d = Add (k, c); f = Sub (d, t); p = Relu (f); y = Add (t, p)",
+        {FRN: 0, ADDED: 1, "Neg": 1},
+    ),
+    "a residual and Clip": Graph(
+        f"k = Neg (x); {AFFINE}d = Add (k, c); y = Clip (d, half)", {FRN: 0, ADDED: 1, "Neg": 1}
+    ),
+    "a residual and Clip with an upper bound stay": Graph(
+        f"k = Neg (x); {AFFINE}d = Add (k, c); y = Clip (d, zero, large)", {"Neg": 1, "Add": 1, "Clip": 1}
+    ),
+    "a residual and the ReLU of another difference stay": Graph(
+        f"k = Neg (x); {AFFINE}d = Add (k, c); f = Sub (d, t); p = Relu (f); y = Add (g, p)",
+        {"Neg": 1, "Add": 2, "Sub": 1, "Relu": 1},
+    ),
+    "a residual and the ReLU of a negative difference stay": Graph(
+        f"k = Neg (x); {AFFINE}d = Add (k, c); f = Sub (t, d); p = Relu (f); y = Add (t, p)",
+        {"Neg": 1, "Add": 2, "Sub": 1, "Relu": 1},
+    ),
     "parameters that change over space stay": Graph(f"{UNIT}y = Mul (u, map)", {"Mul": 1}, x=FIXED),
     "parameters that widen the batch stay": Graph(
         f"{UNIT}y = Mul (u, wide)", {"Mul": 1}, x=f"B, {CHANNELS}, H, W", y=f"2, {CHANNELS}, H, W"
