@@ -16,7 +16,7 @@ import onnx
 import onnx.numpy_helper
 import onnx_ir as ir
 from google.protobuf.message import Message
-from onnx_ir.passes.common import RemoveUnusedNodesPass, ShapeInferencePass
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from deploynorm.contract import DOMAIN, MIN_OPSET, OPERATORS
 from deploynorm.dtypes import HALF
@@ -24,7 +24,8 @@ from deploynorm.errors import BackendError, ModelError
 from deploynorm.lowering import frn_nodes, lower
 from deploynorm.onnx_file import OnnxFile
 from deploynorm.quiet import first_line, quiet
-from deploynorm.rewrite.intake import check_graph, drop_bodies, raise_opset, without_inferred_sizes
+from deploynorm.rewrite.intake import check_graph, drop_bodies, infer_shapes, without_inferred_sizes
+from deploynorm.rewrite.opset import raise_opset
 
 if TYPE_CHECKING:
     import onnx_graphsurgeon as gs
@@ -80,8 +81,8 @@ class Operation:
             RemoveUnusedNodesPass()(model)  # or what nothing reads, and is not read here, would seem to be changed
             self._weights = _set_aside(model)
             inferred = model.clone()
-            with suppress(Exception):  # then less is known of its values
-                ShapeInferencePass(check_type=False, strict_mode=False, data_prop=True)(inferred)
+            with suppress(ModelError):  # then less is known of its values
+                infer_shapes(inferred)
         without_inferred_sizes(inferred, model)
         self._source, read = ir.to_proto(model), ir.to_proto(inferred)
         for node in (node for body in _bodies(read) for node in body.node):

@@ -8,7 +8,6 @@ from typing import Final
 
 import onnx
 import onnx_ir as ir
-import onnxscript.version_converter
 from onnx_ir.passes.common import InlinePass, RemoveUnusedNodesPass, ShapeInferencePass
 
 from deploynorm.changes import Change
@@ -16,6 +15,7 @@ from deploynorm.contract import BLOCKED_OP_TYPE, DOMAIN, MIN_OPSET, OPERATORS
 from deploynorm.errors import ModelError
 from deploynorm.onnx_file import OnnxFile, all_nodes, node_counts
 from deploynorm.quiet import first_line, quiet
+from deploynorm.rewrite.opset import raise_opset
 from deploynorm.rewrite.result import RewriteResult
 
 NCHWC: Final = "com.microsoft.nchwc"
@@ -59,12 +59,25 @@ def prepared(model: ir.Model, opset: int = MIN_OPSET) -> ir.Model:
     with quiet("onnx_ir", "onnxscript"):
         InlinePass(lambda function: (function.domain, function.name) not in _OURS)(model)
         raise_opset(model, opset)
-        try:
-            ShapeInferencePass(check_type=False, strict_mode=False, data_prop=True)(model)
-        except Exception as error:
-            raise ModelError("rewrite", f"the shapes of its values cannot be inferred: {first_line(error)}") from error
+        if not all(_is_known(value) for node in model.graph.all_nodes() for value in node.outputs):
+            infer_shapes(model)
     RemoveUnusedNodesPass()(model)
     return model
+
+
+def infer_shapes(model: ir.Model) -> None:
+    """Gives values the types and shapes that follow from others, in place; ModelError where they contradict."""
+    try:
+        ShapeInferencePass(check_type=False, strict_mode=False, data_prop=True)(model)
+    except Exception as error:
+        raise ModelError("rewrite", f"the shapes of its values cannot be inferred: {first_line(error)}") from error
+
+
+def _is_known(value: ir.Value) -> bool:
+    """Whether a value's type and shape stand in the file, each size with a number or a name."""
+    if value.type is None or value.shape is None:
+        return not value.name
+    return all(isinstance(size, int) or size.value is not None for size in value.shape)
 
 
 _OURS: Final = {(DOMAIN, op_type) for op_type in OPERATORS}
@@ -89,24 +102,6 @@ def unchanged(model: ir.Model, changes: Iterable[Change]) -> RewriteResult:
     """The result of a pass that found nothing to do: the model as it was."""
     counts = node_counts(model.graph.all_nodes())
     return RewriteResult(model, tuple(changes), counts, counts)
-
-
-def raise_opset(model: ir.Model, opset: int) -> None:
-    """Raises the model to an opset, in place, where it has an earlier one."""
-    had = model.opset_imports.get("", opset)
-    if had >= opset:
-        return
-    try:
-        onnxscript.version_converter.convert_version(model, opset, fallback=True)
-    except Exception as error:  # of a node that it does not know
-        raise _not_raised(had, opset, first_line(error)) from error
-    if model.opset_imports.get("") != opset:
-        raise _not_raised(had, opset, "onnx does not know how")
-
-
-def _not_raised(had: int, opset: int, why: str) -> ModelError:
-    problem = f"its opset cannot be raised to {opset}: {why}"
-    return ModelError("rewrite", problem, got=f"opset {had}", fix=f"export it with opset {opset} or later")
 
 
 def without_inferred_sizes(model: ir.Model, source: ir.Model) -> None:

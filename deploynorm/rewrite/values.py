@@ -106,6 +106,8 @@ class Values:
             if sizes is not None and not any(size.names for size in sizes):
                 numbers = np.array([size.number for size in sizes], np.int64)
                 return numbers if len(value.shape) else numbers.reshape(())
+        if node.op_type == "Identity":  # TorchScript's exporter has one for each weight that is equal to another
+            return self.constant(node.inputs[0], depth + 1)
         if node.op_type == "CastLike":
             like = node.inputs[1].dtype if node.inputs[1] is not None else None
             array = self.constant(node.inputs[0], depth + 1)
