@@ -82,6 +82,14 @@ class _RefusedError(Exception):
     """Why a mean stays as it is."""
 
 
+class _NoFormError(_RefusedError):
+    """No form of x has the shape of an end; with the views that lead to that shape."""
+
+    def __init__(self, reason: str, views: set[ir.Node]) -> None:
+        super().__init__(reason)
+        self.views = views
+
+
 @dataclass(frozen=True)
 class _Found:
     """What one walk found: values that the operator can compute, and why means cannot go."""
@@ -123,19 +131,35 @@ class _Fusing:
                 refused.append((8, "the rank of what it reads is not known" if rank is None else "it reads no maps"))
                 continue
             for space in (frozenset(range(2, rank)), frozenset(range(1, rank - 1))):
-                found = self._look(x, space)
-                if mean in found.reasons:
-                    refused.append((1, found.reasons[mean]))
-                elif any(mean in found.walk.formulas[end].means for end in found.ends):
-                    try:
-                        self._emit(found, mean)
-                    except _RefusedError as reason:
-                        refused.append((0, str(reason)))
-                        continue
+                if self._fuse_from(x, space, mean, way, refused):
                     return
-                known = found.walk.refused
-                refused += [(2 + (node is not mean), known[node]) for node in way if node in known]
         raise _RefusedError(min(refused, key=itemgetter(0))[1])
+
+    def _fuse_from(
+        self, x: ir.Value, space: frozenset[int], mean: ir.Node, way: Sequence[ir.Node], refused: list[tuple[int, str]]
+    ) -> bool:
+        """Whether what is computed from x is fused now, the mean with it; otherwise the reasons are added."""
+        left: set[ir.Node] = set()
+        while True:
+            found = self._look(x, space, left)
+            if mean in found.reasons:
+                refused.append((1, found.reasons[mean]))
+            elif any(mean in found.walk.formulas[end].means for end in found.ends):
+                try:
+                    self._emit(found, mean)
+                except _NoFormError as reason:
+                    refused.append((0, str(reason)))
+                    if reason.views:  # the operator goes in front of them
+                        left |= reason.views
+                        continue
+                    return False
+                except _RefusedError as reason:
+                    refused.append((0, str(reason)))
+                    return False
+                return True
+            known = found.walk.refused
+            refused += [(2 + (node is not mean), known[node]) for node in way if node in known]
+            return False
 
     def _sources(self, mean: ir.Node) -> tuple[list[ir.Value], list[ir.Node]]:
         """The values that it may be the mean of, what is squared and what that is a view of, the first in front; and
@@ -173,9 +197,9 @@ class _Fusing:
         exponent = self._values.constant(node.inputs[1])
         return exponent is not None and exponent.size == 1 and bool((exponent == 2).all())
 
-    def _look(self, x: ir.Value, space: frozenset[int]) -> _Found:
-        """Walks from x, and again without comparisons that lead nowhere."""
-        blocked: set[ir.Node] = set()
+    def _look(self, x: ir.Value, space: frozenset[int], left: set[ir.Node]) -> _Found:
+        """Walks from x but not over the nodes that are left, and again without comparisons that lead nowhere."""
+        blocked = set(left)
         while True:
             walk = Walk(self._values, x, space, self._order, RULES, blocked)  # cases 1 and 2
             formulas = walk.formulas
@@ -287,7 +311,14 @@ class _Fusing:
                 places = [layout.index(axes) for axes in first]
                 before = [*places, *(axis for axis in range(len(layout)) if axis not in places)]
                 return value, before, [before.index(axis) for axis in range(len(layout))]
-        raise _RefusedError(f"no form of x has the shape and type of {end.name}")
+        views = {
+            node
+            for value, formula in walk.formulas.items()
+            if formula.means and formula.layout == wanted and (node := value.producer()) is not None
+            if node.op_type in _VIEWS and (before := node.inputs[0]) in walk.formulas
+            if walk.formulas[before].layout != wanted
+        }
+        raise _NoFormError(f"no form of x has the shape and type of {end.name}", views)
 
 
 def _check_parameters(arrays: Mapping[str, np.ndarray[Any, Any]]) -> None:

@@ -265,6 +265,19 @@ ONE_NODE = {
     "channels last": Graph(
         "h = Identity (x); s = Mul (h, h); " + LAST + "y = Relu (a)", {"Transpose": 2}, x=f"N, H, W, {CHANNELS}"
     ),
+    "a view behind it stays": Graph(
+        f"{AFFINE}d = Max (c, t); f = Flatten (d); y = Neg (f)", {"Flatten": 1, "Neg": 1}, y="N, HW"
+    ),
+    "a threshold behind a view stays": Graph(
+        f"{AFFINE}f = Flatten (c); y = Relu (f)", {"Flatten": 1, "Relu": 1}, y="N, HW"
+    ),
+    "a view before and one behind it": Graph(
+        "n = Constant <value_ints = [2, 8, 63]> (); k = Reshape (x, n); s = Mul (k, k); m = ReduceMean (s, height); "
+        "v = Add (m, eps); r = Sqrt (v); u = Div (k, r); a = Mul (u, column); y = Flatten (a)",
+        {"Constant": 1, "Reshape": 1, "Flatten": 1},
+        x=FIXED,
+        y="N, HW",
+    ),
     "one mean for two": Graph(
         f"{UNIT}y = Mul (u, g); z = Mul (u, e)", {FRN: 2}, outputs=f", float[N, {CHANNELS}, H, W] z"
     ),
