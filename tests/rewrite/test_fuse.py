@@ -16,7 +16,7 @@ import onnx.parser
 import onnx_ir as ir
 import pytest
 import torch
-from loose_forms import CHANNELS, EXPORTERS, FORMS, exported
+from loose_forms import CHANNELS, FORMS, exported
 from tolerances import FUSED, OP_FLOAT16, OP_FLOAT32, Tolerance
 from torch import nn
 
@@ -83,10 +83,10 @@ def test_form_is_fused(form: str, exporter: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("exporter", [name for name in EXPORTERS if name.startswith("dynamo")])
-@pytest.mark.parametrize("form", FORMS)
-def test_form_of_the_new_exporter_is_fused(form: str, exporter: str) -> None:
-    proto = exported(form, exporter)
+@pytest.mark.parametrize("form", [name for name in FORMS if name.startswith(("float16", "rms_norm"))])
+def test_form_of_the_new_exporter_that_stands_alone_is_fused(form: str) -> None:
+    """The others are in one network below."""
+    proto = exported(form, "dynamo 20")
     assert proto is not None
     _is_one_node(form, proto)
 
@@ -120,18 +120,19 @@ VIEWS = ("all flattened", "rms_norm of a view", "sum by the size", "residual")
 
 @pytest.mark.parametrize(
     ("exporter", "forms"),
-    [("dynamo 23", VIEWS), *(pytest.param(f"dynamo {n}", FORMS, marks=pytest.mark.slow) for n in (20, 23))],
-    ids=["views", "opset 20", "opset 23"],
+    [("dynamo 23", VIEWS), *(pytest.param(f"dynamo {n}", FORMS, marks=pytest.mark.slow) for n in (18, 20, 23))],
+    ids=["views", "opset 18", "opset 20", "opset 23"],
 )
 def test_one_network_of_many_forms(exporter: str, forms: Iterable[str]) -> None:
     """The new exporter takes seconds for each call, and knows sizes by names and sums of names."""
     names = [name for name in forms if not name.startswith("float16")]
-    names = [name for name in names if exporter != "dynamo 20" or not name.startswith("rms_norm")]
+    names = [name for name in names if exporter == "dynamo 23" or not name.startswith("rms_norm")]
     torch.manual_seed(0)
     proto = loose_forms.export(Network(names).eval(), torch.randn(2, 3, 9, 7), exporter)
     result = _fused(proto)
-    assert result.after[FRN] + result.after[ADDED] == len(names)
-    assert "ReduceMean" not in result.after
+    added = sum(name.startswith("residual") for name in names)  # each with a ReLU of a difference, and that of x itself
+    expected = {"Conv": len(names), FRN: len(names) - added, ADDED: added, "Sub": added, "Relu": added}
+    assert result.after - Counter(Constant=added) == +Counter(expected)
     assert not [change for change in result.changes if change.outcome != "rewritten"]
     for shape in ((2, 3, 9, 7), (1, 3, 4, 6)):
         _compare(proto, result.model, {"x": _maps(shape)})
