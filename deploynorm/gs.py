@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from itertools import chain, count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -29,6 +30,8 @@ __all__ = ["frn", "surgery"]
 
 _Array: TypeAlias = npt.NDArray[Any]
 _WHERE = "graph.frn"
+_NAMES = "_deploynorm_names"
+"""An attribute of a graph: the names that are taken."""
 
 
 @contextmanager
@@ -109,7 +112,9 @@ def frn(
         if array.size not in (1, channels):
             raise InputError(_WHERE, f"{name} is not one number for each channel", got=array.size, expected=channels)
 
-    taken = vars(graph).setdefault("_deploynorm_names", set(graph.tensors()))
+    if _NAMES not in vars(graph):  # once, or long graphs would take minutes
+        vars(graph)[_NAMES] = set(graph.tensors())
+    taken = vars(graph)[_NAMES]
     y: Any = output if isinstance(output, gs.Tensor) else gs.Variable(_free(output or f"{x.name}_frn", taken))
     for other in list(y.inputs):
         place = next(place for place, each in enumerate(other.outputs) if each is y)
@@ -163,7 +168,7 @@ def _may_be_equal(a: list[Any] | None, b: list[Any] | None) -> bool:
 
 def _free(name: str, taken: set[str]) -> str:
     """The name or one like it that is free, which is then taken."""
-    free = next(each for each in (name, *(f"{name}_{n}" for n in range(1, len(taken) + 2))) if each not in taken)
+    free = next(each for each in chain([name], (f"{name}_{n}" for n in count(1))) if each not in taken)
     taken.add(free)
     return free
 

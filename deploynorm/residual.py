@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain, count
 from typing import Any, Final
 
 import numpy as np
@@ -103,7 +104,7 @@ def split_residuals(model: ir.Model) -> list[ir.Node]:
 def new_initializer(graph: ir.Graph, name: str, array: _Array) -> ir.Value:
     """A constant of the graph, under this name or one like it that is free."""
     taken = graph.initializers
-    name = next(each for each in (name, *(f"{name}_{n}" for n in range(1, len(taken) + 2))) if each not in taken)
+    name = next(each for each in chain([name], (f"{name}_{n}" for n in count(1))) if each not in taken)
     value = ir.val(name, const_value=ir.tensor(array, name=name))
     graph.register_initializer(value)
     return value
