@@ -311,13 +311,13 @@ class _Fusing:
                 places = [layout.index(axes) for axes in first]
                 before = [*places, *(axis for axis in range(len(layout)) if axis not in places)]
                 return value, before, [before.index(axis) for axis in range(len(layout))]
-        views = {
-            node
-            for value, formula in walk.formulas.items()
-            if formula.means and formula.layout == wanted and (node := value.producer()) is not None
-            if node.op_type in _VIEWS and (before := node.inputs[0]) in walk.formulas
-            if walk.formulas[before].layout != wanted
-        }
+        views = set()
+        for value, formula in walk.formulas.items():
+            node = value.producer()
+            if formula.means and formula.layout == wanted and node is not None and node.op_type in _VIEWS:
+                read = None if node.inputs[0] is None else walk.formulas.get(node.inputs[0])
+                if read is not None and read.layout != wanted:
+                    views.add(node)
         raise _NoFormError(f"no form of x has the shape and type of {end.name}", views)
 
 
