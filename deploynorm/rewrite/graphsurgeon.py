@@ -50,7 +50,7 @@ def graphsurgeon() -> Any:
     """The module onnx_graphsurgeon; BackendError where it is not installed."""
     try:
         import onnx_graphsurgeon
-    except ImportError as error:
+    except (ImportError, AttributeError) as error:  # of 0.5 with an onnx that has dropped what it uses
         fix = "pip install 'deploynorm[surgery]'"
         raise BackendError("onnx-graphsurgeon", f"the package cannot be imported: {error}", fix=fix) from error
     return onnx_graphsurgeon
