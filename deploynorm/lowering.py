@@ -33,6 +33,8 @@ from deploynorm.errors import ModelError
 from deploynorm.packages import load
 
 _SCALED = OP_TYPE + "Scaled"
+_RANK = 4
+"""Of feature maps, for which a body has a form of its own."""
 
 
 def register_schema() -> None:
@@ -76,28 +78,37 @@ TRANSLATIONS: Final[Mapping[str, Callable[..., object]]] = {TORCH_OP: translate,
 """By the operator's name under the torch.library namespace."""
 
 
-def function_proto(opset: int, op_type: str = OP_TYPE, *, half: bool = False) -> onnx.FunctionProto:
+def function_proto(
+    opset: int, op_type: str = OP_TYPE, *, half: bool = False, rank: int | None = None
+) -> onnx.FunctionProto:
     """An operator's body in standard operators, which a runtime without our library runs instead.
-
-    Works on (N, C, L), L the product of the spatial sizes: it then serves every rank, and TensorRT fuses it
-    better than a reduction over two axes. Sizes are computed, so that zero-size inputs pass.
 
     Args:
         opset: Of the model.
         op_type: A name in deploynorm.contract.OPERATORS.
         half: For float16 and bfloat16 X: casts to float32 first, where a square cannot overflow. A float32 or
             float64 body has no casts, because ONNX Runtime keeps the last one as a pass over the tensor.
+        rank: Of X, for a body on X as it is. Without it the body works on (N, C, L), L the product of the spatial
+            sizes, and serves every rank; sizes are computed, so that zero-size inputs pass. It needs opset 18.
     """
-    core = """
-        square = Mul (flat, flat)
-        mean = ReduceMean <keepdims = 1> (square, last_axis)
-        eps_column = Unsqueeze (eps, column_axis)
+    axes = list(range(2, rank or 3))
+    if not axes:
+        mean = "Identity (square)"
+    elif opset < 18:
+        mean = f"ReduceMean <axes = {axes}, keepdims = 1> (square)"
+    else:
+        mean = "ReduceMean <keepdims = 1> (square, spatial_axes)"
+    core = f"""
+        spatial_axes = {_integers(axes)}
+        square = Mul ($x, $x)
+        mean = {mean}
+        eps_column = Unsqueeze (eps, column_axes)
         positive = Add (mean, eps_column)
         root = Sqrt (positive)
         factor = Div (gamma_column, root)
-        scaled = Mul (flat, factor)
+        scaled = Mul ($x, factor)
         """
-    return _function(op_type, opset, half, core)
+    return _function(op_type, opset, half, core, rank=rank)
 
 
 def lower(model: ir.Model, lowering: str, *, function: bool = True) -> None:
@@ -141,8 +152,10 @@ def write_primitives(model: ir.Model, nodes: list[ir.Node], half: bool, function
 
 def attach_bodies(model: ir.Model, *, half: bool) -> None:
     """Gives the model the body of each of our operators that it holds; see function_proto."""
+    nodes = [node for graph in (model.graph, *model.functions.values()) for node in frn_nodes(graph)]
+    rank = _RANK if all(_rank(node) == _RANK for node in nodes) else None
     for op_type in dict.fromkeys(node.op_type for node in frn_nodes(model.graph)):
-        _attach(model, function_proto(model.opset_imports[""], op_type, half=half))
+        _attach(model, function_proto(model.opset_imports[""], op_type, half=half, rank=rank))
 
 
 def _inline(model: ir.Model, nodes: list[ir.Node]) -> None:
@@ -155,9 +168,14 @@ def _inline(model: ir.Model, nodes: list[ir.Node]) -> None:
     onnxscript.optimizer.optimize(model)
 
 
-def frn_nodes(graph: ir.Graph) -> list[ir.Node]:
+def frn_nodes(graph: ir.Graph | ir.Function) -> list[ir.Node]:
     """The nodes of our operators in the graph, its subgraphs among them."""
     return [node for node in graph.all_nodes() if node.domain == DOMAIN and node.op_type in OPERATORS]
+
+
+def _rank(node: ir.Node) -> int | None:
+    x = node.inputs[0]
+    return None if x is None or x.shape is None else len(x.shape)
 
 
 def write_rmsnorm(model: ir.Model, nodes: list[ir.Node], half: bool, function: bool) -> None:
@@ -186,55 +204,73 @@ def write_rmsnorm(model: ir.Model, nodes: list[ir.Node], half: bool, function: b
             model.graph.register_initializer(value)
             node.replace_input_with(4, value)
     normalize = """
-        unit = RMSNormalization <axis = -1, epsilon: float = @epsilon> ({flat}, ones)
+        ones = Constant <value = float[1] {1}> ()
+        unit = RMSNormalization <axis = -1, epsilon: float = @epsilon> (%s, ones)
         scaled = Mul (unit, gamma_column)
         """
-    ones = "ones = Constant <value_floats = [1.0]> ()"
-    _attach(model, _function(OP_TYPE, opset, half, ones + normalize.format(flat="flat"), "<epsilon>"))
+    _attach(model, _function(OP_TYPE, opset, half, normalize % "$x", "<epsilon>"))
     rescale = """
-        scale_column = Unsqueeze (eps, column_axis)
-        even = Mul (flat, scale_column)
+        scale_column = Unsqueeze (eps, column_axes)
+        even = Mul ($x, scale_column)
         """
-    _attach(model, _function(_SCALED, opset, half, ones + rescale + normalize.format(flat="even"), "<epsilon>"))
+    _attach(model, _function(_SCALED, opset, half, rescale + normalize % "even", "<epsilon>"))
     _inline(model, nodes)
 
 
-def _function(name: str, opset: int, half: bool, core: str, attributes: str = "") -> onnx.FunctionProto:
-    """A body around `core`, which computes `scaled` (N, C, L) from `flat` (N, C, L), eps and `gamma_column`."""
-    inputs = OPERATORS.get(name, INPUTS)
+def _function(
+    name: str, opset: int, half: bool, core: str, attributes: str = "", *, rank: int | None = None
+) -> onnx.FunctionProto:
+    """A body around `core`, which computes `scaled` from `$x`, eps and `gamma_column`.
 
-    def flat(name: str, tensor: str) -> str:
-        """Reads a tensor as (N, C, L), in the type of the arithmetic."""
-        cast = f"{name}_wide = Cast <to = 1> ({tensor})" if half else ""
-        return f"{cast} {name} = Reshape <allowzero = 1> ({name + '_wide' if half else tensor}, columns)"
+    $x and the columns are of the rank, or (N, C, L) and (C, 1) without one.
+    """
+    inputs, lines = OPERATORS.get(name, INPUTS), []
 
-    add = f"{flat('flat_residual', RESIDUAL)} total = Add (shifted, flat_residual)" if RESIDUAL in inputs else ""
+    def arithmetic(tensor: str) -> str:
+        """The tensor in the type and the shape of the arithmetic."""
+        if half:
+            lines.append(f"{tensor}_wide = Cast <to = 1> ({tensor})")
+            tensor += "_wide"
+        if rank is None:
+            lines.append(f"{tensor}_flat = Reshape <allowzero = 1> ({tensor}, columns)")
+            tensor += "_flat"
+        return tensor
+
+    if rank is None:
+        lines += [
+            f"shape = Shape ({INPUTS[0]})",
+            f"outer = Shape <end = 2> ({INPUTS[0]})",
+            f"spatial = Shape <start = 2> ({INPUTS[0]})",
+            "length = ReduceProd <keepdims = 1> (spatial)",
+            "columns = Concat <axis = 0> (outer, length)",
+        ]
+    lines.append(f"column_axes = {_integers([1] if rank is None else [0, *range(2, rank)])}")
+    lines += [f"{each}_column = Unsqueeze ({each}, column_axes)" for each in ("gamma", "beta", "tau")]
+    lines += [core.replace("$x", arithmetic(INPUTS[0])), "shifted = Add (scaled, beta_column)"]
+    if RESIDUAL in inputs:
+        lines.append(f"total = Add (shifted, {arithmetic(RESIDUAL)})")
+    steps = [f"Max ({'total' if RESIDUAL in inputs else 'shifted'}, tau_column)"]
+    if rank is None:
+        steps.append("Reshape <allowzero = 1> (bounded, shape)")
+    if half:
+        steps.append(f"CastLike ({{}}, {INPUTS[0]})" if opset >= 15 else "Cast <to = 10> ({})")
+    names = ["bounded", "whole"][: len(steps) - 1]
+    lines += [f"{y} = {step.format(x)}" for x, step, y in zip(["", *names], steps, [*names, OUTPUT], strict=True)]
     text = f"""
     <opset_import: ["": {opset}], domain: "{DOMAIN}">
     {name} {attributes} ({", ".join(inputs)}) => ({OUTPUT}) {{
-        column_axis = Constant <value_ints = [1]> ()
-        last_axis = Constant <value_ints = [2]> ()
-        shape = Shape ({INPUTS[0]})
-        outer = Shape <end = 2> ({INPUTS[0]})
-        spatial = Shape <start = 2> ({INPUTS[0]})
-        length = ReduceProd <keepdims = 1> (spatial)
-        columns = Concat <axis = 0> (outer, length)
-        {flat("flat", INPUTS[0])}
-        gamma_column = Unsqueeze (gamma, column_axis)
-        {core}
-        beta_column = Unsqueeze (beta, column_axis)
-        shifted = Add (scaled, beta_column)
-        {add}
-        tau_column = Unsqueeze (tau, column_axis)
-        bounded = Max ({"total" if add else "shifted"}, tau_column)
-        {"whole = Reshape <allowzero = 1> (bounded, shape)" if half else ""}
-        {f"{OUTPUT} = CastLike (whole, X)" if half else f"{OUTPUT} = Reshape <allowzero = 1> (bounded, shape)"}
+        {chr(10).join(lines)}
     }}
     """
     proto = onnx.parser.parse_function(text)
-    for node in proto.node:  # TensorRT warns of nodes without a name
+    for node in proto.node:  # TensorRT warns of nodes without a name, and pnnx reads none
         node.name = f"{name}_{node.output[0]}"
     return proto
+
+
+def _integers(values: list[int]) -> str:
+    """A list as a tensor, which more runtimes read than `value_ints`."""
+    return f"Constant <value = int64[{len(values)}] {{{', '.join(map(str, values))}}}> ()"
 
 
 def _attach(model: ir.Model, proto: onnx.FunctionProto) -> None:
