@@ -33,8 +33,6 @@ from deploynorm.errors import ModelError
 from deploynorm.packages import load
 
 _SCALED = OP_TYPE + "Scaled"
-_RANK = 4
-"""Of feature maps, for which a body has a form of its own."""
 
 
 def register_schema() -> None:
@@ -78,9 +76,7 @@ TRANSLATIONS: Final[Mapping[str, Callable[..., object]]] = {TORCH_OP: translate,
 """By the operator's name under the torch.library namespace."""
 
 
-def function_proto(
-    opset: int, op_type: str = OP_TYPE, *, half: bool = False, rank: int | None = None
-) -> onnx.FunctionProto:
+def function_proto(opset: int, op_type: str = OP_TYPE, *, half: bool = False, maps: bool = False) -> onnx.FunctionProto:
     """An operator's body in standard operators, which a runtime without our library runs instead.
 
     Args:
@@ -88,27 +84,20 @@ def function_proto(
         op_type: A name in deploynorm.contract.OPERATORS.
         half: For float16 and bfloat16 X: casts to float32 first, where a square cannot overflow. A float32 or
             float64 body has no casts, because ONNX Runtime keeps the last one as a pass over the tensor.
-        rank: Of X, for a body on X as it is. Without it the body works on (N, C, L), L the product of the spatial
-            sizes, and serves every rank; sizes are computed, so that zero-size inputs pass. It needs opset 18.
+        maps: For X of rank 4 alone, taken as it is. By default the body works on (N, C, L), L the product of the
+            spatial sizes, and serves every rank; sizes are computed, so that zero-size inputs pass.
     """
-    axes = list(range(2, rank or 3))
-    if not axes:
-        mean = "Identity (square)"
-    elif opset < 18:
-        mean = f"ReduceMean <axes = {axes}, keepdims = 1> (square)"
-    else:
-        mean = "ReduceMean <keepdims = 1> (square, spatial_axes)"
     core = f"""
-        spatial_axes = {_integers(axes)}
+        spatial_axes = {_integers(2, 3) if maps else _integers(2)}
         square = Mul ($x, $x)
-        mean = {mean}
+        mean = ReduceMean <keepdims = 1> (square, spatial_axes)
         eps_column = Unsqueeze (eps, column_axes)
         positive = Add (mean, eps_column)
         root = Sqrt (positive)
         factor = Div (gamma_column, root)
         scaled = Mul ($x, factor)
         """
-    return _function(op_type, opset, half, core, rank=rank)
+    return _function(op_type, opset, half, core, maps=maps)
 
 
 def lower(model: ir.Model, lowering: str, *, function: bool = True) -> None:
@@ -146,16 +135,31 @@ def write_custom(model: ir.Model, nodes: list[ir.Node], half: bool, function: bo
 
 
 def write_primitives(model: ir.Model, nodes: list[ir.Node], half: bool, function: bool) -> None:
-    attach_bodies(model, half=half)
+    for node in nodes:
+        x, maps = node.inputs[0], _on_maps(node)
+        own = half if x is None or x.dtype is None else x.dtype in ONNX_HALF
+        proto = function_proto(model.opset_imports[""], node.op_type, half=own, maps=maps)
+        proto.overload = node.overload = f"half={own}, maps={maps}"
+        _attach(model, proto)
     _inline(model, nodes)
 
 
 def attach_bodies(model: ir.Model, *, half: bool) -> None:
-    """Gives the model the body of each of our operators that it holds; see function_proto."""
+    """Gives the model the body of each of our operators that it holds; see function_proto.
+
+    Where all nodes work on maps so does the body, for runtimes that mistake other ranks (ncnn) or computed shapes
+    (TVM). In half, which these do not read, it works on (N, C, L): TensorRT computes that in 1 or 2 passes over memory,
+    and maps in 3.
+    """
     nodes = [node for graph in (model.graph, *model.functions.values()) for node in frn_nodes(graph)]
-    rank = _RANK if all(_rank(node) == _RANK for node in nodes) else None
+    maps = not half and all(map(_on_maps, nodes))
     for op_type in dict.fromkeys(node.op_type for node in frn_nodes(model.graph)):
-        _attach(model, function_proto(model.opset_imports[""], op_type, half=half, rank=rank))
+        _attach(model, function_proto(model.opset_imports[""], op_type, half=half, maps=maps))
+
+
+def _on_maps(node: ir.Node) -> bool:
+    x = node.inputs[0]
+    return x is not None and x.shape is not None and len(x.shape) == 4
 
 
 def _inline(model: ir.Model, nodes: list[ir.Node]) -> None:
@@ -171,11 +175,6 @@ def _inline(model: ir.Model, nodes: list[ir.Node]) -> None:
 def frn_nodes(graph: ir.Graph | ir.Function) -> list[ir.Node]:
     """The nodes of our operators in the graph, its subgraphs among them."""
     return [node for node in graph.all_nodes() if node.domain == DOMAIN and node.op_type in OPERATORS]
-
-
-def _rank(node: ir.Node) -> int | None:
-    x = node.inputs[0]
-    return None if x is None or x.shape is None else len(x.shape)
 
 
 def write_rmsnorm(model: ir.Model, nodes: list[ir.Node], half: bool, function: bool) -> None:
@@ -218,11 +217,11 @@ def write_rmsnorm(model: ir.Model, nodes: list[ir.Node], half: bool, function: b
 
 
 def _function(
-    name: str, opset: int, half: bool, core: str, attributes: str = "", *, rank: int | None = None
+    name: str, opset: int, half: bool, core: str, attributes: str = "", *, maps: bool = False
 ) -> onnx.FunctionProto:
     """A body around `core`, which computes `scaled` from `$x`, eps and `gamma_column`.
 
-    $x and the columns are of the rank, or (N, C, L) and (C, 1) without one.
+    $x and `scaled` are (N, C, L), and columns are (C, 1); or (N, C, H, W) and (1, C, 1, 1).
     """
     inputs, lines = OPERATORS.get(name, INPUTS), []
 
@@ -231,12 +230,12 @@ def _function(
         if half:
             lines.append(f"{tensor}_wide = Cast <to = 1> ({tensor})")
             tensor += "_wide"
-        if rank is None:
+        if not maps:
             lines.append(f"{tensor}_flat = Reshape <allowzero = 1> ({tensor}, columns)")
             tensor += "_flat"
         return tensor
 
-    if rank is None:
+    if not maps:
         lines += [
             f"shape = Shape ({INPUTS[0]})",
             f"outer = Shape <end = 2> ({INPUTS[0]})",
@@ -244,22 +243,22 @@ def _function(
             "length = ReduceProd <keepdims = 1> (spatial)",
             "columns = Concat <axis = 0> (outer, length)",
         ]
-    lines.append(f"column_axes = {_integers([1] if rank is None else [0, *range(2, rank)])}")
+    lines.append(f"column_axes = {_integers(0, 2, 3) if maps else _integers(1)}")
     lines += [f"{each}_column = Unsqueeze ({each}, column_axes)" for each in ("gamma", "beta", "tau")]
     lines += [core.replace("$x", arithmetic(INPUTS[0])), "shifted = Add (scaled, beta_column)"]
     if RESIDUAL in inputs:
         lines.append(f"total = Add (shifted, {arithmetic(RESIDUAL)})")
     steps = [f"Max ({'total' if RESIDUAL in inputs else 'shifted'}, tau_column)"]
-    if rank is None:
+    if not maps:
         steps.append("Reshape <allowzero = 1> (bounded, shape)")
     if half:
-        steps.append(f"CastLike ({{}}, {INPUTS[0]})" if opset >= 15 else "Cast <to = 10> ({})")
-    names = ["bounded", "whole"][: len(steps) - 1]
-    lines += [f"{y} = {step.format(x)}" for x, step, y in zip(["", *names], steps, [*names, OUTPUT], strict=True)]
+        steps.append(f"CastLike ({'bounded' if maps else 'whole'}, {INPUTS[0]})")
+    names = [*("bounded", "whole")[: len(steps) - 1], OUTPUT]
+    lines += [f"{value} = {step}" for value, step in zip(names, steps, strict=True)]
     text = f"""
     <opset_import: ["": {opset}], domain: "{DOMAIN}">
     {name} {attributes} ({", ".join(inputs)}) => ({OUTPUT}) {{
-        {chr(10).join(lines)}
+        {" ".join(lines)}
     }}
     """
     proto = onnx.parser.parse_function(text)
@@ -268,7 +267,7 @@ def _function(
     return proto
 
 
-def _integers(values: list[int]) -> str:
+def _integers(*values: int) -> str:
     """A list as a tensor, which more runtimes read than `value_ints`."""
     return f"Constant <value = int64[{len(values)}] {{{', '.join(map(str, values))}}}> ()"
 

@@ -60,7 +60,8 @@ def frn_model(
     """
     op_type = ADD_OP_TYPE if residual else OP_TYPE
     if body is True:
-        body = function_proto(OPSET, op_type, half=dtype in ("float16", "bfloat16"))
+        half = dtype in ("float16", "bfloat16")
+        body = function_proto(OPSET, op_type, half=half, maps=len(shape) == 4 and not half)
     parameters = frn_parameters(dtype) if parameters is None else parameters
     node = onnx.helper.make_node(op_type, OPERATORS[op_type], [OUTPUT], domain=DOMAIN, **NODE_ATTRIBUTES)
     tensors = (INPUTS[0], RESIDUAL) if residual else INPUTS[:1]

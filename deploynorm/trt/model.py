@@ -104,16 +104,23 @@ class TensorRTModel:
         return proto
 
     def _body(self, op_type: str) -> onnx.FunctionProto:
+        """The file's. Of ours on (N, C, H, W), which TensorRT makes more layers of, the one on (N, C, L)."""
+        opset = _opset(self.file.proto)
         own = (function for function in self.file.proto.functions if _is_body(function) and function.name == op_type)
         found: onnx.FunctionProto | None = next(own, None)
-        if found is not None:
+        if found is not None and (
+            opset < MIN_OPSET or _operators(found) != _operators(function_proto(opset, op_type, maps=True))
+        ):
             return found
-        opset = _opset(self.file.proto)
         if opset < MIN_OPSET:
             problem = "brings no function body, and its opset is too old for ours"
             fix = "export it again, or build with --frn plugin"
             raise ModelError(self.file.where, problem, got=f"opset {opset}", expected=f"{MIN_OPSET} or later", fix=fix)
         return function_proto(opset, op_type, half=self.half)
+
+
+def _operators(body: onnx.FunctionProto) -> list[str]:
+    return [node.op_type for node in body.node]
 
 
 def _opset(proto: onnx.ModelProto) -> int:
