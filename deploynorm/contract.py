@@ -59,7 +59,7 @@ NODE_ATTRIBUTES: Final = {"plugin_namespace": DOMAIN, "plugin_version": str(VERS
 
 MIN_OPSET: Final = 18
 MAX_OPSET: Final = 23
-"""Opsets of the default ONNX domain that export accepts."""
+"""Opsets of the default ONNX domain that export accepts; `LOWERINGS` may begin elsewhere."""
 
 PRODUCER: Final = "deploynorm"
 """Name of the producer in the files that we write."""
@@ -91,7 +91,7 @@ LOWERINGS: Final[Mapping[str, LoweringRow]] = {
         "deploynorm.lowering.write_custom", MIN_OPSET, "as one node a layer, with its body beside it"
     ),
     "rmsnorm": LoweringRow("deploynorm.lowering.write_rmsnorm", 23, "on RMSNormalization, opset 23"),
-    "primitives": LoweringRow("deploynorm.lowering.write_primitives", MIN_OPSET, "in primitive operators"),
+    "primitives": LoweringRow("deploynorm.lowering.write_primitives", 13, "in primitive operators"),
 }
 """The forms of the operator's nodes in a graph. A new one takes one row here and its writer."""
 

@@ -18,6 +18,7 @@ from deploynorm.contract import (
     DOMAIN,
     INPUTS,
     LOWERINGS,
+    MIN_OPSET,
     NODE_ATTRIBUTES,
     OP_TYPE,
     OPERATORS,
@@ -122,9 +123,10 @@ def lower(model: ir.Model, lowering: str, *, function: bool = True) -> None:
     if not nodes:
         return
     row, opset = LOWERINGS[lowering], model.opset_imports[""]
-    if opset < row.min_opset:
-        problem, fix = f"{lowering} needs a newer opset", f"pass --opset {row.min_opset}, or --lowering primitives"
-        raise ModelError("export", problem, got=f"opset {opset}", expected=row.min_opset, fix=fix)
+    least = max(row.min_opset, MIN_OPSET)  # older ones are made of these
+    if opset < least:
+        problem, fix = f"{lowering} needs a newer opset", f"pass --opset {least}, or --lowering primitives"
+        raise ModelError("export", problem, got=f"opset {opset}", expected=least, fix=fix)
     half = any(node.inputs[0].dtype in ONNX_HALF for node in nodes if node.inputs[0] is not None)
     load(row.writer)(model, nodes, half, function)
 

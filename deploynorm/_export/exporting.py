@@ -22,6 +22,7 @@ from deploynorm._export.names import (
     name_axes,
     name_inputs_and_outputs,
 )
+from deploynorm._export.older_opset import to_older_opset
 from deploynorm._export.precision import DTYPES, cast_floats, dtype_name, dtype_of, kept_layers, to_precision
 from deploynorm._export.translation import BFLOAT16_OPSET, to_onnx
 from deploynorm.contract import LOWERINGS, MAX_OPSET, METADATA_SIZES, MIN_OPSET, PRODUCER, Lowering
@@ -145,9 +146,9 @@ def export(
         dynamic: Axes that must be dynamic: "none", "batch", "spatial", "all", or by input and axis, with their names
             ({"x": {0: "N", 2: "H"}}). None makes each axis dynamic that the network takes in other sizes; `notes` has
             the others.
-        opset: 18 to 23; 20 by default, 22 for bfloat16, 23 for the lowering "rmsnorm".
+        opset: 18 to 23, or from 13 for "primitives"; 20 by default, 22 for bfloat16, 23 for "rmsnorm".
         lowering: "custom" (one node a layer), "primitives" or "rmsnorm" (standard operators alone).
-        function: Whether the custom nodes' bodies go with the model, so that any runtime can run it.
+        function: Whether the custom nodes' bodies go with the model, for runtimes without our library.
         residual: Whether an FRN without threshold, an addition and the threshold behind it become one custom node.
         input_names: Names of the graph's inputs, in the order of the examples; by default those of forward's arguments.
         output_names: By default the keys of a dict that the network returns, else "output", or "output_0", ...
@@ -210,7 +211,7 @@ def export(
         fix = "where types do not fit, keep the layer that makes tensors of its own type in float32 (--keep-float32)"
         fix = f"{fix}; else {error.fix}"
         raise ModelError(error.where, problem, got=error.got, expected=error.expected, fix=fix) from error
-    onnx_model, changed = to_onnx(program, opset)
+    onnx_model, changed = to_onnx(program, max(opset, MIN_OPSET))
     count = len(onnx_model.graph.outputs)  # less than the network returns, where some of that is None
     outputs = as_names("output_names", outputs, count) or tuple(default_output_names(program, count))
     name_inputs_and_outputs(onnx_model, inputs, outputs)
@@ -221,6 +222,8 @@ def export(
     else:  # standard operators would gain nothing
         split_residuals(onnx_model)
     lower(onnx_model, lowering, function=function)
+    if opset < MIN_OPSET:
+        to_older_opset(onnx_model, opset)
     specs = tuple(_spec(value, i, sizes) for i, value in enumerate(onnx_model.graph.inputs))
     notes = [f"fixed, since it holds for some sizes only: {axis}" for axis in narrowed]
     notes += foreign
@@ -252,8 +255,12 @@ def check_options(
     if opset is None and LOWERINGS[lowering].min_opset > DEFAULT_OPSET:
         opset = LOWERINGS[lowering].min_opset
     number: object = opset
-    if number is not None and not (isinstance(number, int) and MIN_OPSET <= number <= MAX_OPSET):
-        raise InputError("export", "unsupported opset", got=opset, expected=f"{MIN_OPSET} to {MAX_OPSET}")
+    least = min(LOWERINGS[lowering].min_opset, MIN_OPSET)
+    if number is not None and not (isinstance(number, int) and least <= number <= MAX_OPSET):
+        earliest, row = min(LOWERINGS.items(), key=lambda item: item[1].min_opset)
+        fix = None if earliest == lowering else f"--lowering {earliest} begins at {row.min_opset}"
+        expected = f"{least} to {MAX_OPSET}"
+        raise InputError("export", "unsupported opset", got=opset, expected=expected, fix=fix)
     return dtype, opset
 
 

@@ -1,8 +1,9 @@
 """Fold a network, export it to ONNX, and check the file against the network.
 
-Each FRN layer becomes one node; the file carries its body in standard operators too, so that any runtime can run
-it. The file is written only if it computes the same numbers as the network in float64, on several shapes. A file in
-half precision is checked with every tensor rounded, and overflowing, as on a GPU.
+Each FRN layer becomes one node, with its body in standard operators beside it for runtimes that read local functions;
+for those that do not there is --lowering primitives. The file is written only if it computes the same numbers as the
+network in float64, on several shapes. A file in half precision is
+checked with every tensor rounded, and overflowing, as on a GPU.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from typing import Any
 from deploynorm.cli import options
 from deploynorm.cli.terminal import Terminal
 from deploynorm.contract import DTYPES, LOWERINGS, MAX_OPSET, MIN_OPSET
+
+_LEAST_OPSET = min(row.min_opset for row in LOWERINGS.values())
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--opset",
         type=_opset,
-        help=f"{MIN_OPSET} to {MAX_OPSET} (default 20; 22 for bfloat16, 23 for rmsnorm)",
+        help=f"{MIN_OPSET} to {MAX_OPSET}, for primitives {_LEAST_OPSET} (default 20; 22 for bfloat16, 23 for rmsnorm)",
     )
     group.add_argument(
         "--lowering",
@@ -98,8 +101,8 @@ def run(terminal: Terminal, model: Path, output: Path, external_data: bool, **gi
 
 
 def _opset(text: str) -> int:
-    if not text.isdecimal() or not MIN_OPSET <= int(text) <= MAX_OPSET:
-        raise argparse.ArgumentTypeError(f"unsupported opset {text}; expected {MIN_OPSET} to {MAX_OPSET}")
+    if not text.isdecimal() or not _LEAST_OPSET <= int(text) <= MAX_OPSET:
+        raise argparse.ArgumentTypeError(f"unsupported opset {text}; expected {_LEAST_OPSET} to {MAX_OPSET}")
     return int(text)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from deploynorm.changes import Change
-from deploynorm.contract import LOWERINGS
+from deploynorm.contract import LOWERINGS, MIN_OPSET
 from deploynorm.lowering import frn_nodes, lower
 from deploynorm.onnx_file import node_counts
 from deploynorm.residual import split_residuals
@@ -39,7 +39,7 @@ def expand(model: ir.Model, lowering: str = "primitives", *, source_sha256: str 
     before = node_counts(model.graph.all_nodes())
     bare = model.clone()
     drop_bodies(bare)  # case 1: other versions may have written them otherwise
-    work = prepared(bare, LOWERINGS[lowering].min_opset)  # case 3
+    work = prepared(bare, max(LOWERINGS[lowering].min_opset, MIN_OPSET))  # case 3
     split_residuals(work)  # case 2
     lower(work, lowering)
     without_inferred_sizes(work, model)
