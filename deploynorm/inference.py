@@ -31,6 +31,11 @@ if TYPE_CHECKING:
 _ARRAY_ENDINGS = (".npy", ".npz")
 _Array = npt.NDArray[Any]
 
+_NO_IMAGE = (
+    "pass a .npy file, or export with --mean and --std; where a tool has dropped what the file said, "
+    "deploynorm rewrite --restore ORIGINAL"
+)
+
 
 @dataclass(frozen=True, eq=False)
 class Result:
@@ -238,7 +243,7 @@ def _read(path: str, name: str, image: ImageSpec | None) -> dict[str, _Array]:
     if Path(path).suffix not in _ARRAY_ENDINGS:
         if image is None:
             problem = "the model does not say how an image becomes its input"
-            raise InputError("run", problem, got=path, fix="pass a .npy file, or export with --mean and --std")
+            raise InputError("run", problem, got=path, fix=_NO_IMAGE)
         return {name: image.read(path)}
     try:
         content = np.load(path, allow_pickle=False)

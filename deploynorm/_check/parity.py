@@ -19,6 +19,7 @@ from deploynorm.dtypes import numpy_dtype
 from deploynorm.errors import BackendError, InputError, ModelError
 from deploynorm.inputs import TensorSpec, with_sizes
 from deploynorm.libraries import find_library
+from deploynorm.losses import find_losses
 from deploynorm.manifest import check_unchanged
 from deploynorm.network import Network
 from deploynorm.onnx_file import OnnxFile
@@ -117,7 +118,7 @@ def check_file(
     checks = Checks(network, seed=seed, rtol=rtol, atol=atol)
     checks.add_file(file, backend)
     parity = checks.parity()
-    return replace(parity, notes=(*network.notes, *parity.notes))
+    return replace(parity, notes=(*network.notes, *parity.notes, *map(str, find_losses(file))))
 
 
 class Checks:

@@ -2,8 +2,9 @@
 
 --fuse finds FRN that another exporter left in loose operators, and makes each layer one node, with its body beside it.
 --fold computes what stands behind a convolution for each channel into its weight: MABN, CenConv, BatchNormalization.
---expand is the inverse of --fuse. What cannot be rewritten is listed, with the reason; a file in which these find
-nothing is written as it is. --surgery is for what you do yourself.
+--expand is the inverse of --fuse. --restore puts back what another tool has dropped from one of our files. What cannot
+be rewritten is listed, with the reason; a file in which these find nothing is written as it is. --surgery is for what
+you do yourself.
 
 --optimize-for-cpu puts FRN, its residual additions and its thresholds on the layout that ONNX Runtime's convolutions
 use on this processor, so that nothing is reordered between them. The result runs only on this kind of processor, with

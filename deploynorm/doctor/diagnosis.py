@@ -15,17 +15,21 @@ libraries meet most, with the findings that report them:
 6. TensorRT, or what hosts it, ends the process or refuses the library (`tensorrt-plugin`, `tensorrt-rtx-name`,
    `onnxruntime-library`).
 7. torchvision is for another torch (`torchvision-import`).
+8. Another tool has dropped the function bodies, the operators' names or the metadata of a file (`function-missing`,
+   `operator-renamed`, `attributes-missing`, `metadata-missing`).
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Final
 
 from deploynorm.doctor.facts import Examination, Library
 from deploynorm.doctor.result import Diagnosis, Finding
 from deploynorm.libraries import LIBRARIES, ORT_LIBRARY, TENSORRT_LIBRARY, TENSORRT_REGISTER_LIBRARY
+from deploynorm.packages import load
 
 _ROWS: Final = {row.file: row for row in LIBRARIES.values()}
 _BUILD_CUDA: Final = _ROWS[TENSORRT_LIBRARY].command
@@ -38,10 +42,20 @@ _DRIVERS: Final = {11: "450.80", 12: "525.60", 13: "580.65"}
 """The first driver for Linux that runs programs of each major version of CUDA. Source: CUDA's release notes."""
 
 
-def diagnose(examination: Examination) -> Diagnosis:
-    """Judges the facts; in the result, what is broken comes first."""
+def diagnose(examination: Examination, files: Sequence[Path] = ()) -> Diagnosis:
+    """Judges the facts, and what ONNX files of ours have lost in other tools; what is broken comes first.
+
+    ModelError where a file cannot be read.
+    """
     found = [finding for check in _CHECKS for finding in check(examination)]
+    found += [finding for path in files for finding in _file(path)]
     return Diagnosis(examination, tuple(sorted(found, key=lambda finding: finding.level != "broken")))
+
+
+def _file(path: Path) -> Iterator[Finding]:
+    """Needs the package onnx, which a machine that is examined may lack."""
+    for loss in load("deploynorm.losses.find_losses")(load("deploynorm.onnx_file.OnnxFile").read(path)):
+        yield Finding("note", loss.name, f"{path}: {loss.problem}", loss.remedy)
 
 
 def _onnxruntime(facts: Examination) -> Iterator[Finding]:

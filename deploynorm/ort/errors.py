@@ -15,7 +15,7 @@ _KNOWN: Final[tuple[tuple[str, type[DeployNormError], str, str], ...]] = (
         ModelError,
         f"holds {DOMAIN}::{OP_TYPE} without its function body, and the operator library was not registered",
         "run `deploynorm plugins build` and use deploynorm.ort.session or deploynorm.ort.register(options), or export "
-        "again without --no-function",
+        "again without --no-function; `deploynorm rewrite --restore ORIGINAL` puts back a body that a tool has dropped",
     ),
     (
         "is not a registered function/op|No Op registered for",

@@ -70,6 +70,13 @@ PASSES: Final[Mapping[str, Pass]] = {
         "your function changes the graph, with onnx-graphsurgeon; FILE.py is run, so name only code you trust",
         argument="FILE.py:FUNCTION",
     ),
+    "restore": Pass(
+        "deploynorm.rewrite.restore.restore",
+        ".restored.onnx",
+        "what another tool has dropped from ORIGINAL, a file of ours, without a word: function bodies, names of "
+        "operators, attributes, metadata",
+        argument="ORIGINAL",
+    ),
 }
 """By name, which is also the option of the command line: --optimize-for-cpu, --expand primitives."""
 
@@ -106,7 +113,12 @@ def sequence(*passes: RewritePass) -> RewritePass:
         result = passes[0](model, source_sha256=source_sha256)
         for each in passes[1:]:
             later = each(result.model, source_sha256=source_sha256)
-            result = replace(later, changes=(*result.changes, *later.changes), before=result.before)
+            result = replace(
+                later,
+                changes=(*result.changes, *later.changes),
+                before=result.before,
+                read=(*result.read, *later.read),
+            )
         return result
 
     return run

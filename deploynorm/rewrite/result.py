@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 
 import onnx_ir as ir
 
@@ -20,12 +21,14 @@ class RewriteResult:
         changes: One entry for each node that the pass looked at, in the graph's order. Outcomes: "rewritten", with
             what it became, and "unchanged", with the reason.
         before, after: Nodes of each operator in the graph that the pass started from, and in the result.
+        read: Other files that the pass has read, which no output is to overwrite.
     """
 
     model: ir.Model
     changes: tuple[Change, ...]
     before: Counter[str]
     after: Counter[str]
+    read: tuple[Path, ...] = ()
 
     @property
     def modified(self) -> bool:

@@ -12,6 +12,7 @@ from deploynorm.contract import METADATA_CPU
 from deploynorm.errors import InputError, ModelError
 from deploynorm.files import as_path, onnx_companions, scratch_folder, sha256, staging
 from deploynorm.inputs import Shape
+from deploynorm.libraries import find_library
 from deploynorm.packages import load
 from deploynorm.rewrite.passes import load_pass, row, sequence
 from deploynorm.run import open_runner
@@ -93,7 +94,7 @@ class Rewritten:
             raise ModelError(self.source.where, problem, fix="use it as it is")
         if self.parity is not None:
             self.parity.raise_if_broken()
-        with staging(path, inputs=self.source.files, companions=onnx_companions(path)) as folder:
+        with staging(path, inputs=(*self.source.files, *self.result.read), companions=onnx_companions(path)) as folder:
             if self.is_source and source is not None and self.source.files == (source,) and not external_data:
                 (folder / path.name).write_bytes(source.read_bytes())  # equal to the last byte
             else:
@@ -118,7 +119,8 @@ def rewrite(
 
     Args:
         model: A file that `deploynorm export` or another tool has written, or what OnnxFile.read has read.
-        passes: Names in `PASSES`, in the order in which they run; "expand=primitives" with a choice.
+        passes: Names in `PASSES`, in the order in which they run; "expand=primitives" with a choice,
+            "restore=frn.onnx" with a file.
         input_shapes: A shape by input that the network takes, "" for the only one; by default what the metadata says.
         accept_changed: Take a file that is not the one that its manifest was written for; a warning says so.
         seed: Of the random inputs.
@@ -133,24 +135,28 @@ def rewrite(
     from deploynorm.onnx_file import OnnxFile, save
     from deploynorm.samples import sample_inputs
 
+    names = [name.partition("=")[0] for name in passes]
     for name in passes or ["none"]:
         row(name)
     source = OnnxFile.read(model)
-    source.begin(accept_changed=accept_changed, loose=not {"fuse", "surgery"} & {name.split("=")[0] for name in passes})
+    source.begin(accept_changed=accept_changed, loose=not {"fuse", "surgery"}.intersection(names))
     load("deploynorm.rewrite.intake.check_graph")(source)
     run = sequence(*map(load_pass, passes))
     # Opening the source first reports what is wrong with it under its own name.
-    with open_runner(source) as truth:
-        result = run(source.to_ir(), source_sha256=None if source.path is None else sha256(source.path))
-        if not result.modified:
-            return Rewritten(source, tuple(passes), result, None)
-        base = input_shapes or source.image_shape(batch=2)
-        samples = sample_inputs(source.inputs, seed=seed, base=base)
-        known = [(name, feeds, truth.infer(feeds)) for name, feeds in samples]
-    # The source is closed, or large weights would be in memory twice.
+    alone = source.has_operator and not source.has_body and find_library() is None
     with scratch_folder() as folder:
-        save(result.model, folder / "rewritten.onnx")
-        with open_runner(folder / "rewritten.onnx") as candidate:
+        with open_runner(source, "reference" if alone else None) as truth:
+            result = run(source.to_ir(), source_sha256=None if source.path is None else sha256(source.path))
+            if not result.modified:
+                return Rewritten(source, tuple(passes), result, None)
+            save(result.model, folder / "rewritten.onnx")
+            rewritten = OnnxFile.read(folder / "rewritten.onnx")  # which may know of more sizes than the source
+            samples = sample_inputs(rewritten.inputs, seed=seed, base=input_shapes or rewritten.image_shape(batch=2))
+            known = [(name, feeds, truth.infer(feeds)) for name, feeds in samples]
+        # The source is closed, or large weights would be in memory twice.
+        # A body that was put back is run, and not our kernel again.
+        stock = "restore" in names and not source.has_body and rewritten.half_type is None
+        with open_runner(rewritten, plugins=[] if stock and rewritten.has_body else None) as candidate:
             candidate.name = f"{candidate.name}, rewritten"
             parity = check_known(candidate, f"{truth.name}, as exported", known, rtol=rtol, atol=atol)
     return Rewritten(source, tuple(passes), result, parity)
