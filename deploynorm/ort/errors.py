@@ -60,7 +60,7 @@ _KNOWN: Final[tuple[tuple[str, type[DeployNormError], str, str], ...]] = (
         "run it on another provider, or export it in float32",
     ),
     (
-        r"Type 'tensor\(\w+\)' of input parameter .* is invalid",
+        r"Type 'tensor\(\w+\)' of input parameter .* is invalid|no kernel def matches node inputs",
         ModelError,
         "holds an operator of a type that onnxruntime {version} or the plugin library does not take",
         "export it in float32, or build the plugin library for that type",

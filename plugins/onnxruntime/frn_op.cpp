@@ -1,8 +1,11 @@
 // The FRN operators for ONNX Runtime: checks the inputs, and hands pointers to the kernel, on the CPU with the
-// session's threads. No exception; a run takes no lock and allocates nothing; every status is passed on.
+// session's threads. No exception; a run takes no lock, and allocates nothing but where parameters are to be widened;
+// every status is passed on.
 
+#include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 
 #include "../contract.h"
 #include "../kernels/frn.h"
@@ -22,8 +25,9 @@ enum class Form { kPlain, kAdd, kBlocked };
 struct Op : CustomOp {
   const OrtApi* api;
   Form form;
-  bool cuda;    // for the CUDA provider, else for the CPU's
-  int element;  // ONNXTensorElementDataType of X and Y
+  bool cuda;      // for the CUDA provider, else for the CPU's
+  int element;    // ONNXTensorElementDataType of X and Y
+  int parameter;  // and of gamma, beta, tau and eps
   deploynorm_type type;
 };
 
@@ -91,6 +95,34 @@ OrtStatus* read_parameter(const Op& op, OrtKernelContext* context, int index, in
                   static_cast<long long>(channels));
   }
   return read_data(op, value, data);
+}
+
+// An IEEE 754 binary16 number as float32, exactly.
+float widened(uint16_t half) {
+  const uint32_t exponent = half >> 10 & 31u, fraction = half & 1023u;
+  float magnitude;
+  if (exponent == 0) {
+    magnitude = static_cast<float>(fraction) * 0x1p-24f;
+  } else {
+    const uint32_t bits = (exponent == 31 ? 255u : exponent + 112u) << 23 | fraction << 13;
+    memcpy(&magnitude, &bits, sizeof magnitude);
+  }
+  return half & 0x8000u ? -magnitude : magnitude;
+}
+
+// What converters to float16 make of the parameters, which the kernel takes in float32: they convert every weight.
+// The memory is to be freed.
+OrtStatus* widen_parameters(const Op& op, deploynorm_frn* call, float** memory) {
+  const void** parameters[] = {&call->gamma, &call->beta, &call->tau, &call->eps};
+  const size_t channels = static_cast<size_t>(call->channels);
+  float* next = *memory = static_cast<float*>(malloc((kInputs - 1) * channels * sizeof(float) + 1));
+  if (next == nullptr) return refuse(op.api, kFail, "%s: out of memory", name_of(op));
+  for (const void** parameter : parameters) {
+    const uint16_t* from = static_cast<const uint16_t*>(*parameter);
+    *parameter = next;
+    for (size_t channel = 0; channel < channels; ++channel) *next++ = widened(from[channel]);
+  }
+  return nullptr;
 }
 
 // The residual: null where the blocked operator has none.
@@ -195,10 +227,12 @@ OrtStatus* compute(void* opaque, OrtKernelContext* context) {
 #if defined(DEPLOYNORM_CUDA)
   if (op.cuda) return run_on_cuda(api, context, kernel.allocator, call);
 #endif
+  float* wide = nullptr;
+  if (op.parameter == kFloat16) DEPLOYNORM_RETURN_IF_ERROR(widen_parameters(op, &call, &wide));
   Host host = {api, context, nullptr};
-  if (deploynorm_frn_cpu(&call, parallel_for, &host, /*variant=*/nullptr) != 0) {
-    return refuse(api, kFail, "%s: the kernel does not have type %d", name_of(op), op.element);
-  }
+  const int error = deploynorm_frn_cpu(&call, parallel_for, &host, /*variant=*/nullptr);
+  free(wide);
+  if (error != 0) return refuse(api, kFail, "%s: the kernel does not have type %d", name_of(op), op.element);
   return host.status;
 }
 
@@ -277,7 +311,8 @@ size_t may_write_over_x(int** input_index, int** output_index) {
   return 1;
 }
 
-template <Form kForm, deploynorm_type kType, int kElement, bool kCuda = false>
+template <Form kForm, deploynorm_type kType, int kElement, bool kCuda = false,
+          int kParameter = kElement == kDouble ? kDouble : kFloat>
 Op make_op(const OrtApi* api) {
   Op op = {};
   op.api = api;
@@ -285,6 +320,7 @@ Op make_op(const OrtApi* api) {
   op.form = kForm;
   op.cuda = kCuda;
   op.element = kElement;
+  op.parameter = kParameter;
   op.type = kType;
   op.GetName = [](const CustomOp* base) { return name_of(*static_cast<const Op*>(base)); };
   op.GetExecutionProviderType = [](const CustomOp*) -> const char* {
@@ -295,7 +331,7 @@ Op make_op(const OrtApi* api) {
   };
   op.GetInputType = [](const CustomOp*, size_t index) {
     const bool parameter = index > 0 && index < kInputs;
-    return !parameter ? kElement : kElement == kDouble ? kDouble : kFloat;
+    return parameter ? kParameter : kElement;
   };
   op.GetOutputTypeCount = [](const CustomOp*) { return static_cast<size_t>(1); };
   op.GetOutputType = [](const CustomOp*, size_t) { return kElement; };
@@ -324,8 +360,9 @@ Op make_op(const OrtApi* api) {
 char lock = 0;
 OrtCustomOpDomain* domain = nullptr;
 
-// One operator for each form and type of X, and for CUDA's provider too, all of a form under its name in the contract
-// (ONNX Runtime makes one schema of them). They live as long as the library; the first call makes them.
+// One operator for each form and type of X, those with parameters in float16 on the CPU alone; and for CUDA's provider
+// too, all of a form under its name in the contract (ONNX Runtime makes one schema of them). They live as long as the
+// library; the first call makes them.
 OrtStatus* make_domain(const OrtApi* api) {
   static const Op ops[] = {
       make_op<Form::kPlain, DEPLOYNORM_FLOAT32, kFloat>(api),
@@ -336,6 +373,8 @@ OrtStatus* make_domain(const OrtApi* api) {
       make_op<Form::kAdd, DEPLOYNORM_FLOAT64, kDouble>(api),
       make_op<Form::kAdd, DEPLOYNORM_FLOAT16, kFloat16>(api),
       make_op<Form::kAdd, DEPLOYNORM_BFLOAT16, kBFloat16>(api),
+      make_op<Form::kPlain, DEPLOYNORM_FLOAT16, kFloat16, false, kFloat16>(api),
+      make_op<Form::kAdd, DEPLOYNORM_FLOAT16, kFloat16, false, kFloat16>(api),
       make_op<Form::kBlocked, DEPLOYNORM_FLOAT32, kFloat>(api),
 #if defined(DEPLOYNORM_CUDA)
       make_op<Form::kPlain, DEPLOYNORM_FLOAT32, kFloat, true>(api),

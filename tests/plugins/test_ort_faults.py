@@ -220,30 +220,29 @@ def test_the_domain_is_made_once_and_added_to_every_session(runtime: Runtime) ->
     assert runtime.domains == [DOMAIN.encode()]
     assert runtime.added == 3
     names = Counter(runtime.member(op, "GetName", ctypes.c_char_p, POINTER)(op) for op in runtime.operators)
-    assert names == {OP_TYPE.encode(): 4, ADD_OP_TYPE.encode(): 4, BLOCKED_OP_TYPE.encode(): 1}
+    assert names == {OP_TYPE.encode(): 5, ADD_OP_TYPE.encode(): 5, BLOCKED_OP_TYPE.encode(): 1}
 
 
 def test_with_cuda_the_operators_are_those_of_both_names_of_the_provider(cuda_libraries: Path, tmp_path: Path) -> None:
     """As a plug-in CUDA's provider has another name; a CPU alone knows neither."""
     runtime = Runtime(Path(shutil.copy(cuda_libraries / ORT_LIBRARY, tmp_path)))
     assert runtime.register() is None
-    of_provider: dict[bytes | None, set[tuple[bytes, int]]] = {}
+    of_provider: dict[bytes | None, set[tuple[bytes, int, int]]] = {}
     for operator in runtime.operators:
         provider = runtime.member(operator, "GetExecutionProviderType", ctypes.c_char_p, POINTER)(operator)
         name = runtime.member(operator, "GetName", ctypes.c_char_p, POINTER)(operator)
-        element = runtime.member(operator, "GetInputType", INT, POINTER, SIZE)(operator, 0)
-        of_provider.setdefault(provider, set()).add((name, element))
+        x, gamma = (runtime.member(operator, "GetInputType", INT, POINTER, SIZE)(operator, n) for n in (0, 1))
+        of_provider.setdefault(provider, set()).add((name, x, gamma))
     assert of_provider.keys() == {None, b"CUDAExecutionProvider", b"CudaPluginExecutionProvider"}
     on_cuda = of_provider[b"CUDAExecutionProvider"]
-    assert (
-        on_cuda == of_provider[b"CudaPluginExecutionProvider"] >= {(OP_TYPE.encode(), type) for type in (1, 10, 11, 16)}
-    )
+    types = ((1, 1), (10, 1), (11, 11), (16, 1))
+    assert on_cuda == of_provider[b"CudaPluginExecutionProvider"] >= {(OP_TYPE.encode(), *each) for each in types}
     assert len(runtime.operators) == len(of_provider[None]) + 2 * len(on_cuda)
 
 
 def test_a_registration_that_failed_is_told_and_can_be_tried_again(new_library: Path) -> None:
     runtime = Runtime(new_library)
-    for n in range(11):  # the domain, nine operators, the session
+    for n in range(13):  # the domain, eleven operators, the session
         runtime.calls.clear()
         runtime.fails = lambda name, call, n=n: call == n
         assert runtime.register() in runtime.statuses, n
@@ -252,7 +251,7 @@ def test_a_registration_that_failed_is_told_and_can_be_tried_again(new_library: 
     runtime.fails = lambda name, call: False
     assert runtime.register() is None
     assert runtime.added == 1
-    assert len(runtime.operators[-9:]) == len(set(runtime.operators[-9:])) == 9
+    assert len(runtime.operators[-11:]) == len(set(runtime.operators[-11:])) == 11
 
 
 def test_threads_that_register_first_make_one_domain_together(new_library: Path) -> None:
@@ -267,7 +266,7 @@ def test_threads_that_register_first_make_one_domain_together(new_library: Path)
     with ThreadPoolExecutor(8) as pool:
         assert list(pool.map(one, range(8))) == [None] * 8
     assert len(runtime.domains) == 1
-    assert len(runtime.operators) == 9
+    assert len(runtime.operators) == 11
     assert runtime.added == 8
 
 
