@@ -90,7 +90,9 @@ LOWERINGS: Final[Mapping[str, LoweringRow]] = {
     "custom": LoweringRow(
         "deploynorm.lowering.write_custom", MIN_OPSET, "as one node a layer, with its body beside it"
     ),
-    "rmsnorm": LoweringRow("deploynorm.lowering.write_rmsnorm", 23, "on RMSNormalization, opset 23, which onnxruntime 1.24 and later takes"),
+    "rmsnorm": LoweringRow(
+        "deploynorm.lowering.write_rmsnorm", 23, "on RMSNormalization, opset 23, which onnxruntime 1.24 and later takes"
+    ),
     "primitives": LoweringRow("deploynorm.lowering.write_primitives", 13, "in primitive operators"),
 }
 """The forms of the operator's nodes in a graph. A new one takes one row here and its writer."""

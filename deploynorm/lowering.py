@@ -153,7 +153,7 @@ def attach_bodies(model: ir.Model, *, half: bool) -> None:
     (TVM). In half, which these do not read, it works on (N, C, L): TensorRT computes that in 1 or 2 passes over memory,
     and maps in 3.
     """
-    nodes = [node for graph in (model.graph, *model.functions.values()) for node in frn_nodes(graph)]
+    nodes = [node for graph in graphs_of(model) for node in frn_nodes(graph)]
     maps = not half and all(map(_on_maps, nodes))
     for op_type in dict.fromkeys(node.op_type for node in frn_nodes(model.graph)):
         _attach(model, function_proto(model.opset_imports[""], op_type, half=half, maps=maps))
@@ -172,6 +172,11 @@ def _inline(model: ir.Model, nodes: list[ir.Node]) -> None:
     InlinePass()(model)
     model.opset_imports.pop(DOMAIN, None)
     onnxscript.optimizer.optimize(model)
+
+
+def graphs_of(model: ir.Model) -> list[ir.Graph | ir.Function]:
+    """The graph and the local functions."""
+    return [model.graph, *model.functions.values()]
 
 
 def frn_nodes(graph: ir.Graph | ir.Function) -> list[ir.Node]:

@@ -15,8 +15,8 @@ libraries meet most, with the findings that report them:
 6. TensorRT, or what hosts it, ends the process or refuses the library (`tensorrt-plugin`, `tensorrt-rtx-name`,
    `onnxruntime-library`).
 7. torchvision is for another torch (`torchvision-import`).
-8. Another tool has dropped the function bodies, the operators' names or the metadata of a file (`function-missing`,
-   `operator-renamed`, `attributes-missing`, `metadata-missing`).
+
+Of files that are named, `deploynorm.losses` says what other tools have dropped.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from deploynorm.contract import DOMAIN, METADATA_SIZES, MIN_OPSET, NODE_ATTRIBUT
 from deploynorm.errors import ModelError
 from deploynorm.inputs import read_sizes
 from deploynorm.losses import renamed_operator
-from deploynorm.lowering import frn_nodes, function_proto
+from deploynorm.lowering import frn_nodes, function_proto, graphs_of
 from deploynorm.onnx_file import OnnxFile, OnnxSource, node_counts
 from deploynorm.rewrite.intake import refuse_blocked, unchanged
 from deploynorm.rewrite.result import RewriteResult
@@ -60,7 +60,7 @@ def restore(model: ir.Model, original: OnnxSource, *, source_sha256: str | None 
 
 def _names(work: ir.Model, source: ir.Model) -> Iterator[Change]:
     old = set()
-    for node in [node for graph in (work.graph, *work.functions.values()) for node in graph.all_nodes()]:
+    for node in [node for graph in graphs_of(work) for node in graph.all_nodes()]:
         name = renamed_operator(node.op_type) if node.domain == DOMAIN else None
         if name is not None:
             yield Change(str(node.outputs[0].name), node.op_type, "rewritten", became=name)
@@ -72,7 +72,7 @@ def _names(work: ir.Model, source: ir.Model) -> Iterator[Change]:
 
 def _functions(work: ir.Model, source: ir.Model) -> Iterator[Change]:
     had, opset = source.opset_imports.get(""), work.opset_imports.get("", 0)
-    called = {node.op_identifier() for graph in (work.graph, *work.functions.values()) for node in graph.all_nodes()}
+    called = {node.op_identifier() for graph in graphs_of(work) for node in graph.all_nodes()}
     for key, function in source.functions.items():
         if key not in called or key in work.functions:
             continue

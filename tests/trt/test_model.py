@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx_ir
 import onnx.helper
 import pytest
 from graphs import CHANNELS, ELEMENT_TYPES, OPSET, frn_model, frn_parameters
@@ -82,6 +83,16 @@ def test_the_body_that_the_file_brings_is_the_one_that_is_built() -> None:
     body.node[0].name = "of the file"
     [function] = TensorRTModel.read(frn_model(body=body)).prepared("native").functions
     assert function.node[0].name == "of the file"
+
+
+@pytest.mark.parametrize("op_type", OPERATORS)
+def test_of_our_body_for_maps_the_one_on_rows_is_built(op_type: str) -> None:
+    """Through onnx_ir too, as an exported file has it. TensorRT makes 3 layers of that for maps, and 1 or 2 of this."""
+    model = frn_model(body=True, residual=op_type == ADD_OP_TYPE)
+    for file in (model, onnx_ir.to_proto(onnx_ir.from_proto(model))):
+        assert "Reshape" not in {node.op_type for node in file.functions[0].node}
+        [function] = TensorRTModel.read(file).prepared("native").functions
+        assert function.node == function_proto(OPSET, op_type).node
 
 
 def test_inputs_nodes_and_types_are_known() -> None:
