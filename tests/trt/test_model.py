@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-import onnx_ir
 import onnx.helper
+import onnx_ir
 import pytest
 from graphs import CHANNELS, ELEMENT_TYPES, OPSET, frn_model, frn_parameters
 from rtx_builds import conv_frn_conv, quantized
