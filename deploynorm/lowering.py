@@ -77,7 +77,9 @@ TRANSLATIONS: Final[Mapping[str, Callable[..., object]]] = {TORCH_OP: translate,
 """By the operator's name under the torch.library namespace."""
 
 
-def function_proto(opset: int, op_type: str = OP_TYPE, *, half: bool = False, maps: bool = False) -> onnx.FunctionProto:
+def function_proto(
+    opset: int, op_type: str = OP_TYPE, *, half: bool = False, maps: bool = False, columns: bool = False
+) -> onnx.FunctionProto:
     """An operator's body in standard operators, which a runtime without our library runs instead.
 
     Args:
@@ -87,9 +89,11 @@ def function_proto(opset: int, op_type: str = OP_TYPE, *, half: bool = False, ma
             float64 body has no casts, because ONNX Runtime keeps the last one as a pass over the tensor.
         maps: For X of rank 4 alone, taken as it is. By default the body works on (N, C, L), L the product of the
             spatial sizes, and serves every rank; sizes are computed, so that zero-size inputs pass.
+        columns: Works on (N, C, L, 1) in place of (N, C, L), which takes TensorRT more passes over memory. After a
+            mean over (N, C, L), OpenVINO 2026.4 on a CPU adds the epsilons of channels to samples instead.
     """
     core = f"""
-        spatial_axes = {_integers(2, 3) if maps else _integers(2)}
+        spatial_axes = {_integers(2, 3) if maps or columns else _integers(2)}
         square = Mul ($x, $x)
         mean = ReduceMean <keepdims = 1> (square, spatial_axes)
         eps_column = Unsqueeze (eps, column_axes)
@@ -98,7 +102,7 @@ def function_proto(opset: int, op_type: str = OP_TYPE, *, half: bool = False, ma
         factor = Div (gamma_column, root)
         scaled = Mul ($x, factor)
         """
-    return _function(op_type, opset, half, core, maps=maps)
+    return _function(op_type, opset, half, core, maps=maps, columns=columns)
 
 
 def lower(model: ir.Model, lowering: str, *, function: bool = True) -> None:
@@ -140,7 +144,7 @@ def write_primitives(model: ir.Model, nodes: list[ir.Node], half: bool, function
     for node in nodes:
         x, maps = node.inputs[0], _on_maps(node)
         own = half if x is None or x.dtype is None else x.dtype in ONNX_HALF
-        proto = function_proto(model.opset_imports[""], node.op_type, half=own, maps=maps)
+        proto = function_proto(model.opset_imports[""], node.op_type, half=own, maps=maps, columns=not maps)
         proto.overload = node.overload = f"half={own}, maps={maps}"
         _attach(model, proto)
     _inline(model, nodes)
@@ -224,11 +228,19 @@ def write_rmsnorm(model: ir.Model, nodes: list[ir.Node], half: bool, function: b
 
 
 def _function(
-    name: str, opset: int, half: bool, core: str, attributes: str = "", *, maps: bool = False
+    name: str,
+    opset: int,
+    half: bool,
+    core: str,
+    attributes: str = "",
+    *,
+    maps: bool = False,
+    columns: bool = False,
 ) -> onnx.FunctionProto:
     """A body around `core`, which computes `scaled` from `$x`, eps and `gamma_column`.
 
-    $x and `scaled` are (N, C, L), and columns are (C, 1); or (N, C, H, W) and (1, C, 1, 1).
+    $x and `scaled` are (N, C, L), and columns are (C, 1); or (N, C, L, 1) and (C, 1, 1); or (N, C, H, W) and
+    (1, C, 1, 1).
     """
     inputs, lines = OPERATORS.get(name, INPUTS), []
 
@@ -238,7 +250,7 @@ def _function(
             lines.append(f"{tensor}_wide = Cast <to = 1> ({tensor})")
             tensor += "_wide"
         if not maps:
-            lines.append(f"{tensor}_flat = Reshape <allowzero = 1> ({tensor}, columns)")
+            lines.append(f"{tensor}_flat = Reshape <allowzero = 1> ({tensor}, flat_shape)")
             tensor += "_flat"
         return tensor
 
@@ -248,9 +260,11 @@ def _function(
             f"outer = Shape <end = 2> ({INPUTS[0]})",
             f"spatial = Shape <start = 2> ({INPUTS[0]})",
             "length = ReduceProd <keepdims = 1> (spatial)",
-            "columns = Concat <axis = 0> (outer, length)",
+            *([f"one = {_integers(1)}"] if columns else []),
+            f"flat_shape = Concat <axis = 0> (outer, length{', one' if columns else ''})",
         ]
-    lines.append(f"column_axes = {_integers(0, 2, 3) if maps else _integers(1)}")
+    column_axes = (0, 2, 3) if maps else (1, 2) if columns else (1,)
+    lines.append(f"column_axes = {_integers(*column_axes)}")
     lines += [f"{each}_column = Unsqueeze ({each}, column_axes)" for each in ("gamma", "beta", "tau")]
     lines += [core.replace("$x", arithmetic(INPUTS[0])), "shifted = Add (scaled, beta_column)"]
     if RESIDUAL in inputs:
