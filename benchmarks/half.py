@@ -25,7 +25,7 @@ from deploynorm._check import DEFAULT_TOLERANCE, check
 from deploynorm._export import export
 from deploynorm._fold import fold
 from deploynorm.inputs import TensorSpec
-from deploynorm.layers.adopt import adopt
+from deploynorm import adopt
 from deploynorm.run.eager import EagerRunner
 from deploynorm.run.half import HalfRunner
 

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 from deploynorm.packages import load as _load
 
 if TYPE_CHECKING:
+    from deploynorm._adopt import adopt as adopt
     from deploynorm._build import build as build
     from deploynorm._check import check as check
     from deploynorm._convert import Conversion as Conversion
@@ -52,6 +53,7 @@ __version__ = "0.1.0"
 _HOME = {
     **dict.fromkeys(("convert", "Conversion"), "deploynorm._convert"),
     **dict.fromkeys(("load", "save"), "deploynorm.checkpoint"),
+    "adopt": "deploynorm._adopt",
     "swap": "deploynorm._swap",
     "fold": "deploynorm._fold",
     **dict.fromkeys(("export", "onnx_translations"), "deploynorm._export"),

@@ -14,7 +14,7 @@ from deploynorm import foreign
 from deploynorm._fold import local, weights
 from deploynorm._fold.producers import Foldable, NotFoldableError, Producers
 from deploynorm._fold.report import FoldReport, FoldResult, Outcome
-from deploynorm._fold.verification import Step, Verifier
+from deploynorm.verification import Step, Verifier
 from deploynorm.changes import Change
 from deploynorm.errors import ModelError
 from deploynorm.layers import TLU

@@ -17,6 +17,8 @@ from deploynorm.rewrite.values import ONE, Array, Size, Values, product
 _FLOATS: Final = {ir.DataType.DOUBLE: 3, ir.DataType.FLOAT: 2, ir.DataType.FLOAT16: 1, ir.DataType.BFLOAT16: 0}
 """Types of the arithmetic, the finer with the larger number."""
 
+_X: Final = Formula((), power=1)
+
 Rule: TypeAlias = "Callable[[Walk, ir.Node], Formula]"
 """The formula of a node's output, at least one of whose inputs has one; or UnknownError."""
 
@@ -31,6 +33,7 @@ class Walk:
         order: The position of each node of the graph.
         rules: What each operator does with formulas, by its name.
         blocked: Nodes that are to be taken for unknown.
+        start: What x itself is; by default just x.
 
     Attributes:
         formulas: What is known, by value, in the order of the graph.
@@ -45,12 +48,13 @@ class Walk:
         order: Mapping[ir.Node, int],
         rules: Mapping[str, Rule],
         blocked: Iterable[ir.Node] = (),
+        start: Formula = _X,
     ) -> None:
         dims = values.dims(x)
         assert dims is not None
         self._values, self._sizes, self._space = values, dims, space
         [self.channel] = set(range(1, len(dims))) - space
-        self.formulas = {x: Formula(tuple((axis,) for axis in range(len(dims))), power=1)}
+        self.formulas = {x: replace(start, layout=tuple((axis,) for axis in range(len(dims))))}
         self.refused = dict.fromkeys(blocked, "it is not understood")
         waiting: list[tuple[int, ir.Node]] = []
         seen: set[ir.Node] = set(self.refused)

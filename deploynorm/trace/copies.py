@@ -11,7 +11,6 @@ from torch import Tensor, fx, nn
 from torch.optim.swa_utils import AveragedModel
 
 from deploynorm.errors import ModelError
-from deploynorm.layers.adopt import adopt
 from deploynorm.quiet import first_line, quiet
 from deploynorm.trace.examples import Examples, check_network
 from deploynorm.trace.outputs import alike, tensors_of
@@ -94,7 +93,7 @@ def repeats(model: nn.Module, examples: Examples) -> bool:
 
 
 def inference_copy(model: nn.Module) -> nn.Module:
-    """A copy of the network on the CPU, in evaluation mode, with other projects' FRN layers taken over.
+    """A copy of the network on the CPU, in evaluation mode.
 
     Raises:
         ModelError: The network cannot be copied, has parts of TorchScript, or is an archive that was traced in training
@@ -104,7 +103,7 @@ def inference_copy(model: nn.Module) -> nn.Module:
     twin = copied(model).cpu().requires_grad_(False)
     if is_archive(twin):
         refuse_training(twin.graph.nodes, type(model).__name__, archive=True)
-    return adopt(twin).eval()
+    return twin.eval()
 
 
 def _refuse_scripted(model: nn.Module) -> None:

@@ -17,7 +17,7 @@ from rtx_builds import OPSET, build_rtx, conv_frn_conv, quantized
 from deploynorm import checkpoint, fold, libraries
 from deploynorm._export import export
 from deploynorm.contract import ADD_OP_TYPE, DOMAIN, OP_TYPE
-from deploynorm.layers.adopt import adopt
+from deploynorm import adopt
 from deploynorm.lowering import function_proto
 
 REPOSITORY = Path(__file__).parents[2]

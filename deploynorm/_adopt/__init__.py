@@ -1,0 +1,6 @@
+"""Layers of other projects -> ours."""
+
+from deploynorm._adopt.adopting import adopt, adopted
+from deploynorm._adopt.report import AdoptReport, AdoptResult
+
+__all__ = ["AdoptReport", "AdoptResult", "adopt", "adopted"]

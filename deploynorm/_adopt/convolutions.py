@@ -1,0 +1,180 @@
+"""Convolutions and linear layers whose weight is computed in each call: centred, standardised, parametrized."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from deploynorm.layers import CenConv1d, CenConv2d, CenConv3d, CenConvTranspose2d
+from deploynorm.layers.functional import center_weight
+from deploynorm.quiet import quiet
+from deploynorm.trace import alike, copied
+
+_CONV = "stride", "padding", "dilation", "groups"
+_TRANSPOSED = "stride", "padding", "output_padding", "groups", "dilation"
+_KINDS: dict[str, tuple[type[nn.Module], tuple[str, ...]]] = {
+    "conv1d": (nn.Conv1d, _CONV),
+    "conv2d": (nn.Conv2d, _CONV),
+    "conv3d": (nn.Conv3d, _CONV),
+    "conv_transpose1d": (nn.ConvTranspose1d, _TRANSPOSED),
+    "conv_transpose2d": (nn.ConvTranspose2d, _TRANSPOSED),
+    "conv_transpose3d": (nn.ConvTranspose3d, _TRANSPOSED),
+    "linear": (nn.Linear, ()),
+}
+"""Functions of torch with the layer that calls them, and the names of their arguments behind input, weight and bias."""
+
+PLAIN = tuple(kind for kind, _ in _KINDS.values())
+_CENTRED: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Conv1d: CenConv1d,
+    nn.Conv2d: CenConv2d,
+    nn.Conv3d: CenConv3d,
+    nn.ConvTranspose2d: CenConvTranspose2d,
+}
+_RTOL = 1e-5
+"""Of the largest value: a layer may compute its weight in float32."""
+_WIDEST = 33
+"""Of a map on which a layer is tried, before it is tried on those of the example."""
+
+
+class Computed(NamedTuple):
+    """The plain layer that a layer is, whose weight is computed from its parameters alone, and the weight in float64."""
+
+    plain: nn.Module
+    weight: Tensor
+    bias: Tensor | None
+
+
+class _Call(NamedTuple):
+    kind: str
+    input: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    settings: dict[str, Any]
+    output: Tensor
+
+
+class _Calls(TorchFunctionMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[_Call] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        name = getattr(func, "__name__", "")
+        if name in _KINDS:
+            names = ("input", "weight", "bias", *_KINDS[name][1])
+            given = dict(zip(names, args, strict=False)) | (kwargs or {})
+            head = [given.pop(each, None) for each in names[:3]]
+            self.found.append(_Call(name, *head, given, result))
+        return result
+
+
+def computed(layer: nn.Module, shape: Sequence[int]) -> Computed | None:
+    """The plain layer of a layer that convolves once, with a weight that is the same for every input.
+
+    The layer is called in float64 on two random inputs. None where it does something else.
+
+    Args:
+        layer: In evaluation mode.
+        shape: Of an input that it takes.
+    """
+    small = (1, shape[1], *(min(size, _WIDEST) for size in shape[2:])) if len(shape) > 2 else shape
+    try:
+        twin = copied(layer).double().eval()
+    except Exception:
+        return None
+    for tried in dict.fromkeys((tuple(small), (1, *shape[1:]))):
+        try:
+            with torch.no_grad(), torch.random.fork_rng(devices=[]), quiet():
+                torch.manual_seed(0)
+                inputs = [torch.randn(tried, dtype=torch.float64), torch.randn(tried, dtype=torch.float64) * 9 + 1]
+                return _plain(layer, twin, inputs)
+        except Exception:
+            continue
+    return None
+
+
+def _plain(layer: nn.Module, twin: nn.Module, inputs: Sequence[Tensor]) -> Computed | None:
+    calls, outputs = [], []
+    for x in inputs:
+        with _Calls() as seen:
+            outputs.append(twin(x.clone()))
+        if len(seen.found) != 1:
+            return None
+        calls += seen.found
+    call, again = calls
+    same_bias = (call.bias is None) == (again.bias is None)
+    if not same_bias or not torch.equal(call.weight, again.weight):
+        return None
+    if call.bias is not None and again.bias is not None and not torch.equal(call.bias, again.bias):
+        return None
+    kind = _KINDS[call.kind][0]
+    plain = _of_stock(layer, kind) if isinstance(layer, kind) else _of_call(call, kind)
+    weight = call.weight.detach().clone()
+    bias = None if call.bias is None else call.bias.detach().clone()
+    exact = _with(plain, weight, bias)
+    if not alike([exact(x) for x in inputs], outputs, _RTOL):
+        return None
+    own = next((x for x in layer.parameters() if x.is_floating_point()), torch.empty(()))
+    rounded = _with(plain, weight.to(own), None if bias is None else bias.to(own))
+    return Computed(rounded, weight, bias)
+
+
+def _with(layer: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Module:
+    """The layer with another weight and bias."""
+    twin = type(layer).__new__(type(layer))
+    twin.__dict__.update(layer.__dict__)
+    twin._parameters = {
+        "weight": nn.Parameter(weight, requires_grad=False),
+        "bias": None if bias is None else nn.Parameter(bias, requires_grad=False),
+    }
+    return twin
+
+
+def _of_stock(layer: nn.Module, kind: type[nn.Module]) -> nn.Module:
+    """A layer of torch with the arguments of one that is derived from it, all of which are attributes."""
+    plain = kind.__new__(kind)
+    nn.Module.__init__(plain)
+    for name, value in vars(layer).items():
+        if name not in vars(plain) and name not in ("weight", "bias"):
+            plain.__dict__[name] = value
+    return plain.train(layer.training)
+
+
+def _of_call(call: _Call, kind: type[nn.Module]) -> nn.Module:
+    sizes = call.weight.shape
+    if call.kind == "linear":
+        return nn.Linear(sizes[1], sizes[0], device="meta")
+    groups = call.settings.get("groups", 1)
+    channels = (sizes[0], sizes[1] * groups) if "transpose" in call.kind else (sizes[1] * groups, sizes[0])
+    return kind(*channels, tuple(sizes[2:]), **call.settings, device="meta")
+
+
+def centred(layer: nn.Module, found: Computed) -> nn.Module | None:
+    """The CenConv layer of a layer whose weight is one of its parameters, centred; None where it is another."""
+    kind = _CENTRED.get(type(found.plain))
+    for parameter in layer.parameters():
+        if kind is None or parameter.shape != found.weight.shape:
+            continue
+        plain: Any = found.plain
+        want = center_weight(parameter.detach().cpu().double(), groups=plain.groups, transposed=plain.transposed)
+        if not alike([found.weight], [want], _RTOL):
+            continue
+        new = kind.__new__(kind)
+        new.__dict__.update(plain.__dict__)
+        bias = None if found.bias is None else _parameter_like(layer, found.bias)
+        if found.bias is not None and bias is None:
+            return None
+        new._parameters = {"weight": parameter, "bias": bias}
+        return new.train(layer.training)
+    return None
+
+
+def _parameter_like(layer: nn.Module, value: Tensor) -> nn.Parameter | None:
+    return next(
+        (x for x in layer.parameters() if x.shape == value.shape and alike([x.detach().cpu().double()], [value], 1e-6)), None
+    )
