@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import NamedTuple
@@ -11,11 +11,11 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from deploynorm._adopt.candidates import Call, calls, may_be_computed, may_be_norm, outermost, own_hooks
+from deploynorm._adopt.candidates import Call, calls, may_be_computed, may_be_norm, wanted, own_hooks
 from deploynorm._adopt.convolutions import Computed, centred, computed
 from deploynorm._adopt.layers import Memo, build
 from deploynorm._adopt.numbers import UnrecognizedError, shape_for
-from deploynorm._adopt.recipes import Recipe, key_of, recipe_of
+from deploynorm._adopt.recipes import Question, Recipe, key_of, recipes_of
 from deploynorm._adopt.report import AdoptReport, AdoptResult
 from deploynorm.changes import Change
 from deploynorm.errors import InputError, ModelError
@@ -69,61 +69,71 @@ class Survey:
     """
 
     def __init__(self, model: nn.Module, examples: Examples) -> None:
-        self._model = model
-        self._recipes: dict[object, Recipe | UnrecognizedError] = {}
         self.found: dict[str, Found] = {}
-        norms, convolutions = set(outermost(model, may_be_norm)), set(outermost(model, may_be_computed))
+        norms, convolutions = set(wanted(model, may_be_norm)), set(wanted(model, may_be_computed))
         if not norms and not convolutions:
             return
         called = calls(model, examples, {*norms, *convolutions})
-        for path, layer in model.named_modules():
-            inside = any(path.startswith(f"{above}.") or not above for above, x in self.found.items() if not x.reason)
-            if path not in called or inside:
+        layers = {path: layer for path, layer in model.named_modules() if path in called}
+        self._recipes: dict[object, Recipe | UnrecognizedError] = {}
+        self._ask([each for path in layers if path in norms for each in _questions(layers[path], called[path])])
+        for path, layer in layers.items():
+            call = called[path]
+            if any(path.startswith(f"{above}.") or not above for above, x in self.found.items() if not x.reason):
                 continue
-            found = self._of_norm(layer, called[path]) if path in norms else None
-            if (found is None or (found.reason and not found.near)) and path in convolutions and len(called[path].shape) > 1:
-                plain = computed(layer, called[path].shape)
-                found = None if plain is None else Found(called[path], plain=plain)
+            found = self._of_norm(layer, call) if path in norms else None
+            if (found is None or (found.reason and not found.near)) and path in convolutions and len(call.shape) > 1:
+                plain = computed(layer, call.shape)
+                found = None if plain is None else Found(call, plain=plain)
             if found is not None:
                 self.found[path] = found
+
+    def _ask(self, questions: Sequence[Question]) -> None:
+        keyed = {self._key(each): each for each in questions}
+        new = {key: each for key, each in keyed.items() if key not in self._recipes}
+        self._recipes |= zip(new, recipes_of(list(new.values())), strict=True)
+
+    @staticmethod
+    def _key(question: Question) -> object:
+        return (*key_of(question.layer, question.channels, question.rank), question.channels_last)
 
     def _of_norm(self, layer: nn.Module, call: Call) -> Found | None:
         if call.problem:
             return Found(call, reason=call.problem)
-        rank = len(call.shape)
-        if not 3 <= rank <= 5 or not call.keeps:
-            return None
-        why = UnrecognizedError("it has no numbers for its channels")
-        sizes = {x.numel() for x in layer.parameters()} or {x.numel() for x in layer.buffers()}
-        for last in (False, True):
-            channels = call.shape[-1 if last else 1]
-            if channels not in sizes and (sizes != {1} or last):
+        why: UnrecognizedError | None = None
+        for question in _questions(layer, call):
+            key = self._key(question)
+            recipe = self._recipes[key]
+            if isinstance(recipe, UnrecognizedError):
+                why = recipe if why is None or recipe.near else why
                 continue
-            for own in (False, True):
-                try:
-                    recipe = self._recipe(layer, channels, rank, last, own)
-                    if recipe.kind == "affine" or _same(layer, build(layer, recipe, channels, rank, {}), recipe, call):
-                        return Found(call, recipe)
-                    why = UnrecognizedError("its numbers were read off its trace, and on a try it computes others")
-                except UnrecognizedError as error:
-                    why = error if error.near or not why.near else why
-                    break
-                except InputError as error:
-                    return Found(call, reason=f"ours do not take its numbers: {error.problem}", near=True)
-        return Found(call, reason=str(why), near=why.near)
-
-    def _recipe(self, layer: nn.Module, channels: int, rank: int, last: bool, own: bool) -> Recipe:
-        """The recipe of the layer's class and arguments, or (own) of the layer alone."""
-        key = (*key_of(layer, channels, rank), last, layer if own else None)
-        if key not in self._recipes:
             try:
-                self._recipes[key] = recipe_of(layer, channels, rank, channels_last=last)
-            except UnrecognizedError as error:
-                self._recipes[key] = error
-        found = self._recipes[key]
-        if isinstance(found, UnrecognizedError):
-            raise found
-        return found
+                if recipe.kind == "affine" or _same(layer, build(layer, recipe, *question[1:3], {}), recipe, call):
+                    return Found(call, recipe)
+            except InputError as error:
+                return Found(call, reason=f"ours do not take its numbers: {error.problem}", near=True)
+            except UnrecognizedError:
+                pass
+            # A layer of the same class and arguments computes otherwise: by code of its own, say.
+            [own] = recipes_of([question])
+            with suppress(UnrecognizedError, InputError):
+                if isinstance(own, Recipe) and _same(layer, build(layer, own, *question[1:3], {}), own, call):
+                    return Found(call, own)
+            why = UnrecognizedError("its numbers were read off its trace, and on a try it computes others", near=True)
+        return None if why is None else Found(call, reason=str(why), near=why.near)
+
+
+def _questions(layer: nn.Module, call: Call) -> list[Question]:
+    """The axes that may be a layer's channels: as many as its parameters have numbers."""
+    rank = len(call.shape)
+    if call.problem or not call.keeps or not 3 <= rank <= 5:
+        return []
+    sizes = {x.numel() for x in layer.parameters()} - {1} or {x.numel() for x in layer.buffers()}
+    return [
+        Question(layer, call.shape[axis], rank, axis < 0)
+        for axis in (1, -1)
+        if call.shape[axis] in sizes or (sizes == {1} and axis > 0)
+    ]
 
 
 def _same(layer: nn.Module, new: nn.Module, recipe: Recipe, call: Call, *, training: bool = False) -> bool:
@@ -229,8 +239,8 @@ def adopted(model: nn.Module, examples: Examples, *, training: bool = False) -> 
         examples: Its inputs.
         training: Whether it is to be trained: CenConv is adopted too. Else the copy is in evaluation mode.
     """
-    if next(outermost(model, may_be_norm), None) is None and not (
-        training and next(outermost(model, may_be_computed), None) is not None
+    if next(wanted(model, may_be_norm), None) is None and not (
+        training and next(wanted(model, may_be_computed), None) is not None
     ):
         return model, ()
     with suppress(Exception):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -63,9 +63,9 @@ def own_hooks(layer: nn.Module) -> bool:
     return bool(before or layer._forward_hooks or layer._backward_hooks or layer._backward_pre_hooks)
 
 
-def outermost(model: nn.Module, wanted: Any) -> Iterator[str]:
-    """The paths of the layers that are wanted, each before those in it; a shared one under its first."""
-    return (path for path, layer in model.named_modules() if wanted(layer))
+def wanted(model: nn.Module, of: Callable[[nn.Module], bool]) -> Iterator[str]:
+    """The paths of the layers of which something holds, each before those in it; a shared one under its first."""
+    return (path for path, layer in model.named_modules() if of(layer))
 
 
 def calls(model: nn.Module, examples: Examples, paths: Collection[str]) -> Mapping[str, Call]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from deploynorm._adopt.numbers import Numbers, numbers_of
+from deploynorm._adopt.numbers import Numbers, Tried, UnrecognizedError, numbers_of
 from deploynorm._adopt.recipes import Part, Recipe
 from deploynorm.layers import TLU, FRN1d, FRN2d, FRN3d, MABN1d, MABN2d, MABN3d
 from deploynorm.trace import copied
@@ -113,8 +113,11 @@ class _Builder:
                 twin = copied(self._layer).cpu().requires_grad_(False)
                 for child in self._recipe.behind:
                     setattr(twin, child, nn.Identity())
-                last = self._recipe.channels_last
-                self._numbers = numbers_of(twin, self._channels, self._rank, channels_last=last)
+                tried = Tried(twin.double().eval(), self._channels, self._rank, self._recipe.channels_last)
+                [found] = numbers_of([tried])
+                if isinstance(found, UnrecognizedError):
+                    raise found
+                self._numbers = found
             field = {"weight": "scale", "bias": "shift"}.get(name, name)
             value = torch.tensor(getattr(self._numbers, field))
         elif part.tensor:

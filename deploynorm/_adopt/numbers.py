@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from deploynorm.errors import ModelError
 from deploynorm.trace import Examples, trace
@@ -45,62 +45,102 @@ def shape_for(channels: int, rank: int, *, channels_last: bool) -> tuple[int, ..
     return (2, *space, channels) if channels_last else (2, channels, *space)
 
 
-def numbers_of(layer: nn.Module, channels: int, rank: int, *, channels_last: bool) -> Numbers:
-    """The numbers of a layer in evaluation, which is cast to float64 for it.
+class Tried(NamedTuple):
+    """A layer that is asked for its numbers, in evaluation mode and in float64, and the input that it takes."""
 
-    The layer is traced alone, translated to ONNX, and the walk of the pass `fuse` says which formula its output is:
-    once for x as it is (FRN), and once for an x that is taken for normalized already (a scale, a shift, a threshold).
+    layer: nn.Module
+    channels: int
+    rank: int
+    channels_last: bool
 
-    Raises:
-        UnrecognizedError: It is neither.
+
+def numbers_of(tried: Sequence[Tried]) -> list[Numbers | UnrecognizedError]:
+    """The numbers of each layer, or why there are none.
+
+    The layers are traced side by side, since a translation to ONNX costs more than what is translated, and the walk of
+    the pass `fuse` says which formula of its input each output is: once for x as it is (FRN), and once for an x that is
+    taken for normalized already (a scale, a shift, a threshold).
     """
     # What these import takes long, and most networks have no layers of others.
     from deploynorm._export.translation import to_onnx
     from deploynorm.foreign import loose_frn
-    from deploynorm.rewrite.formula import Formula
     from deploynorm.rewrite.intake import prepared
 
-    x = torch.randn(shape_for(channels, rank, channels_last=channels_last), dtype=torch.float64)
+    inputs = [
+        torch.randn(shape_for(each.channels, each.rank, channels_last=each.channels_last), dtype=torch.float64)
+        for each in tried
+    ]
+    side_by_side = _SideBySide([each.layer for each in tried]).eval()
     try:
-        program = trace(layer.double().eval(), Examples.of("adopt", layer, (x,)), "none", deterministic=False)
+        program = trace(side_by_side, Examples.of("adopt", side_by_side, inputs), "none", deterministic=False)
         graph = prepared(to_onnx(program, _OPSET)[0]).graph
     except ModelError as error:
-        raise UnrecognizedError(f"it cannot be traced alone ({error.problem})") from error
-    if len(graph.inputs) != 1 or len(graph.outputs) != 1:
-        raise UnrecognizedError("it is no function of one tensor")
-    space = frozenset(range(1, rank - 1) if channels_last else range(2, rank))
-    normalized = Formula((), power=1, exponent=-0.5)
-    frn, why = _formula(graph, space, Formula((), power=1))
-    affine, _ = _formula(graph, space, normalized)
+        if len(tried) > 1:
+            return [numbers for each in tried for numbers in numbers_of([each])]
+        return [UnrecognizedError(f"it cannot be traced alone ({error.problem})")]
+    if len(graph.inputs) != len(tried) or len(graph.outputs) != len(tried):
+        return [UnrecognizedError("it is no function of one tensor")] * len(tried)
+    near = {layer.name.split(".")[1] for layer in loose_frn(graph) if layer.name.startswith("layers.")}
+    walks = _Walks(graph)
+    found: list[Numbers | UnrecognizedError] = []
+    for place, each in enumerate(tried):
+        try:
+            found.append(_numbers(walks, place, each))
+        except UnrecognizedError as error:
+            found.append(UnrecognizedError(str(error), near=str(place) in near))
+    return found
+
+
+class _SideBySide(nn.Module):
+    def __init__(self, layers: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, *inputs: Tensor) -> tuple[Any, ...]:
+        return tuple(layer(x) for layer, x in zip(self.layers, inputs, strict=True))
+
+
+class _Walks:
+    """The formulas of a graph's outputs, each of one input."""
+
+    def __init__(self, graph: ir.Graph) -> None:
+        from deploynorm.rewrite.values import Values
+
+        self._graph = graph
+        self._values = Values(_OPSET)
+        self._order = {node: place for place, node in enumerate(graph)}
+
+    def formula(self, place: int, space: frozenset[int], start: Any) -> tuple[Any, str]:
+        """The formula of an output where it is the operator's, else None and the reason."""
+        from deploynorm.rewrite.operators import RULES
+        from deploynorm.rewrite.walk import Walk
+
+        x, y = self._graph.inputs[place], self._graph.outputs[place]
+        walk = Walk(self._values, x, space, self._order, RULES, start=start)
+        formula = walk.formulas.get(y)
+        if formula is None:
+            return None, next(iter(walk.refused.values()), "its output does not depend on its input")
+        if not formula.finished or formula.layout != walk.formulas[x].layout:
+            return None, "its output is not x times the mean of its square to the power -0.5"
+        if start.exponent == 0 and not (formula.eps > 0).all():
+            return None, "its epsilon is not positive"
+        return formula, ""
+
+
+def _numbers(walks: _Walks, place: int, tried: Tried) -> Numbers:
+    from deploynorm.rewrite.formula import Formula
+
+    space = frozenset(range(1, tried.rank - 1) if tried.channels_last else range(2, tried.rank))
+    frn, why = walks.formula(place, space, Formula((), power=1))
+    affine, _ = walks.formula(place, space, Formula((), power=1, exponent=-0.5))
     formula = frn or affine
     if formula is None:
-        raise UnrecognizedError(why, near=bool(loose_frn(graph)))
-    if rank == 3 and all(np.ndim(each) == 0 for each in (formula.scale, formula.shift, formula.tau, formula.eps)):
+        raise UnrecognizedError(why)
+    given = (formula.scale, formula.shift, formula.tau, formula.eps)
+    if tried.rank == 3 and all(np.ndim(each) == 0 for each in given):
         raise UnrecognizedError("of three axes only a parameter for each of them could tell the channels")
-    scale, shift, tau, eps = (
-        np.broadcast_to(np.asarray(each, np.float64), channels)
-        for each in (formula.scale, formula.shift, formula.tau, formula.eps)
-    )
-    return Numbers(scale, shift, tau, None if frn is None else eps, channels_last)
-
-
-def _formula(graph: ir.Graph, space: frozenset[int], start: Any) -> tuple[Any, str]:
-    """The formula of the graph's output where it is the operator's, else None and the reason."""
-    from deploynorm.rewrite.operators import RULES
-    from deploynorm.rewrite.values import Values
-    from deploynorm.rewrite.walk import Walk
-
-    x, y = graph.inputs[0], graph.outputs[0]
-    order = {node: place for place, node in enumerate(graph)}
-    walk = Walk(Values(_OPSET), x, space, order, RULES, start=start)
-    formula = walk.formulas.get(y)
-    if formula is None:
-        return None, next(iter(walk.refused.values()), "its output does not depend on its input")
-    if not formula.finished or formula.layout != walk.formulas[x].layout:
-        return None, "its output is not x times the mean of its square to the power -0.5"
-    if not (formula.eps > 0).all() and start.exponent == 0:
-        return None, "its epsilon is not positive"
-    return formula, ""
+    scale, shift, tau, eps = (np.broadcast_to(np.asarray(each, np.float64), tried.channels) for each in given)
+    return Numbers(scale, shift, tau, None if frn is None else eps, tried.channels_last)
 
 
 def same_numbers(a: Array, b: Sequence[float] | Array | float, rtol: float = 1e-6) -> bool:

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from deploynorm._adopt.numbers import Array, Numbers, UnrecognizedError, numbers_of, same_numbers
+from deploynorm._adopt.numbers import Array, Numbers, Tried, UnrecognizedError, numbers_of, same_numbers
 from deploynorm.trace import copied
 
 Kind = Literal["frn", "tlu", "mabn", "affine"]
 
-_SMALLEST, _LARGEST = 0.5, 1.5
-"""Of the values that a layer's tensors are given, to be told apart."""
+_SMALLEST, _LARGEST = 1e-4, 2e-4
+"""Of the values that a layer's tensors are given, to be told apart: what is added to them, such as 1e-6, shows."""
 
 
 class Part(NamedTuple):
@@ -58,82 +58,94 @@ def tensors_per_channel(layer: nn.Module, channels: int) -> dict[str, Tensor]:
     return {name: x for name, x in named if x.is_floating_point() and x.numel() in (1, channels)}
 
 
-def recipe_of(layer: nn.Module, channels: int, rank: int, *, channels_last: bool) -> Recipe:
-    """The recipe of a layer; it does not depend on the values of its tensors.
+class Question(NamedTuple):
+    """A layer of which a recipe is wanted, and the axis of its channels."""
 
-    Raises:
-        UnrecognizedError: It computes something else.
+    layer: nn.Module
+    channels: int
+    rank: int
+    channels_last: bool
+
+
+def recipes_of(questions: Sequence[Question]) -> list[Recipe | UnrecognizedError]:
+    """The recipe of each layer, which does not depend on the values of its tensors, or why there is none.
+
+    A layer is asked without its children too: what is left may be a recipe that they follow.
     """
-    children = [name for name, _ in layer.named_children()]
-    if children:
-        try:
-            return _recipe(layer, channels, rank, channels_last, children)
-        except UnrecognizedError:
-            pass
-    return _recipe(layer, channels, rank, channels_last, ())
+    found: list[Recipe | UnrecognizedError] = [UnrecognizedError("it has no numbers for its channels")] * len(questions)
+    for sign in (-1, 1):  # of negative values it shows whether |eps| is added; the root of others would be none
+        tries = [
+            (place, _Try(question, children, sign))
+            for place, question in enumerate(questions)
+            if isinstance(found[place], UnrecognizedError)
+            for children in dict.fromkeys((tuple(name for name, _ in question.layer.named_children()), ()))
+        ]
+        tries = [(place, each) for place, each in tries if each.values]
+        numbers = numbers_of([each.tried for _, each in tries]) if tries else []
+        for (place, each), of in zip(tries, numbers, strict=True):
+            if isinstance(of, UnrecognizedError):
+                before = found[place]
+                if isinstance(before, UnrecognizedError) and not before.near:
+                    found[place] = of
+            elif isinstance(found[place], UnrecognizedError):
+                with suppress(UnrecognizedError):
+                    found[place] = each.recipe(of)
+    return found
 
 
-def _recipe(layer: nn.Module, channels: int, rank: int, channels_last: bool, without: Any) -> Recipe:
-    twin = copied(layer)
-    for name in without:
-        setattr(twin, name, nn.Identity())
-    twin = twin.double().requires_grad_(False)
-    generator = torch.Generator().manual_seed(0)
-    tensors = tensors_per_channel(twin, channels)
-    for x in tensors.values():
-        x.uniform_(_SMALLEST, _LARGEST, generator=generator)
-    values = {name: x.reshape(-1).expand(channels).numpy().copy() for name, x in tensors.items()}
-    if not values:
-        raise UnrecognizedError("it has no numbers for its channels")
-    numbers = numbers_of(twin, channels, rank, channels_last=channels_last)
-    found = _matched(numbers, values, {name for name, _ in twin.named_buffers()})
-    eps = found.parts.get("eps")
-    if eps is not None and eps.tensor:
-        of = tensors[eps.tensor]
-        for sign in (-1, 1):  # of small values what is added shows, and of negative ones whether |eps| is
-            of.uniform_(1e-4, 2e-4, generator=generator).mul_(sign)
-            with suppress(UnrecognizedError):  # the root of a negative number
-                again = numbers_of(twin, channels, rank, channels_last=channels_last)
-                assert again.eps is not None
-                added = again.eps - of.abs().reshape(-1).expand(channels).numpy()
-                if not np.allclose(added, added[0], rtol=1e-4, atol=1e-10):
-                    eps = None
-                else:
-                    eps = Part(eps.tensor, 0.0 if abs(added[0]) < 1e-10 else float(f"{added[0]:.6g}"))
-                found = found._replace(parts={**found.parts, "eps": eps}, absolute=sign < 0)
-                break
-    return found._replace(behind=tuple(without))
+class _Try:
+    """A copy of a layer, without some of its children, with values in its tensors that tell one from the other."""
 
+    def __init__(self, question: Question, without: tuple[str, ...], sign: int) -> None:
+        twin = copied(question.layer)
+        for name in without:
+            setattr(twin, name, nn.Identity())
+        twin = twin.double().eval().requires_grad_(False)
+        generator = torch.Generator().manual_seed(0)
+        self._parameters = {name for name, _ in twin.named_parameters()}
+        self._without, self._sign = without, sign
+        self.values: dict[str, Array] = {}
+        for name, x in tensors_per_channel(twin, question.channels).items():
+            x.uniform_(_SMALLEST, _LARGEST, generator=generator)
+            x.mul_(sign if name in self._parameters else 1)
+            self.values[name] = x.reshape(-1).expand(question.channels).numpy().copy()
+        self.tried = Tried(twin, *question[1:])
 
-def _matched(numbers: Numbers, values: Mapping[str, Array], buffers: Collection[str]) -> Recipe:
-    scale, shift, tau, eps, last = numbers
-    scale_of, shift_of, tau_of = (_part(each, values) for each in (scale, shift, tau))
-    known = [part for part in (scale_of, shift_of, tau_of) if part is not None]
-    if len(known) == 3 and not any(part.tensor for part in known) and eps is None:
-        raise UnrecognizedError("it has no numbers for its channels")
-    if eps is not None:
-        parts = {"weight": scale_of, "bias": shift_of, "tau": tau_of, "eps": _part(eps, values, shifted=True)}
-        return Recipe("frn", parts, last)
-    if scale_of == Part("", 1) and shift_of == Part("", 0) and tau_of is not None:
-        return Recipe("tlu", {"tau": tau_of}, last)
-    if shift_of is not None and np.isneginf(tau).all():
-        for weight, moment, added in _second_moments(scale, values, buffers):
-            return Recipe("mabn", {"weight": weight, "bias": shift_of, "running_var": moment}, last, added)
-    return Recipe("affine", {"tau": tau_of}, last)
+    def recipe(self, numbers: Numbers) -> Recipe:
+        """The recipe by which the layer's tensors give these numbers; raises UnrecognizedError where none of them does."""
+        scale, shift, tau, eps, last = numbers
+        scale_of, shift_of, tau_of = (self._part(each) for each in (scale, shift, tau))
+        known = [part for part in (scale_of, shift_of, tau_of) if part is not None]
+        if len(known) == 3 and not any(part.tensor for part in known) and eps is None:
+            raise UnrecognizedError("it has no numbers for its channels")
+        if eps is not None:
+            eps_of = self._eps(eps)
+            parts = {"weight": scale_of, "bias": shift_of, "tau": tau_of, "eps": eps_of}
+            absolute = self._sign < 0 and eps_of is not None and eps_of.tensor in self._parameters
+            return Recipe("frn", parts, last, absolute=absolute, behind=self._without)
+        if scale_of == Part("", 1) and shift_of == Part("", 0) and tau_of is not None:
+            return Recipe("tlu", {"tau": tau_of}, last, behind=self._without)
+        if shift_of is not None and np.isneginf(tau).all():
+            buffers = self.values.keys() - self._parameters
+            for weight, moment, added in _second_moments(scale, self.values, buffers):
+                parts = {"weight": weight, "bias": shift_of, "running_var": moment}
+                return Recipe("mabn", parts, last, added, behind=self._without)
+        return Recipe("affine", {"tau": tau_of}, last, behind=self._without)
 
-
-def _part(number: Array, values: Mapping[str, Array], *, shifted: bool = False) -> Part | None:
-    """Which tensor the number is, or with `shifted` is but for what is added to it."""
-    for name, value in values.items():
-        if same_numbers(number, value):
-            return Part(name)
-    if (number == number[0]).all():
-        return Part("", float(number[0]))
-    if shifted:
-        for name, value in values.items():
-            if same_numbers(number, value + np.mean(number - value)):
+    def _part(self, number: Array) -> Part | None:
+        """Which tensor the number is."""
+        for name, value in self.values.items():
+            if same_numbers(number, value):
                 return Part(name)
-    return None
+        return Part("", float(number[0])) if (number == number[0]).all() else None
+
+    def _eps(self, number: Array) -> Part | None:
+        """Which tensor's absolute value it is, and what is added to it."""
+        for name, value in self.values.items():
+            added = number - abs(value)
+            if np.allclose(added, added[0], rtol=1e-4, atol=1e-10) and added[0] > -1e-10:
+                return Part(name, 0.0 if added[0] < 1e-10 else float(f"{added[0]:.6g}"))
+        return Part("", float(number[0])) if (number == number[0]).all() else None
 
 
 def _second_moments(
