@@ -20,12 +20,11 @@ import torch
 from networks import NETWORKS, timm_resnet
 from torch import nn
 
-from deploynorm import checkpoint
+from deploynorm import adopt, checkpoint
 from deploynorm._check import DEFAULT_TOLERANCE, check
 from deploynorm._export import export
 from deploynorm._fold import fold
 from deploynorm.inputs import TensorSpec
-from deploynorm import adopt
 from deploynorm.run.eager import EagerRunner
 from deploynorm.run.half import HalfRunner
 

@@ -11,7 +11,7 @@ from torch.nn.utils import parametrize
 
 from deploynorm._adopt.convolutions import PLAIN
 from deploynorm.quiet import quiet
-from deploynorm.trace import Examples, disposable_copy
+from deploynorm.trace import Examples, disposable_copy, tensors_of
 
 _FEW = 8
 """Parameters of a normalization with its threshold: weight, bias, tau, epsilon, statistics."""
@@ -19,7 +19,7 @@ _LIBRARIES = ("torch", "deploynorm")
 
 
 class Call(NamedTuple):
-    """How a layer is called: with one tensor of this shape, which it gives back in `keeps` its shape; else `problem`."""
+    """How a layer is called: with one tensor of this shape, which the result has in `keeps`, or else by a `problem`."""
 
     shape: tuple[int, ...]
     keeps: bool
@@ -46,20 +46,21 @@ def may_be_computed(layer: nn.Module) -> bool:
     """Whether a convolution or linear layer computes its weight in each call."""
     if isinstance(layer, PLAIN):
         ours = not is_foreign(layer) and type(layer).__module__.partition(".")[0] == "deploynorm"
-        plain = type(layer) in PLAIN and not (parametrize.is_parametrized(layer) or _computes_weight(layer))
+        set_by_hook = any(map(_sets_weight, layer._forward_pre_hooks.values()))
+        plain = type(layer) in PLAIN and not (parametrize.is_parametrized(layer) or set_by_hook)
         return not ours and not plain
     own = [x for x in layer._parameters.values() if x is not None]
     return is_foreign(layer) and not layer._modules and any(x.dim() > 2 for x in own)
 
 
-def _computes_weight(layer: nn.Module) -> bool:
-    """Whether a hook of torch's older weight_norm or spectral_norm does."""
-    return any(type(hook).__module__.startswith("torch.nn.utils") for hook in layer._forward_pre_hooks.values())
+def _sets_weight(hook: object) -> bool:
+    """Whether it is the hook of torch's older weight_norm or spectral_norm."""
+    return type(hook).__module__.startswith("torch.nn.utils")
 
 
 def own_hooks(layer: nn.Module) -> bool:
     """Whether hooks run around its forward or backward, besides those that compute its weight."""
-    before = [hook for hook in layer._forward_pre_hooks.values() if not type(hook).__module__.startswith("torch.nn.utils")]
+    before = any(not _sets_weight(hook) for hook in layer._forward_pre_hooks.values())
     return bool(before or layer._forward_hooks or layer._backward_hooks or layer._backward_pre_hooks)
 
 
@@ -68,8 +69,8 @@ def wanted(model: nn.Module, of: Callable[[nn.Module], bool]) -> Iterator[str]:
     return (path for path, layer in model.named_modules() if of(layer))
 
 
-def calls(model: nn.Module, examples: Examples, paths: Collection[str]) -> Mapping[str, Call]:
-    """How the network calls the layers of these paths, in evaluation mode; those that it does not call are left out.
+def calls(model: nn.Module, examples: Examples, paths: Collection[str]) -> tuple[Mapping[str, Call], list[Any]]:
+    """How the network calls the layers of these paths, but those that it does not call, and what it gives.
 
     Raises whatever the network raises on the examples.
     """
@@ -82,9 +83,16 @@ def calls(model: nn.Module, examples: Examples, paths: Collection[str]) -> Mappi
             found[path] = _merged(found.get(path), _call(args, kwargs, output))
 
         handles.append(twin.get_submodule(path).register_forward_hook(seen, with_kwargs=True))
+    return found, run(twin, examples)
+
+
+def run(model: nn.Module, examples: Examples) -> list[Any]:
+    """What a network on the CPU gives in evaluation mode."""
+    twin = disposable_copy(model).cpu().eval()
     with torch.no_grad(), torch.random.fork_rng(devices=[]), quiet():
-        examples.replaced(x.detach().cpu().clone() for x in examples).run(twin)
-    return found
+        torch.manual_seed(0)
+        outputs = examples.replaced(x.detach().cpu().clone() for x in examples).run(twin)
+        return [x.clone() if isinstance(x, Tensor) else x for x in tensors_of(outputs)]
 
 
 def _call(args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> Call:

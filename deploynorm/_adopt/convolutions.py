@@ -41,7 +41,7 @@ _WIDEST = 33
 
 
 class Computed(NamedTuple):
-    """The plain layer that a layer is, whose weight is computed from its parameters alone, and the weight in float64."""
+    """The plain layer that computes the same as one whose weight is computed, and weight and bias in float64."""
 
     plain: nn.Module
     weight: Tensor
@@ -175,6 +175,5 @@ def centred(layer: nn.Module, found: Computed) -> nn.Module | None:
 
 
 def _parameter_like(layer: nn.Module, value: Tensor) -> nn.Parameter | None:
-    return next(
-        (x for x in layer.parameters() if x.shape == value.shape and alike([x.detach().cpu().double()], [value], 1e-6)), None
-    )
+    of_shape = (x for x in layer.parameters() if x.shape == value.shape)
+    return next((x for x in of_shape if alike([x.detach().cpu().double()], [value], 1e-6)), None)

@@ -61,6 +61,8 @@ def numbers_of(tried: Sequence[Tried]) -> list[Numbers | UnrecognizedError]:
     the pass `fuse` says which formula of its input each output is: once for x as it is (FRN), and once for an x that is
     taken for normalized already (a scale, a shift, a threshold).
     """
+    if not tried:
+        return []
     # What these import takes long, and most networks have no layers of others.
     from deploynorm._export.translation import to_onnx
     from deploynorm.foreign import loose_frn

@@ -81,7 +81,7 @@ def recipes_of(questions: Sequence[Question]) -> list[Recipe | UnrecognizedError
             for children in dict.fromkeys((tuple(name for name, _ in question.layer.named_children()), ()))
         ]
         tries = [(place, each) for place, each in tries if each.values]
-        numbers = numbers_of([each.tried for _, each in tries]) if tries else []
+        numbers = numbers_of([each.tried for _, each in tries])
         for (place, each), of in zip(tries, numbers, strict=True):
             if isinstance(of, UnrecognizedError):
                 before = found[place]
@@ -112,7 +112,7 @@ class _Try:
         self.tried = Tried(twin, *question[1:])
 
     def recipe(self, numbers: Numbers) -> Recipe:
-        """The recipe by which the layer's tensors give these numbers; raises UnrecognizedError where none of them does."""
+        """The recipe by which the layer's tensors give these numbers; UnrecognizedError where none of them does."""
         scale, shift, tau, eps, last = numbers
         scale_of, shift_of, tau_of = (self._part(each) for each in (scale, shift, tau))
         known = [part for part in (scale_of, shift_of, tau_of) if part is not None]
@@ -179,6 +179,7 @@ def key_of(layer: nn.Module, channels: int, rank: int) -> tuple[object, ...]:
     found: list[object] = [rank]
     for name, module in layer.named_modules():
         own = {each: plain(value) for each, value in vars(module).items() if each[0] != "_" and each != "training"}
-        tensors = {each: x.numel() == 1 for each, x in (*module._parameters.items(), *module._buffers.items()) if x is not None}
+        named = (*module._parameters.items(), *module._buffers.items())
+        tensors = {each: x.numel() == 1 for each, x in named if x is not None}
         found.append((name, type(module), tuple(own.items()), tuple(tensors.items())))
     return tuple(found)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from torch import nn
 
-from deploynorm.changes import LayerReport
+from deploynorm.changes import Change, LayerReport
 from deploynorm.tables import table
 
 
@@ -31,6 +32,14 @@ class AdoptReport(LayerReport):
         if told:
             parts.append(table("What to know of them", ("layer", "class", "outcome", "detail"), told))
         return "\n\n".join(parts)
+
+
+def adopted_notes(changes: Iterable[Change]) -> Iterator[str]:
+    """A line for a user on the layers that were adopted by the way; none for none."""
+    counts = Counter((change.kind, change.became) for change in changes if change.outcome == "adopted")
+    if counts:
+        what = ", ".join(f"{count} {kind} as {became}" for (kind, became), count in counts.items())
+        yield f"layers of other projects became ours: {what}"
 
 
 class AdoptResult(NamedTuple):

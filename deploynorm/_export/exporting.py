@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from deploynorm import onnx_file
+from deploynorm._adopt import adopted, adopted_notes
 from deploynorm._export.names import (
     as_names,
     as_patterns,
@@ -132,8 +133,9 @@ def export(
 ) -> Exported:
     """Exports a network to ONNX, each FRN layer as one node, with what is added behind it; nothing is written.
 
-    The network itself is left as it is: a copy is put in evaluation mode, on the CPU, and FRN layers of other
-    projects in it are taken over (see `deploynorm.layers.adopt`). Fold first: `deploynorm.fold`.
+    The network itself is left as it is: a copy is put in evaluation mode, on the CPU, FRN and MABN layers of other
+    projects in it become ours (see `deploynorm.adopt`), and FRN that no layer has for itself is fused in the graph (see
+    `deploynorm.rewrite.fuse`). Fold first: `deploynorm.fold`.
 
     Args:
         model: Any network that torch.export can trace.
@@ -173,6 +175,7 @@ def export(
     opset = DEFAULT_OPSET if opset is None else opset
     keep_float32 = as_patterns(keep_float32)
     examples = Examples.of("export", model, example_inputs)
+    model, changes = adopted(model, examples)
     arguments = examples.names
     given_names = as_names("input_names", input_names, len(examples))
     inputs = arguments if given_names is None else examples.by_argument(given_names)
@@ -216,7 +219,8 @@ def export(
     outputs = as_names("output_names", outputs, count) or tuple(default_output_names(program, count))
     name_inputs_and_outputs(onnx_model, inputs, outputs)
     name_axes(onnx_model, axis_names)
-    foreign = [*frn_note(loose_frn(onnx_model.graph)), *mabn_note(loose_mabn(program))]
+    onnx_model, fused = _fused(onnx_model)
+    foreign = [*adopted_notes(changes), *fused, *frn_note(loose_frn(onnx_model.graph)), *mabn_note(loose_mabn(program))]
     if residual and lowering == "custom":
         fuse_residuals(onnx_model)
     else:  # standard operators would gain nothing
@@ -240,6 +244,22 @@ def export(
     onnx_model.metadata_props[METADATA_SIZES] = json.dumps(sizes_to_dict(specs, notes))
     kept = kept_layers(twin, keep_float32)
     return Exported(onnx_model, specs, lowering, dtype_name(dtype), kept, keep_io_types, tuple(notes), changed)
+
+
+def _fused(model: ir.Model) -> tuple[ir.Model, list[str]]:
+    """The model with FRN that is in loose operators fused, and what to tell of it; itself where there is none."""
+    if not loose_frn(model.graph):
+        return model, []
+    from deploynorm.rewrite.fuse import fuse_nodes
+    from deploynorm.rewrite.intake import prepared, without_inferred_sizes
+
+    work = prepared(model, model.opset_imports[""])
+    changes = fuse_nodes(work)
+    count = sum(change.outcome == "rewritten" for change in changes)
+    if not count:
+        return model, []
+    without_inferred_sizes(work, model)
+    return work, [f"fused in the graph: {count} FRN in loose operators"]
 
 
 def check_options(

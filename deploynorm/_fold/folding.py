@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from deploynorm import foreign
+from deploynorm._adopt.survey import Survey
 from deploynorm._fold import local, weights
+from deploynorm._fold.others import Replacement, replacements
 from deploynorm._fold.producers import Foldable, NotFoldableError, Producers
 from deploynorm._fold.report import FoldReport, FoldResult, Outcome
-from deploynorm.verification import Step, Verifier
 from deploynorm.changes import Change
 from deploynorm.errors import ModelError
 from deploynorm.layers import TLU
@@ -31,6 +33,7 @@ from deploynorm.trace import (
     trace,
     unwrapped,
 )
+from deploynorm.verification import Step, Verifier
 
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
@@ -79,10 +82,21 @@ def fold(
     model = unwrapped(model)
     examples = Examples.of("fold", model, example_inputs)
     folding = _Folding(inference_copy(model))
+    verifier = Verifier(model, examples)
+    folding.take_in(examples, verifier)
     folding.rewrite_locally()
     folding.fold_norms(examples, dynamic, sizes)
-    Verifier(model, examples).settle(folding.steps, lambda: folding.model, folding.exact)
+    verifier.settle(folding.steps, lambda: folding.model, folding.exact)
     return folding.result()
+
+
+class _Norm(NamedTuple):
+    """A normalization: the path and the class that the user wrote, and what puts its own layer back, if it has one."""
+
+    path: str
+    kind: str
+    put_back: Callable[[], None] | None = None
+    is_mabn: bool = False
 
 
 class _Folding:
@@ -92,22 +106,58 @@ class _Folding:
         self.model = model
         self.steps: list[Step] = []
         self._paths = {module: path for path, module in model.named_modules()}
+        self._order = tuple(self._paths.values())
         self._changes: dict[str, Change] = {}
         self._found: Counter[str] = Counter()  # of other projects
+        self._kinds: dict[nn.Module, str] = {}  # of what took the place of a layer of others: that layer's
+        self._others: set[nn.Module] = set()  # those, and what took their places
         # Weights and biases of changed layers in float64, so that a second change is not rounded twice.
         self.exact: dict[nn.Module, tuple[Tensor, Tensor | None]] = {}
-        # Each normalization: its path, and the class that the user wrote.
-        self._norms: dict[nn.Module, tuple[str, str]] = {
-            module: (path, type(module).__name__) for module, path in self._paths.items() if isinstance(module, _NORMS)
+        self._norms = {
+            module: _Norm(path, type(module).__name__)
+            for module, path in self._paths.items()
+            if isinstance(module, _NORMS)
         }
+
+    def take_in(self, examples: Examples, verifier: Verifier) -> None:
+        """Layers of others take the form of ours or of torch's; where the network does not bear it, it is undone."""
+        taken: list[Replacement] = []
+        steps: list[Step] = []
+        with suppress(Exception):  # of the network itself: the trace says what is wrong
+            taken += replacements(self.model, Survey(self.model, examples))
+        refused: dict[str, str] = {}
+        for path, layer, new, reason, _, _ in taken:
+            if new is None:
+                refused[path] = reason
+                continue
+            self._put(layer, new)
+            undo, redo = partial(self._put, new, layer), partial(self._put, layer, new)
+            steps.append(Step(undo, redo, partial(refused.__setitem__, path)))
+        verifier.settle(steps, lambda: self.model, {})
+        for path, layer, new, _, norm, exact in taken:
+            kind = type(layer).__name__
+            self._found[kind] += 1
+            self._others |= {layer, *(() if new is None else new.modules())}
+            if new is None or path in refused:
+                self._report(path, kind, "not foldable", "", refused[path])
+                continue
+            inside = [each for each in new.modules() if isinstance(each, (*local.BATCH_NORM, *local.FRN))]
+            self._paths |= dict.fromkeys(inside, path)
+            self._kinds |= dict.fromkeys(inside, kind)
+            self._norms.pop(layer, None)
+            if exact is not None:
+                self.exact[new] = exact
+                self._report(path, kind, "folded", type(new).__name__, "its weight is computed once")
+            elif norm is not None:
+                self._norms[norm] = _Norm(path, kind, partial(self._put, new, layer))
 
     def rewrite_locally(self) -> None:
         """Replaces each layer by its equivalent, if it has one, wherever it stands."""
-        for module, path in self._paths.items():
+        for module, path in list(self._paths.items()):
             replacement = local.rewrite_locally(module)
             if replacement is None:
                 continue
-            kind, became = type(module).__name__, type(replacement).__name__
+            kind, became = self._kinds.get(module, type(module).__name__), type(replacement).__name__
             if has_hooks(module):
                 self._report(path, kind, "not foldable", "", "it has hooks")
                 continue
@@ -126,7 +176,7 @@ class _Folding:
             elif isinstance(replacement, local.FRN):  # case 2
                 self._report(path, kind, "folded", became, "learned epsilon computed")
             else:  # case 3 or 4
-                self._norms[replacement] = (path, kind)
+                self._norms[replacement] = _Norm(path, kind, is_mabn=True)
 
     def fold_norms(self, examples: Examples, dynamic: Dynamic | None, sizes: Sizes | None) -> None:
         """Folds each normalization into the layers before it, or reports why not."""
@@ -152,8 +202,9 @@ class _Folding:
 
     def result(self) -> FoldResult:
         kinds = (*local.PLAIN, *local.BATCH_NORM, *local.FRN, *_NORMS, TLU)
-        found = self._found + Counter(type(module).__name__ for module in self._paths if isinstance(module, kinds))
-        changes = tuple(self._changes[path] for path in self._paths.values() if path in self._changes)
+        own = self._paths.keys() - self._others
+        found = self._found + Counter(type(module).__name__ for module in own if isinstance(module, kinds))
+        changes = tuple(self._changes[path] for path in self._order if path in self._changes)
         return FoldResult(self.model, FoldReport(found, changes))
 
     def _traced(self, examples: Examples, dynamic: Dynamic | None, sizes: Sizes | None) -> ExportedProgram:
@@ -208,7 +259,9 @@ class _Folding:
             )
         )
         names = {module: name for name, module in self.model.named_modules()}
-        self._report(*self._norms[norm], "folded", "Identity", "into " + ", ".join(names[layer] for layer in layers))
+        self._report(
+            *self._norms[norm][:2], "folded", "Identity", "into " + ", ".join(names[layer] for layer in layers)
+        )
 
     def _put(self, old: nn.Module, new: nn.Module) -> None:
         if old is self.model:
@@ -219,8 +272,10 @@ class _Folding:
                     parent._modules[name] = new
 
     def _refuse(self, norm: nn.Module, reason: str) -> None:
-        path, kind = self._norms[norm]
-        if kind.startswith("MABN"):  # case 4
+        path, kind, put_back, is_mabn = self._norms[norm]
+        if put_back is not None:
+            put_back()
+        if is_mabn:  # case 4
             self._report(path, kind, "affine", type(norm).__name__, reason)
         else:
             self._report(path, kind, "not foldable", "", reason)

@@ -63,10 +63,7 @@ def fuse(model: ir.Model, *, source_sha256: str | None = None) -> RewriteResult:
     work = prepared(model)
     before = node_counts(work.graph.all_nodes())
     residuals = sum(node.op_type == ADD_OP_TYPE for node in frn_nodes(work.graph))
-    changes: list[Change] = []
-    for graph in (work.graph, *work.graph.subgraphs()):
-        changes += _Fusing(work, graph).run()
-    RemoveUnusedNodesPass()(work)
+    changes = fuse_nodes(work)
     fuse_residuals(work)  # case 5
     added = [node for node in frn_nodes(work.graph) if node.op_type == ADD_OP_TYPE][residuals:]
     changes += [Change(str(node.outputs[0].name), "Add", "rewritten", became=ADD_OP_TYPE) for node in added]
@@ -76,6 +73,15 @@ def fuse(model: ir.Model, *, source_sha256: str | None = None) -> RewriteResult:
     lower(work, "custom")
     without_inferred_sizes(work, model)
     return RewriteResult(work, tuple(changes), before, node_counts(work.graph.all_nodes()))
+
+
+def fuse_nodes(work: ir.Model) -> list[Change]:
+    """Cases 1 to 4 of `fuse`, in place, in a model that is `prepared`; the nodes have no bodies yet."""
+    changes: list[Change] = []
+    for graph in (work.graph, *work.graph.subgraphs()):
+        changes += _Fusing(work, graph).run()
+    RemoveUnusedNodesPass()(work)
+    return changes
 
 
 class _RefusedError(Exception):

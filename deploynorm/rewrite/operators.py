@@ -73,6 +73,18 @@ def _reciprocal(walk: Walk, node: ir.Node) -> Formula:
     return walk.formula(node, 0).powered(-1.0)
 
 
+def _batch_normalization(walk: Walk, node: ir.Node) -> Formula:
+    """A scale and a shift for each channel, by statistics that are constants."""
+    x = walk.formula(node, 0)
+    if walk.attribute(node, "training_mode", 0) or len(node.outputs) > 1:
+        raise UnknownError("it may be in training")
+    if len(x.layout) < 2 or x.layout[1] != (walk.channel,):
+        raise UnknownError("its channels are on another axis")
+    scale, bias, mean, variance = (walk.constant(value, ((walk.channel,),)).scale for value in node.inputs[1:5])
+    factor = scale / np.sqrt(variance + node.attributes.get_float("epsilon", 1e-5))
+    return x.scaled(factor).shifted(bias - factor * mean)
+
+
 # --- sums and means --------------------------------------------------------------------------------------------------
 
 
@@ -269,6 +281,7 @@ RULES: Final[Mapping[str, Rule]] = {
     "Pow": _pow,
     "Sqrt": _sqrt,
     "Reciprocal": _reciprocal,
+    "BatchNormalization": _batch_normalization,
     **dict.fromkeys(("ReduceMean", "ReduceSum", "ReduceSumSquare", "ReduceL2"), _reduce),
     **dict.fromkeys(("GlobalAveragePool", "AveragePool"), _pool),
     "RMSNormalization": _rms_normalization,

@@ -93,7 +93,11 @@ class FlatFRN(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.weight, self.bias, self.tau = parameter(channels), parameter(channels, value=0), parameter(channels, value=0)
+        self.weight, self.bias, self.tau = (
+            parameter(channels),
+            parameter(channels, value=0),
+            parameter(channels, value=0),
+        )
         self.eps = parameter(1, value=1e-6)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -176,9 +180,17 @@ C = 6
 
 PUBLISHED: Mapping[str, tuple[Callable[[], nn.Module], tuple[int, ...], str, str]] = {
     "gupta-abhay": (
-        lambda: FusedFRN(C, eps=parameter(1, C, 1, 1, value=1e-6, grad=False)), IMAGE, "FRN2d", "weight bias tau"),
+        lambda: FusedFRN(C, eps=parameter(1, C, 1, 1, value=1e-6, grad=False)),
+        IMAGE,
+        "FRN2d",
+        "weight bias tau",
+    ),
     "gupta-abhay, eps learned": (
-        lambda: FusedFRN(C, eps=parameter(1, C, 1, 1, value=1e-6)), IMAGE, "FRN2d", "weight bias tau eps_l"),
+        lambda: FusedFRN(C, eps=parameter(1, C, 1, 1, value=1e-6)),
+        IMAGE,
+        "FRN2d",
+        "weight bias tau eps_l",
+    ),
     "yukkyo": (lambda: _both(SeparateFRN(C), C, 1, 1), IMAGE, "FRN2d TLU", "weight bias tau"),
     "fast-reid": (lambda: _both(SeparateFRN(C, learned=True), C, 1, 1), IMAGE, "FRN2d TLU", "weight bias eps_l tau"),
     "tattaka": (lambda: SwitchedFRN(C, True), IMAGE, "FRN2d", "weight bias tau eps_l"),
@@ -186,8 +198,12 @@ PUBLISHED: Mapping[str, tuple[Callable[[], nn.Module], tuple[int, ...], str, str
     "knjcode": (lambda: FusedFRN(C, eps=parameter(1, value=1e-6)), IMAGE, "FRN2d", "weight bias tau eps_l"),
     "MindSpore": (lambda: ReluFRN(C, eps=parameter(1, value=1e-6)), IMAGE, "FRN2d", "weight bias tau eps_l"),
     "kornia HyNet": (lambda: _both(SeparateFRN(C), C, 1, 1), IMAGE, "FRN2d TLU", "weight bias tau"),
-    "MX-Font": (lambda: _both(SeparateFRN(C, learned=True, eps=1e-4), C, 1, 1), IMAGE, "FRN2d TLU",
-                "weight bias eps_l tau"),
+    "MX-Font": (
+        lambda: _both(SeparateFRN(C, learned=True, eps=1e-4), C, 1, 1),
+        IMAGE,
+        "FRN2d TLU",
+        "weight bias eps_l tau",
+    ),
     "the listing": (lambda: ListingFRN(C), LAST, "ChannelsLast", "weight bias tau eps_l"),
     "torch-uncertainty 1d": (lambda: DividedFRN(C, 3), LINE, "FRN1d", "weight bias tau"),
     "torch-uncertainty 2d": (lambda: DividedFRN(C, 4), IMAGE, "FRN2d", "weight bias tau"),

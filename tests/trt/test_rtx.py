@@ -14,10 +14,9 @@ import torch
 from graphs import frn_model
 from rtx_builds import OPSET, build_rtx, conv_frn_conv, quantized
 
-from deploynorm import checkpoint, fold, libraries
+from deploynorm import adopt, checkpoint, fold, libraries
 from deploynorm._export import export
 from deploynorm.contract import ADD_OP_TYPE, DOMAIN, OP_TYPE
-from deploynorm import adopt
 from deploynorm.lowering import function_proto
 
 REPOSITORY = Path(__file__).parents[2]
