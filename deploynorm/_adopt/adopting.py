@@ -133,7 +133,9 @@ def adopted(model: nn.Module, examples: Examples, *, training: bool = False) -> 
         survey = Survey(seen, examples)
         adopting = Adopting(copied(model) if training else seen, survey, training=training)
         changes = tuple(adopting.changes.values())
-        if not adopting.steps or not alike(run(adopting.model, examples), survey.outputs, _GROSS):
+        # A copy, since the network may be on another device.
+        new = inference_copy(adopting.model) if training else adopting.model
+        if not adopting.steps or not alike(run(new, examples), survey.outputs, _GROSS):
             return model, tuple(change for change in changes if change.outcome == "left")
         return adopting.model, changes
     return model, ()

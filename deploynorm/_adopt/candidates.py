@@ -88,7 +88,7 @@ def calls(model: nn.Module, examples: Examples, paths: Collection[str]) -> tuple
 
 def run(model: nn.Module, examples: Examples) -> list[Any]:
     """What a network on the CPU gives in evaluation mode."""
-    twin = disposable_copy(model).cpu().eval()
+    twin = disposable_copy(model).eval()
     with torch.no_grad(), torch.random.fork_rng(devices=[]), quiet():
         torch.manual_seed(0)
         outputs = examples.replaced(x.detach().cpu().clone() for x in examples).run(twin)

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
+from deploynorm._adopt import adopted, adopted_notes
 from deploynorm._swap.activations import Thresholds
 from deploynorm._swap.layers import FRN, MABN, BatchNorm, Memo, is_norm, rank_of, why_not_swapped
 from deploynorm._swap.observing import Observed, observe
@@ -63,6 +64,7 @@ def swap(
     but every activation stays and no convolution is centred.
 
     The network keeps its classes, methods and training branches: only layers are replaced, wherever it holds them.
+    FRN, TLU, MABN and CenConv layers of other projects become ours as in `deploynorm.adopt`, and a note says so.
     Parameters are new objects, so create the optimiser afterwards.
 
     Args:
@@ -88,6 +90,7 @@ def swap(
     _check_arguments(norm, thresholds, weights, options)
     _check_model(model)
     examples = Examples.of("swap", model, example_inputs)
+    model, adopted_layers = adopted(model, examples, training=True)
     layers = dict(model.named_modules())
     observed = observe(model, examples)
     plans: dict[str, Plan] = {}
@@ -114,7 +117,7 @@ def swap(
         if plan.build is not None:
             memo[id(layers[path])] = plan.build(memo)
     swapped = copy.deepcopy(model, memo)
-    notes = list(_notes(norm, thresholds, observed, plans))
+    notes = [*adopted_notes(adopted_layers), *_notes(norm, thresholds, observed, plans)]
     if weights == "reset" and (unknown := _reset(swapped)):
         notes.append(f"not reset, because no reset_parameters of a layer draws them: {', '.join(unknown)}")
     changes = tuple(plans[path].change for path in layers if path in plans)

@@ -26,7 +26,6 @@ def plan_frn(network: Network, thresholds: Thresholds) -> Iterator[Plan]:
 
     Its epsilon is learned where it sees maps of one value and the user does not say otherwise.
     """
-    # A ReLU inside one of timm's FRN layers is not in the copy, which has ours instead; it stays.
     relus = {module: path for path, module in network.observed.modules.items() if isinstance(module, nn.ReLU)}
     decided = decide(network.observed, relus, network.seen_norms, thresholds)
     for relu, path in relus.items():

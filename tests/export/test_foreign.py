@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import pytest
 import torch
@@ -14,29 +15,32 @@ from torch import Tensor, nn
 from deploynorm import export, fold
 from deploynorm._export.translation import to_onnx
 from deploynorm._inspect import inspect
+from deploynorm.contract import DOMAIN, OP_TYPE
 from deploynorm.errors import ModelError
 from deploynorm.foreign import loose_frn, loose_mabn
 from deploynorm.layers import FRN2d, MABN2d
 from deploynorm.layers.functional import filter_response_norm
 from deploynorm.rewrite import rewrite
+from deploynorm.run.reference import ReferenceRunner
 from deploynorm.trace import trace
 
 Map = Callable[["Layer", Tensor], Tensor]
 
 
 class Layer(nn.Module):
-    """A map of 8 channels with parameters for it."""
+    """A map of 8 channels with parameters for it, behind a convolution: so the layer is no FRN alone."""
 
     def __init__(self, compute: Map) -> None:
         super().__init__()
         self.compute = compute
+        self.conv = nn.Conv2d(3, 8, 3, padding=1)
         self.gamma, self.beta, self.tau = (nn.Parameter(torch.rand(1, 8, 1, 1)) for _ in range(3))
         self.eps = nn.Parameter(torch.full((1, 8, 1, 1), 1e-6))
         self.register_buffer("second", torch.rand(1, 8, 1, 1) + 0.5)
         self.register_buffer("mean", torch.rand(1, 8, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.compute(self, x)
+        return self.compute(self, self.conv(x))
 
 
 def tlu(layer: Layer, x: Tensor) -> Tensor:
@@ -122,15 +126,14 @@ AFFINE: Mapping[str, Map] = {
 
 
 class Network(nn.Module):
-    """Each of the maps behind a convolution of its own: the exporter would share what two layers compute alike."""
+    """Each of the maps, each with a convolution: the exporter would share what two layers compute alike."""
 
     def __init__(self, forms: Mapping[str, Map]) -> None:
         super().__init__()
-        self.convs = nn.ModuleList(nn.Conv2d(3, 8, 3, padding=1) for _ in forms)
         self.forms = nn.ModuleDict({name: Layer(compute) for name, compute in forms.items()})
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        return [form(conv(x)) for conv, form in zip(self.convs, self.forms.values(), strict=True)]
+        return [form(x) for form in self.forms.values()]
 
 
 EXAMPLE = torch.randn(2, 3, 8, 8)
@@ -169,10 +172,19 @@ def test_every_form_of_mabn_is_found_and_nothing_that_looks_like_it(others: dict
 
 
 def test_the_export_says_what_to_do() -> None:
-    forms = {"a": FRN["rsqrt"], "b": MABN["a root"], "c": FRN["bare"], "d": FRN["a sum"], "e": FRN["a power"]}
-    assert notes(Network(forms)) == [
-        "filter response normalization (FRN) in loose operators, which is slow: forms.a (Layer), forms.c (Layer), "
-        "forms.d (Layer) and 1 more; before the export replace it by deploynorm.layers.FRN2d, with its parameters",
+    outside: Map = lambda _, x: x / (x.pow(2).mean((2, 3), True).sqrt() + 1e-6)  # noqa: E731
+    fused = {"a": FRN["rsqrt"], "b": MABN["a root"], "c": FRN["bare"]}
+    left = {"d": FRN["an L2 norm"], "e": FRN["clamped"], "f": outside, "g": outside}
+    net = Network(fused | left).eval()
+    exported = export(net, EXAMPLE, dynamic="none")
+    assert exported.node_counts()[f"{DOMAIN}::{OP_TYPE}"] == 2
+    with ReferenceRunner(exported.to_proto()) as runner, torch.no_grad():
+        for got, want in zip(runner.infer({"x": EXAMPLE.numpy()}).values(), net(EXAMPLE), strict=True):
+            np.testing.assert_allclose(got, want.numpy(), rtol=1e-4, atol=1e-5)
+    assert list(exported.notes) == [
+        "fused in the graph: 2 FRN in loose operators",
+        "filter response normalization (FRN) in loose operators, which is slow: forms.d (Layer), forms.e (Layer), "
+        "forms.f (Layer) and 1 more; before the export replace it by deploynorm.layers.FRN2d, with its parameters",
         "a running second moment (MABN) that does not fold: forms.b (Layer); before the export replace it by "
         "deploynorm.layers.MABN2d, with its parameters",
     ]

@@ -40,6 +40,22 @@ class OwnForwardMABN(MABN2d):
         return super().forward(x) + 1
 
 
+class PaddedConv(nn.Conv2d):
+    """As timm's layers for "same" padding: the padding depends on the size of the input."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        padding = input.shape[-1] % 3
+        return F.conv2d(F.pad(input, (padding, padding)), self.used(), self.bias)
+
+    def used(self) -> Tensor:
+        return self.weight
+
+
+class PaddedStdConv(PaddedConv):
+    def used(self) -> Tensor:
+        return self.weight / self.weight.norm()
+
+
 class Tied(nn.Sequential):
     def __init__(self) -> None:
         super().__init__(nn.Conv2d(3, 3, 3, padding=1), MABN2d(3), nn.Conv2d(3, 3, 3, padding=1), MABN2d(3))
@@ -139,6 +155,8 @@ FOLDS = [
     Case("other_order_of_definition", Deeper, folded=3),
     Case("one_norm_after_two_convs", net(lambda m, x: m.n(m.c(x)) + m.n(m.b(x)), c=_cenconv, b=_cenconv), folded=3),
     Case("norm_after_norm", lambda: nn.Sequential(_conv(), _bn(), _mabn()), folded=2),
+    Case("subclassed_conv_that_is_plain", net(c=lambda: OwnForwardConv(3, 4, 3)), folded=2),
+    Case("parametrized_weight", net(c=lambda: nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 4, 3))), folded=2),
     Case("cenconv_alone", _cenconv, folded=1),
     Case("learned_eps", lambda: nn.Sequential(nn.Conv2d(3, 8, 3), FRN2d(8, learned_eps="layer")), folded=1),
     Case("learned_eps_per_channel", lambda: FRN1d(3, learned_eps="channel", tlu=False), (2, 3, 9), folded=1),
@@ -170,14 +188,9 @@ STAYS = [
         stays=1,
         reason="outside its own forward",
     ),
-    Case("subclassed_conv", net(c=lambda: OwnForwardConv(3, 4, 3)), affine=1, reason="forward of its own"),
+    Case("subclassed_conv", net(c=lambda: PaddedConv(3, 4, 3)), affine=1, reason="forward of its own"),
     Case("subclassed_norm", net(n=lambda: OwnForwardMABN(4))),
-    Case(
-        "parametrized_weight",
-        net(c=lambda: nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 4, 3))),
-        affine=1,
-        reason="computed, not stored",
-    ),
+    Case("padded_by_size", net(c=lambda: PaddedStdConv(3, 4, 3)), affine=1, reason="computed, not stored"),
     Case("tied_weights", Tied, affine=2, reason="called 2 times"),
     Case("hooked_conv", lambda: with_hook(net()(), "c"), affine=1, reason="has hooks"),
     Case("hooked_norm", lambda: with_hook(net()(), "n"), stays=1, reason="has hooks"),
