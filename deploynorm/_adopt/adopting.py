@@ -69,6 +69,9 @@ class Adopting:
             return new, ""
         if found.recipe is None or found.recipe.kind == "affine":
             return None, found.reason if found.near else ""
+        if found.recipe.channels_last and found.recipe.kind != "frn":
+            # Between transpositions it would be slower than as it is.
+            return None, "its channels are last, where MABN does not fold" if found.recipe.kind == "mabn" else ""
         if own_hooks(layer):
             return None, "it has hooks"
         new = build(layer, found.recipe, found.channels, len(found.call.shape), memo)

@@ -50,11 +50,9 @@ class Computed(NamedTuple):
 
 class _Call(NamedTuple):
     kind: str
-    input: Tensor
     weight: Tensor
     bias: Tensor | None
     settings: dict[str, Any]
-    output: Tensor
 
 
 class _Calls(TorchFunctionMode):
@@ -68,8 +66,8 @@ class _Calls(TorchFunctionMode):
         if name in _KINDS:
             names = ("input", "weight", "bias", *_KINDS[name][1])
             given = dict(zip(names, args, strict=False)) | (kwargs or {})
-            head = [given.pop(each, None) for each in names[:3]]
-            self.found.append(_Call(name, *head, given, result))
+            _, weight, bias = (given.pop(each, None) for each in names[:3])
+            self.found.append(_Call(name, weight, bias, given))
         return result
 
 

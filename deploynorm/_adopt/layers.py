@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from deploynorm._adopt.numbers import Numbers, Tried, UnrecognizedError, numbers_of
+from deploynorm._adopt.numbers import Numbers, Tried, UnrecognizedError, numbers_of, shortest
 from deploynorm._adopt.recipes import Part, Recipe
 from deploynorm.layers import TLU, FRN1d, FRN2d, FRN3d, MABN1d, MABN2d, MABN3d
 from deploynorm.trace import copied
@@ -41,7 +43,7 @@ class _Builder:
         self._layer, self._recipe, self._channels, self._rank, self._memo = layer, recipe, channels, rank, memo
         self._tensors = dict([*layer.named_parameters(), *layer.named_buffers()])
         first = next(x for x in self._tensors.values() if x.is_floating_point())
-        self._like = {"device": first.device, "dtype": first.dtype}
+        self._like: dict[str, Any] = {"device": first.device, "dtype": first.dtype}
         self._numbers: Numbers | None = None
 
     def build(self) -> nn.Module:
@@ -69,7 +71,7 @@ class _Builder:
         if learned is None or eps is None:
             value = self._fixed("eps", eps)
             alike = bool((value == value[0]).all())
-            frn = kind(self._channels, float(value[0]) if alike else value, tlu=tlu, **self._like)
+            frn = kind(self._channels, shortest(float(value[0])) if alike else value, tlu=tlu, **self._like)
         else:
             per = "layer" if learned.numel() == 1 else "channel"
             frn = kind(self._channels, eps.plus or _FLOOR, learned_eps=per, tlu=tlu, **self._like)  # type: ignore[arg-type]
@@ -95,7 +97,7 @@ class _Builder:
         given = self._tensors[part.tensor] if part is not None and part.tensor else None
         if isinstance(given, nn.Parameter) and given.numel() == self._channels:
             return self._shared(given, (self._channels,))
-        value = self._fixed(name, part).to(**self._like)  # type: ignore[call-overload]
+        value = self._fixed(name, part).to(**self._like)
         return nn.Parameter(value, requires_grad=False)
 
     def _shared(self, parameter: Tensor, shape: tuple[int, ...]) -> nn.Parameter:
@@ -126,7 +128,8 @@ class _Builder:
                 value = (value.abs() if self._recipe.absolute else value) + part.plus
         else:
             value = torch.full((self._channels,), part.plus, dtype=torch.float64)
-        return value.to(self._like["device"])
+        moved: Tensor = value.to(self._like["device"])
+        return moved
 
 
 def build(layer: nn.Module, recipe: Recipe, channels: int, rank: int, memo: Memo) -> nn.Module:

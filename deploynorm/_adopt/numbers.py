@@ -148,3 +148,9 @@ def _numbers(walks: _Walks, place: int, tried: Tried) -> Numbers:
 def same_numbers(a: Array, b: Sequence[float] | Array | float, rtol: float = 1e-6) -> bool:
     """Whether they are equal but for rounding in float32."""
     return bool(np.allclose(a, b, rtol=rtol, atol=1e-12))
+
+
+def shortest(number: float) -> float:
+    """The number, or where it is one of float32 the shortest that rounds to it: 1e-05 and not 9.999999747378752e-06."""
+    rounded = np.float32(number)
+    return float(str(rounded)) if float(rounded) == number else float(number)

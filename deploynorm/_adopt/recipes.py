@@ -11,13 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from deploynorm._adopt.numbers import Array, Numbers, Tried, UnrecognizedError, numbers_of, same_numbers
+from deploynorm._adopt.numbers import Array, Numbers, Tried, UnrecognizedError, numbers_of, same_numbers, shortest
 from deploynorm.trace import copied
 
 Kind = Literal["frn", "tlu", "mabn", "affine"]
 
-_SMALLEST, _LARGEST = 1e-4, 2e-4
-"""Of the values that a layer's tensors are given, to be told apart: what is added to them, such as 1e-6, shows."""
+_SMALLEST, _LARGEST = 1e-2, 2e-2
+"""Of the values that a layer's tensors are given, to be told apart: so small that what is added to them, such as 1e-6,
+shows, and so large that x and tanh(x) differ."""
 
 
 class Part(NamedTuple):
@@ -137,15 +138,15 @@ class _Try:
         for name, value in self.values.items():
             if same_numbers(number, value):
                 return Part(name)
-        return Part("", float(number[0])) if (number == number[0]).all() else None
+        return Part("", shortest(number[0])) if (number == number[0]).all() else None
 
     def _eps(self, number: Array) -> Part | None:
         """Which tensor's absolute value it is, and what is added to it."""
         for name, value in self.values.items():
             added = number - abs(value)
-            if np.allclose(added, added[0], rtol=1e-4, atol=1e-10) and added[0] > -1e-10:
-                return Part(name, 0.0 if added[0] < 1e-10 else float(f"{added[0]:.6g}"))
-        return Part("", float(number[0])) if (number == number[0]).all() else None
+            if np.allclose(added, added[0], rtol=1e-6, atol=1e-9) and added[0] > -1e-9:
+                return Part(name, 0.0 if added[0] < 2e-9 else float(f"{added[0]:.6g}"))
+        return Part("", shortest(number[0])) if (number == number[0]).all() else None
 
 
 def _second_moments(

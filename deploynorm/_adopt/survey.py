@@ -111,7 +111,7 @@ class Survey:
                 if isinstance(own, Recipe) and same(layer, build(layer, own, *question[1:3], {}), own, call):
                     return Found(call, own)
             why = UnrecognizedError("its numbers were read off its trace, and on a try it computes others", near=True)
-        return None if why is None else Found(call, reason=str(why), near=why.near)
+        return None if why is None else Found(call, reason=f"no FRN as ours is: {why}", near=why.near)
 
 
 def _questions(layer: nn.Module, call: Call) -> list[Question]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from deploynorm import foreign
+from deploynorm._adopt.adopting import name_of
 from deploynorm._adopt.survey import Survey
 from deploynorm._fold import local, weights
 from deploynorm._fold.others import Replacement, replacements
@@ -113,7 +114,7 @@ class _Folding:
         self._others: set[nn.Module] = set()  # those, and what took their places
         # Weights and biases of changed layers in float64, so that a second change is not rounded twice.
         self.exact: dict[nn.Module, tuple[Tensor, Tensor | None]] = {}
-        self._norms = {
+        self._norms: dict[nn.Module, _Norm] = {
             module: _Norm(path, type(module).__name__)
             for module, path in self._paths.items()
             if isinstance(module, _NORMS)
@@ -148,7 +149,9 @@ class _Folding:
             if exact is not None:
                 self.exact[new] = exact
                 self._report(path, kind, "folded", type(new).__name__, "its weight is computed once")
-            elif norm is not None:
+            elif norm is None:
+                self._report(path, kind, "adopted", name_of(new), "")
+            else:
                 self._norms[norm] = _Norm(path, kind, partial(self._put, new, layer))
 
     def rewrite_locally(self) -> None:

@@ -59,9 +59,11 @@ def replacements(model: nn.Module, survey: Survey) -> Iterator[Replacement]:
             yield Replacement(path, layer, reason="it has hooks")
         elif found.plain is not None:  # case 2
             yield Replacement(path, layer, found.plain.plain.eval(), exact=(found.plain.weight, found.plain.bias))
+        elif recipe is not None and recipe.channels_last and recipe.kind != "frn":
+            continue  # between transpositions it would be slower than as it is
         elif recipe is not None and recipe.kind != "affine":  # case 1
             yield Replacement(path, layer, build(layer, recipe, found.channels, len(found.call.shape), memo))
-        elif recipe is not None and not recipe.channels_last:
+        else:
             affine.append((path, found))
     made = _batch_norms([(layers[path], found) for path, found in affine])  # case 3
     for (path, _), pair in zip(affine, made, strict=True):

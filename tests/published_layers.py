@@ -174,7 +174,7 @@ def _both(frn: nn.Module, channels: int, *rest: int) -> nn.Module:
     return nn.Sequential(frn, SeparateTLU(1, channels, *rest))
 
 
-IMAGE, TOKENS, LINE, VOLUME, LAST = (2, 6, 8, 9), (2, 10, 6), (2, 6, 9), (2, 6, 4, 5, 6), (2, 8, 9, 6)
+IMAGE, LINE, VOLUME, LAST = (2, 6, 8, 9), (2, 6, 9), (2, 6, 4, 5, 6), (2, 8, 9, 6)
 C = 6
 """Channels of all of them."""
 
@@ -210,7 +210,6 @@ PUBLISHED: Mapping[str, tuple[Callable[[], nn.Module], tuple[int, ...], str, str
     "torch-uncertainty 3d": (lambda: DividedFRN(C, 5), VOLUME, "FRN3d", "weight bias tau"),
     "DeepFaceLab": (lambda: FlatFRN(C), IMAGE, "FRN2d", "weight bias tau eps_l"),
     "MABN": (lambda: RootMABN(C), IMAGE, "MABN2d", "weight bias"),
-    "Unified Normalization": (lambda: UnifiedNormalization(C), TOKENS, "ChannelsLast", "weight bias"),
     "CenConv": (lambda: RootCenConv(C, 4, 3, padding=1, stride=2), IMAGE, "CenConv2d", "weight bias"),
     "CenConv, derived": (lambda: DerivedCenConv(C, 4, 3, groups=2), IMAGE, "CenConv2d", "weight bias"),
 }
