@@ -12,7 +12,7 @@ from torch import nn
 from deploynorm._adopt.candidates import Call, calls, may_be_computed, may_be_norm, wanted
 from deploynorm._adopt.convolutions import Computed, computed
 from deploynorm._adopt.layers import build
-from deploynorm._adopt.numbers import UnrecognizedError
+from deploynorm._adopt.numbers import UnrecognizedError, shape_for
 from deploynorm._adopt.recipes import Question, Recipe, key_of, recipes_of
 from deploynorm.errors import InputError
 from deploynorm.quiet import quiet
@@ -81,8 +81,9 @@ class Survey:
 
     def _ask(self, questions: Sequence[Question]) -> None:
         keyed = {self._key(each): each for each in questions}
-        new = {key: each for key, each in keyed.items() if key not in self._recipes}
-        self._recipes |= zip(new, recipes_of(list(new.values())), strict=True)
+        apart = {key: each for key, each in keyed.items() if not _mixes_channels(each)}  # what is traced costs a second
+        self._recipes |= dict.fromkeys(keyed.keys() - apart.keys(), UnrecognizedError("it mixes channels"))
+        self._recipes |= zip(apart, recipes_of(list(apart.values())), strict=True)
 
     @staticmethod
     def _key(question: Question) -> object:
@@ -112,6 +113,24 @@ class Survey:
                     return Found(call, own)
             why = UnrecognizedError("its numbers were read off its trace, and on a try it computes others", near=True)
         return None if why is None else Found(call, reason=f"no FRN as ours is: {why}", near=why.near)
+
+
+def _mixes_channels(question: Question) -> bool:
+    """Whether another value in one channel changes the output in others, as in a layer normalization."""
+    if question.channels == 1:
+        return False
+    x = torch.randn(shape_for(*question[1:3], channels_last=question.channels_last), dtype=torch.float64)
+    axis = -1 if question.channels_last else 1
+    with torch.no_grad(), torch.random.fork_rng(devices=[]), quiet(), suppress(Exception):
+        layer = copied(question.layer).double().eval()
+        torch.manual_seed(0)
+        before = layer(x.clone())
+        x.narrow(axis, 0, 1).mul_(3)
+        torch.manual_seed(0)
+        after = layer(x)
+        rest = question.channels - 1
+        return not torch.allclose(before.narrow(axis, 1, rest), after.narrow(axis, 1, rest), rtol=1e-9, equal_nan=True)
+    return False  # whether it can be traced will show
 
 
 def _questions(layer: nn.Module, call: Call) -> list[Question]:

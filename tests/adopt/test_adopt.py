@@ -260,7 +260,13 @@ class ReadsAttributes(nn.Module):
         return self.norm(self.conv(x)) * self.read(self.norm)
 
 
-@pytest.mark.parametrize("read", [lambda norm: norm.gamma.mean(), lambda norm: 1 if type(norm) is FusedFRN else 9])
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda norm: norm.gamma.mean(),
+        pytest.param(lambda norm: 1 if type(norm) is FusedFRN else 9, marks=pytest.mark.slow),
+    ],
+)
 def test_a_network_that_does_not_bear_ours_keeps_its_own(read: Callable[[Any], Any]) -> None:
     net, x = drawn(ReadsAttributes(read)), torch.randn(2, 3, 8, 8)
     new, report = adopt(net, x)
@@ -300,12 +306,13 @@ def test_numbers_that_are_computed_otherwise_become_constants() -> None:
     assert report.changes[0].detail == "eps computed from its parameters, and no longer trained"
 
 
-def test_half_and_other_types_are_kept() -> None:
-    for dtype in (torch.float16, torch.bfloat16, torch.float64):
-        net = drawn(nn.Sequential(FusedFRN(3, eps=parameter(1, value=1e-3)))).to(dtype)
-        new, _ = adopt(net, torch.randn(2, 3, 8, 8, dtype=dtype))
-        assert {x.dtype for x in new.parameters()} == {dtype}
-        assert type(new[0]) is FRN2d
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_half_and_other_types_are_kept(dtype: torch.dtype) -> None:
+    net = drawn(nn.Sequential(FusedFRN(3, eps=parameter(1, value=1e-3)))).to(dtype)
+    new, _ = adopt(net, torch.randn(2, 3, 8, 8, dtype=dtype))
+    assert {x.dtype for x in new.parameters()} == {dtype}
+    assert type(new[0]) is FRN2d
 
 
 def test_shared_parameters_stay_shared() -> None:
@@ -316,6 +323,7 @@ def test_shared_parameters_stay_shared() -> None:
     assert new[2].tau is not new[0].tau
 
 
+@pytest.mark.slow
 def test_timm_s_layers_become_ours_with_their_activation(timm: Any) -> None:
     layers = timm.layers.filter_response_norm
     act = layers.FilterResponseNormAct2d
