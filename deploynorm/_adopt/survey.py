@@ -81,8 +81,9 @@ class Survey:
 
     def _ask(self, questions: Sequence[Question]) -> None:
         keyed = {self._key(each): each for each in questions}
-        apart = {key: each for key, each in keyed.items() if not _mixes_channels(each)}  # what is traced costs a second
-        self._recipes |= dict.fromkeys(keyed.keys() - apart.keys(), UnrecognizedError("it mixes channels"))
+        apart = {key: each for key, each in keyed.items() if _keeps_apart(each)}
+        why = UnrecognizedError("it computes no channel by itself")
+        self._recipes |= dict.fromkeys(keyed.keys() - apart.keys(), why)
         self._recipes |= zip(apart, recipes_of(list(apart.values())), strict=True)
 
     @staticmethod
@@ -115,12 +116,13 @@ class Survey:
         return None if why is None else Found(call, reason=f"no FRN as ours is: {why}", near=why.near)
 
 
-def _mixes_channels(question: Question) -> bool:
-    """Whether another value in one channel changes the output in others, as in a layer normalization."""
-    if question.channels == 1:
-        return False
+def _keeps_apart(question: Question) -> bool:
+    """Whether the layer takes such an input, and another value in one channel changes the output in no other.
+
+    A layer normalization mixes channels; that is seen sooner than by a trace.
+    """
     x = torch.randn(shape_for(*question[1:3], channels_last=question.channels_last), dtype=torch.float64)
-    axis = -1 if question.channels_last else 1
+    axis, rest = -1 if question.channels_last else 1, question.channels - 1
     with torch.no_grad(), torch.random.fork_rng(devices=[]), quiet(), suppress(Exception):
         layer = copied(question.layer).double().eval()
         torch.manual_seed(0)
@@ -128,9 +130,8 @@ def _mixes_channels(question: Question) -> bool:
         x.narrow(axis, 0, 1).mul_(3)
         torch.manual_seed(0)
         after = layer(x)
-        rest = question.channels - 1
-        return not torch.allclose(before.narrow(axis, 1, rest), after.narrow(axis, 1, rest), rtol=1e-9, equal_nan=True)
-    return False  # whether it can be traced will show
+        return torch.allclose(before.narrow(axis, 1, rest), after.narrow(axis, 1, rest), rtol=1e-9, equal_nan=True)
+    return False
 
 
 def _questions(layer: nn.Module, call: Call) -> list[Question]:
