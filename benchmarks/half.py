@@ -41,7 +41,7 @@ def cases() -> Iterator[Case]:
     for name, (builds, size) in NETWORKS.items():
         for norm in (each for each in builds if each != "bn"):
             yield f"{name}, {norm}", builds[norm], (3, size, size), True
-    yield "timm resnetv2_50d_frn", lambda: adopt(timm_resnet()), (3, 224, 224), True
+    yield "timm resnetv2_50d_frn", lambda: adopt(timm_resnet(), torch.randn(1, 3, 224, 224)).model, (3, 224, 224), True
 
 
 def worst(build: Callable[[], nn.Module], shape: tuple[int, int, int], dtype: str, seed: int, batch: int) -> float:

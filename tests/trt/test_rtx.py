@@ -14,7 +14,7 @@ import torch
 from graphs import frn_model
 from rtx_builds import OPSET, build_rtx, conv_frn_conv, quantized
 
-from deploynorm import adopt, checkpoint, fold, libraries
+from deploynorm import checkpoint, fold, libraries
 from deploynorm._export import export
 from deploynorm.contract import ADD_OP_TYPE, DOMAIN, OP_TYPE
 from deploynorm.lowering import function_proto
@@ -253,7 +253,7 @@ def test_the_textbook_body_is_what_ours_avoids(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_network_of_timm_is_built(timm: ModuleType, tmp_path: Path, plugin: list[Path]) -> None:
-    network = adopt(timm.create_model("resnetv2_50d_frn", num_classes=5).eval())
+    network = timm.create_model("resnetv2_50d_frn", num_classes=5).eval()
     export(network, (torch.zeros(2, 3, 64, 64),), dynamic="all").save(tmp_path / "net.onnx")
     for way, layers in (("plugin", 51), ("native", 0)):
         shapes = {"": (8, 3, 224, 224)}
