@@ -60,9 +60,9 @@ def fold(
     4. A MABN that cannot be folded stays a per-channel affine, in the form of that BatchNorm: the graph is then the
        one that a BatchNorm network gives, for every runtime (benchmarks/affine.py measures the other forms).
 
-    Before that, layers of other projects take the form of ours or of torch's, by what they compute (see
-    `deploynorm.adopt` and `replacements` in others.py): FRN and MABN become ours, a convolution that computes its weight
-    becomes a plain one, and a scale and a shift for each channel fold as a BatchNorm does, or stay what they were.
+    Before that, layers of other projects take the form of ours or of torch's, by what they compute: FRN and MABN become
+    ours (see `deploynorm.adopt`), a convolution that computes its weight becomes a plain one, and a scale and a shift
+    for each channel fold as a BatchNorm does, or stay what they were.
 
     At last the network runs on the examples, in float64, and a fold without which it computes what it did is undone:
     the network's own code may read a layer's bias, eps or class.
