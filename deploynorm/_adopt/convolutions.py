@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
+from deploynorm.errors import ModelError
 from deploynorm.layers import CenConv1d, CenConv2d, CenConv3d, CenConvTranspose2d
 from deploynorm.layers.functional import center_weight
 from deploynorm.quiet import quiet
-from deploynorm.trace import alike, copied
+from deploynorm.trace import LINEAR_OPERATORS, alike, copied, trace
 
 _CONV = "stride", "padding", "dilation", "groups"
 _TRANSPOSED = "stride", "padding", "output_padding", "groups", "dilation"
@@ -74,7 +75,7 @@ class _Calls(TorchFunctionMode):
 def computed(layer: nn.Module, shape: Sequence[int]) -> Computed | None:
     """The plain layer of a layer that convolves once, with a weight that is the same for every input.
 
-    The layer is called in float64 on two random inputs. None where it does something else.
+    The layer is called in float64 on two random inputs, and traced. None where it does something else.
 
     Args:
         layer: In evaluation mode.
@@ -115,11 +116,25 @@ def _plain(layer: nn.Module, twin: nn.Module, inputs: Sequence[Tensor]) -> Compu
     weight = call.weight.detach().clone()
     bias = None if call.bias is None else call.bias.detach().clone()
     exact = _with(plain, weight, bias)
-    if not alike([exact(x) for x in inputs], outputs, _RTOL):
+    if not alike([exact(x) for x in inputs], outputs, _RTOL) or not _weight_is_constant(twin, inputs[0]):
         return None
     own = next((x for x in layer.parameters() if x.is_floating_point()), torch.empty(()))
     rounded = _with(plain, weight.to(own), None if bias is None else bias.to(own))
     return Computed(rounded, weight, bias)
+
+
+def _weight_is_constant(layer: nn.Module, x: Tensor) -> bool:
+    """Whether a trace proves it: no branch on values, and neither weight nor bias depends on the input."""
+    try:
+        program = trace(layer, x, "none")
+    except ModelError:
+        return False
+    depends: set[fx.Node] = set()
+    for node in program.graph.nodes:
+        if node.name in program.graph_signature.user_inputs or not depends.isdisjoint(node.all_input_nodes):
+            depends.add(node)
+    found = [node for node in program.graph.nodes if node.target in LINEAR_OPERATORS]
+    return len(found) == 1 and depends.isdisjoint(each for each in found[0].args[1:3] if isinstance(each, fx.Node))
 
 
 def _with(layer: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Module:

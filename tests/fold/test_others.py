@@ -180,6 +180,13 @@ class DynamicConv(nn.Conv2d):
         return F.conv2d(x, self.weight * x.mean())
 
 
+class Branching(nn.Conv2d):
+    """A plain convolution but for inputs that no random one is."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if x.abs().max() < 1e6 else super().forward(-x)
+
+
 class ChannelNorm(PopulationNorm):
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x / x.square().mean(1, keepdim=True))
@@ -220,3 +227,8 @@ def test_layers_of_timm(timm: ModuleType) -> None:
         torch.testing.assert_close(model(x), net(x), rtol=1e-4, atol=1e-5)
     kinds = [type(layer).__name__ for layer in model.modules() if not list(layer.children())]
     assert kinds == ["Conv2d", "Identity", "ReLU", "Conv2d", "Identity", "ReLU"]
+
+
+def test_a_convolution_that_branches_on_values_stays() -> None:
+    _, report = fold(Branching(4, 6, 3), torch.randn(2, 4, 8, 8))
+    assert not report.modified
