@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -167,6 +167,20 @@ def base_shapes(specs: Sequence[TensorSpec], given: Mapping[str, Shape]) -> dict
                 raise InputError(where, problem, got=f"{first} and {size}", expected=expected)
         shapes[spec.name] = shape
     return shapes
+
+
+_OF_VALUES = re.compile(r"\bu\d+\b")
+"""A size that values of the network decide, as torch names it in a shape: u0, Min(300, u5)."""
+
+
+def row_groups(inputs: Iterable[TensorSpec], outputs: Iterable[TensorSpec]) -> tuple[tuple[str, ...], ...]:
+    """Names of the outputs with a number of rows that values decide; those that have one number of them together."""
+    named = {size for spec in inputs for size in spec.shape}
+    groups: dict[int | str, list[str]] = {}
+    for spec in outputs:
+        if spec.shape and set(_OF_VALUES.findall(str(spec.shape[0]))) - named:
+            groups.setdefault(spec.shape[0], []).append(spec.name)
+    return tuple(map(tuple, groups.values()))
 
 
 def shape_text(shape: Sequence[int | str]) -> str:

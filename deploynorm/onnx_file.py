@@ -22,7 +22,7 @@ from deploynorm.errors import InputError, ModelError
 from deploynorm.files import as_path, onnx_companions
 from deploynorm.foreign import frn_note, loose_frn
 from deploynorm.image import ImageSpec, as_labels
-from deploynorm.inputs import Shape, TensorSpec, read_sizes, with_sizes
+from deploynorm.inputs import Shape, TensorSpec, read_sizes, row_groups, with_sizes
 from deploynorm.manifest import check_unchanged
 from deploynorm.onnx_faults import external_files, find_fault
 from deploynorm.run.backends import ENGINE_SUFFIXES
@@ -133,6 +133,12 @@ class OnnxFile:
         constants = {tensor.name for tensor in self.proto.graph.initializer}
         fed = [_spec(self.where, value) for value in self.proto.graph.input if value.name not in constants]
         return with_sizes(fed, self.sizes)
+
+    @property
+    def row_groups(self) -> tuple[tuple[str, ...], ...]:
+        """See `deploynorm.run.base.Runner`."""
+        shapes = ((x.name, x.type.tensor_type.shape.dim) for x in self.proto.graph.output)
+        return row_groups(self.inputs, [TensorSpec(name, (dims[0].dim_param,), "") for name, dims in shapes if dims])
 
     @cached_property
     def files(self) -> tuple[Path, ...]:

@@ -12,6 +12,7 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from deploynorm._check.rows import Near, Nearby, settled
 from deploynorm.contract import DTYPES
 from deploynorm.errors import InputError, ParityError
 from deploynorm.run.base import Runner
@@ -144,6 +145,11 @@ def check(
     kind of dtype breaks it, and so does a value that is not finite on either side: a NaN or an infinity in the
     truth proves nothing. Outputs are paired by name, or in order when the names differ and the number does not.
 
+    What a network picks by comparing numbers may come out in another way where two are nearly equal. So an integer or
+    truth value may also be that which the truth has with weights and inputs that are off by a rounding, where it is an
+    `EagerRunner`; and outputs whose number of rows depends on values (`Runner.row_groups`) are compared row by row: see
+    `deploynorm._check.rows`.
+
     Args:
         candidate: The form under test.
         truth: The form that is right, best in float64.
@@ -160,25 +166,36 @@ def check(
             fix = "pass deploynorm.open_runner(file), or deploynorm.EagerRunner for a network"
             raise InputError("check", "not a runner", got=type(runner).__name__, fix=fix)
     known = ((sample, feeds, truth.infer(feeds)) for sample, feeds in samples)
-    return check_known(candidate, truth.name, known, rtol=rtol, atol=atol)
+    return check_known(candidate, truth.name, known, getattr(truth, "nearby", None), rtol=rtol, atol=atol)
 
 
 def check_known(
     candidate: Runner,
     truth: str,
     samples: Iterable[tuple[str, Mapping[str, _Array], Mapping[str, _Array]]],
+    nearby: Nearby | None = None,
     *,
     rtol: float | None = None,
     atol: float | None = None,
 ) -> Report:
-    """`check` against outputs that are known: the samples have them as their third part."""
+    """`check` against outputs that are known: the samples have them as their third part.
+
+    `nearby` gives what the truth computes of the feeds with weights and inputs off by a rounding; see `EagerRunner`.
+    """
     check_tolerances(rtol, atol)
     comparisons: list[Comparison] = []
     for sample, feeds, want in samples:
         got = candidate.infer(feeds)
         if not want:
             comparisons.append(Comparison(sample, "", False, "the truth has no outputs", (), ""))
-        comparisons += (_compare(sample, *pair, rtol, atol, candidate.precision) for pair in _pairs(got, want))
+        pairs = _pairs(got, want)
+        found = {pair[0]: _compare(sample, *pair, rtol, atol, candidate.precision) for pair in pairs}
+        if not all(each.ok for each in found.values()):
+            whole = {name: (x, y) for name, x, y in pairs if x is not None and y is not None}
+            allowed = {name: _allowed(x, y, rtol, atol, candidate.precision) for name, (x, y) in whole.items()}
+            near = Near(nearby, feeds, candidate.precision, tuple(want))
+            found = settled(found, whole, candidate.row_groups, allowed, near)
+        comparisons += found.values()
     if not comparisons:
         raise InputError("check", "no samples: nothing was compared", fix="give at least one")
     return Report(candidate.name, truth, tuple(comparisons), candidate.precision)
@@ -243,12 +260,7 @@ def _compare(
         return incomparable(f"{want.dtype.name} outputs cannot be compared")
     if got.shape != want.shape:
         return incomparable(f"the candidate gives shape {got.shape} where the truth has {want.shape}")
-    if kind == "floating":
-        default = DEFAULT_TOLERANCE.get(precision or got.dtype.name, DEFAULT_TOLERANCE["float64"])
-        rtol = default.rtol if rtol is None else rtol
-        atol = default.atol if atol is None else atol
-    else:
-        rtol = atol = 0.0  # integers and truth values have no rounding
+    rtol, atol = _tolerance(got.dtype, rtol, atol, precision)
     exact_got, exact_want = got.astype(np.float64), want.astype(np.float64)
 
     def values_at(position: np.intp) -> dict[str, Any]:
@@ -289,6 +301,20 @@ def _compare(
         max_rel=relative,
         **values_at(error.argmax()),
     )
+
+
+def _tolerance(
+    dtype: np.dtype[Any], rtol: float | None, atol: float | None, precision: str | None
+) -> tuple[float, float]:
+    if _kind(dtype) != "floating":
+        return 0.0, 0.0  # integers and truth values have no rounding
+    default = DEFAULT_TOLERANCE.get(precision or dtype.name, DEFAULT_TOLERANCE["float64"])
+    return default.rtol if rtol is None else rtol, default.atol if atol is None else atol
+
+
+def _allowed(got: _Array, want: _Array, rtol: float | None, atol: float | None, precision: str | None) -> float:
+    rtol, atol = _tolerance(got.dtype, rtol, atol, precision)
+    return atol + rtol * float(np.abs(want if want.size else got).max(initial=0)) if rtol or atol else 0.0
 
 
 def _kind(dtype: np.dtype[Any]) -> str:

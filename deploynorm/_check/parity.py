@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -152,18 +152,26 @@ class Checks:
         # What the last candidate was checked on, with what the network computes of it; the next may take the same.
         self._samples: list[tuple[str, dict[str, _Array], dict[str, _Array]]] = []
         self._made_for: tuple[tuple[TensorSpec, ...], str | None] | None = None
+        self._truth_type: torch.dtype | None = torch.float64
+        self._row_groups: tuple[tuple[str, ...], ...] = ()
 
     def add_folded(
-        self, folded: nn.Module, output_names: Sequence[str] | None = None, dtype: torch.dtype | None = None
+        self,
+        folded: nn.Module,
+        output_names: Sequence[str] | None = None,
+        dtype: torch.dtype | None = None,
+        row_groups: tuple[tuple[str, ...], ...] = (),
     ) -> None:
         """Checks the folded network in PyTorch, on inputs of the example's shape.
 
-        The output names are for the table; dtype is that of folding, where it is not the network's own.
+        The output names are for the table, and row_groups of them are those of the export; dtype is that of folding,
+        where it is not the network's own.
         """
         wide = None if dtype == dtype_of(self._network.model) else dtype
         inputs, arguments = self._network.inputs, self._network.examples.arguments
         with EagerRunner(folded, inputs, output_names, dtype=wide, arguments=arguments) as candidate:
             candidate.name = f"folded, {candidate.name}"
+            candidate.row_groups = row_groups
             self._reports.append(self._check(candidate))
 
     def add_file(self, model: Path | str | OnnxFile, backend: str | None = None) -> None:
@@ -230,6 +238,7 @@ class Checks:
             examples = examples.replaced(cast_floats(examples, DTYPES[precision]))
         with EagerRunner(model, inputs, arguments=examples.arguments) as itself:
             itself.name = f"the network itself, {inputs[0].dtype}"
+            itself.row_groups = self._row_groups
             own = self._check(itself)
         advice = ""
         if not own and precision is not None and (layer := first_overflow(model, examples)) is not None:
@@ -253,6 +262,7 @@ class Checks:
         if len(got) != len(expected):
             problem = "has another number of inputs than the network"
             raise InputError(candidate.name, problem, got=", ".join(got), expected=", ".join(expected))
+        self._row_groups = candidate.row_groups
         if self._made_for != (candidate.inputs, candidate.precision):
             self._make_samples(candidate, sizes or {})
         names = candidate.output_names
@@ -260,14 +270,21 @@ class Checks:
             (label, feeds, dict(zip(names, want.values(), strict=True)) if len(names) == len(want) else want)
             for label, feeds, want in self._samples
         ]
-        return check_known(candidate, "eager float64", samples, **self._tolerances)
+        return check_known(candidate, "eager float64", samples, self._nearby, **self._tolerances)
+
+    def _nearby(self, feeds: Mapping[str, _Array], eps: float, times: int) -> Iterator[Mapping[str, _Array]]:
+        """See `EagerRunner.nearby`."""
+        assert self._made_for is not None
+        arguments, inputs = self._network.examples.arguments, self._made_for[0]
+        with EagerRunner(self._network.model, inputs, dtype=self._truth_type, arguments=arguments) as truth:
+            yield from truth.nearby(feeds, eps, times)
 
     def _make_samples(self, candidate: Runner, sizes: Mapping[str, Any]) -> None:
         """Inputs that the network and the candidate take, and what the network computes of them in float64."""
         inputs = with_sizes(candidate.inputs, sizes)
         # A file may have been given other names than forward has: inputs are paired in order.
         base = {spec.name: shape for spec, shape in zip(inputs, self._network.base.values(), strict=True)}
-        self._samples, self._made_for = [], (candidate.inputs, candidate.precision)
+        self._samples, self._made_for, self._truth_type = [], (candidate.inputs, candidate.precision), torch.float64
         arguments = self._network.examples.arguments
         with ExitStack() as runners:
             run = partial(EagerRunner, self._network.model, inputs, arguments=arguments)
@@ -280,6 +297,7 @@ class Checks:
                     if self._samples:
                         self._notes.append(f"not checked on {label}, which the network itself refuses")
                         continue
+                    self._truth_type = None
                     truth = runners.enter_context(run())
                     self._samples.append((label, feeds, truth.infer(feeds)))
                     self._notes.append(f"compared with the network in its own types, since in float64 {error.problem}")

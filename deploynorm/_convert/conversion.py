@@ -262,9 +262,13 @@ def convert(
             metadata=metadata,
             sizes=sizes,
         )
+        kinds = set(exported.narrowed.values())
+        if sizes is not None and sizes.kinds & kinds and report is not None and report.left:
+            # These axes are fixed in the file, and with that what could not fold for their sake does.
+            return attempt(sizes.fixed(kinds, f"it holds for some sizes only: {'; '.join(exported.narrowed)}"))
         _check_labels(labels, exported)
         if report is not None and report.modified:
-            checks.add_folded(folded, exported.output_names, dtype_of(folded))
+            checks.add_folded(folded, exported.output_names, dtype_of(folded), exported.row_groups)
         with scratch_folder() as folder:
             path = folder / "model.onnx"
             exported.save(path)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import onnx
@@ -30,7 +30,7 @@ from deploynorm.contract import LOWERINGS, MAX_OPSET, METADATA_SIZES, MIN_OPSET,
 from deploynorm.errors import InputError, ModelError
 from deploynorm.files import as_path, onnx_companions, staging
 from deploynorm.foreign import frn_note, loose_frn, loose_mabn, mabn_note
-from deploynorm.inputs import TensorSpec, sizes_to_dict
+from deploynorm.inputs import TensorSpec, row_groups, sizes_to_dict
 from deploynorm.lowering import lower
 from deploynorm.residual import fuse_residuals, split_residuals
 from deploynorm.tables import table
@@ -65,6 +65,7 @@ class Exported:
         notes: What a user should know: which sizes the network takes, and axes that it fixes.
         changed_buffers: Buffers, and parameters, that forward changes; in the file each call starts from their values
             of now.
+        narrowed: Why axes are fixed that the network itself would change: it branches on "batch" or "spatial" sizes.
     """
 
     model: ir.Model
@@ -75,10 +76,16 @@ class Exported:
     keep_io_types: bool = False
     notes: tuple[str, ...] = ()
     changed_buffers: tuple[str, ...] = ()
+    narrowed: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def output_names(self) -> tuple[str, ...]:
         return tuple(str(value.name) for value in self.model.graph.outputs)
+
+    @property
+    def row_groups(self) -> tuple[tuple[str, ...], ...]:
+        """See `deploynorm.run.base.Runner`."""
+        return row_groups(self.inputs, [_spec(value, 0, None) for value in self.model.graph.outputs])
 
     @property
     def opset(self) -> int:
@@ -243,7 +250,9 @@ def export(
     onnx_model.metadata_props.update(metadata or {})
     onnx_model.metadata_props[METADATA_SIZES] = json.dumps(sizes_to_dict(specs, notes))
     kept = kept_layers(twin, keep_float32)
-    return Exported(onnx_model, specs, lowering, dtype_name(dtype), kept, keep_io_types, tuple(notes), changed)
+    return Exported(
+        onnx_model, specs, lowering, dtype_name(dtype), kept, keep_io_types, tuple(notes), changed, narrowed
+    )
 
 
 def _fused(model: ir.Model) -> tuple[ir.Model, list[str]]:

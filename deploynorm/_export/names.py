@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import onnx_ir as ir
 from torch.export import ExportedProgram
+from torch.utils import _pytree
 
 from deploynorm.errors import InputError
 from deploynorm.trace import Dynamic, axis_letter
@@ -54,13 +55,26 @@ def by_argument(dynamic: Dynamic | None, input_names: Sequence[str], arguments: 
 
 
 def default_output_names(program: ExportedProgram, count: int) -> list[str]:
-    """The keys, of a network that returns a flat dict of tensors; else "output", or "output_0" and so on."""
+    """The keys, of a network that returns dicts: "out", "aux_out" of one in another, "boxes_1" of the second in a list.
+
+    A list of one dict has its keys. Of all else "output", or "output_0" and so on.
+    """
     returned = program.call_spec.out_spec
-    if returned is not None and returned.type is dict and all(child.is_leaf() for child in returned.children()):
-        keys = [str(key) for key in returned.context]
-        if len(keys) == len(set(keys)) == count and all(key.strip() and key.isprintable() for key in keys):
-            return keys
+    if returned is not None:
+        leaves, _ = _pytree.tree_flatten_with_path(_pytree.tree_unflatten(range(returned.num_leaves), returned))
+        only = returned.type in (list, tuple) and returned.num_children == 1
+        paths = [path[only:] for path, _ in leaves]
+        names = [_name(path) for path in paths]
+        keyed = all(any(isinstance(step, _pytree.MappingKey) for step in path) for path in paths)
+        if keyed and len(names) == len(set(names)) == count and all(x.strip() and x.isprintable() for x in names):
+            return names
     return ["output"] if count == 1 else [f"output_{index}" for index in range(count)]
+
+
+def _name(path: Sequence[object]) -> str:
+    """The keys on the way to an output, then its places in lists."""
+    keys = [str(step.key) for step in path if isinstance(step, _pytree.MappingKey)]
+    return "_".join([*keys, *(str(step.idx) for step in path if isinstance(step, _pytree.SequenceKey))])
 
 
 def name_inputs_and_outputs(model: ir.Model, input_names: Sequence[str], output_names: Sequence[str]) -> None:

@@ -13,11 +13,13 @@ import torch
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 from torch.export.graph_signature import ConstantArgument
 
+from deploynorm._export import suppression
 from deploynorm.contract import DOMAIN
 from deploynorm.dtypes import ONNX_HALF
 from deploynorm.errors import ModelError
 from deploynorm.lowering import TRANSLATIONS, register_schema
 from deploynorm.quiet import first_line, quiet
+from deploynorm.trace.suppression import batched_nms
 
 BFLOAT16_OPSET = 22
 """The first whose convolutions and pools take bfloat16."""
@@ -53,13 +55,14 @@ def to_onnx(program: torch.export.ExportedProgram, opset: int) -> tuple[ir.Model
         if isinstance(output.arg, ConstantArgument) and output.arg.value is not None:
             problem = "the network returns what is no tensor"
             raise ModelError("export", problem, got=repr(output.arg.value), fix="let forward return tensors alone")
+    table = {**onnx_translations(), batched_nms._opoverload: suppression.translate}
     with quiet("torch.onnx", "onnxscript", "onnx_ir"):
         try:
             onnx_program = torch.onnx.export(
                 program,
                 (),
                 opset_version=opset,
-                custom_translation_table=onnx_translations(),
+                custom_translation_table=table,
                 dynamo=True,
                 verbose=False,
             )

@@ -34,6 +34,11 @@ class FoldReport(LayerReport):
         """Whether the folded network differs from the one given."""
         return any(change.outcome != "not foldable" for change in self.changes)
 
+    @property
+    def left(self) -> bool:
+        """Whether a layer did not fold."""
+        return any(change.outcome != "folded" for change in self.changes)
+
     def tables(self, verbose: bool = False) -> str:
         """Layers by class and outcome; then each layer that did not fold, with the reason; with `verbose` every one."""
         rows = []

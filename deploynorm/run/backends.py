@@ -112,4 +112,5 @@ def open_runner(
     runner: Runner = BACKENDS[backend].load()(file, **given)
     runner.precision = file.half_type
     runner.inputs = with_sizes(runner.inputs, file.sizes)
+    runner.row_groups = file.row_groups
     return runner

@@ -29,12 +29,15 @@ class Runner(Protocol):
         output_names: What `infer` returns, in the network's order.
         precision: The half type that the network computes in, whatever type its outputs have; None of a network in
             full precision, or where it is not known.
+        row_groups: Names of outputs whose number of rows depends on the values of the inputs, as that of the boxes that
+            a detector finds: those that have a row for each of the same things together.
     """
 
     name: str
     inputs: tuple[TensorSpec, ...]
     output_names: tuple[str, ...]
     precision: str | None = None
+    row_groups: tuple[tuple[str, ...], ...] = ()
 
     @classmethod
     def check_available(cls) -> None:

@@ -6,11 +6,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
 from deploynorm.arrays import to_array, to_tensor
+from deploynorm.contract import DTYPES
 from deploynorm.errors import BackendError, DeployNormError, InputError, ModelError
 from deploynorm.inputs import TensorSpec
 from deploynorm.run.base import Runner, check_feeds, closed_error
@@ -102,6 +104,31 @@ class EagerRunner(Runner):
             raise InputError("EagerRunner.infer", problem, got=got, expected=f"{len(arrays)} names")
         return dict(zip(self.output_names, arrays, strict=True))
 
+    def nearby(
+        self, feeds: Mapping[str, npt.NDArray[Any]], eps: float, times: int
+    ) -> Iterator[dict[str, npt.NDArray[Any]]]:
+        """What the network computes where each parameter and input is off by up to `eps` of its value, at random.
+
+        With eps the rounding of a type, it is what another order of sums could make of the outputs in that type.
+        """
+        if self._network is None:
+            raise closed_error("EagerRunner.nearby")
+        parameters = [parameter for parameter in self._network.parameters() if parameter.is_floating_point()]
+        exact = [parameter.detach().clone() for parameter in parameters]
+        generator = np.random.default_rng(0)
+        for _ in range(times):
+            near = {name: _off(x, eps, generator) for name, x in feeds.items()}
+            try:
+                with torch.no_grad():
+                    for parameter, value in zip(parameters, exact, strict=True):
+                        noise = torch.from_numpy(generator.uniform(-eps, eps, tuple(value.shape)))
+                        parameter += parameter * noise.to(parameter)
+                yield self.infer(near)
+            finally:
+                with torch.no_grad():
+                    for parameter, value in zip(parameters, exact, strict=True):
+                        parameter.copy_(value)
+
     def close(self) -> None:
         self._network = None
 
@@ -112,6 +139,13 @@ def _arguments(model: nn.Module, names: Sequence[str]) -> Arguments:
         return forward.named(names)
     except KeyError:
         return forward.first(len(names))
+
+
+def _off(x: npt.NDArray[Any], eps: float, generator: np.random.Generator) -> npt.NDArray[Any]:
+    """Floats, each off by up to `eps` of its value; all else as it is."""
+    if x.dtype.name not in DTYPES:
+        return x
+    return (x * (1 + generator.uniform(-eps, eps, x.shape))).astype(x.dtype)
 
 
 def _to_array(value: object) -> npt.NDArray[Any]:

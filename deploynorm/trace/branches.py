@@ -67,7 +67,7 @@ class _Comparison:
         names = self.examples.names
         axes = (place for group in groups for place in group)  # a dynamic one is never 1 for torch, without a condition
         texts = [
-            *getattr(self.program, "_guards_code", ()),
+            *map(self._by_input, getattr(self.program, "_guards_code", ())),
             *(f"L['{names[i]}'].size()[{axis}] != 1" for i, axis in axes),
         ]
         conditions = {text: compile(text, "condition", "eval") for text in texts}
@@ -144,6 +144,12 @@ class _Comparison:
         traced = self.program.module(check_guards=False)
         traced._forward_pre_hooks.clear()  # which check the sizes as well
         return traced
+
+    def _by_input(self, condition: str) -> str:
+        """The condition with inputs by their names, where it takes them out of the lists and dicts of arguments."""
+        for source, name in self.examples.arguments.sources().items():
+            condition = condition.replace(source, f"L['{name}']")
+        return condition
 
     def _readable(self, condition: str) -> str:
         ranks = {name: example.dim() for name, example in zip(self.examples.names, self.examples, strict=True)}

@@ -1,32 +1,74 @@
-"""Example inputs of a network, each bound to an argument of its forward."""
+"""Example inputs of a network, each bound to an argument of its forward, or to a place in one."""
 
 from __future__ import annotations
 
 import inspect
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, count, islice
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree
 
 from deploynorm.errors import InputError, ModelError
 
-ExampleInputs = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
+Nested = Tensor | Sequence["Nested"] | Mapping[str, "Nested"]
+"""What one argument of forward takes: a tensor, or tensors in lists, tuples and dicts."""
+
+ExampleInputs = Tensor | Sequence[Nested] | Mapping[str, Nested]
 """What users give: the only input, inputs in the order of forward's arguments, or inputs by the names of arguments."""
 
 
 class Arguments(NamedTuple):
-    """Names of arguments of a forward, in its order, and how many of the first are given by position."""
+    """Names of arguments of a forward, in its order, and how many of the first are given by position.
 
-    names: tuple[str, ...]
+    An argument that holds several tensors has a `Tree`, as torch calls it; each of these tensors is an input of a name
+    of its own.
+    """
+
+    of_forward: tuple[str, ...]
     by_position: int
+    trees: Mapping[str, Tree] = MappingProxyType({})
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the inputs: of each argument, or of the tensors in it."""
+        return tuple(chain.from_iterable(map(self.names_in, self.of_forward)))
+
+    def names_in(self, argument: str) -> tuple[str, ...]:
+        """Of the inputs that an argument holds."""
+        return self.trees[argument].names if argument in self.trees else (argument,)
+
+    def sources(self) -> dict[str, str]:
+        """The expression by which torch.export's conditions name what an argument holds -> name of that input."""
+        return {
+            f"L['{argument}']{path}": name
+            for argument, tree in self.trees.items()
+            for path, name in zip(tree.paths, tree.names, strict=True)
+        }
 
     def split(self, values: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The positional and the named arguments of a call with these values."""
-        named = zip(self.names[self.by_position :], values[self.by_position :], strict=True)
-        return tuple(values[: self.by_position]), dict(named)
+        """The positional and the named arguments of a call with these values, one for each input."""
+        left = iter(values)
+        whole: list[Any] = []
+        for argument in self.of_forward:
+            own = list(islice(left, len(self.names_in(argument))))
+            tree = self.trees.get(argument)
+            whole.append(own[0] if tree is None else _pytree.tree_unflatten(own, tree.spec))
+        named = zip(self.of_forward[self.by_position :], whole[self.by_position :], strict=True)
+        return tuple(whole[: self.by_position]), dict(named)
+
+
+class Tree(NamedTuple):
+    """How an argument holds tensors."""
+
+    spec: _pytree.TreeSpec
+    paths: tuple[str, ...]  # of each tensor, as it is indexed: "[0]['mask']"
+    names: tuple[str, ...]  # of each as an input: "images_0_mask"
 
 
 def check_network(given: object, where: str = "network") -> None:
@@ -94,7 +136,7 @@ class Forward:
 
     def loose(self, arguments: Arguments) -> tuple[str, ...]:
         """The arguments that go into **kwargs."""
-        return tuple(name for name in arguments.names[arguments.by_position :] if name not in self.names)
+        return tuple(name for name in arguments.of_forward[arguments.by_position :] if name not in self.names)
 
     def _spare(self) -> Iterator[str]:
         return (name for name in chain(["x"], map("x_{}".format, count(1))) if name not in self.names)
@@ -121,7 +163,7 @@ class Examples:
 
     tensors: tuple[Tensor, ...]
     arguments: Arguments
-    given: tuple[str, ...] = ()  # the names of the arguments, where the user named them, in the user's order
+    given: tuple[str, ...] = ()  # the names of the inputs, where the user named arguments, in the user's order
 
     @classmethod
     def of(cls, where: str, model: nn.Module, given: ExampleInputs | Examples) -> Examples:
@@ -143,33 +185,32 @@ class Examples:
         if not inputs:
             raise InputError(where, "there are no example inputs", fix=fix)
         entries: Mapping[object, object] = inputs if isinstance(inputs, Mapping) else dict(enumerate(inputs))
-        for key, tensor in entries.items():
-            if not isinstance(tensor, Tensor):
-                problem = f"example input {key} is not a tensor"
-                if isinstance(tensor, list | tuple | dict):
-                    fix = "let forward take each tensor as an argument of its own, or wrap the network in one that does"
-                raise InputError(where, problem, got=type(tensor).__name__, fix=fix)
-            if tensor.is_meta:
-                problem = f"example input {key} is on the meta device, which holds no values"
-                got = f"a tensor of shape {tuple(tensor.shape)}"
-                raise InputError(where, problem, got=got, expected="a tensor with values", fix="pass one on the CPU")
-            if tensor.is_nested or tensor.is_quantized or tensor.layout != torch.strided:
-                what = "nested" if tensor.is_nested else "quantized" if tensor.is_quantized else str(tensor.layout)
-                problem, expected = f"example input {key} is no plain tensor", "a dense one of floats or integers"
-                raise InputError(where, problem, got=what, expected=expected)
+        for key, value in entries.items():
+            leaves = _pytree.tree_leaves(value)
+            if not leaves or not all(isinstance(leaf, Tensor) for leaf in leaves):
+                problem = f"example input {key} is not a tensor, nor tensors in lists, tuples and dicts"
+                raise InputError(where, problem, got=type(value).__name__, fix=fix)
+            for leaf in leaves:
+                _check_plain(where, key, leaf)
+        values = tuple(given.values()) if isinstance(given, Mapping) else tuple(given)
         if not isinstance(given, Mapping):
             arguments = forward.first(len(given))
-            tensors = tuple(given)
         else:
             try:
                 arguments = forward.named(given)
             except KeyError as error:
                 problem = f"the network has no input {error.args[0]!r}"
                 raise InputError(where, problem, expected=", ".join(forward.names)) from None
-            tensors = tuple(given[name] for name in arguments.names)
-        order = tuple(given) if isinstance(given, Mapping) else ()
-        if missing := [name for name in forward.required if name not in arguments.names]:
-            raise InputError(where, f"no example of input {', '.join(missing)}", got=f"{len(tensors)} inputs")
+            values = tuple(given[name] for name in arguments.of_forward)
+        trees = {name: _tree(name, value) for name, value in zip(arguments.of_forward, values, strict=True)}
+        arguments = arguments._replace(trees={name: tree for name, tree in trees.items() if tree is not None})
+        if twice := [name for name, times in Counter(arguments.names).items() if times > 1]:
+            fix = "rename an argument of forward, or a key"
+            raise InputError(where, f"two example inputs would be called {twice[0]!r}", fix=fix)
+        tensors = tuple(_pytree.tree_leaves(values))
+        order = tuple(chain.from_iterable(map(arguments.names_in, given))) if isinstance(given, Mapping) else ()
+        if missing := [name for name in forward.required if name not in arguments.of_forward]:
+            raise InputError(where, f"no example of input {', '.join(missing)}", got=f"{len(given)} inputs")
         return cls(tensors, arguments, order)
 
     def __iter__(self) -> Iterator[Tensor]:
@@ -180,7 +221,7 @@ class Examples:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of the arguments."""
+        """Of the inputs, each of which is an argument, or a tensor in one."""
         return self.arguments.names
 
     def by_argument(self, names: Sequence[str]) -> tuple[str, ...]:
@@ -203,3 +244,27 @@ class Examples:
         """What the network returns for them, or for copies, since it may work in place."""
         positional, named = self.arguments.split([tensor.clone() for tensor in self.tensors])
         return model(*positional, **named)
+
+
+def _tree(argument: str, value: object) -> Tree | None:
+    """How an argument holds its tensors; None where it is one itself."""
+    if isinstance(value, Tensor):
+        return None
+    found, spec = _pytree.tree_flatten_with_path(value)
+    paths = [path for path, _ in found]
+    keys = [
+        [str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key)))) for key in path] for path in paths
+    ]
+    return Tree(spec, tuple(map(_pytree.keystr, paths)), tuple("_".join((argument, *each)) for each in keys))
+
+
+def _check_plain(where: str, key: object, tensor: Tensor) -> None:
+    """Raises InputError for a tensor without values, or in another form than one after the other."""
+    if tensor.is_meta:
+        problem = f"example input {key} is on the meta device, which holds no values"
+        got = f"a tensor of shape {tuple(tensor.shape)}"
+        raise InputError(where, problem, got=got, expected="a tensor with values", fix="pass one on the CPU")
+    if tensor.is_nested or tensor.is_quantized or tensor.layout != torch.strided:
+        what = "nested" if tensor.is_nested else "quantized" if tensor.is_quantized else str(tensor.layout)
+        problem, expected = f"example input {key} is no plain tensor", "a dense one of floats or integers"
+        raise InputError(where, problem, got=what, expected=expected)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from functools import lru_cache
 from typing import Any, Literal, get_args
 
@@ -19,6 +20,7 @@ from deploynorm.trace.copies import disposable_copy, is_archive, refuse_training
 from deploynorm.trace.examples import ExampleInputs, Examples, Forward
 from deploynorm.trace.outputs import plain_outputs
 from deploynorm.trace.sizes import Place, Sizes, axis_kind, find_sizes
+from deploynorm.trace.suppression import suppression_as_operator
 
 DynamicKind = Literal["none", "batch", "spatial", "all"]
 """Which input axes may change: axis 0 is the batch, axes 2 and up are spatial."""
@@ -153,7 +155,15 @@ def _export(model: nn.Module, examples: Examples, places: Collection[Place], kin
     got = "inputs of shape " + ", ".join(str(tuple(example.shape)) for example in examples)
     try:
         twin = disposable_copy(model)  # torch leaves its own tensors in attributes that forward sets
-        with torch.no_grad(), quiet(), plain_outputs(twin), _functions_forget(twin):
+        # torch.fx prints the graph so far where values decide what is computed.
+        with (
+            torch.no_grad(),
+            quiet(),
+            redirect_stderr(io.StringIO()),
+            plain_outputs(twin),
+            _functions_forget(twin),
+            suppression_as_operator(),
+        ):
             return torch.export.export(twin, positional, named, dynamic_shapes=dynamic_shapes)
     except InputError as error:
         raise ModelError(where, f"the network refuses the example input: {error}", got=got) from error
