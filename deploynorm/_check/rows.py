@@ -27,7 +27,7 @@ _ROUNDING: Final = {"float64": 2.0**-51, "float32": 2.0**-22, "float16": 2.0**-9
 """Twice the distance of 1 and the next number: through a network, sums in another order are about as far off."""
 _TIMES = 16
 """How often the network runs with others: a row that a rounding decides is then there and not there."""
-_MOST_ROWS = 4000
+_MOST_ROWS = 2000
 """Above which rows are compared in their order alone: each is compared with each."""
 _Rows = Mapping[str, _Array]
 """Outputs of one group, each with a row for each thing, as the boxes, labels and scores of a detector."""
@@ -160,22 +160,21 @@ def match_rows(got: _Rows, want: _Rows, near: Near, allowed: Mapping[str, float]
     3. Where the rows of `want` are sorted by an output of one number a row, those of `got` have to be too; equal
        numbers may then change places. Where they are not, all rows stand in the same order.
     """
-    pairs = _pairs(got, want, allowed)
-    mine, theirs = (np.array([pair[side] for pair in pairs], int) for side in (0, 1))
+    mine, theirs = _pairs(got, want, allowed)
     extra = np.setdiff1d(np.arange(_count(got)), mine)
     missing = np.setdiff1d(np.arange(_count(want)), theirs)
     reason = ""
     if extra.size:
         known = np.zeros(len(extra), bool)
         for each in near.outputs:
-            known |= _alike(_taken(got, extra), each, allowed).any(1)
+            known |= np.isin(extra, _pairs(got, each, allowed)[0])
         if not known.all():
             reason = f"{np.count_nonzero(~known)} of {_count(got)} rows are not in the truth"
             reason += f", the first at {extra[int(np.argmin(known))]}"
     if missing.size and not reason:
         always = np.ones(len(missing), bool)
         for each in near.outputs:
-            always &= _alike(_taken(want, missing), each, allowed).any(1)
+            always &= np.isin(missing, _pairs(want, each, allowed)[0])
         if always.any():
             reason = f"{np.count_nonzero(always)} of {_count(want)} rows of the truth are missing"
             reason += f", the first at {missing[int(np.argmax(always))]}"
@@ -184,8 +183,8 @@ def match_rows(got: _Rows, want: _Rows, near: Near, allowed: Mapping[str, float]
     return Matched(mine, theirs, reason, len(extra) + len(missing))
 
 
-def _pairs(got: _Rows, want: _Rows, allowed: Mapping[str, float]) -> list[tuple[int, int]]:
-    """Rows that hold the same, each at most once, in the order of `got`."""
+def _pairs(got: _Rows, want: _Rows, allowed: Mapping[str, float]) -> tuple[_Array, _Array]:
+    """Places in `got`, which rise, and in `want` of rows that hold the same, each row at most once."""
     alike = _alike(got, want, allowed)
     free = np.ones(_count(want), bool)
     pairs = []
@@ -195,14 +194,15 @@ def _pairs(got: _Rows, want: _Rows, allowed: Mapping[str, float]) -> list[tuple[
             j = int(found[np.argmin(np.abs(found - i))])
             free[j] = False
             pairs.append((i, j))
-    return pairs
+    mine, theirs = (np.array([pair[side] for pair in pairs], int) for side in (0, 1))
+    return mine, theirs
 
 
 def _alike(got: _Rows, want: _Rows, allowed: Mapping[str, float]) -> npt.NDArray[np.bool_]:
     """(rows of got, rows of want): whether two hold the same."""
     alike = np.ones((_count(got), _count(want)), bool)
     for name, wanted in want.items():
-        flat_got, flat_want = (x.reshape(len(x), -1) for x in (got[name], wanted))
+        flat_got, flat_want = (x.reshape(len(x), math.prod(x.shape[1:])) for x in (got[name], wanted))
         for one, other in zip(flat_got.T, flat_want.T, strict=True):
             if wanted.dtype.kind in "iub":
                 alike &= one[:, None] == other[None]
@@ -225,7 +225,3 @@ def _in_order(got: _Rows, want: _Rows, theirs: _Array, allowed: Mapping[str, flo
 
 def _count(rows: _Rows) -> int:
     return len(next(iter(rows.values())))
-
-
-def _taken(rows: _Rows, places: _Array) -> _Rows:
-    return {name: x[places] for name, x in rows.items()}

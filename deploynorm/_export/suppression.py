@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from onnxscript import opset18 as op
+from onnxscript import opset18
 
+op: Any = opset18  # whose types are those of the decorator's language
 _NEVER = float(np.finfo(np.float32).min)
 """Below every score that a network computes, and above the -inf of boxes that are of other classes."""
 

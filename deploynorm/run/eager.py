@@ -122,7 +122,7 @@ class EagerRunner(Runner):
                 with torch.no_grad():
                     for parameter, value in zip(parameters, exact, strict=True):
                         noise = torch.from_numpy(generator.uniform(-eps, eps, tuple(value.shape)))
-                        parameter += parameter * noise.to(parameter)
+                        parameter.mul_(1 + noise.to(parameter))
                 yield self.infer(near)
             finally:
                 with torch.no_grad():

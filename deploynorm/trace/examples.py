@@ -188,8 +188,8 @@ class Examples:
         for key, value in entries.items():
             leaves = _pytree.tree_leaves(value)
             if not leaves or not all(isinstance(leaf, Tensor) for leaf in leaves):
-                problem = f"example input {key} is not a tensor, nor tensors in lists, tuples and dicts"
-                raise InputError(where, problem, got=type(value).__name__, fix=fix)
+                problem, expected = f"example input {key} is not a tensor", "one, or some in lists, tuples and dicts"
+                raise InputError(where, problem, got=type(value).__name__, expected=expected, fix=fix)
             for leaf in leaves:
                 _check_plain(where, key, leaf)
         values = tuple(given.values()) if isinstance(given, Mapping) else tuple(given)

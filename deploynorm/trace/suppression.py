@@ -10,6 +10,7 @@ import functools
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,7 +28,8 @@ def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: floa
 
     boxes (N, 4) as x1, y1, x2, y2; scores (N); idxs (N) the class of each.
     """
-    own = sys.modules[_MODULE].batched_nms
+    module: Any = sys.modules[_MODULE]
+    own = module.batched_nms
     kept: Tensor = getattr(own, "__wrapped__", own)(boxes, scores, idxs, iou_threshold)
     return kept
 
@@ -40,7 +42,7 @@ def _(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: float) -> Tens
 @contextmanager
 def suppression_as_operator() -> Iterator[None]:
     """Lets torchvision's networks call the operator, where torchvision is imported."""
-    module = sys.modules.get(_MODULE)
+    module: Any = sys.modules.get(_MODULE)
     if module is None:
         yield
         return
@@ -48,7 +50,8 @@ def suppression_as_operator() -> Iterator[None]:
 
     @functools.wraps(own)
     def replaced(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: float) -> Tensor:
-        return batched_nms(boxes, scores, idxs, float(iou_threshold))
+        kept: Tensor = batched_nms(boxes, scores, idxs, float(iou_threshold))
+        return kept
 
     module.batched_nms = replaced
     try:
