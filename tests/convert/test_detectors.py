@@ -107,7 +107,7 @@ def suppression() -> Callable[..., np.ndarray]:
     example = torch.rand(5, 4), torch.rand(5), torch.zeros(5, dtype=torch.int64)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "torchvision.ops.boxes", SimpleNamespace(batched_nms=batched_nms))
-        exported = deploynorm.export(Kept(), example, dynamic={"boxes": {0: "N"}, "scores": {0: "N"}, "idxs": {0: "N"}})
+        exported = deploynorm.export(Kept(), example, dynamic={"boxes": {0: "N"}, "scores": {0: "M"}, "idxs": {0: "K"}})
     runner = deploynorm.open_runner(OnnxFile.read(exported.to_proto()))
 
     def kept(boxes: Tensor, scores: Tensor, idxs: Tensor) -> np.ndarray:

@@ -26,10 +26,9 @@ class Detections(Runner):
 
     inputs = ()
 
-    def __init__(
-        self, outputs: Outputs, near: tuple[Outputs, ...] = (), groups: tuple[tuple[str, ...], ...] = ()
-    ) -> None:
-        self.name, self.output_names, self.row_groups = "fixed", tuple(outputs), groups
+    def __init__(self, outputs: Outputs, near: tuple[Outputs, ...] = (), grouped: bool = False) -> None:
+        self.name, self.output_names = "fixed", tuple(outputs)
+        self.row_groups = (tuple(outputs),) if grouped else ()
         self.outputs, self.near = outputs, near
 
     def infer(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
