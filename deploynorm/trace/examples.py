@@ -177,8 +177,8 @@ class Examples:
         forward = Forward(model)
         if isinstance(given, Tensor):
             given = (given,)
-        fix = "pass the tensors that forward takes, in order or by name: (x,) or x or {'x': x}; torch.from_numpy makes "
-        fix += "one of an array"
+        fix = "pass the tensors that forward takes, in order or by name: (x,) or x or {'x': x}, or for a list ([x],); "
+        fix += "torch.from_numpy makes one of an array"
         inputs: object = given
         if isinstance(inputs, str) or not isinstance(inputs, Sequence | Mapping):
             raise InputError(where, "example_inputs is no tuple of tensors", got=type(inputs).__name__, fix=fix)
