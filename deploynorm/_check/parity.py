@@ -154,6 +154,7 @@ class Checks:
         self._made_for: tuple[tuple[TensorSpec, ...], str | None] | None = None
         self._truth_type: torch.dtype | None = torch.float64
         self._row_groups: tuple[tuple[str, ...], ...] = ()
+        self._output_names: tuple[str, ...] = ()
 
     def add_folded(
         self,
@@ -236,7 +237,8 @@ class Checks:
             model = to_precision(model, DTYPES[precision], keep_float32=self._keep_float32)
             inputs = tuple(replace(x, dtype=precision) if "float" in x.dtype else x for x in inputs)
             examples = examples.replaced(cast_floats(examples, DTYPES[precision]))
-        with EagerRunner(model, inputs, arguments=examples.arguments) as itself:
+        names = self._output_names if self._row_groups else None
+        with EagerRunner(model, inputs, names, arguments=examples.arguments) as itself:
             itself.name = f"the network itself, {inputs[0].dtype}"
             itself.row_groups = self._row_groups
             own = self._check(itself)
@@ -262,7 +264,7 @@ class Checks:
         if len(got) != len(expected):
             problem = "has another number of inputs than the network"
             raise InputError(candidate.name, problem, got=", ".join(got), expected=", ".join(expected))
-        self._row_groups = candidate.row_groups
+        self._row_groups, self._output_names = candidate.row_groups, candidate.output_names
         if self._made_for != (candidate.inputs, candidate.precision):
             self._make_samples(candidate, sizes or {})
         names = candidate.output_names
