@@ -19,7 +19,7 @@ from deploynorm.dtypes import ONNX_HALF
 from deploynorm.errors import ModelError
 from deploynorm.lowering import TRANSLATIONS, register_schema
 from deploynorm.quiet import first_line, quiet
-from deploynorm.trace.suppression import batched_nms
+from deploynorm.trace.suppression import OPERATOR
 
 BFLOAT16_OPSET = 22
 """The first whose convolutions and pools take bfloat16."""
@@ -55,7 +55,8 @@ def to_onnx(program: torch.export.ExportedProgram, opset: int) -> tuple[ir.Model
         if isinstance(output.arg, ConstantArgument) and output.arg.value is not None:
             problem = "the network returns what is no tensor"
             raise ModelError("export", problem, got=repr(output.arg.value), fix="let forward return tensors alone")
-    table = {**onnx_translations(), batched_nms._opoverload: suppression.translate}
+    own = getattr(getattr(torch.ops, DOMAIN), OPERATOR).default
+    table = {**onnx_translations(), own: suppression.translate}
     with quiet("torch.onnx", "onnxscript", "onnx_ir"):
         try:
             onnx_program = torch.onnx.export(
