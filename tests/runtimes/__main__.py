@@ -15,8 +15,7 @@ import argparse
 import json
 import sys
 import tempfile
-import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -60,6 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", default="", metavar="A,B", help="rows whose titles have one of these words")
     parser.add_argument("--quick", action="store_true", help="what CI runs")
     parser.add_argument("--write", action="store_true", help="write the page and the record")
+    parser.add_argument("--models", type=Path, help="for the ONNX files; those that are there are taken as they are")
     parser.add_argument("--log", type=Path, help="for all that the runtimes print")
     options = parser.parse_args(arguments)
     asked = rows([word for word in options.only.split(",") if word], options.quick)
@@ -67,8 +67,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"no row has {options.only}")
     record: dict[str, Any] = json.loads(RECORD.read_text()) if RECORD.exists() else {"cells": {}}
     with tempfile.TemporaryDirectory() as temporary:
-        found = run(asked, nets.QUICK if options.quick else nets.FILES, Path(temporary), options.folder, options.log)
-    bad = report(found, record["cells"])
+        environments = options.folder or Path(temporary) / "environments"
+        models = options.models or Path(temporary) / "models"
+        for folder in (environments, models):
+            folder.mkdir(parents=True, exist_ok=True)
+        files = nets.QUICK if options.quick else nets.FILES
+        found, bad = {}, 0
+        for row, cells in run(asked, files, environments.resolve(), models.resolve(), options.log):
+            found[row.title] = cells
+            bad += report(row.title, cells, record["cells"].get(row.title, {}))
     if options.write:
         record["cells"] = record["cells"] | found
         order = [row.title for row in rows([], quick=False)]
@@ -80,51 +87,45 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(
-    asked: Sequence[Runtime], files: Sequence[nets.File], temporary: Path, folder: Path | None, log: Path | None
-) -> dict[str, dict[str, Cell]]:
+    asked: Sequence[Runtime], files: Sequence[nets.File], environments: Path, models: Path, log: Path | None
+) -> Iterator[tuple[Runtime, dict[str, Cell]]]:
     """The cells of each row. Environments are made beside the exports, since pip mostly waits."""
-    where = temporary / "environments" if folder is None else folder.resolve()
-    where.mkdir(parents=True, exist_ok=True)
-    models = temporary / "models"
-    models.mkdir()
     with ThreadPoolExecutor(4) as pool:
         names = dict.fromkeys(row.environment for row in asked if row.environment)
-        installing: dict[str, Future[Installed]] = {name: pool.submit(install, name, where) for name in names}
+        installing: dict[str, Future[Installed]] = {name: pool.submit(install, name, environments) for name in names}
         truths = {net: nets.truth(net) for net in dict.fromkeys(file.net for file in files)}
         jobs = nets.write(files, models)
         dtypes = {str(file): file.dtype for file in jobs}
-        found = {}
         for row in asked:
-            since = time.monotonic()
             wanted = jobs_of(row, jobs)
             try:
                 installed = installing[row.environment].result() if row.environment else None
-                results = run_jobs(row, installed, wanted, log)
             except Exception as error:
-                results = {job["name"]: {"refused": f"not installed: {error}"} for job in wanted}
-            found[row.title] = {
-                job["name"]: judge(
-                    results[job["name"]],
-                    truths[job["net"]],
-                    "int8" if row.how == "quantize_static" else dtypes.get(job["name"], "float32"),
-                )
-                for job in wanted
-            }
-            print(f"{row.title}: {len(wanted)} files, {time.monotonic() - since:.1f} s", flush=True)
-    return found
+                results: dict[str, Any] = {job["name"]: {"refused": f"not installed: {error}"} for job in wanted}
+            else:
+                results = run_jobs(row, installed, wanted, log)
+            quantized = row.how == "quantize_static"
+            cells = {}
+            for job in wanted:
+                dtype = "int8" if quantized else dtypes.get(job["name"], "float32")
+                cells[job["name"]] = judge(results[job["name"]], truths[job["net"]], dtype)
+            yield row, cells
 
 
-def report(found: dict[str, dict[str, Cell]], before: dict[str, dict[str, Cell]]) -> int:
-    """Prints every cell; returns how many are wrong, or were right in the record."""
+def report(title: str, cells: Mapping[str, Cell], before: Mapping[str, Cell]) -> int:
+    """Prints the cells of a row; returns how many are wrong, or were right in the record."""
     bad = 0
-    for title, cells in found.items():
-        for name, cell in cells.items():
-            was = before.get(title, {}).get(name)
-            lost = page.good(was) and not page.good(cell)
-            bad += bool(cell.get("wrong") or lost)
-            shown = "WRONG " * bool(cell.get("wrong")) + (f"{cell['error']:.1e}" if "error" in cell else "")
-            told = " ".join(str(cell[key]) for key in ("text", "refused", "note") if key in cell)
-            print(f"{title:<44} {name:<32} {shown} {told}{'  WAS RIGHT' if lost else ''}")
+    for name, cell in cells.items():
+        lost = page.good(before.get(name)) and not page.good(cell)
+        bad += bool(cell.get("wrong") or lost)
+        error = f"{cell['error']:.1e}" if "error" in cell else ""
+        words = [
+            "WRONG" if cell.get("wrong") else "",
+            error,
+            *(cell.get(key, "") for key in ("text", "refused", "note")),
+        ]
+        words.append("(was right)" if lost else "")
+        print(f"{title:<40} {name:<29} {' '.join(filter(None, words))}", flush=True)
     return bad
 
 

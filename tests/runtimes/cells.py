@@ -27,8 +27,8 @@ __all__ = ["Cell", "judge", "run_jobs"]
 HERE = Path(__file__).parent
 
 Cell = dict[str, Any]
-"""{"error": relative to max|y|, "wrong": above the tolerance}, {"text": "builds"}, or {"refused": the reason}; each with
-"note", where the adapter has one."""
+"""{"error": relative to max|y|, "wrong": above the tolerance}, {"text": "builds"}, or {"refused": the reason}; and "note",
+where the adapter has one."""
 
 QUANTIZED = 0.25
 """Of 8 bits, calibrated with three images: it tells whether the file computes that network at all, no more."""
@@ -126,6 +126,7 @@ _TELLING = (
 def reason(text: str, length: int = 180) -> str:
     """The line of an error that says most, without what is of one machine or one run."""
     text = re.sub(r"\x1b\[[\d;]*m", "", text)
+    text = re.sub(r"^(?:Error: |page\.evaluate: )+", "", text)
     text = re.sub(r"(?:[\w.+-]*/)+([\w.+-]+)", r"\1", text)  # a path of this machine
     text = re.sub(r"\b0x[0-9a-f]{6,}\b", "0x...", text)
     lines = [" ".join(line.split()) for line in text.splitlines() if re.search(r"[A-Za-z]{3}", line)] or ["no message"]

@@ -14,9 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import deploynorm
+from deploynorm._export import export
 from deploynorm.contract import LOWERINGS
 from deploynorm.image import ImageSpec
 from deploynorm.layers import FRN2d
+from deploynorm.trace import Sizes, find_sizes, inference_copy
 
 __all__ = ["FILES", "NETS", "QUICK", "File", "UNet", "network", "truth", "write"]
 
@@ -140,7 +142,7 @@ def truth(name: str) -> list[np.ndarray[Any, Any]]:
 
 
 def write(files: Iterable[File], folder: Path) -> dict[File, dict[str, Any]]:
-    """Exports these files into the folder, with the samples beside them; returns a job for each.
+    """Exports these files into the folder, but for those that are there, and the samples; returns a job for each.
 
     A job says all that a runtime gets: its name, the path of the model, the path and shape of each sample, raw float32.
     """
@@ -150,26 +152,30 @@ def write(files: Iterable[File], folder: Path) -> dict[File, dict[str, Any]]:
         path.write_bytes(x.tobytes())
         inputs.append({"path": str(path), "shape": list(x.shape)})
     jobs = {}
-    folded: dict[str, nn.Module] = {}
+    example = torch.from_numpy(samples()[0])
+    folded: dict[str, tuple[nn.Module, Sizes]] = {}
     for file in files:
-        example = torch.from_numpy(samples()[0])
-        if file.net not in folded:
-            folded[file.net], _ = deploynorm.fold(network(file.net), example)
-        exported = deploynorm.export(
-            folded[file.net],
-            example,
-            lowering=file.lowering,
-            dtype=file.dtype,
-            keep_io_types=True,
-            dynamic="none" if file.size == "fixed" else None,
-            metadata={"deploynorm.labels": json.dumps(["what", "passes", "must", "keep"])},
-        )
         path = folder / f"{file}.onnx"
-        exported.save(path)
         jobs[file] = {
             "name": str(file),
             "net": file.net,
             "model": str(path),
             "samples": inputs[:1] if file.size == "fixed" else inputs,
         }
+        if path.exists():
+            continue
+        if file.net not in folded:
+            twin, _ = deploynorm.fold(network(file.net), example)
+            folded[file.net] = twin, find_sizes(inference_copy(twin), example)
+        twin, sizes = folded[file.net]
+        export(
+            twin,
+            example,
+            lowering=file.lowering,
+            dtype=file.dtype,
+            keep_io_types=True,
+            dynamic="none" if file.size == "fixed" else None,
+            sizes=None if file.size == "fixed" else sizes,
+            metadata={"deploynorm.labels": json.dumps(["what", "passes", "must", "keep"])},
+        ).save(path)
     return jobs

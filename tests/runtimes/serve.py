@@ -1,8 +1,8 @@
 """Runs in a runtime's own Python, which has the runtime and NumPy: `serve.py ADAPTER HOW JOBS RESULTS`.
 
-The adapter is a file beside this one. Its `run(job, samples, how)` opens job["model"], runs the samples in one session,
-and returns an output for each, with or without a note; or text, where it can only build. RESULTS gets a line of JSON as a job begins and one as
-it ends, so that the other side knows which one ended the process.
+An adapter is a file of inside/. Its `run(job, samples, how)` opens job["model"], runs the samples in one session, and
+returns an output for each, with or without a note; or text, where it can only build. RESULTS gets a line of JSON as a
+job begins and one as it ends, so that the other side knows which one ended the process.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """MNN. Its command `mnnconvert` installs packages by itself: the function behind it does not."""
 
-import sys
+import os
 import tempfile
 from pathlib import Path
 
@@ -13,11 +13,27 @@ def run(job, samples, how):
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "m.mnn"
         options = {"-f": "ONNX", "--modelFile": job["model"], "--MNNModel": str(path), "--bizCode": "none"}
-        _tools.mnnconvert(["mnnconvert", *(word for pair in options.items() for word in pair)])
+        printed = _printed(["mnnconvert", *(word for pair in options.items() for word in pair)])
         if not path.exists():
-            raise RuntimeError("mnnconvert wrote no file; it says why on its output")
+            raise RuntimeError(f"mnnconvert writes no file:\n{printed}")
         net = MNN.nn.load_module_from_file(str(path), [], [])
         return [_one(net, x) for x in samples]
+
+
+def _printed(words):
+    """What the converter, which is C++, writes to standard output and error."""
+    with tempfile.TemporaryFile("w+", errors="replace") as file:
+        kept = os.dup(1), os.dup(2)
+        for descriptor in (1, 2):
+            os.dup2(file.fileno(), descriptor)
+        try:
+            _tools.mnnconvert(words)
+        finally:
+            for descriptor, own in enumerate(kept, 1):
+                os.dup2(own, descriptor)
+                os.close(own)
+        file.seek(0)
+        return file.read()
 
 
 def _one(net, x):
