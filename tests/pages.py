@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import io
 import os
 import re
@@ -21,11 +22,19 @@ from deploynorm.cli import _parser, main
 from deploynorm.models.training.options import build_parser
 
 ROOT = Path(__file__).parents[1]
-FOLDERS = ("README.md", "docs/*.md", "models/README.md", "benchmarks/README.md", "benchmarks/*/README.md")
+FOLDERS = (
+    "README.md",
+    "docs/*.md",
+    "models/README.md",
+    "models/web/README.md",
+    "benchmarks/README.md",
+    "benchmarks/*/README.md",
+)
 PAGES = [str(path.relative_to(ROOT)) for pattern in FOLDERS for path in sorted(ROOT.glob(pattern))]
 
 _TRAINING = ["-m", "deploynorm.models.train"]
-_TYPED = ("pytest", "mypy", "ruff", "git", "cd", "cmake", "g++", "trtexec", "tritonserver", "polygraphy", "nvidia-smi")
+_TYPED = ("pytest", "mypy", "ruff", "git", "cd", "cp", "tar", "npm", "cmake", "g++", "trtexec", "tritonserver",
+          "polygraphy", "nvidia-smi")  # fmt: skip
 """Programs of others, whose arguments are not checked."""
 
 
@@ -171,6 +180,8 @@ def check_other(words: list[str]) -> None:
     program, *arguments = words
     if program in ("python", "torchrun") and all(word in arguments for word in _TRAINING):
         build_parser().parse_args(arguments[arguments.index(_TRAINING[1]) + 1 :])
+    elif program == "python" and arguments[0] == "-m":
+        assert importlib.util.find_spec(arguments[1]), arguments[1]
     elif program == "python":
         assert (ROOT / arguments[0]).exists(), arguments[0]
     else:

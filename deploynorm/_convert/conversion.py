@@ -75,8 +75,8 @@ class Conversion:
     __repr__ = __str__  # for notebooks, where the fields would fill pages
 
     def to_dict(self, file: Path | None = None) -> dict[str, Any]:
-        """The manifest: what the model was made from, with which versions, what is in it, and how it was checked; with
-        the hashes of the file, where it was saved.
+        """The manifest: what the model was made from, with which versions, what is in it, how an image becomes its input
+        and what its classes are, and how it was checked; with the hashes of the file, where it was saved.
         """
         exported, checkpoint = self.exported, self.network.checkpoint
         if checkpoint is None:
@@ -87,6 +87,7 @@ class Conversion:
             source |= {key: getattr(checkpoint, key) for key in ("sha256", "kind", "factory")}
         installed = {package: list(distributions(name=package)) for package in _PACKAGES}
         versions = {package: found[0].version for package, found in installed.items() if found}
+        said = exported.model.metadata_props
         return {
             "deploynorm": deploynorm.__version__,
             "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -105,6 +106,9 @@ class Conversion:
                 "sizes": sizes_to_dict(exported.inputs, exported.notes),
                 "notes": list(exported.notes),
             },
+            # As the manifest of an engine has them, for a program that does not read ONNX files.
+            "image": json.loads(said.get(METADATA_IMAGE, "null")),
+            "labels": json.loads(said.get(METADATA_LABELS, "null")),
             "seed": self.seed,
             "versions": {"python": platform.python_version(), **versions},
             "fold": None if self.fold is None else self.fold.to_dict(),

@@ -46,6 +46,7 @@ def test_manifest_and_file_tell_origin_versions_checks_labels_and_preprocessing(
     entries = {entry.key: json.loads(entry.value) for entry in onnx.load("frn.onnx").metadata_props}
     assert entries["deploynorm.labels"] == ["bag", "boot", "coat"]
     assert entries["deploynorm.image"] == {"shape": [1, 12, 12], "mean": [0.5], "std": [0.25]}
+    assert (record["image"], record["labels"]) == (entries["deploynorm.image"], entries["deploynorm.labels"])
 
 
 def test_options_reach_the_file(small: Callable, deploynorm: Callable) -> None:
@@ -59,6 +60,7 @@ def test_options_reach_the_file(small: Callable, deploynorm: Callable) -> None:
     assert Path("named.onnx.data").exists()
     manifest = json.loads(Path("named.deploynorm.json").read_text())
     assert json.loads(Path("report.json").read_text())["onnx"] == manifest["onnx"]
+    assert manifest["image"] is manifest["labels"] is None
 
 
 def test_file_without_body_is_checked_by_the_reference_evaluator(small: Callable, deploynorm: Callable) -> None:

@@ -23,8 +23,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(Path(__file__).parent), str(ROOT / "benchmarks"), str(ROOT)]
 
+import exported  # noqa: E402
 import machine  # noqa: E402
-import nets  # noqa: E402
 import page  # noqa: E402
 from cells import Cell, judge, run_jobs  # noqa: E402
 from environments import Installed, install  # noqa: E402
@@ -33,7 +33,7 @@ from runtimes import PASSES, RUNTIMES, Runtime  # noqa: E402
 RECORD = ROOT / "benchmarks" / "results" / "runtimes.json"
 PAGE = ROOT / "docs" / "runtimes.md"
 
-PASSED = tuple(nets.File(net, "custom", "float32", "free") for net in ("frn", "unet"))
+PASSED = tuple(exported.File(net, "custom", "float32", "free") for net in ("frn", "unet"))
 """The files that the other tools change."""
 
 
@@ -46,7 +46,7 @@ def rows(only: Sequence[str], quick: bool) -> list[Runtime]:
     return [row for row in asked if any(word.lower() in row.title.lower() for word in only)]
 
 
-def jobs_of(row: Runtime, jobs: dict[nets.File, dict[str, Any]]) -> list[dict[str, Any]]:
+def jobs_of(row: Runtime, jobs: dict[exported.File, dict[str, Any]]) -> list[dict[str, Any]]:
     if row.takes == "networks":
         first = {file.net: job["samples"][:1] for file, job in jobs.items()}
         return [{"name": net, "net": net, "samples": samples} for net, samples in first.items()]
@@ -71,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         models = options.models or Path(temporary) / "models"
         for folder in (environments, models):
             folder.mkdir(parents=True, exist_ok=True)
-        files = nets.QUICK if options.quick else nets.FILES
+        files = exported.QUICK if options.quick else exported.FILES
         found, bad = {}, 0
         for row, cells in run(asked, files, environments.resolve(), models.resolve(), options.log):
             found[row.title] = cells
@@ -87,14 +87,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(
-    asked: Sequence[Runtime], files: Sequence[nets.File], environments: Path, models: Path, log: Path | None
+    asked: Sequence[Runtime], files: Sequence[exported.File], environments: Path, models: Path, log: Path | None
 ) -> Iterator[tuple[Runtime, dict[str, Cell]]]:
     """The cells of each row. Environments are made beside the exports, since pip mostly waits."""
     with ThreadPoolExecutor(4) as pool:
         names = dict.fromkeys(row.environment for row in asked if row.environment)
         installing: dict[str, Future[Installed]] = {name: pool.submit(install, name, environments) for name in names}
-        truths = {net: nets.truth(net) for net in dict.fromkeys(file.net for file in files)}
-        jobs = nets.write(files, models)
+        truths = {net: exported.truth(net) for net in dict.fromkeys(file.net for file in files)}
+        jobs = exported.write(files, models)
         dtypes = {str(file): file.dtype for file in jobs}
         for row in asked:
             wanted = jobs_of(row, jobs)
@@ -108,7 +108,7 @@ def run(
             cells = {}
             for job in wanted:
                 dtype = "int8" if quantized else dtypes.get(job["name"], "float32")
-                cells[job["name"]] = judge(results[job["name"]], truths[job["net"]], dtype)
+                cells[job["name"]] = judge(results[job["name"]], truths[job["net"]][: len(job["samples"])], dtype)
             yield row, cells
 
 

@@ -27,8 +27,8 @@ __all__ = ["Cell", "judge", "run_jobs"]
 HERE = Path(__file__).parent
 
 Cell = dict[str, Any]
-"""{"error": relative to max|y|, "wrong": above the tolerance}, {"text": "builds"}, or {"refused": the reason}; and "note",
-where the adapter has one."""
+"""{"error": relative to max|y|, "wrong": above the tolerance}, {"text": "builds"} or {"refused": the reason}; and "note" of
+the adapter."""
 
 QUANTIZED = 0.25
 """Of 8 bits, calibrated with three images: it tells whether the file computes that network at all, no more."""
@@ -106,9 +106,11 @@ def judge(result: Mapping[str, Any], truth: Sequence[np.ndarray[Any, Any]], dtyp
         return {"text": result["text"]} | note
     if "refused" in result:
         return {"refused": reason(result["refused"])} | note
+    if len(result["outputs"]) != len(truth):
+        return {"error": math.inf, "wrong": True, "refused": f"{len(result['outputs'])} outputs, not {len(truth)}"}
     allowed = QUANTIZED if dtype == "int8" else DEFAULT_TOLERANCE[dtype].rtol
     worst = 0.0
-    for got, want in zip(result["outputs"], truth, strict=False):
+    for got, want in zip(result["outputs"], truth, strict=True):
         if got.shape != want.shape:
             return {"error": math.inf, "wrong": True, "refused": f"shape {got.shape}, not {want.shape}"} | note
         error = float(np.abs(got.astype(np.float64) - want).max() / np.abs(want).max())
@@ -117,19 +119,22 @@ def judge(result: Mapping[str, Any], truth: Sequence[np.ndarray[Any, Any]], dtyp
 
 
 _TELLING = (
-    r"no conver|not (?:be )?support|unsupported|not impl|legaliz|can't create|must match|should match|unknown op",
-    r"not a registered|not found|invalid|cannot|refuse|too many|takes more|not install|mismatch",
+    r"no conver|not (?:be )?support|not impl|failed to legaliz|can't create|(?:must|should) match|unknown op",
+    r"unsupported|not a registered|not found|invalid|cannot|refuse|too many|takes more|not install|mismatch",
     r"error|fail|must",
 )
 
 
 def reason(text: str, length: int = 180) -> str:
-    """The line of an error that says most, without what is of one machine or one run."""
-    text = re.sub(r"\x1b\[[\d;]*m", "", text)
-    text = re.sub(r"^(?:Error: |page\.evaluate: )+", "", text)
+    """The part of an error that says most, without what is of one machine or one run."""
+    text = re.sub(
+        r"\x1b\[[\d;]*m|\[\d\d:\d\d:\d\d\] |^(?:Error: |page\.evaluate: )+|^[>-]+ ", "", text, flags=re.MULTILINE
+    )
     text = re.sub(r"(?:[\w.+-]*/)+([\w.+-]+)", r"\1", text)  # a path of this machine
     text = re.sub(r"\b0x[0-9a-f]{6,}\b", "0x...", text)
     lines = [" ".join(line.split()) for line in text.splitlines() if re.search(r"[A-Za-z]{3}", line)] or ["no message"]
-    found = (line for telling in _TELLING for line in lines if re.search(telling, line, re.IGNORECASE))
-    first = next(found, lines[0])
-    return first if len(first) <= length else f"{first[: length - 3].rstrip()}..."
+    found = ((line, match) for telling in _TELLING for line in lines if (match := re.search(telling, line, re.I)))
+    line, match = next(found, (lines[0], None))
+    start = match.start() - 60 if match is not None and match.end() > length else 0  # it must be in what is shown
+    line = f"...{line[start:]}" if start > 0 else line
+    return line if len(line) <= length else f"{line[: length - 3].rstrip()}..."

@@ -10,7 +10,7 @@ import venv
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["ENVIRONMENTS", "ONNXRUNTIME", "Environment", "Installed", "install"]
+__all__ = ["ENVIRONMENTS", "ONNXRUNTIME", "TOO_OLD", "Environment", "Installed", "install"]
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -58,10 +58,13 @@ WEB = "onnxruntime-web@1.30.0"
 ONNXRUNTIME = {"1.18.0": "numpy==1.26.4", "1.23.2": NUMPY, "1.32.0": NUMPY}
 """Releases of onnxruntime, and their NumPy: the oldest that our library serves, one in between, and the newest."""
 
+TOO_OLD = "1.17.3"
+"""A release that our library must refuse."""
+
 ENVIRONMENTS = {
     **{
         f"onnxruntime-{release}": Environment((f"onnxruntime=={release}", numpy))
-        for release, numpy in ONNXRUNTIME.items()
+        for release, numpy in {TOO_OLD: "numpy==1.26.4", **ONNXRUNTIME}.items()
     },
     "node": Environment((NODE,), (WEB, "onnxruntime-node@1.30.0")),
     "browser": Environment((NODE,), (WEB, "playwright-core@1.65.1")),

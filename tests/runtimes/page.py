@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from nets import FILES, NETS, File
+from exported import FILES, NETS, File
 from runtimes import PASSES, RUNTIMES
 
 __all__ = ["BEGIN", "END", "fill", "tables"]

@@ -2,7 +2,7 @@
 
 import litert_torch
 import torch
-from nets import network
+from exported import network
 
 
 def run(job, samples, how):
