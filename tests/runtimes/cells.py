@@ -27,8 +27,8 @@ __all__ = ["Cell", "judge", "run_jobs"]
 HERE = Path(__file__).parent
 
 Cell = dict[str, Any]
-"""{"error": relative to max|y|, "wrong": above the tolerance}, {"text": "builds"} or {"refused": the reason}; and "note" of
-the adapter."""
+"""{"error": relative to max|y|, "wrong": above the tolerance}, {"text": "builds"} or {"refused": the reason}; some with the
+adapter's "note"."""
 
 QUANTIZED = 0.25
 """Of 8 bits, calibrated with three images: it tells whether the file computes that network at all, no more."""
@@ -119,7 +119,7 @@ def judge(result: Mapping[str, Any], truth: Sequence[np.ndarray[Any, Any]], dtyp
 
 
 _TELLING = (
-    r"no conver|not (?:be )?support|not impl|failed to legaliz|can't create|(?:must|should) match|unknown op",
+    r"no conver|not (?:be )?support|not impl|failed to legaliz|can't create|(?:must|should) match|unknown op|unequal",
     r"unsupported|not a registered|not found|invalid|cannot|refuse|too many|takes more|not install|mismatch",
     r"error|fail|must",
 )

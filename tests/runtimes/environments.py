@@ -76,7 +76,18 @@ ENVIRONMENTS = {
     "tvm": Environment(("apache-tvm==0.27.0.post1", *ONNX), dependencies=True),
     "onnx": Environment(ONNX),
     "onnx2tf": Environment(("onnx2tf==1.29.24",), dependencies=True),
-    "litert-torch": Environment(("litert-torch==0.10.0", *ONNX), dependencies=True, deploynorm=True),
+    "litert-torch": Environment(
+        (
+            "litert-torch==0.10.0",
+            "onnx==1.23.2",
+            "onnx-ir==1.1.0",
+            "onnxscript==0.7.2",
+            "pillow==13.0.0",
+            "rich==15.0.0",
+        ),
+        dependencies=True,
+        deploynorm=True,
+    ),
     "passes": Environment(
         (
             "onnxslim==0.1.98",

@@ -21,5 +21,5 @@ def run(job, samples, how):
             str(text), target_backends=["llvm-cpu"], input_type="onnx", extra_args=["--iree-llvmcpu-target-cpu=host"]
         )
     module = iree.runtime.load_vm_flatbuffer(binary, driver="local-task")
-    function = next(iter(set(module.vm_module.function_names) - {"__init"}))
+    function = next(name for name in module.vm_module.function_names if not name.startswith("__") and "$" not in name)
     return [np.array(module[function](x).to_host()) for x in samples]

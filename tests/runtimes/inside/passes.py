@@ -63,7 +63,7 @@ def _onnxoptimizer(model, out, samples):
 
 def _polygraphy(model, out, samples):
     words = ["surgeon", "sanitize", model, "--fold-constants", "-o", str(out)]
-    done = subprocess.run([sys.executable, "-m", "polygraphy", *words], capture_output=True, text=True)
+    done = subprocess.run([str(Path(sys.executable).with_name("polygraphy")), *words], capture_output=True, text=True)
     if done.returncode != 0:
         raise RuntimeError((done.stdout + done.stderr).strip().splitlines()[-1])
 
