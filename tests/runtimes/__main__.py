@@ -37,6 +37,11 @@ PASSED = tuple(exported.File(net, "custom", "float32", "free") for net in ("frn"
 """The files that the other tools change."""
 
 
+def read_record() -> dict[str, Any]:
+    record: dict[str, Any] = json.loads(RECORD.read_text()) if RECORD.exists() else {"cells": {}}
+    return record
+
+
 def rows(only: Sequence[str], quick: bool) -> list[Runtime]:
     """The rows that were asked for; a pass over our file is a row too."""
     passes = [Runtime(name, "passes", "passes.py", name, takes="passes") for name in PASSES]
@@ -65,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     asked = rows([word for word in options.only.split(",") if word], options.quick)
     if not asked:
         parser.error(f"no row has {options.only}")
-    record: dict[str, Any] = json.loads(RECORD.read_text()) if RECORD.exists() else {"cells": {}}
+    recorded = read_record()["cells"]
     with tempfile.TemporaryDirectory() as temporary:
         environments = options.folder or Path(temporary) / "environments"
         models = options.models or Path(temporary) / "models"
@@ -75,9 +80,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         found, bad = {}, 0
         for row, cells in run(asked, files, environments.resolve(), models.resolve(), options.log):
             found[row.title] = cells
-            bad += report(row.title, cells, record["cells"].get(row.title, {}))
+            bad += report(row.title, cells, recorded.get(row.title, {}))
     if options.write:
-        record["cells"] = record["cells"] | found
+        record = read_record()  # another call may have written
+        record["cells"] |= found
         order = [row.title for row in rows([], quick=False)]
         record["cells"] = {title: record["cells"][title] for title in order if title in record["cells"]}
         record["machine"] = machine.describe("torch", "onnx", "numpy")

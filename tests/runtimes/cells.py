@@ -27,8 +27,8 @@ __all__ = ["Cell", "judge", "run_jobs"]
 HERE = Path(__file__).parent
 
 Cell = dict[str, Any]
-"""{"error": relative to max|y|, "wrong": above the tolerance}, {"text": "builds"} or {"refused": the reason}; some with the
-adapter's "note"."""
+"""{"error": relative to max|y|, "wrong": above the tolerance}, {"text": "builds"} or {"refused": the reason}; some with
+the "note" of the adapter."""
 
 QUANTIZED = 0.25
 """Of 8 bits, calibrated with three images: it tells whether the file computes that network at all, no more."""

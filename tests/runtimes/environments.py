@@ -68,7 +68,7 @@ ENVIRONMENTS = {
     },
     "node": Environment((NODE,), (WEB, "onnxruntime-node@1.30.0")),
     "browser": Environment((NODE,), (WEB, "playwright-core@1.65.1")),
-    "openvino": Environment(("openvino==2026.4.1", NUMPY)),
+    "openvino": Environment(("openvino==2026.4.1", NUMPY), deploynorm=True),
     "ncnn": Environment(("ncnn==1.0.20261020", "pnnx==20261020", NUMPY)),
     "mnn": Environment(("MNN==3.6.1", NUMPY)),
     "opencv": Environment(("opencv-python-headless==5.0.0.93", NUMPY)),

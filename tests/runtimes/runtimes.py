@@ -49,7 +49,9 @@ RUNTIMES = (
     Runtime(f"onnxruntime-web {_WEB}, WebGPU, Chromium", "browser", "chromium.mjs", "webgpu",
             remark="on SwiftShader, Chromium's GPU on a CPU"),
     Runtime(f"OpenVINO {_version('openvino')}", "openvino", "openvino.py", quick=True,
-            remark="with INFERENCE_PRECISION_HINT f32"),
+            remark="with `INFERENCE_PRECISION_HINT` f32"),
+    Runtime(f"OpenVINO {_version('openvino')}, our extension", "openvino", "openvino.py", "extension", quick=True,
+            remark="as the row above, with `core.add_extension(deploynorm.openvino_extension())`"),
     Runtime(f"ncnn {_version('ncnn')}", "ncnn", "ncnn.py", quick=True,
             remark="converted by pnnx; images of a batch one by one"),
     Runtime(f"MNN {_version('mnn')}", "mnn", "mnn.py"),
@@ -58,7 +60,8 @@ RUNTIMES = (
     Runtime(f"TVM {_version('tvm')}", "tvm", "tvm.py"),
     Runtime(f"ReferenceEvaluator of onnx {_version('onnx')}", "onnx", "reference.py"),
     Runtime("TensorRT-RTX", "", "rtx.py", remark="builds for compute capability 8.9; a build is not run"),
-    Runtime(f"LiteRT by onnx2tf {_version('onnx2tf')}", "onnx2tf", "onnx2tf.py"),
+    Runtime(f"LiteRT by onnx2tf {_version('onnx2tf')}", "onnx2tf", "onnx2tf.py",
+            remark="converted once for each shape, which is set in the file before"),
     Runtime(f"LiteRT by litert-torch {_version('litert-torch')}", "litert-torch", "litert_torch.py", takes="networks"),
 )  # fmt: skip
 
