@@ -119,18 +119,21 @@ def judge(result: Mapping[str, Any], truth: Sequence[np.ndarray[Any, Any]], dtyp
 
 
 _TELLING = (
-    r"no conver|not (?:be )?support|not impl|failed to legaliz|can't create|(?:must|should) match|unknown op|unequal",
+    r"no conver|current official support|not (?:be )?support|not impl|failed to legaliz|can't create"
+    r"|(?:must|should) match|unknown op|unequal",
     r"unsupported|not a registered|not found|invalid|cannot|refuse|too many|takes more|not install|mismatch",
     r"error|fail|must",
 )
+"""Words of errors, those that say most first."""
 
 
-def reason(text: str, length: int = 180) -> str:
+def reason(text: str, length: int = 240) -> str:
     """The part of an error that says most, without what is of one machine or one run."""
     text = re.sub(
         r"\x1b\[[\d;]*m|\[\d\d:\d\d:\d\d\] |^(?:Error: |page\.evaluate: )+|^[>-]+ ", "", text, flags=re.MULTILINE
     )
     text = re.sub(r"(?:[\w.+-]*/)+([\w.+-]+)", r"\1", text)  # a path of this machine
+    text = re.sub(r"\b\w+\.\w+\.\w+\.(?:fixed|free)\.onnx\b", "model.onnx", text)
     text = re.sub(r"\b0x[0-9a-f]{6,}\b", "0x...", text)
     lines = [" ".join(line.split()) for line in text.splitlines() if re.search(r"[A-Za-z]{3}", line)] or ["no message"]
     found = ((line, match) for telling in _TELLING for line in lines if (match := re.search(telling, line, re.I)))

@@ -10,6 +10,8 @@ from typing import Any
 from exported import FILES, NETS, File
 from runtimes import PASSES, RUNTIMES
 
+from deploynorm.contract import LOWERINGS
+
 __all__ = ["BEGIN", "END", "fill", "tables"]
 
 BEGIN, END = "<!-- written by tests/runtimes -->", "<!-- end of what tests/runtimes writes -->"
@@ -64,8 +66,11 @@ def _both(cells: Mapping[str, Mapping[str, Any] | None], reasons: _Reasons) -> s
 
 
 def advice(cells: Cells) -> str:
-    """The first lowering of which all files of the FRN networks are right; or those of one type, or of fixed sizes."""
-    lowerings = list(dict.fromkeys(lowering for net, lowering in COLUMNS if NETS[net].frn))
+    """The lowering of which all files of the FRN networks are right, the default before others, of which that with the
+    lowest opset; or else those files that are of one type, or of fixed sizes.
+    """
+    first, *others = LOWERINGS
+    lowerings = [first, *sorted(others, key=lambda name: LOWERINGS[name].min_opset)]
     limits: list[tuple[str, list[str], list[str]]] = [
         ("", DTYPES, SIZES),
         (" in float32", ["float32"], SIZES),

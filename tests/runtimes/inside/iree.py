@@ -1,5 +1,6 @@
 """IREE on LLVM's CPU backend."""
 
+import re
 import subprocess
 import sys
 import tempfile
@@ -17,9 +18,14 @@ def run(job, samples, how):
         done = subprocess.run(words, capture_output=True, text=True)
         if done.returncode != 0:
             raise RuntimeError(done.stderr.strip().splitlines()[-1])
-        binary = iree.compiler.compile_file(
-            str(text), target_backends=["llvm-cpu"], input_type="onnx", extra_args=["--iree-llvmcpu-target-cpu=host"]
-        )
+        options = {"target_backends": ["llvm-cpu"], "extra_args": ["--iree-llvmcpu-target-cpu=host"]}
+        try:
+            binary = iree.compiler.compile_file(str(text), input_type="onnx", **options)
+        except iree.compiler.CompilerToolError as error:  # it prints the line of each, with its types
+            refused = sorted(set(re.findall(r'failed to legalize .*?name = "([\w.]+)"', str(error))))
+            if not refused:
+                raise
+            raise RuntimeError(f"failed to legalize {', '.join(refused)}") from error
     module = iree.runtime.load_vm_flatbuffer(binary, driver="local-task")
     function = next(name for name in module.vm_module.function_names if not name.startswith("__") and "$" not in name)
     return [np.array(module[function](x).to_host()) for x in samples]
