@@ -114,7 +114,7 @@ QUICK = tuple(
     for each in (
         ("frn", "custom", "float32", "free"),
         ("frn", "custom", "float16", "fixed"),
-        ("frn", "primitives", "float32", "free"),
+        ("unet", "primitives", "float32", "fixed"),
         ("unet", "custom", "float32", "free"),
         ("mabn", "custom", "float32", "free"),
     )

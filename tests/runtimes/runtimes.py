@@ -60,7 +60,7 @@ RUNTIMES = (
     Runtime(f"TVM {_version('tvm')}", "tvm", "tvm.py"),
     Runtime(f"ReferenceEvaluator of onnx {_version('onnx')}", "onnx", "reference.py"),
     Runtime("TensorRT-RTX", "", "rtx.py", remark="builds for compute capability 8.9; a build is not run"),
-    Runtime(f"LiteRT by onnx2tf {_version('onnx2tf')}", "onnx2tf", "onnx2tf.py",
+    Runtime(f"LiteRT by onnx2tf {_version('onnx2tf')}", "onnx2tf", "onnx2tf.py", seconds=600,
             remark="converted once for each shape, which is set in the file before"),
     Runtime(f"LiteRT by litert-torch {_version('litert-torch')}", "litert-torch", "litert_torch.py", takes="networks"),
 )  # fmt: skip
