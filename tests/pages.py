@@ -33,8 +33,8 @@ FOLDERS = (
 PAGES = [str(path.relative_to(ROOT)) for pattern in FOLDERS for path in sorted(ROOT.glob(pattern))]
 
 _TRAINING = ["-m", "deploynorm.models.train"]
-_TYPED = ("pytest", "mypy", "ruff", "git", "cd", "cp", "tar", "npm", "cmake", "g++", "trtexec", "tritonserver",
-          "polygraphy", "nvidia-smi")  # fmt: skip
+_TYPED = ("pytest", "mypy", "ruff", "git", "cd", "cp", "tar", "npm", "apt-get", "cmake", "g++", "trtexec",
+          "tritonserver", "polygraphy", "nvidia-smi")  # fmt: skip
 """Programs of others, whose arguments are not checked."""
 
 

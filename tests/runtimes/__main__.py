@@ -70,6 +70,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     asked = rows([word for word in options.only.split(",") if word], options.quick)
     if not asked:
         parser.error(f"no row has {options.only}")
+    if options.quick and options.write:
+        parser.error("--quick leaves cells out, so that it cannot write the page")
     recorded = read_record()["cells"]
     with tempfile.TemporaryDirectory() as temporary:
         environments = options.folder or Path(temporary) / "environments"

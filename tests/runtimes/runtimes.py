@@ -59,7 +59,7 @@ RUNTIMES = (
     Runtime(f"IREE {_version('iree')}", "iree", "iree.py"),
     Runtime(f"TVM {_version('tvm')}", "tvm", "tvm.py"),
     Runtime(f"ReferenceEvaluator of onnx {_version('onnx')}", "onnx", "reference.py"),
-    Runtime("TensorRT-RTX", "", "rtx.py", remark="builds for compute capability 8.9; a build is not run"),
+    Runtime("TensorRT-RTX", "", "rtx.py", remark="1.7.1 builds for compute capability 8.9; nothing runs the engine"),
     Runtime(f"LiteRT by onnx2tf {_version('onnx2tf')}", "onnx2tf", "onnx2tf.py", seconds=600,
             remark="converted once for each shape, which is set in the file before"),
     Runtime(f"LiteRT by litert-torch {_version('litert-torch')}", "litert-torch", "litert_torch.py", takes="networks"),
