@@ -62,7 +62,8 @@ RUNTIMES = (
     Runtime("TensorRT-RTX", "", "rtx.py", remark="1.7.1 builds for compute capability 8.9; nothing runs the engine"),
     Runtime(f"LiteRT by onnx2tf {_version('onnx2tf')}", "onnx2tf", "onnx2tf.py", seconds=600,
             remark="converted once for each shape, which is set in the file before"),
-    Runtime(f"LiteRT by litert-torch {_version('litert-torch')}", "litert-torch", "litert_torch.py", takes="networks"),
+    Runtime(f"LiteRT by litert-torch {_version('litert-torch')}", "litert-torch", "litert_torch.py", takes="networks",
+            seconds=600),
 )  # fmt: skip
 
 PASSES = ("onnxslim", "onnxsim", "onnxoptimizer", "polygraphy", "graphsurgeon", "quant_pre_process", "quantize_static")
