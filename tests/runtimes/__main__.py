@@ -5,8 +5,8 @@
     python tests/runtimes --quick               what CI runs: the rows that install in seconds, on a few files
     python tests/runtimes --write               and writes docs/runtimes.md and benchmarks/results/runtimes.json
 
-The exit code is 1 where a number is wrong, or where a cell that is right in the record is so no more. Runtimes live in
-environments of their own, which this makes; for the rows of Chromium, it has to be installed.
+The exit code is 1 where a number is wrong that is not so in the record, or a cell that is right there is so no more.
+Runtimes live in environments of their own, which this makes; for the rows of Chromium, it has to be installed.
 """
 
 from __future__ import annotations
@@ -121,11 +121,12 @@ def run(
 
 
 def report(title: str, cells: Mapping[str, Cell], before: Mapping[str, Cell]) -> int:
-    """Prints the cells of a row; returns how many are wrong, or were right in the record."""
+    """Prints the cells of a row; returns how many are wrong, and not in the record, or were right there."""
     bad = 0
     for name, cell in cells.items():
-        lost = page.good(before.get(name)) and not page.good(cell)
-        bad += bool(cell.get("wrong") or lost)
+        was = before.get(name)
+        lost = page.good(was) and not page.good(cell)
+        bad += bool(lost or (cell.get("wrong") and not (was or {}).get("wrong")))
         error = f"{cell['error']:.1e}" if "error" in cell else ""
         words = [
             "WRONG" if cell.get("wrong") else "",

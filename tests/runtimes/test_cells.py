@@ -128,6 +128,10 @@ def test_tables_show_both_sizes_and_what_is_wrong(matrix: None) -> None:
     assert page.advice({}) == "none"
 
 
+EXPLAINED = {("LiteRT by onnx2tf 1.29.24", f"unet.primitives.{dtype}.free") for dtype in ("float32", "float16")}
+"""Wrong cells, whose cause docs/runtimes.md tells."""
+
+
 def test_the_page_has_the_recorded_cells(matrix: None) -> None:
     import page
 
@@ -136,4 +140,22 @@ def test_the_page_has_the_recorded_cells(matrix: None) -> None:
     _, _, rest = (root / "docs/runtimes.md").read_text().partition(page.BEGIN)
     assert rest.partition(page.END)[0].strip() == page.tables(record).strip()
     assert set(record) == {row.title for row in page.RUNTIMES} | set(page.PASSES), "run tests/runtimes --write"
-    assert [name for title in record for name, cell in record[title].items() if cell.get("wrong")] == []
+    wrong = {(title, name) for title, cells in record.items() for name, cell in cells.items() if cell.get("wrong")}
+    assert wrong == EXPLAINED
+
+
+def test_only_what_is_known_to_be_wrong_or_refused_passes(
+    matrix: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
+    from serve import load
+
+    program = load(Path(__file__).with_name("__main__.py"))
+    right, wrong, refused = {"error": 1e-7}, {"error": 0.5, "wrong": True}, {"refused": "no"}
+    for now, before, bad in [
+        (right, None, 0), (right, wrong, 0), (wrong, wrong, 0),
+        (refused, refused, 0), (refused, None, 0), (refused, wrong, 0),
+        (wrong, None, 1), (wrong, right, 1), (wrong, refused, 1), (refused, right, 1),
+    ]:  # fmt: skip
+        assert program.report("row", {"file": now}, {} if before is None else {"file": before}) == bad, (now, before)
+    assert capsys.readouterr().out.count("(was right)") == 2
