@@ -34,7 +34,9 @@ class _Reasons:
         return self.numbers.setdefault(text, len(self.numbers) + 1)
 
     def lines(self) -> list[str]:
-        return [f"{number}. `{text.replace('`', chr(39))}`" for text, number in self.numbers.items()]
+        """As code, without what would end it or would be read as a link."""
+        shown = (text.replace("`", "'").replace("](", "] (") for text in self.numbers)
+        return [f"{number}. `{text}`" for number, text in enumerate(shown, 1)]
 
 
 def good(cell: Mapping[str, Any] | None) -> bool:
