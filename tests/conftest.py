@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import gc
 import importlib
@@ -15,9 +14,10 @@ import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import compiled
 import pytest
@@ -80,20 +80,18 @@ def pytest_collection_finish() -> None:
 
 
 def pytest_runtest_setup() -> None:
-    """Lets torch build its tables of operators once per process: for each small export they take half of the time."""
-    registration: Any = sys.modules.get("torch.onnx._internal.exporter._registration")
-    if registration is None or hasattr(registration, "deploynorm_tests_build"):
-        return
-    build = registration.deploynorm_tests_build = functools.cache(registration.ONNXRegistry.from_torchlib)
+    if "torch.onnx" in sys.modules:
+        _build_tables_once()
 
-    def from_torchlib(*given: int, **named: int) -> object:
-        registry = copy.copy(build(*given, **named))
-        registry.functions = {target: list(entries) for target, entries in registry.functions.items()}
-        return registry
 
-    registration.ONNXRegistry.from_torchlib = staticmethod(from_torchlib)
-    composite: Any = importlib.import_module("torch._export.utils")
-    composite._materialize_cpp_cia_ops = functools.cache(composite._materialize_cpp_cia_ops)
+@functools.cache
+def _build_tables_once() -> ExitStack:
+    """Lets torch build its tables of operators once per process, where tests call its exporter themselves too."""
+    from deploynorm._export.tables import tables_once
+
+    stack = ExitStack()
+    stack.enter_context(tables_once())
+    return stack
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:

@@ -75,8 +75,8 @@ class Conversion:
     __repr__ = __str__  # for notebooks, where the fields would fill pages
 
     def to_dict(self, file: Path | None = None) -> dict[str, Any]:
-        """The manifest: what the model was made from, with which versions, what is in it, how an image becomes its input
-        and what its classes are, and how it was checked; with the hashes of the file, where it was saved.
+        """The manifest: what the model was made from, with which versions, what is in it, how an image becomes its
+        input and what its classes are, and how it was checked; with the hashes of the file, where it was saved.
         """
         exported, checkpoint = self.exported, self.network.checkpoint
         if checkpoint is None:

@@ -14,6 +14,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from torch.export.graph_signature import ConstantArgument
 
 from deploynorm._export import suppression
+from deploynorm._export.tables import tables_once
 from deploynorm.contract import DOMAIN
 from deploynorm.dtypes import ONNX_HALF
 from deploynorm.errors import ModelError
@@ -57,7 +58,7 @@ def to_onnx(program: torch.export.ExportedProgram, opset: int) -> tuple[ir.Model
             raise ModelError("export", problem, got=repr(output.arg.value), fix="let forward return tensors alone")
     own = getattr(getattr(torch.ops, DOMAIN), OPERATOR).default
     table = {**onnx_translations(), own: suppression.translate}
-    with quiet("torch.onnx", "onnxscript", "onnx_ir"):
+    with quiet("torch.onnx", "onnxscript", "onnx_ir"), tables_once():
         try:
             onnx_program = torch.onnx.export(
                 program,
