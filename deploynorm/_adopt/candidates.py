@@ -15,7 +15,8 @@ from deploynorm.trace import Examples, disposable_copy, tensors_of
 
 _FEW = 8
 """Parameters of a normalization with its threshold: weight, bias, tau, epsilon, statistics."""
-_LIBRARIES = ("torch", "deploynorm")
+_OURS = __name__.partition(".")[0]
+_LIBRARIES = ("torch", _OURS)
 
 
 class Call(NamedTuple):
@@ -45,7 +46,7 @@ def may_be_norm(layer: nn.Module) -> bool:
 def may_be_computed(layer: nn.Module) -> bool:
     """Whether a convolution or linear layer computes its weight in each call."""
     if isinstance(layer, PLAIN):
-        ours = not is_foreign(layer) and type(layer).__module__.partition(".")[0] == "deploynorm"
+        ours = not is_foreign(layer) and type(layer).__module__.partition(".")[0] == _OURS
         set_by_hook = any(map(_sets_weight, layer._forward_pre_hooks.values()))
         plain = type(layer) in PLAIN and not (parametrize.is_parametrized(layer) or set_by_hook)
         return not ours and not plain
