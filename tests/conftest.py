@@ -39,6 +39,8 @@ OPTIONAL = {
     "trt-rtx": ("tensorrt_rtx", "pip install tensorrt_rtx_cu13"),
     "polygraphy": ("polygraphy", "pip install polygraphy"),
     "openvino": ("openvino", "pip install 'deploynorm[openvino]'"),
+    "ncnn": ("ncnn", "pip install 'deploynorm[ncnn]'"),
+    "mnn": ("MNN", "pip install 'deploynorm[mnn]'"),
 }
 """Name in DEPLOYNORM_REQUIRE -> the module that it means, and how to install it."""
 

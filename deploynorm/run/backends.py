@@ -38,6 +38,8 @@ BACKENDS: Final[Mapping[str, Backend]] = {
     ),
     "reference": Backend("deploynorm.run.reference", "ReferenceRunner", "onnx", (), "ONNX's own evaluator, slow"),
     "openvino": Backend("deploynorm.run.openvino", "OpenVinoRunner", "onnx", ("threads",), "OpenVINO on the CPU"),
+    "ncnn": Backend("deploynorm.run.ncnn", "NcnnRunner", "onnx", ("threads",), "ncnn on the CPU, image by image"),
+    "mnn": Backend("deploynorm.run.mnn", "MnnRunner", "onnx", ("threads",), "MNN on the CPU"),
     "tensorrt": Backend(
         "deploynorm.run.tensorrt", "TensorRTRunner", "engine", ("plugins", "trust_engine"), "a TensorRT engine"
     ),
@@ -81,7 +83,7 @@ def open_runner(
         providers: For onnxruntime: cpu, cuda, tensorrt, the preferred first.
         plugins: For onnxruntime and tensorrt: libraries instead of ours, which is used where it is built; empty for the
             stock runtime, which runs the function body of our operator.
-        threads: For onnxruntime, half and openvino: threads within an operator; None leaves it to the runtime.
+        threads: For onnxruntime, half, openvino, ncnn and mnn: threads within an operator; None leaves it to the runtime.
         trust_engine: For tensorrt: lets an engine that holds code for the processor run it.
 
     Raises:
