@@ -83,7 +83,7 @@ def open_runner(
         providers: For onnxruntime: cpu, cuda, tensorrt, the preferred first.
         plugins: For onnxruntime and tensorrt: libraries instead of ours, which is used where it is built; empty for the
             stock runtime, which runs the function body of our operator.
-        threads: For onnxruntime, half, openvino, ncnn and mnn: threads within an operator; None leaves it to the runtime.
+        threads: Of an operator, for all backends on a CPU but reference; None leaves it to the runtime.
         trust_engine: For tensorrt: lets an engine that holds code for the processor run it.
 
     Raises:
