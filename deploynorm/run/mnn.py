@@ -79,10 +79,12 @@ class MnnRunner(Runner):
                 outputs = [self._array(output) for output in self._net.onForward(given)]
         except Exception as error:
             raise ModelError(self._where, f"MNN failed: {error}", got=got) from error
-        if [array.ndim for array in outputs] != [rank or array.ndim for rank, array in zip(self._ranks, outputs)]:
-            shapes = {name: array.shape for name, array in zip(self.output_names, outputs)}
-            raise ModelError(self._where, "MNN computes outputs of other ranks", got=shapes, expected=self._ranks)
-        return dict(zip(self.output_names, outputs, strict=True))
+        named = dict(zip(self.output_names, outputs, strict=True))
+        for (name, array), rank in zip(named.items(), self._ranks, strict=True):
+            if rank not in (None, array.ndim):
+                problem = f"MNN computes output {name!r} in another rank"
+                raise ModelError(self._where, problem, got=array.shape, expected=rank)
+        return named
 
     def close(self) -> None:
         self._net = None

@@ -41,8 +41,8 @@ class NcnnRunner(Runner):
     """Runs an ONNX model in ncnn on the CPU, in float32: as pnnx converts it, our nodes written in primitives first.
 
     The images of a batch run one after the other, since few of ncnn's layers know a batch; the first axis of each input
-    and output is taken for it. The network is converted for the sizes of an image when they are first fed, and again when
-    they change.
+    and output is taken for it. The network is converted for the sizes of an image when they are first fed, and again
+    when they change.
 
     Args:
         model: A file, with its external data beside it, or a model in memory; see OnnxFile.read.
