@@ -43,6 +43,8 @@ def standard_model(file: OnnxFile, runtime: str, *, maps: bool = False) -> ir.Mo
                 problem = f"{kind} {value.name!r} is of a type that this runner does not take to {runtime}"
                 got = "an unknown type" if value.dtype is None else value.dtype.name.lower()
                 raise ModelError(file.where, problem, got=got, expected="float32")
+            if kind == "input" and value.shape and value.shape[0] == ir.SymbolicDim(None):
+                value.shape = ir.Shape(["deploynorm_batch", *value.shape[1:]])  # so that it can be found again
     try:
         fused = fuse(whole).model
         for node in frn_nodes(fused.graph) if maps else ():

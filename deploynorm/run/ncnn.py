@@ -10,11 +10,13 @@ from typing import Any, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import onnx.defs
 import onnx_ir as ir
 
 from deploynorm.errors import BackendError, InputError, ModelError
 from deploynorm.files import scratch_folder
 from deploynorm.onnx_file import OnnxFile, OnnxSource, save
+from deploynorm.residual import constant
 from deploynorm.run.base import Runner, check_feeds, closed_error
 from deploynorm.run.converted import convert, standard_model
 
@@ -155,15 +157,39 @@ def _import() -> tuple[Any, Path]:
 
 
 def _check_batch(where: str, graph: ir.Graph) -> None:
-    """ModelError unless the first axis of all inputs and outputs is a batch, which may have one image."""
+    """ModelError unless all inputs and outputs have images along the first axis, each computed by itself."""
+    for value in graph.inputs:
+        if value.shape is None or len(value.shape) != 4:
+            problem = f"input {value.name!r}: ncnn is given images alone, and mistakes other ranks without a word"
+            raise ModelError(where, problem, got=str(value.shape), expected="(N, C, H, W)")
+    batch = next((value.shape[0] for value in graph.inputs if value.shape is not None), None)
     for kind, values in (("input", graph.inputs), ("output", graph.outputs)):
         for value in values:
             shape = value.shape
-            if kind == "input" and (shape is None or len(shape) != 4):
-                problem = f"input {value.name!r}: ncnn is given images alone, and mistakes other ranks without a word"
-                raise ModelError(where, problem, got=None if shape is None else str(shape), expected="(N, C, H, W)")
-            batch = graph.inputs[0].shape[0]  # type: ignore[index]  # it has a shape: the inputs come first
             if shape is None or len(shape) < 2 or shape[0] != batch or (isinstance(batch, int) and batch != 1):
                 problem = f"{kind} {value.name!r}: ncnn has no batch, and its first axis is not a batch of one or any"
-                got = None if shape is None else str(shape)
-                raise ModelError(where, problem, got=got, fix="export it with a batch that is dynamic, or 1")
+                raise ModelError(where, problem, got=str(shape), fix="export it with a batch that is dynamic, or 1")
+    for node in graph.all_nodes() if batch != 1 else ():
+        x = node.inputs[0] if node.inputs else None
+        if x is None or not x.shape or x.shape[0] != batch:
+            continue
+        if 0 in _axes(node, len(x.shape)):
+            problem = f"node {node.name or node.outputs[0].name}: {node.op_type} works across the images of a batch"
+            raise ModelError(where, f"{problem}, which ncnn is given one by one", fix="export it with a batch of 1")
+
+
+def _axes(node: ir.Node, rank: int) -> set[int]:
+    """The axes along which an operator works on its first input as a whole, as far as they are known to be some."""
+    if node.op_type == "Transpose":
+        order = node.attributes.get_ints("perm") or range(rank)[::-1]
+        return {axis for axis, source in enumerate(order) if axis != source}
+    if node.op_type.startswith("Reduce"):
+        given = constant(node.inputs[1]) if len(node.inputs) > 1 else node.attributes.get_ints("axes")
+        if given is None or len(given) == 0:  # all of them, or none
+            return set() if node.attributes.get_int("noop_with_empty_axes", 0) else set(range(rank))
+        return {int(axis) % rank for axis in given}
+    attribute = node.attributes.get("axis")
+    if attribute is None and onnx.defs.has(node.op_type, node.domain):
+        default = onnx.defs.get_schema(node.op_type, domain=node.domain).attributes.get("axis")
+        return set() if default is None else {int(default.default_value.i) % rank}
+    return set() if attribute is None else {attribute.as_int() % rank}
