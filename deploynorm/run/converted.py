@@ -47,11 +47,14 @@ def standard_model(file: OnnxFile, runtime: str, *, maps: bool = False) -> ir.Mo
                 value.shape = ir.Shape(["deploynorm_batch", *value.shape[1:]])  # so that it can be found again
     try:
         fused = fuse(whole).model
+        infer_shapes(fused)
         for node in frn_nodes(fused.graph) if maps else ():
             x = node.inputs[0]
             if x is None or x.shape is None or len(x.shape) != 4:
                 problem = f"node {node.name}: {runtime} computes FRN of (N, C, H, W) alone"
-                raise ModelError(file.where, problem, got=None if x is None else f"X of {x.shape}")
+                raise ModelError(
+                    file.where, problem, got="X of unknown rank" if x is None or x.shape is None else f"X of {x.shape}"
+                )
         model = expand(fused).model
         infer_shapes(model)
     except ModelError as error:
@@ -64,7 +67,7 @@ def convert(where: str, converter: str, words: Sequence[str | Path], made: Path)
 
     Raises:
         BackendError: It cannot be started.
-        ModelError: It ends without having made the file; with the last line that it printed.
+        ModelError: It ends without having made the file; with the last lines that it printed.
     """
     made.unlink(missing_ok=True)
     try:
@@ -76,7 +79,7 @@ def convert(where: str, converter: str, words: Sequence[str | Path], made: Path)
             converter, f"cannot be started: {error.strerror or error}", fix="install it again"
         ) from error
     if done.returncode != 0 or not made.exists():
-        lines = [line.strip() for line in (done.stdout + done.stderr).splitlines() if line.strip()]
+        lines = [line.strip() for line in (done.stdout + done.stderr).splitlines() if line.strip(" #=-")]
         ended = f"signal {-done.returncode}" if done.returncode < 0 else f"exit code {done.returncode}"
-        last = f", its last words {lines[-1]!r:.300}" if lines else ""
+        last = f", its last words {'; '.join(lines[-3:])[-300:]!r}" if lines else ""
         raise ModelError(where, f"{converter} does not convert the model: it ended with {ended}{last}")
