@@ -30,6 +30,9 @@ OPTIONAL = (
     "matplotlib",
     "sklearn",
     "onnx_graphsurgeon",
+    "openvino",
+    "ncnn",
+    "MNN",
 )
 
 

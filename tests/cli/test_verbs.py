@@ -57,16 +57,17 @@ def test_check_in_onnx_reference_evaluator(small: Callable, deploynorm: Callable
 
 
 @pytest.mark.usefixtures("ort")
-def test_openvino_checks_and_runs_a_file_with_our_nodes(
-    frn_pt: Path, png: Path, deploynorm: Callable, export: Callable, require: Callable[[str], None]
+@pytest.mark.parametrize("backend", ["openvino", "ncnn", "mnn"])
+def test_other_runtimes_check_and_run_a_file_with_our_nodes(
+    backend: str, frn_pt: Path, png: Path, deploynorm: Callable, export: Callable, require: Callable[[str], None]
 ) -> None:
-    require("openvino")
+    require(backend)
     export(frn_pt)
-    deploynorm("check", frn_pt, "frn.onnx", "--backend", "openvino", "--json", "check.json")
-    assert {each["candidate"] for each in json.loads(Path("check.json").read_text())["checks"]} == {"openvino (cpu)"}
-    for backend in ("onnxruntime", "openvino"):
-        deploynorm("run", "frn.onnx", png, "--backend", backend, "-o", f"{backend}.npz")
-    got, want = (np.load(f"{backend}.npz") for backend in ("openvino", "onnxruntime"))
+    deploynorm("check", frn_pt, "frn.onnx", "--backend", backend, "--json", "check.json")
+    assert {each["candidate"] for each in json.loads(Path("check.json").read_text())["checks"]} == {f"{backend} (cpu)"}
+    for each in ("onnxruntime", backend):
+        deploynorm("run", "frn.onnx", png, "--backend", each, "-o", f"{each}.npz")
+    got, want = (np.load(f"{each}.npz") for each in (backend, "onnxruntime"))
     for name in want.files:
         np.testing.assert_allclose(got[name], want[name], **OP_FLOAT32.kwargs())
 

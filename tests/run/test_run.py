@@ -17,16 +17,20 @@ from deploynorm.errors import InputError, ModelError
 from deploynorm.inputs import TensorSpec
 from deploynorm.onnx_file import OnnxFile
 from deploynorm.reference import filter_response_norm
-from deploynorm.run.base import check_feeds
+from deploynorm.run.base import Runner, check_feeds
 from deploynorm.run.half import HalfRunner
+from deploynorm.run.mnn import MnnRunner
+from deploynorm.run.ncnn import NcnnRunner
 from deploynorm.run.onnxruntime import OnnxRuntimeRunner
 from deploynorm.run.openvino import OpenVinoRunner
 from deploynorm.run.reference import ReferenceRunner
 
-RUNNERS: dict[str, type[OnnxRuntimeRunner | HalfRunner | OpenVinoRunner | ReferenceRunner]] = {
+RUNNERS: dict[str, Callable[..., Runner]] = {
     "onnxruntime": OnnxRuntimeRunner,
     "half": HalfRunner,
     "openvino": OpenVinoRunner,
+    "ncnn": NcnnRunner,
+    "mnn": MnnRunner,
     "reference": ReferenceRunner,
 }
 X = np.random.default_rng(0).normal(size=(2, CHANNELS, 3, 5)).astype(np.float32)
@@ -36,17 +40,18 @@ X = np.random.default_rng(0).normal(size=(2, CHANNELS, 3, 5)).astype(np.float32)
 def backend(request: pytest.FixtureRequest, require: Callable[[str], None]) -> str:
     """Each runner of ONNX files, by name."""
     if request.param != "reference":
-        require("openvino" if request.param == "openvino" else "ort")
+        require(request.param if request.param in ("openvino", "ncnn", "mnn") else "ort")
     return str(request.param)
 
 
 def test_a_file_opens_in_every_backend(backend: Any, tmp_path: Path) -> None:
     assert run.available()[backend] is None
     path = tmp_path / "model.onnx"
-    onnx.save(one_node("Neg", {"x": ("float32", ("N",))}, ("float32", ("N",))), path)
+    shape = ("N", 1, "H", "W")  # of images, which ncnn takes alone
+    onnx.save(one_node("Neg", {"x": ("float32", shape)}, ("float32", shape)), path)
     with run.open_runner(path, backend) as runner:
         assert runner.name.startswith(backend)
-        assert runner.infer({"x": np.array([1, -2], np.float32)})["y"].tolist() == [-1, 2]
+        assert runner.infer({"x": np.array([[[[1, -2]]]], np.float32)})["y"].tolist() == [[[[-1, 2]]]]
 
 
 def test_a_file_with_external_data_runs_until_the_data_is_gone(backend: str, tmp_path: Path) -> None:
@@ -96,14 +101,15 @@ def test_the_reference_backend_refuses_options_that_it_would_ignore(option: dict
 
 
 def test_a_backend_that_is_missing_is_listed_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("onnxruntime", "openvino"):
+    for module in ("onnxruntime", "openvino", "ncnn", "MNN"):
         monkeypatch.setitem(sys.modules, module, None)
     available = run.available()
     assert available["eager"] is None
     assert available["reference"] is None
     for backend in ("onnxruntime", "half"):
         assert "pip install 'deploynorm[cpu]'" in str(available[backend])
-    assert "pip install 'deploynorm[openvino]'" in str(available["openvino"])
+    for backend in ("openvino", "ncnn", "mnn"):
+        assert f"pip install 'deploynorm[{backend}]'" in str(available[backend])
 
 
 IMAGE = TensorSpec("image", ("N", 3, "S", "S"), "float32")

@@ -17,6 +17,8 @@ from deploynorm.layers.functional import filter_response_norm, tlu
 from deploynorm.run import Runner
 from deploynorm.run.eager import EagerRunner
 from deploynorm.run.half import HalfRunner
+from deploynorm.run.mnn import MnnRunner
+from deploynorm.run.ncnn import NcnnRunner
 from deploynorm.run.onnxruntime import OnnxRuntimeRunner
 from deploynorm.run.openvino import OpenVinoRunner
 from deploynorm.run.reference import ReferenceRunner
@@ -51,21 +53,36 @@ RUNNERS: Mapping[str, Callable[[list[TensorSpec], Parameters], Runner]] = {
     "onnxruntime-body": lambda *given: OnnxRuntimeRunner(model(*given, body=True).SerializeToString(), plugins=()),
     "onnxruntime-library": lambda *given: OnnxRuntimeRunner(model(*given, body=False).SerializeToString()),
     "openvino": lambda *given: OpenVinoRunner(model(*given, body=False)),
+    "ncnn": lambda *given: NcnnRunner(model(*given, body=False)),
+    "mnn": lambda *given: MnnRunner(model(*given, body=False)),
     "half-body": lambda *given: HalfRunner(model(*given, body=True)),
 }
 
 
-# OpenVINO computes float64 in float32; bfloat16 is one case of its own file.
-NOT_RUN = {"openvino": ("float64", "bfloat16")}
-PAIRS = [(name, case) for name in RUNNERS for case in (*CASES, *ADD_CASES) if case.dtype not in NOT_RUN.get(name, ())]
+# Each is converted in a process of its own, which takes time; and neither takes other types, or an empty batch.
+_IMAGES = (
+    *("plain", "odd_7x7", "map_1x1_learned_eps", "one_channel", "channels_last_odd", "sliced", "huge", "no_tlu_zeros"),
+    *("eps_per_channel", "eps_1e-12", "add_odd_7x7", "add_no_tlu", "add_sliced"),
+)
+_CONVERTED = {"ncnn": _IMAGES, "mnn": (*_IMAGES, "n_c", "1d", "3d", "add_n_c", "add_1d", "add_3d")}
+
+
+def runs(runner: str, case: NormCase) -> bool:
+    if runner in _CONVERTED:
+        return case.dtype == "float32" and case.name in _CONVERTED[runner]
+    # OpenVINO computes float64 in float32; bfloat16 is one case of its own file.
+    return runner != "openvino" or case.dtype not in ("float64", "bfloat16")
+
+
+PAIRS = [(name, case) for name in RUNNERS for case in (*CASES, *ADD_CASES) if runs(name, case)]
 
 
 @pytest.mark.parametrize(("runner", "case"), PAIRS, ids=str)
 def test_every_runner_computes_the_definition(runner: str, case: NormCase, require: Callable[[str], None]) -> None:
     if runner.startswith(("onnxruntime", "half")):
         require("ort")
-    if runner == "openvino":
-        require("openvino")
+    if runner in ("openvino", "ncnn", "mnn"):
+        require(runner)
     if runner.endswith("library"):
         require("native")
     inputs = make_inputs(case)
