@@ -14,6 +14,8 @@ import onnx.inliner
 import onnx.numpy_helper
 import onnx.parser
 import pytest
+import torch
+import torch.nn.functional as F
 from graphs import OPSET, frn_model, frn_parameters
 from tolerances import EXACT, OP_FLOAT32
 
@@ -207,8 +209,24 @@ def test_without_pnnx_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         NcnnRunner.check_available()
 
 
-def test_mnn_keeps_off_the_output(require: Callable[[str], None]) -> None:
-    """Its import tells what the processor has, on the stream that `run --json -` writes to."""
+def test_mnn_keeps_off_the_output(require: Callable[[str], None], tmp_path: Path) -> None:
+    """By itself it tells what the processor has and how precise it is, on the stream that `run --json -` writes to."""
     require("mnn")
-    program = "from deploynorm.run.mnn import MnnRunner\nMnnRunner.check_available()\nprint('only this')"
-    assert subprocess.run([sys.executable, "-c", program], capture_output=True).stdout == b"only this\n"
+    onnx.save(frn_model(), tmp_path / "model.onnx")
+    program = f"""if True:
+        import numpy as np
+        from deploynorm.run.mnn import MnnRunner
+        with MnnRunner({str(tmp_path / "model.onnx")!r}) as runner:
+            print(len(runner.infer({{"X": np.zeros((1, 4, 3, 5), np.float32)}})))
+    """
+    assert subprocess.run([sys.executable, "-c", program], capture_output=True).stdout == b"1\n"
+
+
+def test_a_convolution_is_as_exact_as_float32(backend: str) -> None:
+    """By default MNN is off by 5e-4 here."""
+    x, w = random(1, 16, 12, 12), random(16, 16, 3, 3)
+    model = parse("(float[N,16,H,W] x) => (float[N,16,H,W] y) { y = Conv <pads = [1,1,1,1]> (x, w) }", w=w)
+    with RUNNERS[backend](model) as runner:
+        got = runner.infer({"x": x})["y"]
+    want = F.conv2d(*(torch.from_numpy(each).double() for each in (x, w)), padding=1).numpy()
+    np.testing.assert_allclose(got / np.abs(want).max(), want / np.abs(want).max(), **OP_FLOAT32.kwargs())
