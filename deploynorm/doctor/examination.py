@@ -27,7 +27,7 @@ from deploynorm.trt import FLAVOURS
 
 _PACKAGES: Final = re.compile(
     r"deploynorm|torch|torchvision|numpy|onnx|onnx-ir|onnxscript|onnxruntime.*|tensorrt.*|polygraphy|ort-nightly.*"
-    r"|nvidia-(cublas|cuda-nvcc|cuda-runtime|cudnn).*"
+    r"|openvino|ncnn|pnnx|mnn|nvidia-(cublas|cuda-nvcc|cuda-runtime|cudnn).*"
 )
 """The packages that matter here, by the names that pip knows."""
 
