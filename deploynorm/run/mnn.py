@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import sys
@@ -86,7 +85,8 @@ class MnnRunner(Runner):
         ]
         try:
             with _silent():
-                outputs = [self._array(output) for output in self._net.onForward(given)]
+                # Copies: the memory of an output is that of the next call.
+                outputs = [np.array(output.read()) for output in self._net.onForward(given)]
         except Exception as error:
             raise ModelError(self._where, f"MNN failed: {error}", got=got) from error
         named = dict(zip(self.output_names, outputs, strict=True))
@@ -98,12 +98,6 @@ class MnnRunner(Runner):
 
     def close(self) -> None:
         self._net = None
-
-    def _array(self, output: Any) -> npt.NDArray[Any]:
-        expr = self._mnn.expr
-        if output.data_format == expr.data_format.NC4HW4:
-            output = expr.convert(output, expr.data_format.NCHW)
-        return np.array(output.read())  # a copy: its memory is that of the next call
 
 
 def _import() -> Any:
@@ -127,6 +121,5 @@ def _silent() -> Iterator[None]:
             os.dup2(nothing.fileno(), 1)
         yield
     finally:
-        ctypes.CDLL(None).fflush(None)  # C has a buffer of its own
         os.dup2(kept, 1)
         os.close(kept)

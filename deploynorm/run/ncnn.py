@@ -146,10 +146,7 @@ def _import() -> tuple[Any, Path]:
         import ncnn
     except ImportError as error:
         raise BackendError("ncnn", f"the package cannot be imported: {error}", fix=fix) from error
-    try:
-        found = importlib.util.find_spec("pnnx")  # importing it would import torch
-    except ValueError:  # it is hidden
-        found = None
+    found = importlib.util.find_spec("pnnx")  # importing it would import torch
     folders = [] if found is None else list(found.submodule_search_locations or ())
     if not folders:
         raise BackendError("pnnx", "the package is not installed, which converts files for ncnn", fix=fix)

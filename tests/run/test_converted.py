@@ -56,15 +56,22 @@ def random(*shape: int) -> np.ndarray:
 
 
 def network() -> onnx.ModelProto:
-    """Two inputs, the one that is read later first, and two outputs of different ranks."""
-    text = """(float[N,4,H,W] r, float[N,3,H,W] x) => (float[N,4,H,W] y, float[N,4] z) {
+    """Two inputs, the one that is read later first, outputs of different ranks, and sizes that the graph computes."""
+    text = """(float[N,4,H,W] r, float[N,3,H,W] x) => (float[N,4,H,W] y, float[N,4] z, float[N,4,H,W] wide) {
         c = Conv <pads = [1,1,1,1]> (x, w)
         y = deploynorm.FilterResponseNormalizationAdd (c, gamma, beta, tau, eps, r)
         f = deploynorm.FilterResponseNormalization (c, gamma, beta, tau, eps)
         p = GlobalAveragePool (f)
         z = Flatten (p)
+        shape = Shape (x)
+        size = Slice (shape, two, four)
+        half = AveragePool <kernel_shape = [2,2], strides = [2,2]> (f)
+        outer = Shape <end = 2> (half)
+        sizes = Concat <axis = 0> (outer, size)
+        wide = Resize <mode = "nearest", coordinate_transformation_mode = "asymmetric", nearest_mode = "floor">
+            (half, , , sizes)
     }"""
-    return parse(text, w=random(4, 3, 3, 3), **frn_parameters())
+    return parse(text, two=np.array([2]), four=np.array([4]), w=random(4, 3, 3, 3), **frn_parameters())
 
 
 def test_a_network_of_any_size_runs_batch_by_batch(backend: str) -> None:
@@ -73,7 +80,7 @@ def test_a_network_of_any_size_runs_batch_by_batch(backend: str) -> None:
         for batch, height, width in ((3, 6, 5), (2, 6, 5), (1, 7, 9)):
             feeds = {"r": random(batch, 4, height, width), "x": random(batch, 3, height, width)}
             got, want = runner.infer(feeds), reference.infer(feeds)
-            assert list(got) == ["y", "z"]
+            assert list(got) == ["y", "z", "wide"]
             for name, value in want.items():
                 np.testing.assert_allclose(got[name], value, **OP_FLOAT32.kwargs())
 
