@@ -52,8 +52,9 @@ class MnnRunner(Runner):
         with scratch_folder() as folder:
             source, made = folder / "m.onnx", folder / "m.mnn"
             save(standard, source)
-            words = ["mnnconvert", "-f", "ONNX", "--modelFile", source, "--MNNModel", made, "--bizCode", "none"]
-            convert(self._where, "mnnconvert", [sys.executable, "-c", _CONVERT, json.dumps(sys.path), *words], made)
+            program = [sys.executable, "-c", _CONVERT, json.dumps(sys.path), "mnnconvert"]
+            words = ["-f", "ONNX", "--modelFile", str(source), "--MNNModel", str(made), "--bizCode", "none"]
+            convert(self._where, "mnnconvert", [*program, *words], made)
             try:
                 with _silent():
                     runtime = self._mnn.nn.create_runtime_manager((_HIGH | {"numThread": threads or 1},))
