@@ -42,8 +42,8 @@ class _Net(NamedTuple):
 class NcnnRunner(Runner):
     """Runs an ONNX model in ncnn on the CPU, in float32: as pnnx converts it, our nodes written in primitives first.
 
-    The images of a batch run one after the other, since few of ncnn's layers know a batch; the first axis of each input
-    and output is taken for it. The network is converted for the sizes of an image when they are first fed, and again
+    The network is converted for a batch of one, and the images of a batch run one after the other; the first axis of
+    each input and output is taken for it. It is converted for the sizes of an image when they are first fed, and again
     when they change.
 
     Args:
