@@ -18,6 +18,7 @@ from deploynorm._export.tables import tables_once
 from deploynorm.contract import DOMAIN
 from deploynorm.dtypes import ONNX_HALF
 from deploynorm.errors import ModelError
+from deploynorm.layers.ops import kept_whole
 from deploynorm.lowering import TRANSLATIONS, register_schema
 from deploynorm.quiet import first_line, quiet
 from deploynorm.trace.suppression import OPERATOR
@@ -38,8 +39,6 @@ def onnx_translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     Without it, torch.onnx.export writes the layers in standard operators, which every runtime takes. The nodes come
     without their bodies: they run where our library, plugin or extension is. `deploynorm.export` writes the bodies too.
     """
-    import deploynorm.layers.ops  # noqa: F401  which defines the operators
-
     register_schema()
     operators = getattr(torch.ops, DOMAIN)
     return {getattr(operators, name).default: translate for name, translate in TRANSLATIONS.items()}
@@ -58,7 +57,7 @@ def to_onnx(program: torch.export.ExportedProgram, opset: int) -> tuple[ir.Model
             raise ModelError("export", problem, got=repr(output.arg.value), fix="let forward return tensors alone")
     own = getattr(getattr(torch.ops, DOMAIN), OPERATOR).default
     table = {**onnx_translations(), own: suppression.translate}
-    with quiet("torch.onnx", "onnxscript", "onnx_ir"), tables_once():
+    with quiet("torch.onnx", "onnxscript", "onnx_ir"), tables_once(), kept_whole():
         try:
             onnx_program = torch.onnx.export(
                 program,

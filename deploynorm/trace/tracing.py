@@ -14,6 +14,7 @@ from torch import nn
 from torch.export import Dim, ExportedProgram
 
 from deploynorm.errors import InputError, ModelError
+from deploynorm.layers.ops import kept_whole
 from deploynorm.quiet import first_line, quiet
 from deploynorm.trace.branches import branches
 from deploynorm.trace.copies import disposable_copy, is_archive, refuse_training
@@ -163,6 +164,7 @@ def _export(model: nn.Module, examples: Examples, places: Collection[Place], kin
             plain_outputs(twin),
             _functions_forget(twin),
             suppression_as_operator(),
+            kept_whole(),
         ):
             return torch.export.export(twin, positional, named, dynamic_shapes=dynamic_shapes)
     except InputError as error:
