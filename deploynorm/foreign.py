@@ -57,7 +57,7 @@ def _note(layers: Iterable[Layer], found: str, ours: str) -> Iterator[str]:
 
 def replace_by(layer: str) -> str:
     """What to do about a layer, in favour of ours."""
-    return f"replace it by deploynorm.layers.{layer}, with its parameters"
+    return f"replace it by deploynorm.layers.{layer}, with its parameters, where it computes that"
 
 
 def loose_frn(graph: ir.Graph) -> list[Layer]:

@@ -155,7 +155,7 @@ def base_shapes(specs: Sequence[TensorSpec], given: Mapping[str, Shape]) -> dict
         declared = shape_text(spec.shape)
         shape = given.get(spec.name, given.get("", spec.base))
         if shape is None:
-            fix = f"give a shape: {SHAPE_EXAMPLE}"
+            fix = f"give a shape (--input-shape): {SHAPE_EXAMPLE}"
             raise InputError(where, "some of its axes are dynamic", got=declared, fix=fix)
         if not spec.fits(shape):
             raise InputError(where, "the given shape does not fit", got=shape_text(shape), expected=declared)

@@ -48,7 +48,8 @@ class FoldReport(LayerReport):
             counts = (*(outcomes[outcome] for outcome in outcome_of), found - outcomes.total())
             rows.append((kind, found, *(count or "-" for count in counts)))
         if not rows:
-            return "Layers: none that can be folded; an archive (.pt2) has none, and its operators fold in the export"
+            archive = "an archive (.pt2) has none, and its operators fold in the export"
+            return f"Layers: none that can be folded or adopted; {archive}"
         columns = ("layer", "found", *(_COLUMNS[outcome] for outcome in outcome_of), "unchanged")
         parts = [table("Layers", columns, rows)]
         done = ("folded", "adopted")

@@ -68,6 +68,8 @@ def trace(
     elif dynamic is not None and sizes is not None:
         places = dynamic_places(examples, dynamic)
         if refused := places - sizes.places:
+            if any(axis == 1 for _, axis in refused):
+                raise _not_free(model, dynamic, "axis 1 of an input is taken for its channels, which stay fixed")
             kinds = sorted({axis_kind(axis) for _, axis in refused})
             raise _not_free(model, dynamic, f"it refuses another {' or '.join(kinds)} size")
     program = _export(model, examples, places, Dim.AUTO if dynamic in (None, "none") else Dim.DYNAMIC)

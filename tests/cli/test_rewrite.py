@@ -87,7 +87,7 @@ def test_shape_is_asked_for_where_the_file_does_not_tell_it(deploynorm: Callable
     exported = export(network, [torch.randn(2, 3, 9, 9)], dynamic="all")
     del exported.model.metadata_props[METADATA_SIZES]
     exported.save("net.onnx")
-    refused(2, "give a shape", "rewrite", "net.onnx", "--optimize-for-cpu")
+    refused(2, "give a shape (--input-shape)", "rewrite", "net.onnx", "--optimize-for-cpu")
     deploynorm("rewrite", "net.onnx", "--optimize-for-cpu", "--input-shape", "1x3x9x9", "-q")
     assert Path("net.cpu.onnx").exists()
 

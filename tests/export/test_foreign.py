@@ -184,9 +184,10 @@ def test_the_export_says_what_to_do() -> None:
     assert list(exported.notes) == [
         "fused in the graph: 2 FRN in loose operators",
         "filter response normalization (FRN) in loose operators, which is slow: forms.d (Layer), forms.e (Layer), "
-        "forms.f (Layer) and 1 more; before the export replace it by deploynorm.layers.FRN2d, with its parameters",
+        "forms.f (Layer) and 1 more; before the export replace it by deploynorm.layers.FRN2d, with its parameters, "
+        "where it computes that",
         "a running second moment (MABN) that does not fold: forms.b (Layer); before the export replace it by "
-        "deploynorm.layers.MABN2d, with its parameters",
+        "deploynorm.layers.MABN2d, with its parameters, where it computes that",
     ]
 
 
