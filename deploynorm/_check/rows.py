@@ -157,8 +157,10 @@ def match_rows(got: _Rows, want: _Rows, near: Near, allowed: Mapping[str, float]
 
     1. Two rows hold the same where all their integers are equal and all their floats within what is allowed.
     2. A row of `got` alone has to be in one of the truths near; a row of `want` alone must not be in all of them.
-    3. Where the rows of `want` are sorted by an output of one number a row, those of `got` have to be too; equal
-       numbers may then change places. Where they are not, all rows stand in the same order.
+    3. `got` has no fewer rows, and no more, than the truth and all the truths near: of two rows, each of which may be
+       there, it may be that only one is at a time.
+    4. Where the rows of `want` are sorted by outputs of one number a row, those of `got` have to be too; equal numbers
+       may then change places. Where they are not, all rows stand in the order of the truth, or of one near.
     """
     mine, theirs = _pairs(got, want, allowed)
     extra = np.setdiff1d(np.arange(_count(got)), mine)
@@ -178,7 +180,14 @@ def match_rows(got: _Rows, want: _Rows, near: Near, allowed: Mapping[str, float]
         if always.any():
             reason = f"{np.count_nonzero(always)} of {_count(want)} rows of the truth are missing"
             reason += f", the first at {missing[int(np.argmax(always))]}"
-    if not reason and not _in_order(got, want, theirs, allowed):
+    counts = {_count(each) for each in (want, *near.outputs)} if not reason and (extra.size or missing.size) else set()
+    if counts and not min(counts) <= _count(got) <= max(counts):
+        reason = f"{_count(got)} rows, where the truth and those near have {min(counts)} to {max(counts)}"
+    if not (
+        reason
+        or _in_order(got, want, theirs, allowed)
+        or any(_in_order(got, each, _pairs(got, each, allowed)[1], allowed) for each in near.outputs)
+    ):
         reason = "the rows are in another order"
     return Matched(mine, theirs, reason, len(extra) + len(missing))
 
@@ -214,13 +223,19 @@ def _alike(got: _Rows, want: _Rows, allowed: Mapping[str, float]) -> npt.NDArray
 def _in_order(got: _Rows, want: _Rows, theirs: _Array, allowed: Mapping[str, float]) -> bool:
     if bool((np.diff(theirs) > 0).all()):
         return True
+    are_sorted = False
     for name, x in want.items():
-        if x.dtype.kind not in "iub" and x.size == len(x):
-            one, other = (np.diff(each.astype(np.float64).reshape(-1)) for each in (got[name], x))
-            for sign in (1, -1):
-                if (sign * other <= 0).all() and (sign * one <= allowed[name]).all():
-                    return True
-    return False
+        if x.dtype.kind in "iub" or x.size != len(x):
+            continue
+        one, other = (np.diff(each.astype(np.float64).reshape(-1)) for each in (got[name], x))
+        if not other.any():
+            continue  # a constant, as the number of the only image, is sorted in every order
+        for sign in (1, -1):
+            if (sign * other <= 0).all():
+                are_sorted = True
+                if not (sign * one <= allowed[name]).all():
+                    return False
+    return are_sorted
 
 
 def _count(rows: _Rows) -> int:

@@ -106,6 +106,33 @@ def test_what_rounding_cannot_change_breaks(got: Outputs, near: tuple[Outputs, .
     assert reason in str(report), report
 
 
+def test_a_constant_output_does_not_sort_the_rows() -> None:
+    """The number of an image, as a float: sorted in every order."""
+
+    def with_image(at: list[int]) -> Outputs:
+        return {**rows(*at), "image": np.zeros(len(at))}
+
+    want = with_image([0, 1, 2, 3, 4, 5])
+    assert judged(with_image([0, 2, 1, 3, 4, 5]), (want,), want=want)
+    assert "the rows are in another order" in str(judged(with_image([1, 0, 2, 3, 4, 5]), (want,), want=want))
+
+
+def test_every_output_that_sorts_the_rows_counts() -> None:
+    want = {"scores": SCORES[:4], "image": np.array([0.0, 0, 1, 1]), "boxes": BOXES[:4]}
+    swapped = {name: x[[0, 2, 1, 3]] for name, x in want.items()}  # the scores are alike, the images are not
+    assert "the rows are in another order" in str(judged(swapped, (want,), want=want))
+    assert judged(swapped, (want, swapped), want=want)
+
+
+@pytest.mark.parametrize(("kept", "ok"), [([], False), ([0], True), ([1], True), ([0, 1], False)])
+def test_of_two_rows_that_exclude_each_other_one_is_there(kept: list[int], ok: bool) -> None:
+    """Of two boxes that overlap and score alike, suppression keeps either."""
+    one, other = rows(1), rows(2)
+    report = judged(rows(*[1 + i for i in kept]), (one, other), want=one)
+    assert bool(report) is ok
+    assert ok or f"{len(kept)} rows, where the truth and those near have 1 to 1" in str(report)
+
+
 def test_rows_are_matched_only_where_values_decide_their_number() -> None:
     assert not judged(rows(0, 2, 1, 3, 4, 5), grouped=False)
 
