@@ -71,8 +71,8 @@ class LayerReader:
         """The layer that these tensors of one path are; None for no norm layer of the source.
 
         Raises:
-            ModelError: It has their names and wrong shapes, no dense tensors, an epsilon of 0, or a threshold that ours
-                cannot have.
+            ModelError: It has their names and wrong shapes, no dense tensors, none of floats, an epsilon of 0, or a
+                threshold that ours cannot have.
         """
         is_tlu = self.source.tlu and "tau" in tensors and tensors.keys() <= _TLU and tensors["tau"].dim() > 0
         if not is_tlu and not self._has_names(path, tensors):
@@ -86,14 +86,15 @@ class LayerReader:
         theirs = {ours: name for ours, name in self.source.names.items() if name in tensors}
         channels = {name: self._channels(tensors[name], ours) for ours, name in theirs.items()}
         c = channels[theirs["weight"]]
-        wrong = [name for name, count in channels.items() if count is None or count != c]
+        wrong = [name for name, count in channels.items() if not count or count != c]
         eps_name = self.source.eps.name
-        if c is not None and eps_name in tensors and not self._is_eps(tensors[eps_name], tensors[theirs["weight"]]):
+        if c and eps_name in tensors and not self._is_eps(tensors[eps_name], tensors[theirs["weight"]]):
             wrong.append(eps_name)
-        if wrong or c is None:
+        if wrong or not c:
             if self.named and self._is_certain(tensors, channels):
                 raise self._misshapen(path, tensors, wrong[0] if wrong else theirs["weight"], c)
             return None
+        self._check_floats(path, {name: tensors[name] for name in (*theirs.values(), eps_name) if name in tensors})
         entries = {ours: tensors[name].reshape(-1) for ours, name in theirs.items()}
         dropped = tuple(name for name in tensors if name in self.source.training)
         if self.source.is_mabn:
@@ -104,6 +105,12 @@ class LayerReader:
         kind = f"FRN{max(rank, 3) - 2}d"
         layer = TranslatedLayer(path, kind, c, names, (float(eps.min()), float(eps.max())))
         return Reading(layer, {**entries, _EPS: eps}, dropped)
+
+    def _check_floats(self, path: str, parameters: Mapping[str, Tensor]) -> None:
+        for name, tensor in parameters.items():
+            if not tensor.is_floating_point():
+                problem = f"{joined(path, name)} is no tensor of floats"
+                raise ModelError(self.where, problem, got=tensor.dtype, expected="float64, float32 or half precision")
 
     def _has_names(self, path: str, tensors: Mapping[str, Tensor]) -> bool:
         source, found = self.source, tensors.keys()
@@ -180,10 +187,11 @@ class LayerReader:
     def _tlu(self, path: str, tensors: Mapping[str, Tensor]) -> Reading:
         tau, alpha = tensors["tau"], tensors.get("alpha")
         name = joined(path, "tau")
+        self._check_floats(path, {"tau": tau})
         if alpha is not None and bool(alpha.any()):
             problem = f"{joined(path, 'alpha')} makes the threshold max(x, alpha * x + tau), which ours is not"
             raise ModelError(self.where, problem, fix="train it again with affine=False")
-        if self.source.shape == "111C" and tau.dim() == 3:
+        if self.source.shape == "111C" and tau.dim() == 3 and tau.numel():
             if not bool((tau == tau[:1, :1]).all()):
                 problem = (
                     f"{name} has a threshold for each position (H, W, C) of one input size; FRN's is for each channel"
@@ -192,7 +200,7 @@ class LayerReader:
                 raise ModelError(self.where, problem, got=tuple(tau.shape), expected="thresholds (C,)", fix=fix)
             tau = tau[0, 0]
         c = self._channels(tau, "tau") or (len(tau) if tau.dim() == 1 else None)
-        if c is None or (self.source.shape == "1C11" and tau.dim() == 1 and c == 1):
+        if not c or (self.source.shape == "1C11" and tau.dim() == 1 and c == 1):
             fix = "repeat a single number for each channel: tau.expand(1, C, 1, 1)"
             raise ModelError(self.where, f"{name} is not one threshold for each channel", got=tuple(tau.shape), fix=fix)
         layer = TranslatedLayer(path, "TLU", c, {"tau": "tau"}, None)

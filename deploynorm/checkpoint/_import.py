@@ -17,10 +17,10 @@ from torch.export import ExportedProgram
 from deploynorm.checkpoint._detect import ACCEPTED, detect
 from deploynorm.checkpoint._factory import build, current_directory_on_path
 from deploynorm.checkpoint._find import check_dicts, find_weights
-from deploynorm.checkpoint._foreign_layers import TranslatedLayer
+from deploynorm.checkpoint._foreign_layers import TranslatedLayer, joined
 from deploynorm.checkpoint._load import read_file
 from deploynorm.checkpoint._own import is_own_format, outline, save
-from deploynorm.checkpoint._state import check_finite, load_strictly
+from deploynorm.checkpoint._state import check_finite, check_finite_tensors, load_strictly
 from deploynorm.checkpoint._translate import translate
 from deploynorm.checkpoint._translation import Translation
 from deploynorm.checkpoint._wrappers import without_prefix, without_wrappers
@@ -109,7 +109,10 @@ def import_checkpoint(
         if strip_prefix is not None:
             state, more = without_prefix(state, strip_prefix, where)
             notes = (*notes, *more)
-        return Import(translate(state, source, eps=eps, where=where), notes=notes)
+        translation = translate(state, source, eps=eps, where=where)
+        names = [joined(layer.name, ours) for layer in translation.layers for ours in layer.tensors]
+        check_finite_tensors({name: translation.state_dict[name] for name in names}, where)
+        return Import(translation, notes=notes)
     network = unwrapped(build(factory, factory_kwargs or {}, where, typed=True))
     known = {*network.state_dict(), *(f"{name}." for name, _ in network.named_modules())}
     state, more = (state, []) if strip_prefix is None else without_prefix(state, strip_prefix, where)

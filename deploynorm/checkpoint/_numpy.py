@@ -7,7 +7,7 @@ import math
 import pickle
 import re
 import zipfile
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -46,9 +46,12 @@ def read_npz(data: bytes, where: str, *, trust: bool) -> dict[str, Tensor]:
     """The arrays by name, as tensors; the reader of `_detect.FORMATS`. Only if trusted, objects may be among them."""
     try:
         with np.load(io.BytesIO(data), allow_pickle=trust) as archive:
-            arrays = {name: archive[name] for name in archive.files}
+            names = Counter(archive.files)
+            arrays = {name: archive[name] for name in names}
     except Exception as error:  # a damaged header is evaluated, and raises nearly anything
         raise _damaged(where, error) from error
+    if twice := [name for name, count in names.items() if count > 1]:
+        raise ModelError(where, "arrays of one name", got=", ".join(twice[:3]), fix=_FIX)
     return _tensors(arrays, where, "a NumPy .npz")
 
 

@@ -90,8 +90,13 @@ def check_finite(model: nn.Module, where: str) -> None:
     Buffers that are not saved (persistent=False) are a layer's scratch space and may hold anything.
     """
     _check_allocated(chain(model.named_parameters(), model.named_buffers()), where, "build the network on the CPU")
+    check_finite_tensors(model.state_dict(), where)
+
+
+def check_finite_tensors(state: Mapping[str, Any], where: str) -> None:
+    """Raises ModelError if a tensor of a state dict holds NaN or infinity."""
     broken = []
-    for name, tensor in _tensors(model.state_dict()):
+    for name, tensor in _tensors(state):
         if not (tensor.is_floating_point() or tensor.is_complex()):
             continue
         # isfinite knows no 8-bit floats.

@@ -118,14 +118,19 @@ def _check_eps(source: str, eps: float | None, where: str) -> None:
         raise InputError(where, problem, got=f"eps={eps}", fix="leave eps out")
 
 
-def _groups(state: Mapping[str, Any], source: str) -> dict[str, _Group]:
+def _groups(state: Mapping[str, Any], source: str, where: str) -> dict[str, _Group]:
     """The tensors of each path, by their last name: their key, and they."""
     groups: dict[str, _Group] = {}
     for key, tensor in state.items():
         name = plain_name(key) if SOURCES[source].channels_last else key
         path, _, last = name.rpartition(".")
-        if isinstance(tensor, Tensor):
-            groups.setdefault(path, {})[last] = key, tensor
+        if not isinstance(tensor, Tensor):
+            continue
+        group = groups.setdefault(path, {})
+        if last in group:
+            got = f"{group[last][0]} and {key}"
+            raise ModelError(where, f"two tensors of the file are {name}", got=got, fix="leave one of them out")
+        group[last] = key, tensor
     return groups
 
 
@@ -144,7 +149,7 @@ def _translated(
     result: OrderedDict[str, Any] = OrderedDict((name, value) for name, value in state.items() if is_extra_state(name))
     layers, dropped, bare = [], [], []
     turned = 0
-    for path, group in _groups(state, source).items():
+    for path, group in _groups(state, source, where).items():
         reading = reader.read(path, {last: tensor for last, (_, tensor) in group.items()})
         if reading is not None:
             layers.append(reading.layer)

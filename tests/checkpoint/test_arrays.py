@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import os
 import pickle
+import warnings
+import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -93,7 +95,17 @@ def cut(content: bytes) -> bytes:
     return content[: len(content) // 2]
 
 
+def doubled(content: bytes) -> bytes:
+    """An .npz with its last member once more, of other values."""
+    archive = io.BytesIO(content)
+    with zipfile.ZipFile(archive, "a") as file, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # zipfile tells of it
+        file.writestr(file.namelist()[-1], npy(np.ones(3)))
+    return archive.getvalue()
+
+
 REFUSED: dict[str, tuple[bytes, str]] = {
+    "an array twice": (doubled(npz({"b": np.ones(2), "a": np.ones(2)})), "arrays of one name. Got a. "),
     "code": (pickle.dumps({"a": Harmful()}), r"would run code that it names. Got \w+\.mkdir"),
     "code in an npy": (npy({"a": Harmful()}), r"would run code that it names. Got \w+\.mkdir"),
     "code in an npz": (npz({"a": np.array([Harmful()], object)}), "cannot be read: ValueError: Object arrays"),

@@ -161,6 +161,9 @@ REFUSED: dict[str, tuple[Callable[[], Any], dict[str, Any], str]] = {
     "epsilon below the bound": (
         greek, {"factory": "frn", "factory_kwargs": {"learned_eps": "layer", "eps": 1e-2}}, "below the lower bound",
     ),
+    "nan in a norm, without a network": (
+        lambda: {**greek(), "norm.beta": torch.full((1, 4, 1, 1), torch.nan)}, {}, "NaN or infinity in 1 .*norm.bias",
+    ),
     "nan": (lambda: {**greek(), "conv.bias": torch.full((4,), torch.nan)}, {"factory": "frn"}, "NaN or infinity in 1"),
     "arguments without a factory": (greek, {"factory_kwargs": {}}, "arguments of a factory, and no factory"),
     "no weights": (lambda: {"epoch": 1}, {}, "neither a network nor a state dict"),

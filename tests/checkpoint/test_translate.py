@@ -496,6 +496,22 @@ REFUSED: dict[str, tuple[Mapping[str, Any], str, str]] = {
         {**theirs(CASES["knjcode"]), "norm.tau": torch.zeros(ROW).to_sparse()}, "knjcode", "norm.tau is no dense",
     ),
     "without values": (FRN2d(C, device="meta").state_dict(), "timm", "tensors without values .on the meta device"),
+    "no channels": (
+        {f"n.{key}": np.ones((1, 0, 1, 1)) for key in GREEK} | {"n.eps": np.ones(1)},
+        "knjcode",
+        r"n.gamma has not the shape .* Got \(1, 0, 1, 1\); expected \(1, C, 1, 1\)",
+    ),
+    "no thresholds": (addons(np.zeros((0, 0, C))), "auto", r"act.tau is not one threshold for each channel"),
+    "a complex weight": (
+        {**theirs(CASES["knjcode"]), "norm.gamma": np.ones(ROW, np.complex64)}, "auto", "norm.gamma is no tensor of fl",
+    ),
+    "an integer epsilon": (kornia(**{"norm.eps": np.ones(1, int)}), "auto", "norm.eps is no .* Got torch.int64; exp"),
+    "a threshold of truth values": (kornia(**{"act.tau": np.ones(ROW, bool)}), "kornia", "act.tau is no tensor of flo"),
+    "names that become one": (
+        {**addons(np.zeros(C)), "norm/gamma": np.zeros(LAST)},
+        "auto",
+        "two tensors of the file are norm.gamma. Got norm/gamma:0 and norm/gamma",
+    ),
     "no state dict": ([1], "kornia", "no state dict. Got list"),
     "an array of text": ({"a": np.array(["b"])}, "kornia", "'a' is no array of numbers. Got <U1"),
     "what is no tensor": ({"a": 1}, "kornia", "a state dict with what is no tensor. Got 'a', int"),
