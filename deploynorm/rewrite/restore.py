@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator
-from typing import Final
+from typing import Any, Final
 
+import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 
 from deploynorm.changes import Change
-from deploynorm.contract import DOMAIN, METADATA_SIZES, MIN_OPSET, NODE_ATTRIBUTES, OPERATORS
+from deploynorm.contract import DOMAIN, INPUTS, METADATA_SIZES, MIN_OPSET, NODE_ATTRIBUTES, OPERATORS
 from deploynorm.errors import ModelError
 from deploynorm.inputs import read_sizes
 from deploynorm.losses import renamed_operator
@@ -17,10 +20,14 @@ from deploynorm.lowering import frn_nodes, function_proto, graphs_of
 from deploynorm.onnx_file import OnnxFile, OnnxSource, node_counts
 from deploynorm.rewrite.intake import refuse_blocked, unchanged
 from deploynorm.rewrite.result import RewriteResult
+from deploynorm.rewrite.values import Values
 
 _BACK: Final = "as in the original"
 _WITH_FUNCTIONS: Final = 8
 """The first version of the format that has functions."""
+_HALF_ROUNDING: Final = {"rtol": 2.0**-8, "atol": 2e-7}
+"""Of bfloat16, and of the small numbers of float16, which converters raise to 1e-7."""
+_Array = npt.NDArray[Any]
 
 
 def restore(model: ir.Model, original: OnnxSource, *, source_sha256: str | None = None) -> RewriteResult:
@@ -40,7 +47,8 @@ def restore(model: ir.Model, original: OnnxSource, *, source_sha256: str | None 
         source_sha256: Not used.
 
     Raises:
-        ModelError: The original cannot be read, or holds nothing of ours; a file was rewritten for one machine.
+        ModelError: The original cannot be read, holds nothing of ours, or is another network; a file was rewritten for
+            one machine.
     """
     file = OnnxFile.read(original)
     source = file.to_ir()
@@ -51,11 +59,52 @@ def restore(model: ir.Model, original: OnnxSource, *, source_sha256: str | None 
         raise ModelError(file.where, "holds nothing that deploynorm writes", fix=fix)
     work = model.clone()
     before = node_counts(work.graph.all_nodes())
-    steps = (_names, _functions, _attributes, _metadata)
-    changes = [change for step in steps for change in step(work, source)]
+    changes = list(_names(work, source))
+    if not _is_of(work, source):
+        fix = "name the file that the tool was given"
+        raise ModelError(file.where, "is another network than the file to restore", fix=fix)
+    changes += [change for step in (_functions, _attributes, _metadata) for change in step(work, source)]
     if not any(change.outcome == "rewritten" for change in changes):
         return unchanged(model, changes)
     return RewriteResult(work, tuple(changes), before, node_counts(work.graph.all_nodes()), file.files)
+
+
+def _is_of(work: ir.Model, source: ir.Model) -> bool:
+    """Whether each node of ours has the parameters of one in the source: a tool may reorder nodes, or leave some out.
+
+    Where either has none, whether they have as many nodes, or weights of the same shapes.
+    """
+    nodes, left = _parameters(work), _parameters(source)
+    if not nodes or not left:
+        counts = [len(list(model.graph.all_nodes())) for model in (work, source)]
+        return counts[0] == counts[1] or _weight_shapes(work) == _weight_shapes(source)
+    for node in nodes:
+        found = next((i for i, other in enumerate(left) if _are_alike(node, other)), None)
+        if found is None:
+            return False
+        del left[found]
+    return True
+
+
+def _parameters(model: ir.Model) -> list[tuple[_Array | None, ...]]:
+    """Of each node of ours, in the order of the contract; None for one that is not constant."""
+    values = Values(model.opset_imports.get("", MIN_OPSET))
+    return [tuple(map(values.constant, node.inputs[1 : len(INPUTS)])) for node in frn_nodes(model.graph)]
+
+
+def _are_alike(one: tuple[_Array | None, ...], other: tuple[_Array | None, ...]) -> bool:
+    """Whether all numbers that both have are equal, up to a conversion to half precision and back."""
+    pairs = [(a, b) for a, b in zip(one, other, strict=False) if a is not None and b is not None]
+    return all(a.size == b.size and np.allclose(_flat(a), _flat(b), **_HALF_ROUNDING) for a, b in pairs)
+
+
+def _flat(x: _Array) -> _Array:
+    return x.astype(np.float64).reshape(-1)
+
+
+def _weight_shapes(model: ir.Model) -> Counter[tuple[int, ...]]:
+    tensors = [value.const_value for value in model.graph.initializers.values()]
+    return Counter(tuple(tensor.shape.numpy()) for tensor in tensors if tensor is not None)
 
 
 def _names(work: ir.Model, source: ir.Model) -> Iterator[Change]:

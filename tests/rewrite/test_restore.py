@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import onnx
 import onnx.compose
+import onnx.numpy_helper
 import onnx.version_converter
+import onnx_ir as ir
 import pytest
 import torch
 from torch import nn
@@ -22,6 +25,7 @@ from deploynorm.lowering import function_proto
 from deploynorm.models.frn_resnet import BasicBlock
 from deploynorm.onnx_file import OnnxFile
 from deploynorm.rewrite import rewrite
+from deploynorm.rewrite.restore import restore
 
 
 @pytest.fixture(autouse=True)
@@ -148,6 +152,52 @@ def test_what_cannot_be_restored_is_refused(original: Path, tmp_path: Path) -> N
     result = rewrite(tmp_path / "changed.onnx", [f"restore={original}"])
     with pytest.raises(InputError):
         result.save(original)
+
+
+def _with_other_numbers(model: onnx.ModelProto, by: Callable[[np.ndarray], np.ndarray]) -> onnx.ModelProto:
+    """With other parameters of the last node of ours."""
+    other = onnx.ModelProto()
+    other.CopyFrom(model)
+    names = [node.input[1] for node in model.graph.node if node.domain == DOMAIN]
+    for tensor in other.graph.initializer:
+        if tensor.name == names[-1]:
+            tensor.CopyFrom(onnx.numpy_helper.from_array(by(onnx.numpy_helper.to_array(tensor)), tensor.name))
+    return other
+
+
+OTHERS: dict[str, tuple[Callable[[onnx.ModelProto], onnx.ModelProto], bool]] = {
+    "numbers": (lambda model: _with_other_numbers(model, lambda gamma: gamma * np.float32(1.1)), False),
+    "channels": (lambda model: _with_other_numbers(model, lambda gamma: gamma[:-1]), False),
+    "half": (lambda model: _with_other_numbers(model, lambda gamma: gamma.astype(np.float16).astype(np.float32)), True),
+    "the file itself": (lambda model: model, True),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_another_network_is_no_original(name: str, original: Path) -> None:
+    change, fits = OTHERS[name]
+    source = onnx.load(original)
+    for tensor in source.graph.initializer:
+        array = onnx.numpy_helper.to_array(tensor)
+        if array.dtype == np.float32:
+            drawn = array + np.random.default_rng(0).uniform(0.1, 0.2, array.shape).astype(np.float32)
+            tensor.CopyFrom(onnx.numpy_helper.from_array(drawn, tensor.name))
+    changed = ir.from_proto(as_graphsurgeon_does(change(source)))
+    if fits:
+        assert restore(changed, source.SerializeToString()).modified
+    else:
+        with pytest.raises(ModelError, match="is another network than the file to restore"):
+            restore(changed, source.SerializeToString())
+
+
+def test_of_files_without_our_nodes_the_weights_tell(tmp_path: Path) -> None:
+    paths = [tmp_path / f"{name}.onnx" for name in "ab"]
+    for path, layers in zip(paths, ((nn.Conv2d(3, 4, 3),), (nn.Conv2d(3, 5, 3), nn.ReLU())), strict=True):
+        export(nn.Sequential(*layers).eval(), torch.randn(1, 3, 8, 8)).save(path)
+    changed = ir.from_proto(as_graphsurgeon_does(onnx.load(paths[0])))
+    assert restore(changed, paths[0]).modified
+    with pytest.raises(ModelError, match="is another network"):
+        restore(changed, paths[1])
 
 
 def test_of_an_earlier_opset_the_body_stays_away(original: Path, tmp_path: Path) -> None:
