@@ -139,9 +139,10 @@ class Operation:
             ModelError: It is no valid graph.
         """
         gs = graphsurgeon()
-        held = self._set_new_weights_aside()
+        held: list[tuple[gs.Constant, Any]] = []
         try:
             with _hushed():
+                held = self._set_new_weights_aside()
                 proto = gs.export_onnx(self.graph, do_type_check=False)
         except Exception as error:
             raise ModelError("surgery", f"onnx-graphsurgeon cannot write the graph: {first_line(error)}") from error

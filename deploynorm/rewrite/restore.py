@@ -25,8 +25,8 @@ from deploynorm.rewrite.values import Values
 _BACK: Final = "as in the original"
 _WITH_FUNCTIONS: Final = 8
 """The first version of the format that has functions."""
-_HALF_ROUNDING: Final = {"rtol": 2.0**-8, "atol": 2e-7}
-"""Of bfloat16, and of the small numbers of float16, which converters raise to 1e-7."""
+_RELATIVE, _ABSOLUTE = 2.0**-8, 2e-7
+"""Rounding of bfloat16, and of the small numbers of float16, which converters raise to 1e-7."""
 _Array = npt.NDArray[Any]
 
 
@@ -95,7 +95,7 @@ def _parameters(model: ir.Model) -> list[tuple[_Array | None, ...]]:
 def _are_alike(one: tuple[_Array | None, ...], other: tuple[_Array | None, ...]) -> bool:
     """Whether all numbers that both have are equal, up to a conversion to half precision and back."""
     pairs = [(a, b) for a, b in zip(one, other, strict=False) if a is not None and b is not None]
-    return all(a.size == b.size and np.allclose(_flat(a), _flat(b), **_HALF_ROUNDING) for a, b in pairs)
+    return all(a.size == b.size and np.allclose(_flat(a), _flat(b), _RELATIVE, _ABSOLUTE) for a, b in pairs)
 
 
 def _flat(x: _Array) -> _Array:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -47,13 +48,14 @@ def surgery(model: ir.Model, named: str, *, source_sha256: str | None = None) ->
     if not path.is_file():
         raise InputError("surgery", "no such file", got=name, expected=_EXPECTED)
     operation = Operation(model)
-    with _loaded(path) as module:
+    file = str(path.absolute())  # which Python finds from any working directory, to read a line
+    with _loaded(path, file) as module:
         function: Callable[[Any], object] | None = getattr(module, function_name, None)
         if not callable(function):
             own = [key for key, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__]
             got = f"functions {', '.join(own)}" if own else "a file without functions"
             raise InputError("surgery", f"{path} has no function {function_name}", got=got)
-        with _naming_the_line(path):
+        with _naming_the_line(path, file):
             returned = function(operation.graph)
     if returned is not None and returned is not operation.graph:
         expected = "None or the graph that it was given"
@@ -69,31 +71,35 @@ def surgery(model: ir.Model, named: str, *, source_sha256: str | None = None) ->
 
 
 @contextmanager
-def _loaded(path: Path) -> Iterator[ModuleType]:
+def _loaded(path: Path, file: str) -> Iterator[ModuleType]:
     """The module that a file is, which may import what lies beside it."""
     module = ModuleType(path.stem)
     module.__file__ = str(path)
-    folder, before = str(path.parent.resolve()), sys.modules.get(path.stem)
-    sys.path.insert(0, folder)
+    # All of which the user's code may change.
+    folder, search, before = Path.cwd(), [*sys.path], sys.modules.get(path.stem)
+    sys.path.insert(0, str(path.parent.resolve()))
     sys.modules[path.stem] = module
     try:
-        with _naming_the_line(path):
-            exec(compile(path.read_bytes(), str(path), "exec"), vars(module))
+        with _naming_the_line(path, file):
+            exec(compile(path.read_bytes(), file, "exec"), vars(module))
         yield module
     finally:
-        sys.path.remove(folder)
-        del sys.modules[path.stem]
+        os.chdir(folder)
+        sys.path[:] = search
+        sys.modules.pop(path.stem, None)
         if before is not None:
             sys.modules[path.stem] = before
 
 
 @contextmanager
-def _naming_the_line(path: Path) -> Iterator[None]:
+def _naming_the_line(path: Path, file: str) -> Iterator[None]:
     """Turns what the user's code raises into an error that names the line in the user's file."""
     try:
         yield
-    except (Exception, SystemExit) as error:
-        calls = [call for call in traceback.extract_tb(error.__traceback__) if call.filename == str(path)]
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        calls = [call for call in traceback.extract_tb(error.__traceback__) if call.filename == file]
         line = error.lineno if isinstance(error, SyntaxError) else calls[-1].lineno if calls else None
         code = (error.text if isinstance(error, SyntaxError) else calls[-1].line if calls else None) or ""
         where = str(path) if line is None else f"{path}, line {line}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -231,6 +232,30 @@ def leave_the_process(graph):
 
 def count(graph):
     return len(graph.nodes)
+
+class Own(BaseException):
+    pass
+
+def raise_its_own(graph):
+    import os
+    os.chdir("/")
+    raise Own("a reason")
+
+def add_nothing(graph):
+    graph.nodes.append(None)
+"""
+
+EDIT_OF_PYTHON = """
+import os, sys
+del sys.modules[__name__]
+sys.path.clear()
+os.chdir("/")
+
+def edit(graph):
+    import onnx_graphsurgeon as gs
+    end = graph.outputs[0]
+    end.inputs[0].outputs[0] = before = gs.Variable("before", end.dtype)
+    graph.nodes.append(gs.Node("Identity", inputs=[before], outputs=[end]))
 """
 
 
@@ -269,6 +294,8 @@ def test_a_function_of_the_users_changes_the_graph(deploynorm: Callable) -> None
         "edit.py:shortens": "edit.py has no function shortens. Got functions shorten, leave,",
         "edit.py:fail": """edit.py, line 18: return nodes["gone"]: KeyError: 'gone'.""",
         "edit.py:leave_the_process": 'edit.py, line 21: raise SystemExit("that is all"): SystemExit: that is all.',
+        "edit.py:raise_its_own": 'edit.py, line 32: raise Own("a reason"): Own: a reason',
+        "edit.py:add_nothing": "surgery: onnx-graphsurgeon cannot write the graph: ",
         "edit.py:count": "edit.py:count: it returns another thing. Got int; expected None or the graph",
         "wrong.py:edit": "wrong.py, line 2: def edit(graph)",
     }.items(),
@@ -277,6 +304,20 @@ def test_what_a_users_file_lacks_is_said_with_its_line(named: str, problem: str,
     Path("wrong.py").write_text("\ndef edit(graph)\n    pass\n")
     result = refused(2, problem, "rewrite", "net.onnx", "--surgery", named, *SHAPE)
     assert "deploynorm/rewrite" not in result.err
+
+
+@pytest.mark.usefixtures("edited")
+def test_what_a_users_file_does_to_python_is_undone(deploynorm: Callable) -> None:
+    Path("wild.py").write_text(EDIT_OF_PYTHON)
+    search, folder = [*sys.path], Path.cwd()
+    try:
+        result = deploynorm("rewrite", "net.onnx", "--surgery", "wild.py:edit", *SHAPE, "-o", "new.onnx")
+        assert (sys.path, Path.cwd()) == (search, folder)
+    finally:
+        sys.path[:] = search
+        os.chdir(folder)
+    assert "wrote new.onnx" in result.out
+    assert Path("new.onnx").exists()
 
 
 @pytest.mark.usefixtures("edited")
