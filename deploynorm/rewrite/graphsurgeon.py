@@ -139,7 +139,7 @@ class Operation:
             ModelError: It is no valid graph.
         """
         gs = graphsurgeon()
-        held: list[tuple[gs.Constant, Any]] = []
+        held: list[tuple[Any, Any]] = []
         try:
             with _hushed():
                 held = self._set_new_weights_aside()
