@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +13,7 @@ from deploynorm.errors import ModelError
 from deploynorm.layers import CenConv1d, CenConv2d, CenConv3d, CenConvTranspose2d
 from deploynorm.layers.functional import center_weight
 from deploynorm.quiet import quiet
-from deploynorm.trace import LINEAR_OPERATORS, alike, copied, trace
+from deploynorm.trace import LINEAR_OPERATORS, alike, aten_operators, copied, trace
 
 _CONV = "stride", "padding", "dilation", "groups"
 _TRANSPOSED = "stride", "padding", "output_padding", "groups", "dilation"
@@ -39,6 +39,9 @@ _RTOL = 1e-5
 """Of the largest value: a layer may compute its weight in float32."""
 _WIDEST = 33
 """Of a map on which a layer is tried, before it is tried on those of the example."""
+
+
+_PADS = aten_operators("pad constant_pad_nd")
 
 
 class Computed(NamedTuple):
@@ -75,7 +78,8 @@ class _Calls(TorchFunctionMode):
 def computed(layer: nn.Module, shape: Sequence[int]) -> Computed | None:
     """The plain layer of a layer that convolves once, with a weight that is the same for every input.
 
-    The layer is called in float64 on two random inputs, and traced. None where it does something else.
+    The layer is called in float64 on random inputs of several sizes, and traced with free sizes. None where it does
+    something else, or where a call changes what it holds.
 
     Args:
         layer: In evaluation mode.
@@ -116,25 +120,93 @@ def _plain(layer: nn.Module, twin: nn.Module, inputs: Sequence[Tensor]) -> Compu
     weight = call.weight.detach().clone()
     bias = None if call.bias is None else call.bias.detach().clone()
     exact = _with(plain, weight, bias)
-    if not alike([exact(x) for x in inputs], outputs, _RTOL) or not _weight_is_constant(twin, inputs[0]):
+    if not alike([exact(x) for x in inputs], outputs, _RTOL):
+        return None
+    if not _is_plain_for_all_sizes(twin, exact, inputs[0].dim()) or not _traces_to_one_call(twin, exact, inputs[0]):
         return None
     own = next((x for x in layer.parameters() if x.is_floating_point()), torch.empty(()))
     rounded = _with(plain, weight.to(own), None if bias is None else bias.to(own))
     return Computed(rounded, weight, bias)
 
 
-def _weight_is_constant(layer: nn.Module, x: Tensor) -> bool:
-    """Whether a trace proves it: no branch on values, and neither weight nor bias depends on the input."""
+def _is_plain_for_all_sizes(layer: nn.Module, plain: nn.Module, rank: int) -> bool:
+    """Whether both give the same for small, odd and large sizes, and calls leave the layer as it was."""
+    before = _state(layer)
+    for batch, larger in ((3, (0, 1, 2)), (1, (3, 128, 4)), (3, (131, 0, 1))):
+        x = torch.randn(_shape(plain, rank, batch, larger), dtype=torch.float64)
+        if not alike([layer(x.clone())], [plain(x)], _RTOL):
+            return False
+    return _state(layer) == before
+
+
+def _shape(plain: Any, rank: int, batch: int, larger: Sequence[int]) -> tuple[int, ...]:
+    """Of an input: as many numbers more than the layer needs on each axis."""
+    if isinstance(plain, nn.Linear):
+        return (batch, *(1 + larger[axis % len(larger)] for axis in range(rank - 2)), plain.in_features)
+    # At least the kernel, and more than the padding, which a padding by reflection requires.
+    pads = plain.padding if isinstance(plain.padding, tuple) else (0,) * len(plain.kernel_size)
+    needs = [
+        max(dilation * (kernel - 1) + 1, pad + 1)
+        for kernel, dilation, pad in zip(plain.kernel_size, plain.dilation, pads, strict=True)
+    ]
+    return (batch, plain.in_channels, *(need + larger[axis] for axis, need in enumerate(needs)))
+
+
+def _state(layer: nn.Module) -> object:
+    """All that a layer and those in it hold, as values that can be compared."""
+    return [_value(vars(module)) for module in layer.modules()]
+
+
+def _value(value: object) -> object:
+    if isinstance(value, Tensor):
+        return value.dtype, value.shape, value.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    if isinstance(value, Mapping):
+        return [(key, _value(each)) for key, each in value.items()]
+    if isinstance(value, (list, tuple)):
+        return [_value(each) for each in value]
+    if value is None or isinstance(value, (bool, int, float, str, torch.Size, torch.dtype)):
+        return repr(value)
+    if isinstance(value, (set, frozenset)):
+        return frozenset(map(repr, value))
+    return id(value)
+
+
+def _traces_to_one_call(layer: nn.Module, plain: nn.Module, x: Tensor) -> bool:
+    """Whether a trace with free sizes is the convolution of the input, or of its padding, and nothing else.
+
+    Then no branch is on values or sizes, and weight and bias come from what the layer holds.
+    """
+    fixed = x.dim() - 1 if isinstance(plain, nn.Linear) else 1
+    free = {axis: f"axis{axis}" for axis in range(x.dim()) if axis != fixed}
+    example = torch.randn(_shape(plain, x.dim(), 3, (7, 8, 9)), dtype=torch.float64)
     try:
-        program = trace(layer, x, "none")
+        program = trace(layer, example, {"": free})
     except ModelError:
         return False
-    depends: set[fx.Node] = set()
+    signature = program.graph_signature
+    if len(signature.user_inputs) != 1 or signature.buffers_to_mutate or signature.user_inputs_to_mutate:
+        return False
+    chain: list[fx.Node] = []
     for node in program.graph.nodes:
-        if node.name in program.graph_signature.user_inputs or not depends.isdisjoint(node.all_input_nodes):
-            depends.add(node)
-    found = [node for node in program.graph.nodes if node.target in LINEAR_OPERATORS]
-    return len(found) == 1 and depends.isdisjoint(each for each in found[0].args[1:3] if isinstance(each, fx.Node))
+        if node.name in signature.user_inputs:
+            chain.append(node)
+        elif not set(chain).isdisjoint(node.all_input_nodes):
+            # Any node that depends on the input takes the one before it, as its data alone.
+            if set(chain) & set(node.all_input_nodes) != {chain[-1]}:
+                return False
+            if node.op != "output" and (node.args[0] is not chain[-1] or _count(node, chain[-1]) != 1):
+                return False
+            chain.append(node)
+    _, *pads, call, output = chain
+    padded = all(node.target in _PADS for node in pads)
+    return padded and call.target in LINEAR_OPERATORS and output.op == "output" and len(signature.user_outputs) == 1
+
+
+def _count(node: fx.Node, of: fx.Node) -> int:
+    """How often a node takes another."""
+    found: list[fx.Node] = []
+    fx.node.map_arg((node.args, node.kwargs), found.append)
+    return found.count(of)
 
 
 def _with(layer: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Module:

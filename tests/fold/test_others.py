@@ -15,6 +15,7 @@ from tolerances import FLOAT64
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
+from deploynorm._adopt.convolutions import computed
 from deploynorm._fold import FoldResult, fold
 
 
@@ -232,3 +233,67 @@ def test_layers_of_timm(timm: ModuleType) -> None:
 def test_a_convolution_that_branches_on_values_stays() -> None:
     _, report = fold(Branching(4, 6, 3), torch.randn(2, 4, 8, 8))
     assert not report.modified
+
+
+class Centred(nn.Conv2d):
+    """A convolution with a centred weight, and with what a function makes of it."""
+
+    def __init__(self, forward: Callable[[Centred, Tensor], Tensor], count: Tensor | int = 0) -> None:
+        super().__init__(4, 6, 3)
+        self.of = forward
+        if isinstance(count, Tensor):
+            self.register_buffer("count", count)
+        else:
+            self.count = count
+
+    def convolution(self, x: Tensor, times: Tensor | int = 1, padding: int = 0) -> Tensor:
+        weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+        return F.conv2d(x, weight * times, self.bias, padding=padding)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.of(self, x)
+
+
+def doubled_above(layer: Centred, x: Tensor) -> Tensor:
+    y = layer.convolution(x)
+    return torch.where(x.amax() > 100, 2 * y, y)
+
+
+def without_infinities(layer: Centred, x: Tensor) -> Tensor:
+    y = layer.convolution(x)
+    return torch.where(y.isfinite(), y, 0)
+
+
+def counting(layer: Centred, x: Tensor) -> Tensor:
+    layer.count += 1
+    return layer.convolution(x, 2 if layer.count > 99 else 1)
+
+
+def counting_in_a_buffer(layer: Centred, x: Tensor) -> Tensor:
+    layer.count.add_(1)
+    return layer.convolution(x, torch.where(layer.count > 99, 2, 1))
+
+
+ALMOST: Mapping[str, Callable[[], Centred]] = {
+    "bounds of the output": lambda: Centred(lambda layer, x: layer.convolution(x).clamp(-200, 200)),
+    "bounds of the input": lambda: Centred(lambda layer, x: layer.convolution(x.clamp(-200, 200))),
+    "a choice by the input": lambda: Centred(doubled_above),
+    "infinities": lambda: Centred(without_infinities),
+    "the width": lambda: Centred(lambda layer, x: layer.convolution(x, padding=int(x.shape[-1] > 1000))),
+    "one width": lambda: Centred(lambda layer, x: layer.convolution(x, padding=int(x.shape[-1] == 77))),
+    "the batch": lambda: Centred(lambda layer, x: layer.convolution(x, padding=int(x.shape[0] > 40))),
+    "calls so far": lambda: Centred(counting),
+    "calls so far in a buffer": lambda: Centred(counting_in_a_buffer, torch.zeros(())),
+}
+"""On most inputs a convolution with a constant weight."""
+
+
+@pytest.mark.parametrize("name", ALMOST)
+def test_what_is_a_convolution_for_most_inputs_alone_stays(name: str) -> None:
+    assert computed(ALMOST[name]().eval(), (2, 4, 9, 8)) is None
+
+
+def test_a_convolution_of_all_sizes_is_the_plain_one() -> None:
+    found = computed(Centred(Centred.convolution).eval(), (2, 4, 9, 8))
+    assert found is not None
+    assert type(found.plain) is nn.Conv2d
