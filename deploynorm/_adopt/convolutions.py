@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
 from torch.overrides import TorchFunctionMode
 
 from deploynorm.errors import ModelError
@@ -41,6 +43,7 @@ _WIDEST = 33
 """Of a map on which a layer is tried, before it is tried on those of the example."""
 
 
+_INPUT = re.compile(r"L\['\w+'\]")
 _PADS = aten_operators("pad constant_pad_nd")
 
 
@@ -174,17 +177,19 @@ def _value(value: object) -> object:
 def _traces_to_one_call(layer: nn.Module, plain: nn.Module, x: Tensor) -> bool:
     """Whether a trace with free sizes is the convolution of the input, or of its padding, and nothing else.
 
-    Then no branch is on values or sizes, and weight and bias come from what the layer holds.
+    Then it has no branch on values, nor on sizes but those of the plain layer, and weight and bias come from what it
+    holds.
     """
-    fixed = x.dim() - 1 if isinstance(plain, nn.Linear) else 1
-    free = {axis: f"axis{axis}" for axis in range(x.dim()) if axis != fixed}
     example = torch.randn(_shape(plain, x.dim(), 3, (7, 8, 9)), dtype=torch.float64)
     try:
-        program = trace(layer, example, {"": free})
+        program, of_plain = trace(layer, example), trace(plain, example)
     except ModelError:
         return False
+    conditions = _conditions(program)
+    if conditions is None or conditions != _conditions(of_plain):
+        return False
     signature = program.graph_signature
-    if len(signature.user_inputs) != 1 or signature.buffers_to_mutate or signature.user_inputs_to_mutate:
+    if signature.buffers_to_mutate or signature.user_inputs_to_mutate:
         return False
     chain: list[fx.Node] = []
     for node in program.graph.nodes:
@@ -200,6 +205,18 @@ def _traces_to_one_call(layer: nn.Module, plain: nn.Module, x: Tensor) -> bool:
     _, *pads, call, output = chain
     padded = all(node.target in _PADS for node in pads)
     return padded and call.target in LINEAR_OPERATORS and output.op == "output" and len(signature.user_outputs) == 1
+
+
+def _conditions(program: ExportedProgram) -> tuple[set[str], list[object]] | None:
+    """On sizes, those under which a trace holds, and the bounds of each axis; None unless all but one are free."""
+    [name] = program.graph_signature.user_inputs
+    [x] = (node.meta["val"] for node in program.graph.nodes if node.name == name)
+    if sum(isinstance(size, torch.SymInt) for size in x.shape) != x.dim() - 1:
+        return None
+    bounds = [
+        program.range_constraints.get(size.node.expr) if isinstance(size, torch.SymInt) else size for size in x.shape
+    ]
+    return {_INPUT.sub("x", text) for text in getattr(program, "_guards_code", ())}, bounds
 
 
 def _count(node: fx.Node, of: fx.Node) -> int:

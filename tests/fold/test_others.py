@@ -281,6 +281,7 @@ ALMOST: Mapping[str, Callable[[], Centred]] = {
     "infinities": lambda: Centred(without_infinities),
     "the width": lambda: Centred(lambda layer, x: layer.convolution(x, padding=int(x.shape[-1] > 1000))),
     "one width": lambda: Centred(lambda layer, x: layer.convolution(x, padding=int(x.shape[-1] == 77))),
+    "the area": lambda: Centred(lambda layer, x: layer.convolution(x, padding=int(x[0, 0].numel() > 1e5))),
     "the batch": lambda: Centred(lambda layer, x: layer.convolution(x, padding=int(x.shape[0] > 40))),
     "calls so far": lambda: Centred(counting),
     "calls so far in a buffer": lambda: Centred(counting_in_a_buffer, torch.zeros(())),
