@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from contextlib import suppress
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -272,8 +273,37 @@ def centred(layer: nn.Module, found: Computed) -> nn.Module | None:
         if found.bias is not None and bias is None:
             return None
         new._parameters = {"weight": parameter, "bias": bias}
-        return new.train(layer.training)
+        with suppress(Exception):  # of any type
+            return new.train(layer.training) if _train_alike(layer, new) else None
+        return None
     return None
+
+
+def _train_alike(layer: nn.Module, new: nn.Module) -> bool:
+    """Whether both give the same in training mode, and the same gradients to what they share."""
+    names = {parameter: name for name, parameter in layer.named_parameters()}
+    results = []
+    with torch.enable_grad(), torch.random.fork_rng(devices=[]), quiet():
+        for each in (layer, new):
+            twin = copied(each).cpu().double().train()
+            torch.manual_seed(0)
+            shape = _shape(new, 2 + len(cast(Any, new).kernel_size), 2, (2, 3, 4))
+            held = dict(twin.named_parameters())
+            own = {names[parameter]: held[name].requires_grad_() for name, parameter in each.named_parameters()}
+            y = twin(torch.randn(shape, dtype=torch.float64))
+            results.append((y, own))
+        (want, _), (got, shared) = results
+        if not alike([got.detach()], [want.detach()], _RTOL):
+            return False
+        gradients = []
+        for y, own in results:
+            torch.manual_seed(1)
+            parameters = [own[name] for name in shared]
+            gradients.append(torch.autograd.grad(y, parameters, torch.randn_like(y), allow_unused=True))
+        return all(
+            one is not None and other is not None and alike([one], [other], _RTOL)
+            for one, other in zip(*gradients, strict=True)
+        )
 
 
 def _parameter_like(layer: nn.Module, value: Tensor) -> nn.Parameter | None:

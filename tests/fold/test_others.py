@@ -15,8 +15,9 @@ from tolerances import FLOAT64
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
-from deploynorm._adopt.convolutions import computed
+from deploynorm._adopt.convolutions import centred, computed
 from deploynorm._fold import FoldResult, fold
+from deploynorm.layers import CenConv2d
 
 
 class FrozenWithReLU(FrozenBatchNorm2d):
@@ -298,3 +299,15 @@ def test_a_convolution_of_all_sizes_is_the_plain_one() -> None:
     found = computed(Centred(Centred.convolution).eval(), (2, 4, 9, 8))
     assert found is not None
     assert type(found.plain) is nn.Conv2d
+
+
+@pytest.mark.parametrize("detached", [False, True])
+def test_cen_conv_takes_the_place_of_what_trains_as_it_does(detached: bool) -> None:
+    layer = Centred(lambda self, x: F.conv2d(x, self.weight - mean(self.weight), self.bias))
+
+    def mean(weight: Tensor) -> Tensor:
+        return (weight.detach() if detached else weight).mean((1, 2, 3), keepdim=True)
+
+    found = computed(layer.eval(), (2, 4, 9, 8))
+    assert found is not None
+    assert isinstance(centred(layer, found), CenConv2d) is not detached
