@@ -16,7 +16,7 @@ from deploynorm.errors import ModelError
 from deploynorm.layers import CenConv1d, CenConv2d, CenConv3d, CenConvTranspose2d
 from deploynorm.layers.functional import center_weight
 from deploynorm.quiet import quiet
-from deploynorm.trace import LINEAR_OPERATORS, alike, aten_operators, copied, trace
+from deploynorm.trace import LINEAR_OPERATORS, Sizes, alike, aten_operators, copied, trace
 
 _CONV = "stride", "padding", "dilation", "groups"
 _TRANSPOSED = "stride", "padding", "output_padding", "groups", "dilation"
@@ -147,10 +147,10 @@ def _shape(plain: Any, rank: int, batch: int, larger: Sequence[int]) -> tuple[in
     """Of an input: as many numbers more than the layer needs on each axis."""
     if isinstance(plain, nn.Linear):
         return (batch, *(1 + larger[axis % len(larger)] for axis in range(rank - 2)), plain.in_features)
-    # At least the kernel, and more than the padding, which a padding by reflection requires.
+    # At least the kernel, more than the padding for one by reflection, and twice that if transposed.
     pads = plain.padding if isinstance(plain.padding, tuple) else (0,) * len(plain.kernel_size)
     needs = [
-        max(dilation * (kernel - 1) + 1, pad + 1)
+        max(dilation * (kernel - 1), 2 * pad) + 1
         for kernel, dilation, pad in zip(plain.kernel_size, plain.dilation, pads, strict=True)
     ]
     return (batch, plain.in_channels, *(need + larger[axis] for axis, need in enumerate(needs)))
@@ -182,8 +182,10 @@ def _traces_to_one_call(layer: nn.Module, plain: nn.Module, x: Tensor) -> bool:
     holds.
     """
     example = torch.randn(_shape(plain, x.dim(), 3, (7, 8, 9)), dtype=torch.float64)
+    channels = x.dim() - 1 if isinstance(plain, nn.Linear) else 1
+    sizes = Sizes((tuple(example.shape),), tuple({(0, axis): 1} for axis in range(x.dim()) if axis != channels))
     try:
-        program, of_plain = trace(layer, example), trace(plain, example)
+        program, of_plain = (trace(each, example, sizes=sizes) for each in (layer, plain))
     except ModelError:
         return False
     conditions = _conditions(program)

@@ -311,3 +311,17 @@ def test_cen_conv_takes_the_place_of_what_trains_as_it_does(detached: bool) -> N
     found = computed(layer.eval(), (2, 4, 9, 8))
     assert found is not None
     assert isinstance(centred(layer, found), CenConv2d) is not detached
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (lambda: nn.Linear(7, 5), (2, 7)),
+        (lambda: nn.Linear(7, 5), (2, 3, 1, 7)),
+        (lambda: nn.Conv2d(4, 6, 1), (2, 4, 1, 1)),
+        (lambda: nn.Conv1d(4, 6, 3, padding=2, padding_mode="circular"), (2, 4, 9)),
+        (lambda: nn.ConvTranspose3d(4, 6, 3, padding=3), (2, 4, 9, 9, 9)),
+    ],
+)
+def test_parametrized_layers_of_all_kinds_are_plain(layer: Callable[[], nn.Module], shape: tuple[int, ...]) -> None:
+    assert computed(parametrizations.weight_norm(layer()).eval(), shape) is not None
