@@ -9,27 +9,23 @@ from functools import partial
 
 from torch import nn
 
-from deploynorm._adopt.candidates import may_be_computed, may_be_norm, own_hooks, run, wanted
+from deploynorm._adopt.candidates import may_be_computed, may_be_norm, own_hooks, wanted
 from deploynorm._adopt.convolutions import centred
 from deploynorm._adopt.layers import Memo, build
 from deploynorm._adopt.report import AdoptReport, AdoptResult
-from deploynorm._adopt.survey import Found, Survey, same
+from deploynorm._adopt.survey import Found, Survey, difference
 from deploynorm.changes import Change
 from deploynorm.errors import ModelError
 from deploynorm.quiet import first_line
 from deploynorm.trace import (
     ExampleInputs,
     Examples,
-    alike,
     check_network,
     copied,
     inference_copy,
     unwrapped,
 )
 from deploynorm.verification import Step, Verifier
-
-_GROSS = 1e-2
-"""Of the largest value of an output, in the network's own type: more is due to code that reads layers' attributes."""
 
 
 class Adopting:
@@ -75,12 +71,13 @@ class Adopting:
         if own_hooks(layer):
             return None, "it has hooks"
         new = build(layer, found.recipe, found.channels, len(found.call.shape), memo)
-        if training and found.recipe.kind != "mabn":
-            with suppress(Exception):
-                if same(layer, new, found.recipe, found.call, training=True):
-                    return new, ""
-            return None, "in training mode it computes something else"
-        return new, ""
+        if not training:
+            return new, ""
+        mabn = found.recipe.kind == "mabn"
+        alike_in_training = not difference(layer, new, found.recipe, found.call, training=True, ours_trains=not mabn)
+        if mabn and alike_in_training:
+            return None, "in training mode it does as in evaluation: a scale that is frozen, and no MABN"
+        return (new, "") if mabn or alike_in_training else (None, "in training mode it computes something else")
 
     def _put(self, old: nn.Module, new: nn.Module) -> None:
         if old is self.model:
@@ -135,12 +132,9 @@ def adopted(model: nn.Module, examples: Examples, *, training: bool = False) -> 
         seen = inference_copy(model)
         survey = Survey(seen, examples)
         adopting = Adopting(copied(model) if training else seen, survey, training=training)
+        Verifier(model, examples).settle(adopting.steps, lambda: adopting.model, {})
         changes = tuple(adopting.changes.values())
-        # A copy, since the network may be on another device.
-        new = inference_copy(adopting.model) if training else adopting.model
-        if not adopting.steps or not alike(run(new, examples), survey.outputs, _GROSS):
-            return model, tuple(change for change in changes if change.outcome == "left")
-        return adopting.model, changes
+        return adopting.model if any(change.outcome == "adopted" for change in changes) else model, changes
     return model, ()
 
 

@@ -11,7 +11,7 @@ from torch.nn.utils import parametrize
 
 from deploynorm._adopt.convolutions import PLAIN
 from deploynorm.quiet import quiet
-from deploynorm.trace import Examples, disposable_copy, tensors_of
+from deploynorm.trace import Examples, disposable_copy
 
 _FEW = 8
 """Parameters of a normalization with its threshold: weight, bias, tau, epsilon, statistics."""
@@ -70,8 +70,8 @@ def wanted(model: nn.Module, of: Callable[[nn.Module], bool]) -> Iterator[str]:
     return (path for path, layer in model.named_modules() if of(layer))
 
 
-def calls(model: nn.Module, examples: Examples, paths: Collection[str]) -> tuple[Mapping[str, Call], list[Any]]:
-    """How the network calls the layers of these paths, but those that it does not call, and what it gives.
+def calls(model: nn.Module, examples: Examples, paths: Collection[str]) -> Mapping[str, Call]:
+    """How the network calls the layers of these paths, but those that it does not call.
 
     Raises whatever the network raises on the examples.
     """
@@ -84,16 +84,10 @@ def calls(model: nn.Module, examples: Examples, paths: Collection[str]) -> tuple
             found[path] = _merged(found.get(path), _call(args, kwargs, output))
 
         handles.append(twin.get_submodule(path).register_forward_hook(seen, with_kwargs=True))
-    return found, run(twin, examples)
-
-
-def run(model: nn.Module, examples: Examples) -> list[Any]:
-    """What a network on the CPU gives in evaluation mode."""
-    twin = disposable_copy(model).eval()
     with torch.no_grad(), torch.random.fork_rng(devices=[]), quiet():
         torch.manual_seed(0)
-        outputs = examples.replaced(x.detach().cpu().clone() for x in examples).run(twin)
-        return [x.clone() if isinstance(x, Tensor) else x for x in tensors_of(outputs)]
+        examples.replaced(x.detach().cpu().clone() for x in examples).run(twin)
+    return found
 
 
 def _call(args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> Call:

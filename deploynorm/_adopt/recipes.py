@@ -20,6 +20,9 @@ _SMALLEST, _LARGEST = 1e-2, 2e-2
 """Of the values that a layer's tensors are given, to be told apart: so small that what is added to them, such as 1e-6,
 shows, and so large that x and tanh(x) differ."""
 
+OF_MODULES = frozenset(vars(nn.Module()))
+"""The attributes that each module has; all others are its own arguments and state."""
+
 
 class Part(NamedTuple):
     """One number for each channel: a tensor of the layer by its name, and what is added to it; "" without a tensor."""
@@ -179,7 +182,7 @@ def key_of(layer: nn.Module, channels: int, rank: int) -> tuple[object, ...]:
 
     found: list[object] = [rank]
     for name, module in layer.named_modules():
-        own = {each: plain(value) for each, value in vars(module).items() if each[0] != "_" and each != "training"}
+        own = {each: plain(value) for each, value in vars(module).items() if each not in OF_MODULES}
         named = (*module._parameters.items(), *module._buffers.items())
         tensors = {each: x.numel() == 1 for each, x in named if x is not None}
         found.append((name, type(module), tuple(own.items()), tuple(tensors.items())))

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from deploynorm._adopt.candidates import Call, calls, may_be_computed, may_be_norm, wanted
 from deploynorm._adopt.convolutions import Computed, computed
 from deploynorm._adopt.layers import build
 from deploynorm._adopt.numbers import UnrecognizedError, shape_for
-from deploynorm._adopt.recipes import Question, Recipe, key_of, recipes_of
+from deploynorm._adopt.recipes import OF_MODULES, Question, Recipe, key_of, recipes_of
 from deploynorm.errors import InputError
-from deploynorm.quiet import quiet
+from deploynorm.quiet import first_line, quiet
 from deploynorm.trace import Examples, alike, copied
 
 _RTOL = 1e-5
@@ -53,18 +53,16 @@ class Survey:
 
     Attributes:
         found: Layers that are to be told of, by path.
-        outputs: What the network gives on the examples, where it was run: where a layer can be of interest.
 
     Raises whatever the network raises on the examples.
     """
 
     def __init__(self, model: nn.Module, examples: Examples) -> None:
         self.found: dict[str, Found] = {}
-        self.outputs: list[Any] = []
         norms, convolutions = set(wanted(model, may_be_norm)), set(wanted(model, may_be_computed))
         if not norms and not convolutions:
             return
-        called, self.outputs = calls(model, examples, {*norms, *convolutions})
+        called = calls(model, examples, {*norms, *convolutions})
         layers = {path: layer for path, layer in model.named_modules() if path in called}
         self._recipes: dict[object, Recipe | UnrecognizedError] = {}
         self._ask([each for path in layers if path in norms for each in _questions(layers[path], called[path])])
@@ -100,8 +98,12 @@ class Survey:
             if isinstance(recipe, UnrecognizedError):
                 why = recipe if why is None or recipe.near else why
                 continue
+            if recipe.kind == "affine":  # compared where it is built
+                return Found(call, recipe)
+            reason = _OTHERS
             try:
-                if recipe.kind == "affine" or same(layer, build(layer, recipe, *question[1:3], {}), recipe, call):
+                reason = difference(layer, build(layer, recipe, *question[1:3], {}), recipe, call)
+                if not reason:
                     return Found(call, recipe)
             except InputError as error:
                 return Found(call, reason=f"ours do not take its numbers: {error.problem}", near=True)
@@ -110,9 +112,11 @@ class Survey:
             # A layer of the same class and arguments computes otherwise: by code of its own, say.
             [own] = recipes_of([question])
             with suppress(UnrecognizedError, InputError):
-                if isinstance(own, Recipe) and same(layer, build(layer, own, *question[1:3], {}), own, call):
-                    return Found(call, own)
-            why = UnrecognizedError("its numbers were read off its trace, and on a try it computes others", near=True)
+                if isinstance(own, Recipe) and own.kind != "affine" and own != recipe:
+                    reason = difference(layer, build(layer, own, *question[1:3], {}), own, call)
+                    if not reason:
+                        return Found(call, own)
+            why = UnrecognizedError(reason, near=True)
         return None if why is None else Found(call, reason=f"no FRN as ours is: {why}", near=why.near)
 
 
@@ -147,14 +151,105 @@ def _questions(layer: nn.Module, call: Call) -> list[Question]:
     ]
 
 
-def same(layer: nn.Module, new: nn.Module, recipe: Recipe, call: Call, *, training: bool = False) -> bool:
-    """Whether two layers compute the same in float64, for small values too, which tell the epsilon."""
-    shape = list(call.shape[:1] + (3, 2, 2)[: len(call.shape) - 2])
-    shape.insert(len(shape) if recipe.channels_last else 1, call.shape[-1 if recipe.channels_last else 1])
-    scales = torch.tensor([1, 1e-2, 1e-4], dtype=torch.float64)
-    pair = [copied(each).cpu().double().train(training) for each in (new, layer)]
-    with torch.no_grad(), torch.random.fork_rng(devices=[]), quiet():
-        torch.manual_seed(0)
-        x = torch.randn(3, *shape[1:], dtype=torch.float64) * scales.reshape(3, *[1] * (len(shape) - 1))
-        got, want = (list(each(x.clone())) for each in pair)
-        return alike(got, want, _RTOL)
+def difference(
+    layer: nn.Module, new: nn.Module, recipe: Recipe, call: Call, *, training: bool = False, ours_trains: bool = True
+) -> str:
+    """In what two layers differ, in float64; empty where in nothing.
+
+    Besides maps of several sizes it tries small values, which tell the epsilon, and what tells a bound: large values,
+    and a spike, whose normalized value is the root of the map's size.
+
+    Args:
+        layer, new: The layers, called in copies of theirs.
+        recipe, call: Of the layer.
+        training: Whether in training mode, with the gradient of the input.
+        ours_trains: Whether that holds for the new one too.
+    """
+    theirs = copied(layer).cpu().double().train(training)
+    ours = copied(new).cpu().double().train(training and ours_trains)
+    before = _state(theirs)
+    channels = call.shape[-1 if recipe.channels_last else 1]
+    with torch.random.fork_rng(devices=[]), quiet():
+        for place, x in enumerate(_maps(channels, len(call.shape))):
+            x = x.movedim(1, -1) if recipe.channels_last else x
+            with_gradients = training and ours_trains and place == 0
+            torch.manual_seed(0)
+            try:
+                want = _tried(theirs, x, with_gradients)
+            except Exception as error:
+                if place == 0:
+                    return f"it fails on a small input ({type(error).__name__}: {first_line(error)})"
+                continue  # a size that the layer refuses
+            got = _tried(ours, x, with_gradients)
+            if not alike(got, want, _RTOL):
+                return _OTHERS if place == 0 else _AT_OTHER_SIZES
+    return "" if _unchanged(before, _state(theirs)) else "it changes its own state in a call"
+
+
+_OTHERS = "its numbers were read off its trace, and on a try it computes others"
+_AT_OTHER_SIZES = "it computes something else at other sizes, or of other values"
+
+
+def _maps(channels: int, rank: int) -> Iterator[Tensor]:
+    """Inputs (N, C, ...): of ordinary size, of one value, of one row and one column, odd, and long along each axis."""
+    axes = rank - 2
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(batch: int, *space: int) -> Tensor:
+        return torch.randn(batch, channels, *space, dtype=torch.float64, generator=generator)
+
+    scales = torch.tensor([1, 1e-2, 1e-4, 1e3], dtype=torch.float64)
+    yield drawn(4, *(3, 2, 2)[:axes]) * scales.reshape(4, *[1] * (rank - 1))
+    yield drawn(1, *[1] * axes)
+    yield drawn(3, *[1] * axes)
+    yield drawn(3, *(5, 7, 3)[:axes])
+    spiked = drawn(3, *((256,), (16, 16), (7, 6, 6))[axes - 1])
+    spiked[:2].flatten(2)[..., 0] = torch.tensor([[1e3], [-1e3]], dtype=torch.float64)
+    yield spiked
+    for axis in range(axes):
+        for batch, size, rest in ((1, 7, 1), (1, 257, (9, 9, 3)[axes - 1])):
+            x = drawn(batch, *(size if each == axis else rest for each in range(axes)))
+            x.flatten(2)[..., -1] = 1e3 if axis else -1e3
+            yield x
+
+
+def _tried(layer: nn.Module, x: Tensor, with_gradients: bool) -> list[Any]:
+    """What it makes of each map, and the gradient of it."""
+    x = x.clone()
+    if not with_gradients:
+        with torch.no_grad():
+            return list(layer(x))
+    layer.zero_grad()
+    x.requires_grad_()
+    y = layer(x + 0)  # a layer may work in place
+    y.backward(torch.linspace(-1, 1, y.numel(), dtype=y.dtype).cos().view_as(y))
+    assert x.grad is not None
+    return [*y.detach(), *x.grad]
+
+
+def _state(layer: nn.Module) -> list[tuple[object, Any]]:
+    """Tensors of a layer, and other attributes of it and of what is in it."""
+    found: list[tuple[object, Any]] = [(name, x.detach().clone()) for name, x in layer.state_dict().items()]
+    for path, module in layer.named_modules():
+        found += [((path, name), x.detach().clone()) for name, x in module._buffers.items() if x is not None]
+        found += [((path, name), _kept(x)) for name, x in vars(module).items() if name not in OF_MODULES]
+    return found
+
+
+def _kept(value: Any) -> Any:
+    """A value that a change of the given one does not change."""
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if isinstance(value, dict):
+        return [_kept(each) for item in value.items() for each in item]
+    return [_kept(each) for each in value] if isinstance(value, (list, tuple, set)) else value
+
+
+def _unchanged(before: Any, now: Any) -> bool:
+    if isinstance(before, (list, tuple)) and isinstance(now, (list, tuple)):
+        return len(before) == len(now) and all(map(_unchanged, before, now))
+    if isinstance(before, Tensor):
+        return alike([now], [before], 0)
+    if isinstance(before, (bool, int, float, str)):
+        return type(before) is type(now) and (before == now or before != before)
+    return before is now

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from deploynorm._adopt.candidates import own_hooks
 from deploynorm._adopt.layers import Memo, build
 from deploynorm._adopt.numbers import Numbers, Tried, numbers_of
-from deploynorm._adopt.survey import Found, Survey
+from deploynorm._adopt.survey import Found, Survey, difference
 from deploynorm.layers import TLU
 from deploynorm.layers._precision import compute_dtype
 from deploynorm.trace import copied
@@ -79,7 +79,11 @@ def _batch_norms(layers: Sequence[tuple[nn.Module, Found]]) -> list[tuple[nn.Mod
     made: list[tuple[nn.Module, nn.Module] | None] = []
     for each, has, (layer, found) in zip(tried, bounded, layers, strict=True):
         numbers = next(known) if has else _of_two_points(each)
-        made.append(_made(layer, found, numbers) if isinstance(numbers, Numbers) else None)
+        pair = _made(layer, found, numbers) if isinstance(numbers, Numbers) else None
+        assert found.recipe is not None
+        # Its recipe may be that of another layer, of one class and arguments.
+        same = pair is not None and not difference(layer, pair[1], found.recipe, found.call)
+        made.append(pair if same else None)
     return made
 
 

@@ -264,6 +264,7 @@ class ReadsAttributes(nn.Module):
     "read",
     [
         lambda norm: norm.gamma.mean(),
+        lambda norm: 1 if type(norm) is FusedFRN else 1.005,
         pytest.param(lambda norm: 1 if type(norm) is FusedFRN else 9, marks=pytest.mark.slow),
     ],
 )
@@ -304,6 +305,85 @@ def test_numbers_that_are_computed_otherwise_become_constants() -> None:
     assert isinstance(new[0].eps, Tensor)
     torch.testing.assert_close(new[0].eps, net[0].eps.detach().exp().flatten())
     assert report.changes[0].detail == "eps computed from its parameters, and no longer trained"
+
+
+class FrozenScale(nn.Module):
+    """weight, bias (C), a scale that no mode changes, and a bound from below."""
+
+    def __init__(self, channels: int, low: float | None = None) -> None:
+        super().__init__()
+        self.weight, self.bias = parameter(channels), parameter(channels, value=0)
+        self.register_buffer("running_var", torch.ones(channels))
+        self._low = low
+
+    def forward(self, x: Tensor) -> Tensor:
+        shape = (1, -1, 1, 1)
+        y = x * torch.rsqrt(self.running_var + 1e-5).view(shape) * self.weight.view(shape) + self.bias.view(shape)
+        return y if self._low is None else y.clamp(min=self._low)
+
+
+def counting(self: Any, x: Tensor) -> Tensor:
+    self.floor += 1
+    return FusedFRN.forward(self, x) * (2 if self.floor > 40 else 1)
+
+
+def updating(self: Any, x: Tensor) -> Tensor:
+    self.gamma.data += 1e-9
+    return FusedFRN.forward(self, x)
+
+
+def doubled_if(condition: Callable[[Tensor], bool]) -> Callable[[], nn.Module]:
+    return form(lambda self, x: FusedFRN.forward(self, x) * (2 if condition(x) else 1))
+
+
+OF_CASES: Mapping[str, tuple[Callable[[], nn.Module], str]] = {
+    "one value": (form(lambda self, x: x if x.shape[2] * x.shape[3] == 1 else FusedFRN.forward(self, x)), "sizes"),
+    "one row": (doubled_if(lambda x: x.shape[2] == 1), "sizes"),
+    "one column": (doubled_if(lambda x: x.shape[3] == 1), "sizes"),
+    "a high map": (doubled_if(lambda x: x.shape[2] > 200), "sizes"),
+    "a wide map": (doubled_if(lambda x: x.shape[3] > 200), "sizes"),
+    "a batch of one": (doubled_if(lambda x: x.shape[0] == 1), "sizes"),
+    "a count of its calls": (form(counting), "state"),
+    "what it changes in each call": (form(updating), "state"),
+}
+"""Layers that are FRN in most cases, what they tell apart, and what is said of them."""
+
+
+def test_what_is_frn_in_some_cases_only_stays() -> None:
+    net = drawn(Each({name: build() for name, (build, _) in OF_CASES.items()}))
+    new, report = adopt(net, [torch.randn(IMAGE)] * len(OF_CASES))
+    assert {type(layer).__name__ for layer in new.layers.values()} == {"Other"}
+    said = {"sizes": "it computes something else at other sizes", "state": "it changes its own state in a call"}
+    for name, (_, why) in OF_CASES.items():
+        [detail] = [change.detail for change in report.changes if change.name == f"layers.{name}"]
+        assert said[why] in detail, name
+
+
+class Capped(FusedFRN):
+    def __init__(self, channels: int, cap: float | None = None) -> None:
+        super().__init__(channels)
+        self._cap = cap
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if self._cap is None else super().forward(x).clamp(max=self._cap)
+
+
+def test_private_arguments_tell_layers_of_one_class_apart() -> None:
+    new, _ = adopt(nn.Sequential(Capped(3, 12.0), Capped(3)), torch.randn(2, 3, 8, 8))
+    assert [type(layer) for layer in new] == [Capped, FRN2d]
+    net = drawn(nn.Sequential(*(part for low in (-50, None) for part in (nn.Conv2d(3, 3, 3), FrozenScale(3, low)))))
+    folded = fold(net, torch.randn(2, 3, 9, 9))[0]
+    x = torch.randn(2, 3, 9, 9) * 1e3
+    with torch.no_grad():
+        torch.testing.assert_close(folded(x), net(x), rtol=1e-4, atol=1e-3)
+
+
+def test_a_scale_that_is_frozen_is_no_mabn_but_folds() -> None:
+    net, x = drawn(nn.Sequential(nn.Conv2d(3, 3, 3), FrozenScale(3))), torch.randn(2, 3, 9, 9)
+    new, report = adopt(net, x)
+    assert type(new[1]) is FrozenScale
+    assert "a scale that is frozen, and no MABN" in report.changes[0].detail
+    assert type(fold(net, x)[0][1]) is nn.Identity
 
 
 @pytest.mark.slow
