@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -12,13 +13,20 @@ import torch
 from torch import Tensor, nn
 
 from deploynorm.errors import ModelError
-from deploynorm.trace import Examples, trace
+from deploynorm.trace import Examples, Sizes, trace
 
 Array = npt.NDArray[Any]
 
 _OPSET = 20
 _SIZES = (7, 5, 3)
 """Of the axes of space, the last ones first: of an odd size each, and other than most numbers of channels."""
+
+
+_INPUT = re.compile(r"L\['inputs'\]\[(\d+)\]")
+"""Of layers side by side, as torch.export names it in what it assumes."""
+
+AT_OTHER_SIZES = "it computes something else at other sizes"
+STATEFUL = "it changes its own state in a call"
 
 
 class UnrecognizedError(Exception):
@@ -90,6 +98,38 @@ def numbers_of(tried: Sequence[Tried]) -> list[Numbers | UnrecognizedError]:
             found.append(_numbers(walks, place, each))
         except UnrecognizedError as error:
             found.append(UnrecognizedError(str(error), near=str(place) in near))
+    return found
+
+
+def for_all_sizes(tried: Sequence[Tried]) -> list[str]:
+    """For each layer why a trace of it may not hold for maps of other sizes, or for another call; empty where it does.
+
+    torch.export tells what it assumed of sizes that it was to leave open.
+    """
+    if not tried:
+        return []
+    shapes = [shape_for(each.channels, each.rank, channels_last=each.channels_last) for each in tried]
+    axes = [[*range(each.rank - 1)] if each.channels_last else [0, *range(2, each.rank)] for each in tried]
+    side_by_side = _SideBySide([each.layer for each in tried]).eval()
+    examples = Examples.of("adopt", side_by_side, [torch.randn(shape, dtype=torch.float64) for shape in shapes])
+    places = [(place, axis) for place, of in enumerate(axes) for axis in of]
+    sizes = Sizes(tuple(shapes), tuple({place: 1} for place in places))
+    try:
+        program = trace(side_by_side, examples, None, sizes=sizes, deterministic=False)
+    except ModelError as error:
+        if len(tried) > 1:
+            return [why for each in tried for why in for_all_sizes([each])]
+        return [f"it cannot be traced for all sizes ({error.problem})"]
+    found = [""] * len(tried)
+    for guard in program._guards_code or ():
+        for place in map(int, _INPUT.findall(guard)):
+            found[place] = f"{AT_OTHER_SIZES} ({_INPUT.sub('x', guard).replace('.size()', '.shape')})"
+    inputs = [node for node in program.graph.nodes if node.name in program.graph_signature.user_inputs]
+    for place, axis in places:
+        if not isinstance(inputs[place].meta["val"].shape[axis], torch.SymInt):
+            found[place] = f"{AT_OTHER_SIZES} (it takes x.shape[{axis}] for a number)"
+    for name in program.graph_signature.buffers_to_mutate.values():
+        found[int(name.split(".")[1])] = STATEFUL
     return found
 
 

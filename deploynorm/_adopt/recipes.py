@@ -11,7 +11,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from deploynorm._adopt.numbers import Array, Numbers, Tried, UnrecognizedError, numbers_of, same_numbers, shortest
+from deploynorm._adopt.numbers import (
+    Array,
+    Numbers,
+    Tried,
+    UnrecognizedError,
+    for_all_sizes,
+    numbers_of,
+    same_numbers,
+    shortest,
+)
 from deploynorm.trace import copied
 
 Kind = Literal["frn", "tlu", "mabn", "affine"]
@@ -77,6 +86,7 @@ def recipes_of(questions: Sequence[Question]) -> list[Recipe | UnrecognizedError
     A layer is asked without its children too: what is left may be a recipe that they follow.
     """
     found: list[Recipe | UnrecognizedError] = [UnrecognizedError("it has no numbers for its channels")] * len(questions)
+    known: dict[int, Tried] = {}
     for sign in (-1, 1):  # of negative values it shows whether |eps| is added; the root of others would be none
         tries = [
             (place, _Try(question, children, sign))
@@ -94,6 +104,10 @@ def recipes_of(questions: Sequence[Question]) -> list[Recipe | UnrecognizedError
             elif isinstance(found[place], UnrecognizedError):
                 with suppress(UnrecognizedError):
                     found[place] = each.recipe(of)
+                    known[place] = each.tried
+    for place, why in zip(known, for_all_sizes(list(known.values())), strict=True):
+        if why:
+            found[place] = UnrecognizedError(why, near=True)
     return found
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from deploynorm._adopt.candidates import Call, calls, may_be_computed, may_be_norm, wanted
 from deploynorm._adopt.convolutions import Computed, computed
 from deploynorm._adopt.layers import build
-from deploynorm._adopt.numbers import UnrecognizedError, shape_for
+from deploynorm._adopt.numbers import AT_OTHER_SIZES, STATEFUL, UnrecognizedError, shape_for
 from deploynorm._adopt.recipes import OF_MODULES, Question, Recipe, key_of, recipes_of
 from deploynorm.errors import InputError
 from deploynorm.quiet import first_line, quiet
@@ -182,12 +182,11 @@ def difference(
                 continue  # a size that the layer refuses
             got = _tried(ours, x, with_gradients)
             if not alike(got, want, _RTOL):
-                return _OTHERS if place == 0 else _AT_OTHER_SIZES
-    return "" if _unchanged(before, _state(theirs)) else "it changes its own state in a call"
+                return _OTHERS if place == 0 else f"{AT_OTHER_SIZES}, or of other values"
+    return "" if _unchanged(before, _state(theirs)) else STATEFUL
 
 
 _OTHERS = "its numbers were read off its trace, and on a try it computes others"
-_AT_OTHER_SIZES = "it computes something else at other sizes, or of other values"
 
 
 def _maps(channels: int, rank: int) -> Iterator[Tensor]:
