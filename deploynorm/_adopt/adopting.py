@@ -41,6 +41,7 @@ class Adopting:
         self.model = model
         self.changes: dict[str, Change] = {}
         self.steps: list[Step] = []
+        self._compared: set[int] = set()  # ids of recipes
         memo: Memo = {}
         layers = dict(model.named_modules())
         for path, found in survey.found.items():
@@ -73,8 +74,11 @@ class Adopting:
         new = build(layer, found.recipe, found.channels, len(found.call.shape), memo)
         if not training:
             return new, ""
-        mabn = found.recipe.kind == "mabn"
-        alike_in_training = not difference(layer, new, found.recipe, found.call, training=True, ours_trains=not mabn)
+        mabn, large = found.recipe.kind == "mabn", id(found.recipe) not in self._compared
+        self._compared.add(id(found.recipe))
+        alike_in_training = not difference(
+            layer, new, found.recipe, found.call, large=large, training=True, ours_trains=not mabn
+        )
         if mabn and alike_in_training:
             return None, "in training mode it does as in evaluation: a scale that is frozen, and no MABN"
         return (new, "") if mabn or alike_in_training else (None, "in training mode it computes something else")

@@ -65,6 +65,7 @@ class Survey:
         called = calls(model, examples, {*norms, *convolutions})
         layers = {path: layer for path, layer in model.named_modules() if path in called}
         self._recipes: dict[object, Recipe | UnrecognizedError] = {}
+        self._compared: set[int] = set()  # ids of recipes
         self._ask([each for path in layers if path in norms for each in _questions(layers[path], called[path])])
         for path, layer in layers.items():
             call = called[path]
@@ -95,6 +96,7 @@ class Survey:
         for question in _questions(layer, call):
             key = self._key(question)
             recipe = self._recipes[key]
+            large = id(recipe) not in self._compared
             if isinstance(recipe, UnrecognizedError):
                 why = recipe if why is None or recipe.near else why
                 continue
@@ -102,7 +104,8 @@ class Survey:
                 return Found(call, recipe)
             reason = _OTHERS
             try:
-                reason = difference(layer, build(layer, recipe, *question[1:3], {}), recipe, call)
+                reason = difference(layer, build(layer, recipe, *question[1:3], {}), recipe, call, large=large)
+                self._compared.add(id(recipe))
                 if not reason:
                     return Found(call, recipe)
             except InputError as error:
@@ -113,7 +116,7 @@ class Survey:
             [own] = recipes_of([question])
             with suppress(UnrecognizedError, InputError):
                 if isinstance(own, Recipe) and own.kind != "affine" and own != recipe:
-                    reason = difference(layer, build(layer, own, *question[1:3], {}), own, call)
+                    reason = difference(layer, build(layer, own, *question[1:3], {}), own, call, large=True)
                     if not reason:
                         return Found(call, own)
             why = UnrecognizedError(reason, near=True)
@@ -152,7 +155,14 @@ def _questions(layer: nn.Module, call: Call) -> list[Question]:
 
 
 def difference(
-    layer: nn.Module, new: nn.Module, recipe: Recipe, call: Call, *, training: bool = False, ours_trains: bool = True
+    layer: nn.Module,
+    new: nn.Module,
+    recipe: Recipe,
+    call: Call,
+    *,
+    large: bool,
+    training: bool = False,
+    ours_trains: bool = True,
 ) -> str:
     """In what two layers differ, in float64; empty where in nothing.
 
@@ -162,6 +172,7 @@ def difference(
     Args:
         layer, new: The layers, called in copies of theirs.
         recipe, call: Of the layer.
+        large: Whether on maps of 257 pixels along an axis too: once for layers of one code is enough.
         training: Whether in training mode, with the gradient of the input.
         ours_trains: Whether that holds for the new one too.
     """
@@ -170,7 +181,7 @@ def difference(
     before = _state(theirs)
     channels = call.shape[-1 if recipe.channels_last else 1]
     with torch.random.fork_rng(devices=[]), quiet():
-        for place, x in enumerate(_maps(channels, len(call.shape))):
+        for place, x in enumerate(_maps(channels, len(call.shape), large)):
             x = x.movedim(1, -1) if recipe.channels_last else x
             with_gradients = training and ours_trains and place == 0
             torch.manual_seed(0)
@@ -189,7 +200,7 @@ def difference(
 _OTHERS = "its numbers were read off its trace, and on a try it computes others"
 
 
-def _maps(channels: int, rank: int) -> Iterator[Tensor]:
+def _maps(channels: int, rank: int, large: bool) -> Iterator[Tensor]:
     """Inputs (N, C, ...): of ordinary size, of one value, of one row and one column, odd, and long along each axis."""
     axes = rank - 2
     generator = torch.Generator().manual_seed(0)
@@ -201,13 +212,13 @@ def _maps(channels: int, rank: int) -> Iterator[Tensor]:
     yield drawn(4, *(3, 2, 2)[:axes]) * scales.reshape(4, *[1] * (rank - 1))
     yield drawn(1, *[1] * axes)
     yield drawn(3, *[1] * axes)
-    yield drawn(3, *(5, 7, 3)[:axes])
-    spiked = drawn(3, *((256,), (16, 16), (7, 6, 6))[axes - 1])
-    spiked[:2].flatten(2)[..., 0] = torch.tensor([[1e3], [-1e3]], dtype=torch.float64)
+    yield drawn(2, *(5, 3, 3)[:axes])
+    spiked = drawn(2, *((256,), (16, 16), (7, 6, 6))[axes - 1])
+    spiked.flatten(2)[..., 0] = torch.tensor([[1e3], [-1e3]], dtype=torch.float64)
     yield spiked
     for axis in range(axes):
-        for batch, size, rest in ((1, 7, 1), (1, 257, (9, 9, 3)[axes - 1])):
-            x = drawn(batch, *(size if each == axis else rest for each in range(axes)))
+        for size, rest in ((7, 1), (257, (9, 9, 3)[axes - 1]))[: 1 + large]:
+            x = drawn(1, *(size if each == axis else rest for each in range(axes)))
             x.flatten(2)[..., -1] = 1e3 if axis else -1e3
             yield x
 

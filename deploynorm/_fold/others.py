@@ -77,12 +77,15 @@ def _batch_norms(layers: Sequence[tuple[nn.Module, Found]]) -> list[tuple[nn.Mod
     bounded = [_has_threshold(found) for _, found in layers]
     known = iter(numbers_of([each for each, has in zip(tried, bounded, strict=True) if has]))
     made: list[tuple[nn.Module, nn.Module] | None] = []
+    compared: set[int] = set()  # ids of recipes
     for each, has, (layer, found) in zip(tried, bounded, layers, strict=True):
         numbers = next(known) if has else _of_two_points(each)
         pair = _made(layer, found, numbers) if isinstance(numbers, Numbers) else None
         assert found.recipe is not None
         # Its recipe may be that of another layer, of one class and arguments.
-        same = pair is not None and not difference(layer, pair[1], found.recipe, found.call)
+        large = id(found.recipe) not in compared
+        compared.add(id(found.recipe))
+        same = pair is not None and not difference(layer, pair[1], found.recipe, found.call, large=large)
         made.append(pair if same else None)
     return made
 
