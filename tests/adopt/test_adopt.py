@@ -361,6 +361,15 @@ def test_what_is_frn_in_some_cases_only_stays() -> None:
         assert not why or said[why] in details[name], name
 
 
+def test_a_layer_with_other_gradients_stays() -> None:
+    def detached(self: Any, x: Tensor) -> Tensor:
+        return torch.max(self.gamma * x * root(x.detach(), (2, 3)) + self.beta, self.tau)
+
+    new, report = adopt(nn.Sequential(form(detached)()), torch.randn(IMAGE))
+    assert type(new[0]).__name__ == "Other"
+    assert report.changes[0].detail == "in training mode it computes something else"
+
+
 class Capped(FusedFRN):
     def __init__(self, channels: int, cap: float | None = None) -> None:
         super().__init__(channels)
