@@ -274,7 +274,8 @@ def test_a_network_that_does_not_bear_ours_keeps_its_own(read: Callable[[Any], A
     assert type(new.norm) is FusedFRN
     assert report.changes[0].outcome == "left"
     exported = export(net, x, dynamic="none")
-    assert exported.node_counts()[FRN_NODE] == 1, "it is fused in the graph"
+    assert exported.node_counts()[FRN_NODE] == 1
+    assert "fused in the graph: 1 FRN in loose operators" in exported.notes
     assert type(fold(net, x)[0].norm) is FusedFRN
 
 
@@ -382,7 +383,10 @@ class Capped(FusedFRN):
 def test_private_arguments_tell_layers_of_one_class_apart() -> None:
     new, _ = adopt(nn.Sequential(Capped(3, 12.0), Capped(3)), torch.randn(2, 3, 8, 8))
     assert [type(layer) for layer in new] == [Capped, FRN2d]
-    net = drawn(nn.Sequential(*(part for low in (-50, None) for part in (nn.Conv2d(3, 3, 3), FrozenScale(3, low)))))
+
+
+def test_fold_takes_no_bounded_scale_for_one_without() -> None:
+    net = drawn(nn.Sequential(*(part for low in (None, -50.0) for part in (nn.Conv2d(3, 3, 3), FrozenScale(3, low)))))
     folded = fold(net, torch.randn(2, 3, 9, 9))[0]
     x = torch.randn(2, 3, 9, 9) * 1e3
     with torch.no_grad():
