@@ -386,7 +386,7 @@ def test_private_arguments_tell_layers_of_one_class_apart() -> None:
 
 
 def test_fold_takes_no_bounded_scale_for_one_without() -> None:
-    net = drawn(nn.Sequential(*(part for low in (None, -50.0) for part in (nn.Conv2d(3, 3, 3), FrozenScale(3, low)))))
+    net = drawn(nn.Sequential(*(part for low in (-50.0, None) for part in (nn.Conv2d(3, 3, 3), FrozenScale(3, low)))))
     folded = fold(net, torch.randn(2, 3, 9, 9))[0]
     x = torch.randn(2, 3, 9, 9) * 1e3
     with torch.no_grad():
