@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple, cast
 
@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.overrides import TorchFunctionMode
 
+from deploynorm._adopt.state import is_unchanged, state
 from deploynorm.errors import ModelError
 from deploynorm.layers import CenConv1d, CenConv2d, CenConv3d, CenConvTranspose2d
 from deploynorm.layers.functional import center_weight
@@ -135,12 +136,12 @@ def _plain(layer: nn.Module, twin: nn.Module, inputs: Sequence[Tensor]) -> Compu
 
 def _is_plain_for_all_sizes(layer: nn.Module, plain: nn.Module, rank: int) -> bool:
     """Whether both give the same for small, odd and large sizes, and calls leave the layer as it was."""
-    before = _state(layer)
+    before = state(layer)
     for batch, larger in ((3, (0, 1, 2)), (1, (3, 128, 4)), (3, (131, 0, 1))):
         x = torch.randn(_shape(plain, rank, batch, larger), dtype=torch.float64)
         if not alike([layer(x.clone())], [plain(x)], _RTOL):
             return False
-    return _state(layer) == before
+    return is_unchanged(before, state(layer))
 
 
 def _shape(plain: Any, rank: int, batch: int, larger: Sequence[int]) -> tuple[int, ...]:
@@ -154,25 +155,6 @@ def _shape(plain: Any, rank: int, batch: int, larger: Sequence[int]) -> tuple[in
         for kernel, dilation, pad in zip(plain.kernel_size, plain.dilation, pads, strict=True)
     ]
     return (batch, plain.in_channels, *(need + larger[axis] for axis, need in enumerate(needs)))
-
-
-def _state(layer: nn.Module) -> object:
-    """All that a layer and those in it hold, as values that can be compared."""
-    return [_value(vars(module)) for module in layer.modules()]
-
-
-def _value(value: object) -> object:
-    if isinstance(value, Tensor):
-        return value.dtype, value.shape, value.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-    if isinstance(value, Mapping):
-        return [(key, _value(each)) for key, each in value.items()]
-    if isinstance(value, (list, tuple)):
-        return [_value(each) for each in value]
-    if value is None or isinstance(value, (bool, int, float, str, torch.Size, torch.dtype)):
-        return repr(value)
-    if isinstance(value, (set, frozenset)):
-        return frozenset(map(repr, value))
-    return id(value)
 
 
 def _traces_to_one_call(layer: nn.Module, plain: nn.Module, x: Tensor) -> bool:

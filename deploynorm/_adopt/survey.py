@@ -13,7 +13,8 @@ from deploynorm._adopt.candidates import Call, calls, may_be_computed, may_be_no
 from deploynorm._adopt.convolutions import Computed, computed
 from deploynorm._adopt.layers import build
 from deploynorm._adopt.numbers import AT_OTHER_SIZES, STATEFUL, UnrecognizedError, shape_for
-from deploynorm._adopt.recipes import OF_MODULES, Question, Recipe, key_of, recipes_of
+from deploynorm._adopt.recipes import Question, Recipe, key_of, recipes_of
+from deploynorm._adopt.state import is_unchanged, state
 from deploynorm.errors import InputError
 from deploynorm.quiet import first_line, quiet
 from deploynorm.trace import Examples, alike, copied
@@ -178,7 +179,7 @@ def difference(
     """
     theirs = copied(layer).cpu().double().train(training)
     ours = copied(new).cpu().double().train(training and ours_trains)
-    before = _state(theirs)
+    before = state(theirs)
     channels = call.shape[-1 if recipe.channels_last else 1]
     with torch.random.fork_rng(devices=[]), quiet():
         for place, x in enumerate(_maps(channels, len(call.shape), large)):
@@ -194,7 +195,7 @@ def difference(
             got = _tried(ours, x, with_gradients)
             if not alike(got, want, _RTOL):
                 return _OTHERS if place == 0 else f"{AT_OTHER_SIZES}, or of other values"
-    return "" if _unchanged(before, _state(theirs)) else STATEFUL
+    return "" if is_unchanged(before, state(theirs)) else STATEFUL
 
 
 _OTHERS = "its numbers were read off its trace, and on a try it computes others"
@@ -235,31 +236,3 @@ def _tried(layer: nn.Module, x: Tensor, with_gradients: bool) -> list[Any]:
     y.backward(torch.linspace(-1, 1, y.numel(), dtype=y.dtype).cos().view_as(y))
     assert x.grad is not None
     return [*y.detach(), *x.grad]
-
-
-def _state(layer: nn.Module) -> list[tuple[object, Any]]:
-    """Tensors of a layer, and other attributes of it and of what is in it."""
-    found: list[tuple[object, Any]] = [(name, x.detach().clone()) for name, x in layer.state_dict().items()]
-    for path, module in layer.named_modules():
-        found += [((path, name), x.detach().clone()) for name, x in module._buffers.items() if x is not None]
-        found += [((path, name), _kept(x)) for name, x in vars(module).items() if name not in OF_MODULES]
-    return found
-
-
-def _kept(value: Any) -> Any:
-    """A value that a change of the given one does not change."""
-    if isinstance(value, Tensor):
-        return value.detach().clone()
-    if isinstance(value, dict):
-        return [_kept(each) for item in value.items() for each in item]
-    return [_kept(each) for each in value] if isinstance(value, (list, tuple, set)) else value
-
-
-def _unchanged(before: Any, now: Any) -> bool:
-    if isinstance(before, (list, tuple)) and isinstance(now, (list, tuple)):
-        return len(before) == len(now) and all(map(_unchanged, before, now))
-    if isinstance(before, Tensor):
-        return alike([now], [before], 0)
-    if isinstance(before, (bool, int, float, str)):
-        return type(before) is type(now) and (before == now or before != before)
-    return before is now
